@@ -1,0 +1,8 @@
+"""gunicorn -c conf/gunicorn.conf.py 'embedpool.server:wsgi()'
+
+Everything comes from config.yml (EMBEDPOOL_CONFIG names it, else .config/config.yml); add gunicorn's own settings below.
+"""
+
+from embedpool.server import gunicorn_settings
+
+globals().update(gunicorn_settings())

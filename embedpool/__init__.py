@@ -1,0 +1,20 @@
+"""embedpool: one server, many embedding models, one address.
+
+The road of a request, file by file:
+
+    web/native.py         POST /embed: HTTP to a request
+    web/schemas.py        what may come in
+    pool/pool.py          the name or alias finds its model; a permit admits the request
+    pool/served_model.py  texts are measured, truncated, split into jobs
+    pool/model_queue.py   jobs wait here, counted in texts, served in fair order
+    pool/worker.py        a replica's thread takes what waits
+    pool/batcher.py       waiting jobs become batches
+    drivers/*.py          a batch becomes vectors
+    pool/request.py       vectors get their final form: normalised, cut, quantised
+    web/encoding.py       vectors become JSON, base64 or npy
+
+Beside the road: config/ (config.yml and pool.yml), reconcile.py (the file becomes the live pool), server.py (where the
+parts meet and run), process.py (pid file, detach, stop), client.py and cli.py (the operator's hands).
+"""
+
+__version__ = "0.1.0"

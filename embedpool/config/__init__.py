@@ -1,0 +1,1 @@
+"""Beside the road: config.yml and pool.yml, checked and frozen."""

@@ -1,0 +1,221 @@
+"""A setting is declared once, as a dataclass field with `option(...)`; its marshmallow schema is built from that.
+
+The same declarations feed validation, the commented sample files, the environment overrides and the README's tables.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import marshmallow as ma
+import yaml
+from marshmallow import fields, validate
+
+from embedpool.errors import near_names
+
+
+def option(
+    default: Any,
+    doc: str,
+    *,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    pattern: str | None = None,
+    check: Callable[[Any], object] | None = None,
+    loads: bool = False,
+) -> Any:
+    """One documented setting. `loads` marks what makes a model load anew when it changes."""
+    metadata = {
+        "doc": doc,
+        "choices": choices,
+        "minimum": minimum,
+        "maximum": maximum,
+        "pattern": pattern,
+        "check": check,
+        "loads": loads,
+    }
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# --- marshmallow takes "12", 12.7 and "yes" unless told otherwise; these do not
+
+
+class StrictBoolean(fields.Boolean):
+    """true or false, nothing that merely resembles them."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ma.ValidationError(f"must be true or false, not {value!r}")
+        return value
+
+
+class StrictInteger(fields.Integer):
+    """A whole number, not a string and not a boolean."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ma.ValidationError(f"must be a whole number, not {value!r}")
+        return value
+
+
+class StrictFloat(fields.Float):
+    """A finite number, not a string and not a boolean."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ma.ValidationError(f"must be a number, not {value!r}")
+        return value
+
+
+class StrictSchema(ma.Schema):
+    """null means absent, and an unknown key is an error that names the nearest known one."""
+
+    @ma.pre_load
+    def _drop_nulls_and_name_unknown_keys(self, data: Any, **kwargs: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        known = {f.data_key or name: f for name, f in self.load_fields.items()}
+        unknown = [key for key in data if key not in known] if self.unknown == ma.RAISE else []
+        if unknown:
+            raise ma.ValidationError({str(key): [unknown_key(str(key), known)] for key in unknown})
+        return {key: value for key, value in data.items() if value is not None}
+
+
+def unknown_key(key: str, known: typing.Iterable[str]) -> str:
+    """The sentence about an unknown key, with the nearest known ones."""
+    known = sorted(known)
+    near = near_names(key, known)
+    return f"unknown key {key!r}; " + (
+        f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+    )
+
+
+@functools.cache
+def schema_of(cls: type[Any]) -> type[StrictSchema]:
+    """The marshmallow schema of a dataclass made of `option(...)` fields; loading gives an instance."""
+    hints = typing.get_type_hints(cls)
+    members: dict[str, Any] = {
+        f.name: _field_of(f, hints[f.name]) for f in dataclasses.fields(cls) if f.name in hints and f.init
+    }
+
+    @ma.post_load
+    def build(self: ma.Schema, data: dict[str, Any], **kwargs: Any) -> Any:
+        return cls(**data)
+
+    return type(f"{cls.__name__}Schema", (StrictSchema,), {**members, "build": build})
+
+
+def _field_of(f: dataclasses.Field[Any], hint: Any) -> fields.Field[Any]:
+    if isinstance(hint, types.UnionType):  # `X | None`: null is dropped before it gets here
+        hint = next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+    required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    if "schema" in f.metadata:
+        return fields.Nested(f.metadata["schema"], required=required)
+    if dataclasses.is_dataclass(hint):
+        return fields.Nested(schema_of(typing.cast(type, hint)), required=required)
+    rules = _rules_of(f.metadata)
+    plain: dict[Any, type[fields.Field[Any]]] = {
+        bool: StrictBoolean,
+        int: StrictInteger,
+        float: StrictFloat,
+        str: fields.String,
+    }
+    if hint in plain:
+        return plain[hint](required=required, validate=rules)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return _Tuple(plain[args[0]](), required=required, validate=rules)
+    if origin is not None and issubclass(origin, Mapping):
+        return fields.Dict(keys=fields.String(), values=plain[args[1]](), required=required, validate=rules)
+    raise TypeError(f"no schema field for {f.name}: {hint}")  # a mistake in our own declarations
+
+
+class _Tuple(fields.List[Any]):
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        return tuple(super()._deserialize(value, attr, data, **kwargs))
+
+
+def _rules_of(metadata: Mapping[str, Any]) -> list[Callable[[Any], object]]:
+    rules: list[Callable[[Any], object]] = []
+    if metadata["choices"]:
+        rules.append(
+            validate.OneOf(metadata["choices"], error=f"must be one of {', '.join(metadata['choices'])}")
+        )
+    low, high = metadata["minimum"], metadata["maximum"]
+    if low is not None or high is not None:
+        rules.append(validate.Range(min=low, max=high))
+    if metadata["pattern"]:
+        rules.append(validate.Regexp(metadata["pattern"], error=f"must match {metadata['pattern']}"))
+    if metadata["check"]:
+        rules.append(metadata["check"])
+    return rules
+
+
+def faults(messages: Any, path: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], str]]:
+    """marshmallow's nested messages as a flat list of (path, sentence)."""
+    if isinstance(messages, Mapping):
+        found = []
+        for key, inner in messages.items():
+            found += faults(inner, path if key == "_schema" else (*path, key))
+        return found
+    return [(path, " ".join(str(m).rstrip(".") for m in messages))]
+
+
+def dotted(path: tuple[str | int, ...]) -> str:
+    """('models', 0, 'alias') as models[0].alias."""
+    return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
+
+
+def line_of(text: str, path: tuple[str | int, ...]) -> int:
+    """The 1-based line of the key at `path` in a YAML text, or of its nearest ancestor."""
+    node, line = yaml.compose(text, Loader=yaml.SafeLoader), 1
+    for step in path:
+        if isinstance(node, yaml.MappingNode):
+            found = [(k, v) for k, v in node.value if getattr(k, "value", None) == str(step)]
+            if not found:
+                return line
+            line, node = found[-1][0].start_mark.line + 1, found[-1][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = node.value[step]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line
+
+
+def describe_faults(file: str, text: str, messages: Any) -> str:
+    """What a schema refused, a line a fault: file, line, key, sentence."""
+    return "\n".join(
+        f"{file}, line {line_of(text, path)}: {dotted(path) or 'the document'}: {sentence}"
+        for path, sentence in faults(messages)
+    )
+
+
+def explicit(instance: Any) -> dict[str, Any]:
+    """The fields of a dataclass instance that differ from their defaults, nested, as plain values for a file."""
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(instance):
+        value = getattr(instance, f.name)
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        if value == default:
+            continue
+        found[f.name] = explicit(value) if dataclasses.is_dataclass(value) else plain_value(value)
+    return found
+
+
+def plain_value(value: Any) -> Any:
+    """Tuples as lists and mappings as dicts, for a file or an answer."""
+    if isinstance(value, tuple):
+        return list(value)
+    return dict(value) if isinstance(value, Mapping) else value

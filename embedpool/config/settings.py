@@ -1,0 +1,255 @@
+"""config.yml → frozen Settings. Every key is declared here once, with its default and its meaning."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import marshmallow as ma
+import yaml
+
+from embedpool.config.fields import describe_faults, faults, option, schema_of, unknown_key
+from embedpool.errors import ConfigError
+
+DEFAULT_CONFIG_YML = ".config/config.yml"
+SECRET_PREFIX = "EMBEDPOOL_SECRET_"  # noqa: S105  (the prefix of variable names, not a secret)
+
+
+@dataclasses.dataclass(frozen=True)
+class Client:
+    """How the command line finds the server."""
+
+    base_url: str = option("http://127.0.0.1:8876", "address the CLI asks when no pid file tells it")
+    api_key_env: str | None = option(None, "name of the environment variable that holds the admin key")
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """Where and how the server listens."""
+
+    host: str = option("127.0.0.1", "address to bind")
+    port: int = option(8876, "port to bind", minimum=0, maximum=65535)
+    server: str = option("gunicorn", "WSGI server", choices=("gunicorn", "waitress"))
+    threads: int = option(0, "request threads; 0 = max_inflight_global + 16", minimum=0, maximum=4096)
+    workers: int = option(1, "gunicorn worker processes; each holds its own models", minimum=1, maximum=64)
+    connection_limit: int = option(2000, "open connections per process", minimum=10, maximum=100000)
+    idle_connection_s: int = option(120, "an idle connection is closed after this", minimum=1)
+    graceful_timeout_s: int = option(30, "how long a stop waits for accepted requests", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Paths:
+    """Files and folders; relative ones are relative to the folder that holds `root`."""
+
+    root: str = option(".config", "folder of everything below")
+    pool_yml: str = option(".config/pool.yml", "the models: the state of the pool")
+    config_yml: str = option(DEFAULT_CONFIG_YML, "this file")
+    state_dir: str = option(".config/state", "pid file and other state of a running server")
+    logs_dir: str = option(".config/logs", "log of a detached server")
+    cache_dir: str = option(".config/cache", "exported model graphs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """The server's process."""
+
+    pid_file: str = option(".config/state/pool.pid", "pid, address and start time of the running server")
+
+
+@dataclasses.dataclass(frozen=True)
+class Logging:
+    """What the server logs, to standard error."""
+
+    level: str = option("info", "least severe level logged", choices=("debug", "info", "warning", "error"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """What holds where a request or a model says nothing else."""
+
+    request_timeout_s: float = option(120, "deadline of a request", minimum=0.001)
+    max_queue_per_model: int = option(1000, "queue bound of a model, in texts", minimum=1)
+    max_inflight_global: int = option(256, "requests being served at once; above it 429", minimum=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class HotReload:
+    """How edits of pool.yml are noticed."""
+
+    enabled: bool = option(True, "watch pool.yml")
+    observer: str = option("native", "the system's file events, or polling", choices=("native", "polling"))
+    poll_interval_s: float = option(2, "the file is also looked at this often", minimum=0.05)
+    debounce_ms: int = option(200, "wait after an event until the file has come to rest", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batching:
+    """How waiting texts become batches."""
+
+    max_batch_texts: int = option(64, "texts in a batch", minimum=1)
+    max_batch_tokens: int = option(16384, "padded tokens in a batch; bounds memory", minimum=1)
+    max_wait_ms: float = option(0, "wait for more texts before a batch; load makes the batches", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a request may hold."""
+
+    max_body_bytes: int = option(67_108_864, "size of a request body", minimum=1)
+    max_texts_per_request: int = option(20_000, "texts in a request", minimum=1)
+    max_chars_per_text: int = option(1_000_000, "characters in a text", minimum=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Security:
+    """Who may manage the pool."""
+
+    allowed_hosts: tuple[str, ...] = option(
+        (), "further Host names under which management is answered, beside loopback names and `server.host`"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All of config.yml. `base_dir` is the folder that relative paths are relative to."""
+
+    version: int = option(1, "format of this file", minimum=1, maximum=1)
+    client: Client = dataclasses.field(default_factory=Client)
+    server: Server = dataclasses.field(default_factory=Server)
+    paths: Paths = dataclasses.field(default_factory=Paths)
+    process: Process = dataclasses.field(default_factory=Process)
+    logging: Logging = dataclasses.field(default_factory=Logging)
+    defaults: Defaults = dataclasses.field(default_factory=Defaults)
+    hot_reload: HotReload = dataclasses.field(default_factory=HotReload)
+    batching: Batching = dataclasses.field(default_factory=Batching)
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    security: Security = dataclasses.field(default_factory=Security)
+    base_dir: Path = dataclasses.field(default=Path(), init=False, compare=False)
+
+    def file(self, relative: str) -> Path:
+        """A path of this file, made absolute."""
+        return self.base_dir / relative
+
+    @property
+    def threads(self) -> int:
+        """Request threads: what is admitted at once, and a reserve so that health always answers."""
+        return self.server.threads or self.defaults.max_inflight_global + 16
+
+
+SECTIONS: dict[str, type[Any]] = {
+    f.name: f.default_factory  # type: ignore[misc]
+    for f in dataclasses.fields(Settings)
+    if f.default_factory is not dataclasses.MISSING
+}
+
+
+def find_config_yml(named: str | None, environ: Mapping[str, str] = os.environ) -> Path:
+    """The config file: the one named, else `EMBEDPOOL_CONFIG`, else `.config/config.yml`."""
+    return Path(named or environ.get("EMBEDPOOL_CONFIG") or DEFAULT_CONFIG_YML).absolute()
+
+
+def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read, override from the environment and check config.yml.
+
+    Raises ConfigError with file, line and key of each fault.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{file} does not exist; `embedpool init` writes it") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+    settings = parse_settings(text, str(file), environ)
+    object.__setattr__(settings, "base_dir", base_dir_of(file, settings.paths.config_yml))
+    return settings
+
+
+def parse_settings(text: str, name: str, environ: Mapping[str, str]) -> Settings:
+    """Settings from the text of a config.yml called `name`. Raises ConfigError."""
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(yaml_fault(name, error)) from None
+    if document is None:
+        document = {}
+    schema = schema_of(Settings)()
+    try:
+        schema.load(document)  # faults of the file, with its lines, come before those of the environment
+    except ma.ValidationError as error:
+        raise ConfigError(describe_faults(name, text, error.messages)) from None
+    overrides = _overrides(environ)
+    for section, values in overrides.items():
+        document[section] = {**(document.get(section) or {}), **values}
+    try:
+        settings: Settings = schema.load(document)
+    except ma.ValidationError as error:
+        raise ConfigError(
+            "\n".join(
+                f"environment variable {_variable(path)}: {says}" for path, says in faults(error.messages)
+            )
+        ) from None
+    return settings
+
+
+def _variable(path: tuple[str | int, ...]) -> str:
+    return "EMBEDPOOL_" + "__".join(str(p).upper() for p in path)
+
+
+def _overrides(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """EMBEDPOOL_<SECTION>__<KEY> → {section: {key: value}}; values are read as YAML."""
+    found: dict[str, dict[str, Any]] = {}
+    for variable, raw in environ.items():
+        if not variable.startswith("EMBEDPOOL_") or "__" not in variable or variable.startswith(SECRET_PREFIX):
+            continue
+        section, _, key = variable.removeprefix("EMBEDPOOL_").lower().partition("__")
+        if section not in SECTIONS:
+            raise ConfigError(f"environment variable {variable}: {unknown_key(section, SECTIONS)}")
+        kind = {f.name: f.type for f in dataclasses.fields(SECTIONS[section])}.get(key, "")
+        try:
+            found.setdefault(section, {})[key] = raw if str(kind).startswith("str") else yaml.safe_load(raw)
+        except yaml.YAMLError:
+            raise ConfigError(f"environment variable {variable}: {raw!r} is not a YAML value") from None
+    return found
+
+
+def base_dir_of(file: Path, config_yml: str) -> Path:
+    """The folder that relative paths start from, so that a file means the same from any working directory.
+
+    If the file's path ends in its own `paths.config_yml`, what precedes that; otherwise the file's folder.
+    """
+    file = file.absolute()
+    tail = Path(config_yml).parts
+    if not Path(config_yml).is_absolute() and file.parts[-len(tail) :] == tail:
+        return Path(*file.parts[: -len(tail)])
+    return file.parent
+
+
+def yaml_fault(name: str, error: yaml.YAMLError) -> str:
+    """A YAML syntax error in one line with file and line."""
+    mark = getattr(error, "problem_mark", None)
+    where = f", line {mark.line + 1}" if mark else ""
+    return f"{name}{where}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}"
+
+
+def sample_config_yml(root: str = ".config") -> str:
+    """A commented config.yml with every default, for `embedpool init` and the docs."""
+    lines = ["# embedpool's settings. Every key may be left out; EMBEDPOOL_<SECTION>__<KEY> overrides it."]
+    lines += ["version: 1"]
+    for section, cls in SECTIONS.items():
+        lines += ["", f"# {(cls.__doc__ or '').strip()}", f"{section}:"]
+        for f in dataclasses.fields(cls):
+            default = f.default
+            if section in ("paths", "process") and root != ".config" and isinstance(default, str):
+                default = default.replace(".config", root, 1)
+            shown = yaml.safe_dump(
+                list(default) if isinstance(default, tuple) else default,
+                default_flow_style=True,
+                width=1000,
+            ).splitlines()[0]
+            choices = f.metadata["choices"]
+            note = f.metadata["doc"] + (f" ({' | '.join(choices)})" if choices else "")
+            lines.append(f"  {f.name}: {shown}".ljust(40) + f"  # {note}")
+    return "\n".join(lines) + "\n"

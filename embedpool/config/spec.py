@@ -1,0 +1,245 @@
+"""Frozen descriptions of what the pool should be, and the difference between two of them.
+
+Every key of pool.yml is declared here once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import marshmallow as ma
+from marshmallow import fields, validate
+
+from embedpool.config.fields import StrictSchema, option, schema_of
+from embedpool.config.settings import SECRET_PREFIX
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:@/-]{0,199}\Z"
+
+
+def _secret_variable(name: str) -> None:
+    if not name.startswith(SECRET_PREFIX):
+        raise ma.ValidationError(
+            f"must be the name of an environment variable that starts with {SECRET_PREFIX}, not the secret itself"
+        )
+
+
+def _secret_variables(headers: Mapping[str, str]) -> None:
+    for name in headers.values():
+        _secret_variable(name)
+
+
+def _http_url(url: str) -> None:
+    if not url.startswith(("http://", "https://")) or len(url.split("://", 1)[1].strip("/")) == 0:
+        raise ma.ValidationError("must be an http:// or https:// URL")
+
+
+def _absolute(path: str) -> None:
+    if not Path(path).is_absolute():
+        raise ma.ValidationError("must be an absolute path: the server may run in another folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalStConfig:
+    """driver.config of a local SentenceTransformer model."""
+
+    max_seq_length: int | None = option(None, "tokens kept of a text; default the model's own", minimum=1)
+    normalize: bool = option(True, "vectors of length 1")
+    dtype: str = option("float32", "type of the vectors given out", choices=("float32", "float16"))
+    prompts: dict[str, str] = option({}, "further named prompts, or replacements of the model's own")
+    path: str | None = option(None, "folder of the model, instead of looking up its name", check=_absolute, loads=True)
+    revision: str | None = option(None, "branch, tag or commit of the model", loads=True)
+    backend: str = option(
+        "auto",
+        "runtime: auto takes openvino where it is installed and works for the model, else torch",
+        choices=("auto", "torch", "openvino", "onnx"),
+        loads=True,
+    )
+    compute_dtype: str = option(
+        "auto",
+        "arithmetic of the model; auto is float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        loads=True,
+    )
+    device: str = option("cpu", "torch device", loads=True)
+    trust_remote_code: bool = option(False, "run code shipped with the model; only from this file", loads=True)
+    isolation: str = option("thread", "where the model runs", choices=("thread",), loads=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class HttpConfig:
+    """driver.config of a remote embedding service."""
+
+    base_url: str = option(
+        dataclasses.MISSING, "address; its form depends on `protocol`", check=_http_url, loads=True
+    )
+    protocol: str = option(
+        "embedpool",
+        "embedpool: the full URL of /embed; openai: ends in /v1; tei: the server's root",
+        choices=("embedpool", "openai", "tei"),
+        loads=True,
+    )
+    remote_model: str | None = option(None, "the model's name there; default its name here", loads=True)
+    timeout_s: float = option(60, "longest wait for one answer", minimum=0.001, loads=True)
+    retries: int = option(
+        2, "further attempts after a connection error, 429 or 5xx", minimum=0, maximum=20, loads=True
+    )
+    max_batch_texts: int = option(64, "texts in one call", minimum=1, loads=True)
+    api_key: str | None = option(
+        None,
+        f"name of the environment variable ({SECRET_PREFIX}…) with the bearer key",
+        check=_secret_variable,
+        loads=True,
+    )
+    headers: dict[str, str] = option(
+        {},
+        f"header → name of the environment variable ({SECRET_PREFIX}…) with its value",
+        check=_secret_variables,
+        loads=True,
+    )
+    normalize: bool = option(True, "vectors of length 1")
+    dtype: str = option("float32", "type of the vectors given out", choices=("float32", "float16"))
+    prompts: dict[str, str] = option({}, "named prompts put before the text here")
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeConfig:
+    """driver.config of the deterministic stand-in: tests, demos, load tests of everything else."""
+
+    dim: int = option(384, "size of its vectors", minimum=1, maximum=65536, loads=True)
+    delay_ms: float = option(0, "time a batch takes", minimum=0, loads=True)
+    delay_ms_per_text: float = option(0, "further time per text", minimum=0, loads=True)
+    load_delay_ms: float = option(0, "time loading takes", minimum=0, loads=True)
+    fault: str = option(
+        "none",
+        "what goes wrong: batches that raise, return NaN or too few vectors, or loading itself",
+        choices=("none", "raise", "nan", "short", "load"),
+        loads=True,
+    )
+    fault_text: str = option("", "only texts that contain this are at fault", loads=True)
+    max_seq_length: int | None = option(None, "tokens kept of a text; default 512", minimum=1, maximum=512)
+    normalize: bool = option(True, "vectors of length 1")
+    dtype: str = option("float32", "type of the vectors given out", choices=("float32", "float16"))
+    prompts: dict[str, str] = option({}, "named prompts")
+
+
+DriverConfig = LocalStConfig | HttpConfig | FakeConfig
+DRIVER_CONFIGS: dict[str, type[Any]] = {"local_st": LocalStConfig, "http": HttpConfig, "fake": FakeConfig}
+
+
+@dataclasses.dataclass(frozen=True)
+class DriverSpec:
+    """What runs the model; the class of `config` goes with `type`."""
+
+    type: str
+    config: DriverConfig
+
+
+class DriverSchema(StrictSchema):
+    """`type` chooses the schema of `config`."""
+
+    type = fields.String(
+        required=True,
+        validate=validate.OneOf(tuple(DRIVER_CONFIGS), error=f"must be one of {', '.join(DRIVER_CONFIGS)}"),
+    )
+    config = fields.Dict(load_default=dict)
+
+    @ma.post_load
+    def build(self, data: dict[str, Any], **kwargs: Any) -> DriverSpec:
+        """The driver's spec, its config checked by the schema of its type."""
+        try:
+            config = schema_of(DRIVER_CONFIGS[data["type"]])().load(data["config"])
+        except ma.ValidationError as error:
+            raise ma.ValidationError({"config": error.messages}) from None
+        return DriverSpec(data["type"], config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """Replicas of a model. A replica is one driver instance, the unit of memory."""
+
+    min: int = option(1, "replicas kept; 0 loads on first use and unloads when idle", minimum=0, maximum=64)
+    max: int = option(1, "replicas at most", minimum=1, maximum=64)
+    idle_ttl_s: float = option(30, "a replica above min goes after this long without work", minimum=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class QueueSpec:
+    """The model's queue."""
+
+    max_size: int | None = option(None, "bound in texts; default defaults.max_queue_per_model", minimum=1)
+    max_inflight_per_replica: int | None = option(
+        None, "batches at once in a replica; default by driver", minimum=1, maximum=256
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """One entry of pool.yml."""
+
+    model: str = option(dataclasses.MISSING, "name: a Hugging Face id for local models", pattern=NAME_PATTERN)
+    driver: DriverSpec = dataclasses.field(metadata={"schema": DriverSchema})
+    alias: str | None = option(None, "second name, unique among names and aliases", pattern=NAME_PATTERN)
+    enabled: bool = option(True, "whether it is served")
+    scaling: Scaling = dataclasses.field(default_factory=Scaling)
+    queue: QueueSpec = dataclasses.field(default_factory=QueueSpec)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names a request may use."""
+        return (self.model, self.alias) if self.alias else (self.model,)
+
+    @property
+    def load_key(self) -> Hashable:
+        """Equal for specs that one loaded model can serve; everything else applies at once."""
+        config = self.driver.config
+        values = (
+            (f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if f.metadata["loads"]
+        )
+        loaded = tuple(
+            (name, tuple(sorted(v.items())) if isinstance(v, dict) else v) for name, v in values
+        )
+        return self.model, self.enabled, self.driver.type, loaded
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolSpec:
+    """All of pool.yml. Names and aliases are unique together."""
+
+    models: tuple[ModelSpec, ...] = ()
+
+    def find(self, name: str) -> ModelSpec | None:
+        """The model of this name, else of this alias."""
+        by_name = {m.model: m for m in self.models}
+        by_alias = {m.alias: m for m in self.models if m.alias}
+        return by_name.get(name) or by_alias.get(name)
+
+    @property
+    def names(self) -> list[str]:
+        """All names and aliases."""
+        return [name for m in self.models for name in m.names]
+
+
+@dataclasses.dataclass(frozen=True)
+class Diff:
+    """What changed from one PoolSpec to the next; `changed` holds the new specs."""
+
+    added: tuple[ModelSpec, ...]
+    changed: tuple[ModelSpec, ...]
+    removed: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.changed or self.removed)
+
+
+def diff(old: PoolSpec | Iterable[ModelSpec], new: PoolSpec) -> Diff:
+    """The difference by model name."""
+    before = {m.model: m for m in (old.models if isinstance(old, PoolSpec) else old)}
+    after = {m.model: m for m in new.models}
+    return Diff(
+        added=tuple(m for name, m in after.items() if name not in before),
+        changed=tuple(m for name, m in after.items() if name in before and before[name] != m),
+        removed=tuple(name for name in before if name not in after),
+    )

@@ -1,0 +1,86 @@
+"""What the pool asks of a driver and of a meter."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
+
+Ids = Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Embeddings:
+    """A driver's answer: float32 `vectors` of shape (texts, dim).
+
+    A remote service also tells the `tokens` it counted and the indices of the texts it `truncated`.
+    """
+
+    vectors: NDArray[np.float32]
+    tokens: int | None = None
+    truncated: Sequence[int] = ()
+
+
+class Driver(abc.ABC):
+    """Runs batches. `open`, `probe` and `close` are called on one thread; `embed` by up to `parallel` threads at once."""
+
+    parallel = 1  # batches at once that serve this driver well
+    max_batch_texts: int | None = None  # None: the pool's setting
+    description: Mapping[str, object] = {}  # what runs where, for /status
+
+    @abc.abstractmethod
+    def open(self) -> None:
+        """Load what is needed and prove it by `probe`. Raises with the reason if it cannot serve."""
+
+    @abc.abstractmethod
+    def embed(self, texts: Sequence[str], ids: Sequence[Ids] | None, options: Mapping[str, Any]) -> Embeddings:
+        """Vectors of the texts, in order. `ids` are the token ids of each, as its meter made them.
+
+        `options` are those a remote service is to be given, the same for the whole batch. Raises UpstreamError for a remote's fault, UnsupportedOption, or anything else.
+        """
+
+    @abc.abstractmethod
+    def probe(self) -> None:
+        """Embed a fixed text. Raises if the driver itself is at fault."""
+
+    def close(self) -> None:  # noqa: B027  (most drivers hold nothing)
+        """Give everything back."""
+
+
+class Meter(abc.ABC):
+    """Measures texts in the request's thread; a model need not be loaded for it. Thread-safe."""
+
+    tokenizes = True  # False: a remote service does, and what it is told of truncation is its own business
+    max_tokens: int | None = None  # the model's positions
+    default_max_tokens: int | None = None  # the model's own max_seq_length
+    prompts: Mapping[str, str] = {}  # the model's own
+    default_prompt = ""  # used where the request names none
+
+    @abc.abstractmethod
+    def measure(self, texts: Sequence[str]) -> list[list[int]] | None:
+        """Token ids of each text at full length, special tokens included; None if it does not tokenize."""
+
+    def cut(self, ids: list[int], limit: int, side: str) -> list[int]:
+        """Ids of at most `limit` tokens, special tokens kept; `side` says where the surplus goes: left or right."""
+        raise NotImplementedError
+
+    @staticmethod
+    def estimate(texts: Sequence[str]) -> list[int]:
+        """About how many tokens each text has, for the queue's fair order where nothing better is known."""
+        return [len(text) // 4 + 1 for text in texts]
+
+
+def describe(**facts: Any) -> dict[str, object]:
+    """The facts that are known."""
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """The cosine of the angle between two vectors."""
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))

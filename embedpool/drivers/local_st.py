@@ -1,0 +1,195 @@
+"""A local SentenceTransformer model.
+
+Token ids are made at the door, so here they are only padded and sent through the model's own modules: the same numbers
+as `SentenceTransformer.encode` without tokenising twice. What `encode` gives is checked against that at load, and used
+where a model cannot be fed ids.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.util
+import logging
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedpool.config.spec import LocalStConfig, ModelSpec
+from embedpool.drivers.base import PROBE_TEXT, Driver, Embeddings, Ids, Meter, cosine, describe
+from embedpool.drivers.model_folder import find_model_folder
+from embedpool.drivers.tokenizer import TokenizerMeter, pad
+from embedpool.errors import ModelFailed
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Run = Callable[[dict[str, Array]], Array]  # padded inputs of shape (texts, tokens) → float32 (texts, dim)
+
+# Loading two models at once races inside the exporters and doubles peak memory.
+LOADING = threading.Lock()
+
+SAME_VECTOR_COSINE = {"float32": 0.9999, "bfloat16": 0.995, "float16": 0.995}
+
+
+class LocalStDriver(Driver):
+    """One model instance. `parallel` is 1 for torch; for OpenVINO, whose streams share the weights, cores ÷ replicas."""
+
+    def __init__(self, model: str, config: LocalStConfig, replicas: int, cache_dir: Path) -> None:
+        self._model = model
+        self._config = config
+        self._cores = max(available_cores() // replicas, 1)
+        self._cache_dir = cache_dir
+        self._dtype = "float32" if config.compute_dtype == "auto" else config.compute_dtype
+        self._run: Run | None = None
+        self._encode: Callable[[list[str]], Array] | None = None
+
+    def open(self) -> None:
+        """Load the weights, choose the backend, prove it on a text."""
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its pool is sized by the host
+        folder = find_model_folder(self._model, self._config)
+        self._meter = TokenizerMeter(folder)
+        wanted, positions = self._config.max_seq_length, self._meter.max_tokens
+        if wanted and positions and wanted > positions:
+            raise ModelFailed(
+                f"{self._model!r}: max_seq_length {wanted} is more than the model's {positions} positions"
+            )
+        with LOADING:
+            backend, why = self._load(folder)
+        self.probe()
+        self.description = describe(
+            backend=backend,
+            why=why,
+            compute_dtype=self._dtype,
+            device=self._config.device,
+            threads=self._cores,
+            dim=len(self.embed([PROBE_TEXT], self._meter.measure([PROBE_TEXT]), {}).vectors[0]),
+        )
+        logger.info("%s runs on %s (%s)", self._model, backend, why)
+
+    def embed(self, texts: Sequence[str], ids: Sequence[Ids] | None, options: Mapping[str, Any]) -> Embeddings:
+        """See Driver."""
+        if self._run is not None:
+            return Embeddings(self._run(pad(ids or self._meter.measure(texts), self._meter.pad_id)))
+        assert self._encode is not None
+        return Embeddings(self._encode(list(texts)))
+
+    def probe(self) -> None:
+        """See Driver."""
+        vectors = self.embed([PROBE_TEXT], self._meter.measure([PROBE_TEXT]), {}).vectors
+        if not np.isfinite(vectors).all():
+            raise ModelFailed(f"{self._model!r} gives vectors that are not finite")
+
+    def close(self) -> None:
+        """Drop the weights and give the memory back to the system."""
+        self._run = self._encode = None
+        gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps freed memory otherwise
+            libc.malloc_trim(0)
+
+    def _load(self, folder: Path) -> tuple[str, str]:
+        """Make `_run` or `_encode`; gives the backend and why it was chosen."""
+        wanted = self._config.backend
+        if wanted in ("auto", "openvino") and self._config.device == "cpu":
+            try:
+                self._load_openvino(folder)
+            except Exception as error:
+                if wanted == "openvino":
+                    raise
+                why = "openvino is not installed" if isinstance(error, ImportError) else f"openvino: {error}"
+                self._load_torch(folder, "torch")
+                return "torch", why
+            return "openvino", "asked for" if wanted == "openvino" else "installed and faster"
+        backend = "torch" if wanted == "auto" else wanted
+        self._load_torch(folder, backend)
+        return backend, f"auto on device {self._config.device}" if wanted == "auto" else "asked for"
+
+    def _load_openvino(self, folder: Path) -> None:
+        if importlib.util.find_spec("openvino") is None:
+            raise ImportError("openvino is not installed; `pip install embedpool[openvino]`")
+        from embedpool.drivers import openvino_graph
+
+        graph = openvino_graph.exported(folder, self._cache_dir, lambda: self._sentence_transformer(folder, "torch"))
+        self.parallel = self._cores
+        self._run = openvino_graph.compiled(graph, self._dtype, threads=self._cores, streams=self.parallel)
+
+    def _load_torch(self, folder: Path, backend: str) -> None:
+        import torch
+
+        # On the replica's own thread, which is also the one that runs: OpenMP keeps the number by thread.
+        torch.set_num_threads(self._cores)
+        model = self._sentence_transformer(folder, backend)
+        self._encode = lambda texts: np.asarray(model.encode(texts, prompt="", show_progress_bar=False), np.float32)
+        run = torch_run(model)
+        try:
+            by_ids = run(pad(self._meter.measure([PROBE_TEXT]), self._meter.pad_id))[0]
+        except Exception as error:
+            logger.info("%s takes no token ids (%s); it is run by encode()", self._model, error)
+            return
+        if cosine(by_ids, self._encode([PROBE_TEXT])[0]) >= SAME_VECTOR_COSINE[self._dtype]:
+            self._run = run
+        else:
+            logger.warning("%s gives other vectors for token ids than encode(); encode() is used", self._model)
+
+    def _sentence_transformer(self, folder: Path, backend: str) -> Any:
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        model = SentenceTransformer(
+            str(folder),
+            device=self._config.device,
+            trust_remote_code=self._config.trust_remote_code,
+            local_files_only=True,
+            backend=backend,
+            model_kwargs={"use_safetensors": True, "dtype": self._dtype} if backend == "torch" else {},
+        )
+        limit = self._config.max_seq_length or self._meter.default_max_tokens
+        if limit:
+            model.max_seq_length = limit
+        return model.eval()
+
+
+def torch_run(model: Any) -> Run:
+    """Padded ids through a SentenceTransformer's own modules."""
+    import torch
+
+    names = set(model.tokenizer.model_input_names)
+
+    def run(inputs: dict[str, Array]) -> Array:
+        with torch.inference_mode():
+            features = {k: torch.from_numpy(v).to(model.device) for k, v in inputs.items() if k in names}
+            vectors: Array = model(features)["sentence_embedding"].float().cpu().numpy()
+            return vectors
+
+    return run
+
+
+def available_cores() -> int:
+    """Cores this process may use, by affinity and by its cgroup's quota, never the host's count."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(cores, 1)
+
+
+def make_driver(spec: ModelSpec, cache_dir: Path) -> Driver:
+    """See embedpool.drivers."""
+    assert isinstance(spec.driver.config, LocalStConfig)
+    return LocalStDriver(spec.model, spec.driver.config, spec.scaling.max, cache_dir)
+
+
+def open_meter(spec: ModelSpec) -> Meter:
+    """See embedpool.drivers."""
+    assert isinstance(spec.driver.config, LocalStConfig)
+    return TokenizerMeter(find_model_folder(spec.model, spec.driver.config))

@@ -1,0 +1,116 @@
+"""A SentenceTransformer's whole pipeline as one OpenVINO graph: exported once, cached, run without the GIL or torch."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedpool.drivers.base import PROBE_TEXT, cosine
+from embedpool.drivers.tokenizer import pad
+from embedpool.errors import ModelFailed
+
+logger = logging.getLogger(__name__)
+
+LIBRARIES = ("openvino", "torch", "transformers", "sentence-transformers")
+PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+LEAST_COSINE = 0.9999
+
+
+def exported(folder: Path, cache_dir: Path, load_model: Callable[[], Any]) -> Path:
+    """The graph file of the model in `folder`, exported unless the cache has it.
+
+    The key holds the model's files and the libraries' versions. A new graph is compared with `encode` before it is kept.
+    Raises ModelFailed if it gives other vectors.
+    """
+    graph = cache_dir / "openvino" / f"{folder.name}-{_key(folder)}" / "model.xml"
+    if graph.exists():
+        return graph
+    logger.info("exporting %s to OpenVINO, once", folder)
+    import openvino
+
+    model = load_model()
+    converted = _convert(model)
+    graph.parent.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=graph.parent.parent) as temporary:
+        openvino.save_model(converted, Path(temporary) / "new" / "model.xml", compress_to_fp16=False)
+        _compare(compiled(Path(temporary) / "new" / "model.xml", "float32", threads=1, streams=1), model)
+        try:
+            os.rename(Path(temporary) / "new", graph.parent)
+        except OSError:
+            if not graph.exists():  # else another process was first
+                raise
+    return graph
+
+
+def compiled(graph: Path, dtype: str, *, threads: int, streams: int) -> Callable[[dict[str, Any]], Any]:
+    """A function from padded inputs to float32 vectors (texts, dim); up to `streams` threads may run it at once."""
+    import openvino
+
+    model = openvino.Core().compile_model(
+        str(graph),
+        "CPU",
+        {
+            "INFERENCE_PRECISION_HINT": PRECISION[dtype],  # on some CPUs it would choose bfloat16 by itself
+            "NUM_STREAMS": streams,
+            "INFERENCE_NUM_THREADS": threads,
+            "ENABLE_CPU_PINNING": False,  # two models in one process were pinned to the same core
+        },
+    )
+    names = [port.get_any_name() for port in model.inputs]
+    of_thread = threading.local()
+
+    def run(inputs: dict[str, Any]) -> Any:
+        request = getattr(of_thread, "request", None)
+        if request is None:
+            request = of_thread.request = model.create_infer_request()
+        request.infer({name: inputs[name] for name in names}, share_inputs=True)
+        return np.array(request.get_output_tensor(0).data, dtype=np.float32)
+
+    return run
+
+
+def _convert(model: Any) -> Any:
+    """The pipeline as an OpenVINO model of named, dynamic inputs."""
+    import openvino
+    import torch
+
+    class Pipeline(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: Any, attention_mask: Any, token_type_ids: Any = None) -> Any:
+            features = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+            return self.model({k: v for k, v in features.items() if v is not None})["sentence_embedding"]
+
+    example = torch.ones((2, 8), dtype=torch.long)
+    names = set(model.tokenizer.model_input_names) & {"input_ids", "attention_mask", "token_type_ids"}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return openvino.convert_model(Pipeline().eval(), example_input=dict.fromkeys(names, example))
+
+
+def _compare(run: Callable[[dict[str, Any]], Any], model: Any) -> None:
+    texts = [PROBE_TEXT, "Another text, rather longer than the first, so that one of them is padded. " * 3]
+    ids = [model.tokenizer(text)["input_ids"] for text in texts]
+    vectors = run(pad(ids, model.tokenizer.pad_token_id or 0))
+    worst = min(cosine(a, b) for a, b in zip(vectors, model.encode(texts, prompt="", show_progress_bar=False), strict=True))
+    if worst < LEAST_COSINE:
+        raise ModelFailed(f"the exported graph gives other vectors than encode (cosine {worst:.6f})")
+
+
+def _key(folder: Path) -> str:
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts)
+    facts = [f"{f.relative_to(folder)} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
+    facts += [f"{name} {version(name)}" for name in LIBRARIES]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]

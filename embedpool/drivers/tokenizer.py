@@ -1,0 +1,119 @@
+"""Token counts and ids of texts from a model's files alone: the tokenizers package, no torch, no GIL while it works."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from embedpool.drivers.base import Meter
+from embedpool.errors import ModelFailed
+
+# Position 0 of these is behind the padding index, so they hold fewer tokens than positions.
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "ibert")
+
+
+class TokenizerMeter(Meter):
+    """The model's fast tokenizer without padding and truncation. One per served model, shared by all request threads."""
+
+    def __init__(self, folder: Path) -> None:
+        config = _json(folder / "config.json")
+        st_config = _json(folder / "config_sentence_transformers.json")
+        module = folder / _first_module_path(folder)
+        limits = _json(module / "sentence_bert_config.json")
+        tokenizer_config = _json(module / "tokenizer_config.json")
+        self._tokenizer = _load_tokenizer(module)
+        self.pad_id = _pad_id(self._tokenizer, config)
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._lower = bool(limits.get("do_lower_case"))
+        self.prompts = {k: v for k, v in (st_config.get("prompts") or {}).items() if isinstance(v, str)}
+        self.default_prompt = self.prompts.get(st_config.get("default_prompt_name") or "", "")
+        self.max_tokens = _positions(config)
+        own = limits.get("max_seq_length") or tokenizer_config.get("model_max_length")
+        self.default_max_tokens = int(own) if own and own < 1_000_000 else self.max_tokens
+        bare = self._tokenizer.encode("", add_special_tokens=True).ids
+        self._head, self._tail = self._special_ids(bare)
+
+    def measure(self, texts: Sequence[str]) -> list[list[int]]:
+        """See Meter."""
+        given = [text.lower() for text in texts] if self._lower else list(texts)
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(given)]
+
+    def cut(self, ids: list[int], limit: int, side: str) -> list[int]:
+        """See Meter."""
+        head, tail = self._head, self._tail
+        words = ids[len(head) : len(ids) - len(tail)]
+        room = max(limit - len(head) - len(tail), 0)
+        return [*head, *(words[:room] if side == "right" else words[len(words) - room :]), *tail]
+
+    def _special_ids(self, bare: list[int]) -> tuple[list[int], list[int]]:
+        """The special tokens before and after a text."""
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        full = self._tokenizer.encode("a", add_special_tokens=True).ids
+        for start in range(len(full) - len(plain) + 1):
+            if full[start : start + len(plain)] == plain and len(full) - len(plain) == len(bare):
+                return full[:start], full[start + len(plain) :]
+        return [], []
+
+
+def pad(ids: Sequence[Sequence[int]], pad_id: int) -> dict[str, NDArray[np.int64]]:
+    """int64 arrays of shape (texts, longest): input_ids, attention_mask, token_type_ids."""
+    lengths = np.fromiter((len(i) for i in ids), dtype=np.int64, count=len(ids))
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
+    input_ids[mask] = np.concatenate([np.asarray(i, dtype=np.int64) for i in ids])
+    return {
+        "input_ids": input_ids,
+        "attention_mask": mask.astype(np.int64),
+        "token_type_ids": np.zeros_like(input_ids),
+    }
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer:
+    file = folder / "tokenizer.json"
+    if file.exists():
+        return Tokenizer.from_file(str(file))
+    from transformers import AutoTokenizer  # builds a fast tokenizer from older files
+
+    try:
+        built = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return Tokenizer.from_str(built.backend_tokenizer.to_str())
+    except Exception as error:
+        raise ModelFailed(f"{folder.name}: no fast tokenizer: {error}") from None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _first_module_path(folder: Path) -> str:
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ""
+    return str(modules[0].get("path") or "") if modules else ""
+
+
+def _pad_id(tokenizer: Tokenizer, config: dict[str, Any]) -> int:
+    if tokenizer.padding:
+        return int(tokenizer.padding["pad_id"])
+    return int(config.get("pad_token_id") or 0)
+
+
+def _positions(config: dict[str, Any]) -> int | None:
+    positions = config.get("max_position_embeddings")
+    if not positions:
+        return None
+    if config.get("model_type") in OFFSET_POSITIONS:
+        return int(positions) - int(config.get("pad_token_id") or 1) - 1
+    return int(positions)

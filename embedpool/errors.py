@@ -1,0 +1,243 @@
+"""Every error a user can meet: one tree, each class with its HTTP `status` and stable `code`. Imports nothing of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+
+class EmbedpoolError(Exception):
+    """Base of all errors. `fields` maps a path in the input to what is wrong there; `retry_after_s` is in seconds."""
+
+    status = 500
+    code = "internal_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        fields: Mapping[str, str] | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fields = dict(fields or {})
+        self.retry_after_s = retry_after_s
+
+
+# --- 4xx: the caller can do something about it
+
+
+class BadRequest(EmbedpoolError):
+    """Not HTTP, or HTTP that means nothing here."""
+
+    status, code = 400, "bad_request"
+
+
+class BadJson(EmbedpoolError):
+    """The body is not JSON, or not a JSON object."""
+
+    status, code = 400, "bad_json"
+
+
+class EmptyInput(EmbedpoolError):
+    """The list of texts is empty."""
+
+    status, code = 400, "empty_input"
+
+
+class Unauthorized(EmbedpoolError):
+    """No key, or an unknown one."""
+
+    status, code = 401, "unauthorized"
+
+
+class Forbidden(EmbedpoolError):
+    """The caller may not do this, or not from here."""
+
+    status, code = 403, "forbidden"
+
+
+class ModelDisabled(EmbedpoolError):
+    """The model is known and switched off."""
+
+    status, code = 403, "model_disabled"
+
+
+class ModelNotFound(EmbedpoolError):
+    """No model has this name or alias; the message lists near names."""
+
+    status, code = 404, "model_not_found"
+
+    def __init__(self, name: str, known: Iterable[str] = ()) -> None:
+        known = sorted(known)
+        near = near_names(name, known)
+        if near:
+            hint = f"; did you mean {' or '.join(near)}?"
+        elif known:
+            hint = f"; known: {', '.join(known[:10])}"
+        else:
+            hint = "; no model is registered"
+        super().__init__(f"no model has the name or alias {name!r}{hint}")
+
+
+class NotFound(EmbedpoolError):
+    """No such path."""
+
+    status, code = 404, "not_found"
+
+
+class MethodNotAllowed(EmbedpoolError):
+    """The path exists, but not for this method."""
+
+    status, code = 405, "method_not_allowed"
+
+
+class AliasConflict(EmbedpoolError):
+    """The alias is already a name or alias of another model."""
+
+    status, code = 409, "alias_conflict"
+
+
+class ModelExistsDifferently(EmbedpoolError):
+    """A model of this name is registered with a different spec."""
+
+    status, code = 409, "model_exists_differently"
+
+
+class PoolFileInvalid(EmbedpoolError):
+    """pool.yml does not parse or validate; it is left untouched."""
+
+    status, code = 409, "pool_file_invalid"
+
+
+class BodyTooLarge(EmbedpoolError):
+    """The body is larger than `limits.max_body_bytes`."""
+
+    status, code = 413, "body_too_large"
+
+
+class TooManyTexts(EmbedpoolError):
+    """More texts than `limits.max_texts_per_request`."""
+
+    status, code = 413, "too_many_texts"
+
+
+class UnsupportedMediaType(EmbedpoolError):
+    """The content type is not one this path reads."""
+
+    status, code = 415, "unsupported_media_type"
+
+
+class InvalidRequest(EmbedpoolError):
+    """A field has the wrong type or value; `fields` says which."""
+
+    status, code = 422, "validation_error"
+
+
+class TextTooLong(EmbedpoolError):
+    """A text exceeds the limit and the caller asked for an error instead of truncation."""
+
+    status, code = 422, "text_too_long"
+
+
+class UnsupportedOption(EmbedpoolError):
+    """The model cannot honour this option."""
+
+    status, code = 422, "unsupported_option"
+
+
+class Overloaded(EmbedpoolError):
+    """The queue or the pool is full; `retry_after_s` comes from the measured drain rate."""
+
+    status, code = 429, "overloaded"
+
+
+# --- 5xx: it is the server's, or the remote's
+
+
+class InferenceFailed(EmbedpoolError):
+    """The model failed on a text; `fields` names the culprit."""
+
+    status, code = 500, "inference_failed"
+
+
+class UpstreamError(EmbedpoolError):
+    """A remote service failed. Its own 400, 413, 422 and 429 keep their status: those the caller can act on.
+
+    `content_may_cause` says whether a text of the batch, and not the service, may be at fault.
+    """
+
+    status, code = 502, "upstream_error"
+
+    def __init__(
+        self, message: str, *, remote_status: int | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.content_may_cause = remote_status in (400, 413, 422)
+        if remote_status in (400, 413, 422, 429):
+            self.status = remote_status
+
+
+class ModelLoading(EmbedpoolError):
+    """The model is in its first load."""
+
+    status, code = 503, "model_loading"
+
+
+class ModelFailed(EmbedpoolError):
+    """The model failed to load, or its replicas failed repeatedly; they are retried with back-off."""
+
+    status, code = 503, "model_failed"
+
+
+class ShuttingDown(EmbedpoolError):
+    """The server is stopping."""
+
+    status, code = 503, "shutting_down"
+
+
+class DeadlineExceeded(EmbedpoolError):
+    """The request's deadline passed before its vectors were ready."""
+
+    status, code = 504, "deadline_exceeded"
+
+
+class StorageError(EmbedpoolError):
+    """The disk is full or read-only; nothing was changed."""
+
+    status, code = 507, "storage_error"
+
+
+# --- not answered over HTTP
+
+
+class ConfigError(EmbedpoolError):
+    """config.yml does not parse or validate; the message names file, line and key."""
+
+
+class ServerUnreachable(EmbedpoolError):
+    """No server answers at the address."""
+
+
+class ClientGone(EmbedpoolError):
+    """The client closed its connection while its texts waited."""
+
+    status, code = 499, "client_gone"
+
+
+def near_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """Up to `count` of the `known` names that resemble `name`, nearest first."""
+    by_lower = {k.lower(): k for k in known}
+    tails = [k for low, k in by_lower.items() if low.rpartition("/")[2] == name.lower().rpartition("/")[2]]
+    close = [by_lower[m] for m in get_close_matches(name.lower(), by_lower, n=count, cutoff=0.6)]
+    return list(dict.fromkeys(tails + close))[:count]
+
+
+def as_document(error: EmbedpoolError, request_id: str) -> dict[str, Any]:
+    """The one shape of an error over HTTP."""
+    body: dict[str, Any] = {"code": error.code, "message": error.message, "request_id": request_id}
+    if error.fields:
+        body["fields"] = error.fields
+    return {"error": body}

@@ -1,0 +1,41 @@
+"""gunicorn's worker class that runs embedpool's loop: gunicorn supervises, waitress reads and answers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from gunicorn.workers.base import Worker
+
+from embedpool.server import Loop
+
+
+class WaitressWorker(Worker):  # type: ignore[misc]
+    """SIGTERM and Ctrl-C drain; a second Ctrl-C ends at once."""
+
+    _loop: Loop | None = None
+
+    def run(self) -> None:
+        """Serve until told to stop, or until the master is gone."""
+        for listener in self.sockets:
+            listener.sock.setblocking(False)
+        self._loop = Loop(self.wsgi, [listener.sock for listener in self.sockets])
+        self._loop.run(self._heartbeat)
+
+    def _heartbeat(self) -> bool:
+        self.notify()
+        return self.alive and self.ppid == os.getppid()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """SIGTERM."""
+        self.alive = False
+        if self._loop is not None:
+            self._loop.stop()
+
+    def handle_quit(self, sig: int, frame: Any) -> None:
+        """Ctrl-C reaches the whole process group, and the master passes it on as SIGQUIT: both mean one and the same."""
+        if not self.alive and sig == signal.SIGINT:
+            sys.exit(1)
+        self.handle_exit(sig, frame)

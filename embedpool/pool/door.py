@@ -1,0 +1,94 @@
+"""At the door: the texts of a request are prompted, measured and truncated, in the request's own thread."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from embedpool.config.spec import DriverConfig
+from embedpool.errors import InvalidRequest, TextTooLong, UnsupportedOption
+from embedpool.pool.job import Ids
+from embedpool.pool.request import EmbedOptions, EmbedRequest
+
+if TYPE_CHECKING:
+    from embedpool.drivers.base import Meter
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Measured:
+    """Texts ready to be split: `ids` and `tokens` after truncation, `truncated` as indices into the texts."""
+
+    texts: Sequence[str]
+    ids: Sequence[Ids] | None
+    tokens: Sequence[int]
+    truncated: list[int]
+    group: str | None  # JSON of the options passed on to a remote service: only equal ones may share a call
+
+
+def measure(request: EmbedRequest, config: DriverConfig, meter: Meter) -> Measured:
+    """Apply the request's prompt and truncation policy.
+
+    Raises InvalidRequest, TextTooLong (truncate: error) and UnsupportedOption.
+    """
+    options = request.options
+    prefix, passed_on = _prompt_of(options, config, meter)
+    texts = [prefix + text for text in request.texts] if prefix else request.texts
+    if not meter.tokenizes:
+        for name in ("max_seq_length", "truncate"):
+            if (value := getattr(options, name)) is not None:
+                passed_on[name] = value
+        passed_on.update(options.extra)
+        group = json.dumps(passed_on, sort_keys=True) if passed_on else None
+        return Measured(texts, None, meter.estimate(texts), [], group)
+    if options.extra:
+        names = ", ".join(sorted(options.extra))
+        raise UnsupportedOption(
+            f"unknown option for a local model: {names}",
+            fields={f"options.{name}": "not an option of local models" for name in options.extra},
+        )
+    limit = _limit_of(options, config, meter)
+    ids = meter.measure(texts)
+    assert ids is not None  # a meter that tokenizes
+    tokens = [len(i) for i in ids]
+    truncated = [i for i, count in enumerate(tokens) if limit is not None and count > limit]
+    if truncated and limit is not None:
+        policy = options.truncate or "right"
+        if policy == "error":
+            raise TextTooLong(
+                f"texts[{truncated[0]}] has {tokens[truncated[0]]} tokens, the limit is {limit}",
+                fields={f"texts[{i}]": f"{tokens[i]} tokens, the limit is {limit}" for i in truncated[:20]},
+            )
+        for i in truncated:
+            ids[i] = meter.cut(ids[i], limit, policy)
+            tokens[i] = len(ids[i])
+    return Measured(texts, ids, tokens, truncated, None)
+
+
+def _prompt_of(options: EmbedOptions, config: DriverConfig, meter: Meter) -> tuple[str, dict[str, object]]:
+    """The text to put before each text, and what a remote service is asked to do instead."""
+    if options.prompt is not None:
+        return options.prompt, {}
+    if options.prompt_name is None:
+        return meter.default_prompt, {}
+    prompts = {**meter.prompts, **config.prompts}
+    if options.prompt_name in prompts:
+        return prompts[options.prompt_name], {}
+    if not meter.tokenizes:
+        return "", {"prompt_name": options.prompt_name}
+    known = f"known: {', '.join(sorted(prompts))}" if prompts else "this model has none"
+    message = f"no prompt {options.prompt_name!r}; {known}"
+    raise InvalidRequest(f"options.prompt_name: {message}", fields={"options.prompt_name": message})
+
+
+def _limit_of(options: EmbedOptions, config: DriverConfig, meter: Meter) -> int | None:
+    asked = options.max_seq_length
+    if asked is not None and meter.max_tokens is not None and asked > meter.max_tokens:
+        message = f"{asked} is more than the model's {meter.max_tokens} positions"
+        raise InvalidRequest(
+            f"options.max_seq_length: {message}", fields={"options.max_seq_length": message}
+        )
+    limits = [asked or getattr(config, "max_seq_length", None) or meter.default_max_tokens, meter.max_tokens]
+    return min((limit for limit in limits if limit is not None), default=None)
+

@@ -1,0 +1,220 @@
+"""Names and aliases → ServedModel. Requests take no lock: routing is one immutable mapping, swapped whole."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from embedpool.config.spec import ModelSpec, PoolSpec, diff
+from embedpool.errors import ModelFailed, ModelNotFound, Overloaded, ShuttingDown
+from embedpool.pool.model_queue import QueueClosed
+from embedpool.pool.request import EmbedRequest, EmbedResult
+from embedpool.pool.served_model import Engine, ServedModel
+
+logger = logging.getLogger(__name__)
+
+
+class Pool:
+    """`submit` is called by request threads; `apply` by reconcile alone; `prepared` around a registration."""
+
+    def __init__(self, engine: Engine, *, max_inflight_global: int = 256) -> None:
+        self.max_inflight_global = max_inflight_global
+        self.draining = False  # set by the server when it begins to stop: not ready any more, but serving
+        self.stopping = False
+        self._engine = engine
+        self._permits = threading.BoundedSemaphore(max_inflight_global)
+        self._lock = threading.RLock()
+        self._spec = PoolSpec()
+        self._served: dict[str, ServedModel] = {}
+        self._successors: dict[str, ServedModel] = {}
+        self._routes: Mapping[str, ServedModel] = MappingProxyType({})
+        self._candidates: list[ServedModel] = []
+        self._drains: set[threading.Thread] = set()
+
+    # --- the road of a request
+
+    def submit(self, request: EmbedRequest) -> EmbedResult:
+        """Serve one request in the calling thread. Raises the errors of the contract."""
+        if not self._permits.acquire(blocking=False):
+            raise Overloaded(
+                f"{self.max_inflight_global} requests are being served already", retry_after_s=1.0
+            )
+        try:
+            while True:
+                if self.stopping:
+                    raise ShuttingDown("the server is stopping")
+                try:
+                    return self.find(request.model).embed(request)
+                except QueueClosed:
+                    continue  # the model was replaced between look-up and admission; its successor is routed already
+        finally:
+            self._permits.release()
+
+    def find(self, name: str) -> ServedModel:
+        """The model of this name or alias. Raises ModelNotFound."""
+        routes = self._routes
+        served = routes.get(name)
+        if served is None:
+            raise ModelNotFound(name, routes)
+        return served
+
+    # --- the live pool follows the spec
+
+    @contextlib.contextmanager
+    def prepared(self, spec: ModelSpec, timeout_s: float) -> Iterator[None]:
+        """Hold a loaded but unrouted model of this spec, which any `apply` meanwhile adopts; then drop it if none did.
+
+        Raises ModelFailed with the reason if it does not load; nothing is lost then.
+        """
+        candidate = ServedModel(spec, self._engine)
+        try:
+            candidate.start(prove=True)
+            settled = candidate.wait_settled(timeout_s)
+            if not settled or candidate.state == "failed":
+                reason = candidate.last_error if settled else f"not ready within {timeout_s:g} s"
+                raise ModelFailed(f"{spec.model!r} did not load: {reason}")
+            with self._lock:
+                self._candidates.append(candidate)
+            yield
+        finally:
+            with self._lock:
+                adopted = candidate in self._served.values()
+                self._candidates = [c for c in self._candidates if c is not candidate]
+            if not adopted and candidate.state != "draining":
+                self._drain_in_background(candidate)
+
+    def apply(self, spec: PoolSpec) -> None:
+        """Make the live pool what `spec` says, by diff. Never waits for a load.
+
+        A changed model keeps serving until its successor is loaded; a prepared model that fits is adopted.
+        """
+        with self._lock:
+            if self.stopping:
+                return
+            change = diff(self._spec, spec)
+            self._spec = spec
+            leaving = [self._served.pop(name) for name in change.removed]
+            leaving += [s for name in change.removed if (s := self._successors.pop(name, None))]
+            for model in change.added:
+                self._served[model.model] = self._candidate_for(model) or self._begin(model)
+            for model in change.changed:
+                leaving += self._change(model)
+            self._route()
+            for served in leaving:
+                self._drain_in_background(served)
+
+    def _change(self, model: ModelSpec) -> list[ServedModel]:
+        """Bring one served model to its new spec; gives what leaves."""
+        live = self._served[model.model]
+        obsolete = self._successors.pop(model.model, None)
+        leaving = [obsolete] if obsolete else []
+        if live.spec.load_key == model.load_key:
+            live.update(model)
+            return leaving
+        if candidate := self._candidate_for(model):
+            self._served[model.model] = candidate
+            return [*leaving, live]
+        if model.enabled and live.spec.enabled and live.is_serving:
+            # The old one goes on, under the new alias, until the successor is loaded.
+            live.update(dataclasses.replace(live.spec, alias=model.alias))
+            successor = self._successors[model.model] = ServedModel(model, self._engine, on_ready=self._promote)
+            successor.start(prove=True)
+            return leaving
+        self._served[model.model] = self._begin(model)
+        return [*leaving, live]
+
+    def _begin(self, model: ModelSpec) -> ServedModel:
+        served = ServedModel(model, self._engine)
+        served.start()
+        return served
+
+    def _candidate_for(self, model: ModelSpec) -> ServedModel | None:
+        for candidate in self._candidates:
+            if candidate.spec.load_key == model.load_key:
+                self._candidates.remove(candidate)
+                candidate.update(model)
+                return candidate
+        return None
+
+    def _promote(self, successor: ServedModel) -> None:
+        """On the successor's replica thread, when it is ready. Until then the old one goes on; /status shows why."""
+        with self._lock:
+            name = successor.spec.model
+            if self._successors.get(name) is not successor:
+                return
+            del self._successors[name]
+            old, self._served[name] = self._served[name], successor
+            self._route()
+        logger.info("%s: the changed model is loaded and takes over", name)
+        self._drain_in_background(old)
+
+    def _route(self) -> None:
+        routes = {alias: s for s in self._served.values() if (alias := s.spec.alias)}
+        self._routes = MappingProxyType({**routes, **{s.spec.model: s for s in self._served.values()}})
+
+    # --- leaving
+
+    def _drain_in_background(self, served: ServedModel) -> None:
+        served.close()
+        thread = threading.Thread(
+            target=self._drain, args=(served,), name=f"drain-{served.spec.model}", daemon=True
+        )
+        self._drains.add(thread)
+        thread.start()
+
+    def _drain(self, served: ServedModel) -> None:
+        served.drain(self._engine.request_timeout_s)
+        self._drains.discard(threading.current_thread())
+
+    def stop(self, grace_s: float = 0.0) -> int:
+        """Refuse new requests, wait up to `grace_s` for those inside, fail the rest, stop every replica.
+
+        Gives the number of requests that got 503 instead of their vectors. After it no thread of the pool is left but
+        those hung in a driver.
+        """
+        with self._lock:
+            self.stopping = True
+            leaving = [*self._served.values(), *self._successors.values()]
+            self._routes = MappingProxyType({})
+            self._served, self._successors = {}, {}
+        threads = []
+        given_up: list[int] = []
+        for served in leaving:
+            served.close()
+            thread = threading.Thread(target=lambda s=served: given_up.append(s.drain(grace_s)), name="stop")
+            threads.append(thread)
+            thread.start()
+        for thread in [*threads, *self._drains]:
+            thread.join(grace_s + 10.0)
+        return sum(given_up)
+
+    # --- what can be seen
+
+    @property
+    def models(self) -> list[ServedModel]:
+        """Every model, in the order of pool.yml."""
+        served = self._served
+        return [served[m.model] for m in self._spec.models if m.model in served]
+
+    @property
+    def booted(self) -> bool:
+        """Whether every enabled model has finished its first load or failed."""
+        return all(s.settled for s in self.models)
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """The models' entries in /status; `successor` while a changed model is being loaded."""
+        entries = []
+        for served in self.models:
+            entry = served.snapshot()
+            successor = self._successors.get(served.spec.model)
+            if successor is not None:
+                entry["successor"] = {"state": successor.state, "last_error": successor.last_error}
+            entries.append(entry)
+        return entries
+
+

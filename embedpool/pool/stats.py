@@ -1,0 +1,57 @@
+"""Counters of one model, and the rate at which it works."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from typing import Any
+
+RATE_MEMORY_S = 30.0  # compute time after which an observation counts for 1/e
+
+
+class ModelStats:
+    """Thread-safe. `texts`, `tokens` and `truncated` count answered requests; `batches` and `rows` driver calls."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
+        self._compute_s = 0.0
+        self._recent_texts = 0.0
+        self._recent_s = 0.0
+
+    def answered(self, texts: int, tokens: int, truncated: int) -> None:
+        """A request got its vectors."""
+        with self._lock:
+            self._counts.update(requests=1, texts=texts, tokens=tokens, truncated=truncated)
+
+    def refused(self, code: str) -> None:
+        """A request got an error."""
+        with self._lock:
+            self._counts["requests"] += 1
+            self._errors[code] += 1
+
+    def batch(self, rows: int, tokens: int, padded_tokens: int, compute_s: float) -> None:
+        """A driver call succeeded."""
+        with self._lock:
+            self._counts.update(batches=1, rows=rows, batch_tokens=tokens, padded_tokens=padded_tokens)
+            self._compute_s += compute_s
+            keep = math.exp(-compute_s / RATE_MEMORY_S)
+            self._recent_texts = self._recent_texts * keep + rows
+            self._recent_s = self._recent_s * keep + compute_s
+
+    def texts_per_busy_s(self) -> float:
+        """Recent texts per second of one busy worker; 0 before the first batch."""
+        with self._lock:
+            return self._recent_texts / self._recent_s if self._recent_s else 0.0
+
+    def snapshot(self) -> dict[str, Any]:
+        """All counters as plain numbers; `errors` by code."""
+        names = ("requests", "texts", "tokens", "truncated", "batches", "rows", "batch_tokens", "padded_tokens")
+        with self._lock:
+            return {
+                **{name: self._counts[name] for name in names},
+                "compute_s": round(self._compute_s, 6),
+                "errors": dict(self._errors),
+            }

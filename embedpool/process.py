@@ -1,0 +1,132 @@
+"""The server's process as seen from outside: its pid file, starting it detached, stopping it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from embedpool.config.settings import Settings
+from embedpool.errors import ConfigError, StorageError
+
+START_TIMEOUT_S = 60
+LOG_TAIL_LINES = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """A server that lives now."""
+
+    pid: int
+    address: str
+    process: psutil.Process
+
+
+class PidFile:
+    """Three lines: the pid of the server's parent process, its address, the process's start time.
+
+    The start time tells a stale file from a living server: pids are used again.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.path = settings.file(settings.process.pid_file)
+
+    def write(self, address: str) -> None:
+        """Claim the file for this process. Raises StorageError."""
+        pid = os.getpid()
+        temporary = self.path.with_name(f"{self.path.name}.{pid}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(f"{pid}\n{address}\n{psutil.Process(pid).create_time():.2f}\n")
+            temporary.replace(self.path)
+        except OSError as error:
+            raise StorageError(f"{self.path} cannot be written: {error}") from None
+
+    def remove(self) -> None:
+        """Remove the file if it is this process's own."""
+        running = self.read()
+        if running and running.pid == os.getpid():
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+
+    def read(self) -> Running | None:
+        """The living server of this file; None if there is none, also when the pid belongs to another program by now."""
+        try:
+            pid, address, started = self.path.read_text().split("\n")[:3]
+            process = psutil.Process(int(pid))
+            if abs(process.create_time() - float(started)) > 1 or process.status() == psutil.STATUS_ZOMBIE:
+                return None
+        except (OSError, ValueError, psutil.Error):
+            return None
+        return Running(int(pid), address, process)
+
+
+def start_detached(settings: Settings, arguments: list[str]) -> Iterator[Running | None]:
+    """Start `embedpool pool start` in a session of its own; yields None while it starts, at last the running server.
+
+    Raises ConfigError with the end of the log if it ends or does not answer in time.
+    """
+    log = settings.file(settings.paths.logs_dir) / "embedpool.log"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        stream = log.open("ab")
+    except OSError as error:
+        raise StorageError(f"{log} cannot be written: {error}") from None
+    with stream:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "embedpool", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        running = PidFile(settings).read()
+        if running and running.pid == child.pid and _answers(running.address):
+            yield running
+            return
+        try:
+            code = child.wait(0.1)
+        except subprocess.TimeoutExpired:
+            yield None
+            continue
+        raise ConfigError(f"the server ended with exit code {code}; the end of {log}:\n{_tail(log)}")
+    child.terminate()
+    raise ConfigError(f"the server did not answer within {START_TIMEOUT_S} s; the end of {log}:\n{_tail(log)}")
+
+
+def stop(running: Running, grace_s: float) -> bool:
+    """Ask the server to drain and end, wait, and only then insist. True if it ended by itself."""
+    children = running.process.children(recursive=True)
+    running.process.terminate()
+    try:
+        running.process.wait(grace_s)
+    except psutil.TimeoutExpired:
+        for process in (running.process, *children):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        running.process.wait(10)
+        return False
+    return True
+
+
+def _answers(address: str) -> bool:
+    from embedpool.client import Client
+    from embedpool.errors import EmbedpoolError
+
+    try:
+        return bool(Client(address, timeout_s=2).health()["ok"])
+    except EmbedpoolError:
+        return False
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])

@@ -1,0 +1,122 @@
+"""pool.yml becomes the live pool. The one writer of the live pool, under one lock; it always re-reads the file.
+
+Nobody passes specs around, so an older state can never land last. A registration loads its candidate unrouted, then edits
+the file, then reconciles: failure needs no undo, and the file lock is never held during a load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from embedpool.config import edit
+from embedpool.config.pool_yml import PoolFile
+from embedpool.config.spec import ModelSpec, PoolSpec
+from embedpool.errors import PoolFileInvalid
+from embedpool.pool.pool import Pool
+
+logger = logging.getLogger(__name__)
+
+
+class Reconciler:
+    """Called by management routes (request threads) and by the watch (its thread)."""
+
+    def __init__(self, pool_file: PoolFile, pool: Pool, *, load_timeout_s: float = 600.0) -> None:
+        self.pool_file = pool_file
+        self.last_reload: dict[str, Any] | None = None
+        self.reloads: Counter[str] = Counter()
+        self._pool = pool
+        self._load_timeout_s = load_timeout_s
+        self._lock = threading.Lock()
+
+    def reload(self, reason: str) -> PoolSpec:
+        """Make the live pool what the file says. Raises PoolFileInvalid; the old pool then goes on."""
+        with self._lock:
+            try:
+                spec = self.pool_file.read()
+            except PoolFileInvalid as error:
+                if not self.last_reload or self.last_reload["error"] != error.message:
+                    logger.error("pool.yml is not followed: %s", error.message)
+                self._note(reason, error.message)
+                raise
+            self._pool.apply(spec)
+            self._note(reason, None)
+            return spec
+
+    def on_file_change(self) -> None:
+        """For the watch: a broken file is noted, in last_reload and in the log, and changes nothing."""
+        with contextlib.suppress(PoolFileInvalid):
+            self.reload("pool.yml changed")
+
+    # --- management: each edits the file, follows it and gives the model's name.
+    # All raise PoolFileInvalid and StorageError, and what their function of config/edit.py raises.
+
+    def register(self, spec: ModelSpec, *, replace: bool, wait: bool) -> str:
+        """Add or replace a model; with `wait` it is loaded first. Raises ModelFailed."""
+
+        def change(pool: PoolSpec) -> PoolSpec:
+            return edit.register(pool, spec, replace=replace)
+
+        before = self.pool_file.read()
+        change(before)  # refused before anything is loaded
+        self._change_loaded(change, before.find(spec.model), spec, "register", wait=wait)
+        return spec.model
+
+    def set_enabled(self, name: str, enabled: bool) -> str:
+        """Switch a model on, loaded first, or off. Raises ModelFailed."""
+        old = edit.find(self.pool_file.read(), name)
+        new = dataclasses.replace(old, enabled=enabled)
+        self._change_loaded(lambda p: edit.set_enabled(p, name, enabled), old, new, "enable", wait=True)
+        return old.model
+
+    def set_alias(self, name: str, alias: str | None) -> str:
+        """Give a model an alias, or take it away."""
+        return self._change_named(name, lambda pool, model: edit.set_alias(pool, model, alias), "alias")
+
+    def unregister(self, name: str) -> str:
+        """Remove a model."""
+        return self._change_named(name, edit.unregister, "unregister")
+
+    def _change_named(self, name: str, change: Callable[[PoolSpec, str], PoolSpec], reason: str) -> str:
+        found: list[str] = []
+
+        def named(pool: PoolSpec) -> PoolSpec:
+            found.append(edit.find(pool, name).model)
+            return change(pool, found[-1])
+
+        self._change(named, reason)
+        return found[-1]
+
+    def _change_loaded(
+        self,
+        change: Callable[[PoolSpec], PoolSpec],
+        old: ModelSpec | None,
+        new: ModelSpec,
+        reason: str,
+        *,
+        wait: bool,
+    ) -> None:
+        if not (wait and new.enabled and (old is None or old.load_key != new.load_key)):
+            self._change(change, reason)
+            return
+        with self._pool.prepared(new, self._load_timeout_s):
+            self._change(change, reason)
+
+    def _change(self, change: Callable[[PoolSpec], PoolSpec], reason: str) -> None:
+        self.pool_file.edit(change)
+        self.reload(reason)
+
+    def _note(self, reason: str, error: str | None) -> None:
+        self.reloads["failed" if error else "ok"] += 1
+        self.last_reload = {
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "reason": reason,
+            "ok": error is None,
+            "error": error,
+        }

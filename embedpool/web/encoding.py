@@ -1,0 +1,58 @@
+"""Vectors → JSON, base64 or npy, without passing a float through Python."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+import orjson
+from flask import Response
+
+from embedpool.pool.request import EmbedResult, Vectors
+
+NPY = "application/x-npy"
+
+
+def json_response(document: Any, status: int = 200) -> Response:
+    """Any document; numpy arrays in it become lists of numbers."""
+    body = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(body, status, mimetype="application/json")
+
+
+def as_base64(vectors: Vectors) -> list[str]:
+    """One string per vector: its bytes, little-endian, in its dtype."""
+    little = np.ascontiguousarray(vectors, dtype=vectors.dtype.newbyteorder("<"))
+    return [base64.b64encode(row).decode("ascii") for row in little]
+
+
+def embed_response(result: EmbedResult, encoding: str) -> Response:
+    """The answer of POST /embed."""
+    return json_response(
+        {
+            "model": result.model,
+            "dim": result.dim,
+            "vectors": as_base64(result.vectors) if encoding == "base64" else result.vectors,
+            "meta": {
+                "count": len(result.vectors),
+                "tokens": result.tokens,
+                "truncated": result.truncated,
+                "queue_ms": round(result.queue_ms, 3),
+                "compute_ms": round(result.compute_ms, 3),
+                "total_ms": round(result.total_ms, 3),
+                "replicas": result.replicas,
+            },
+        }
+    )
+
+
+def npy_response(result: EmbedResult) -> Response:
+    """One .npy array of shape (texts, dim); the counts travel in headers."""
+    stream = io.BytesIO()
+    np.save(stream, result.vectors, allow_pickle=False)
+    response = Response(stream.getvalue(), mimetype=NPY)
+    response.headers["X-Embedpool-Model"] = result.model
+    response.headers["X-Embedpool-Tokens"] = str(result.tokens)
+    response.headers["X-Embedpool-Truncated"] = str(len(result.truncated))
+    return response

@@ -1,0 +1,109 @@
+"""The management endpoints: change pool.yml and let the pool follow. Guarded against web pages and proxies."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from flask import Blueprint, Request, Response, request
+
+from embedpool.config import edit
+from embedpool.config.settings import Settings
+from embedpool.errors import Forbidden, InvalidRequest
+from embedpool.pool.pool import Pool
+from embedpool.web.encoding import json_response
+from embedpool.web.schemas import AliasSchema, EnableSchema, RegisterSchema, ReloadSchema, read_json
+
+if TYPE_CHECKING:
+    from embedpool.reconcile import Reconciler
+
+PROXY_HEADERS = ("Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-Ip", "Via")
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+def blueprint(pool: Pool, reconciler: Reconciler, settings: Settings) -> Blueprint:
+    """The routes that change the pool. Each answers with the model's entry of /status."""
+    routes = Blueprint("manage", __name__)
+    own_hosts = {*LOOPBACK_NAMES, settings.server.host.lower(), *(h.lower() for h in settings.security.allowed_hosts)}
+
+    def read(schema: type[Any]) -> dict[str, Any]:
+        return read_json(request, schema, settings.limits)
+
+    @routes.before_request
+    def guard() -> None:
+        if request.method not in ("GET", "HEAD", "OPTIONS"):
+            refuse_strangers(request, own_hosts)
+
+    @routes.post("/models/register")
+    def register() -> Response:
+        flat = read(RegisterSchema)
+        if (flat.get("driver_config") or {}).get("trust_remote_code"):
+            says = "may only be set in pool.yml on the server's disk"
+            raise InvalidRequest(
+                f"driver_config.trust_remote_code: {says}", fields={"driver_config.trust_remote_code": says}
+            )
+        spec = edit.parse_registration(flat)
+        wait = flag("wait", True)
+        return answer(reconciler.register(spec, replace=flag("replace", False), wait=wait), 200 if wait else 202)
+
+    @routes.post("/models/alias")
+    def alias() -> Response:
+        body = read(AliasSchema)
+        return answer(reconciler.set_alias(body["model"], body.get("alias")))
+
+    @routes.post("/models/enable")
+    def enable() -> Response:
+        body = read(EnableSchema)
+        return answer(reconciler.set_enabled(body["model"], body["enabled"]))
+
+    @routes.delete("/models/<path:name>")
+    def unregister(name: str) -> Response:
+        return json_response({"ok": True, "model": reconciler.unregister(name), "removed": True})
+
+    @routes.post("/reload")
+    def reload() -> Response:
+        body = read(ReloadSchema)
+        reconciler.reload(body["reason"])
+        return json_response({"ok": True, "last_reload": reconciler.last_reload})
+
+    def answer(model: str, status: int = 200) -> Response:
+        entry = pool.find(model).snapshot()
+        return json_response({"ok": True, **entry}, status)
+
+    return routes
+
+
+def flag(name: str, default: bool) -> bool:
+    """A boolean of the query string. Raises InvalidRequest."""
+    given = request.args.get(name)
+    if given is None:
+        return default
+    if given not in ("true", "false"):
+        raise InvalidRequest(f"{name}: must be true or false", fields={name: "must be true or false"})
+    return given == "true"
+
+
+def refuse_strangers(of: Request, own_hosts: set[str]) -> None:
+    """Let in only a program on this machine that means this server. Raises Forbidden.
+
+    A web page can make a browser send requests to loopback: its Origin or, after DNS rebinding, its Host tells it apart.
+    What came through a proxy is not a loopback request, whoever connected last.
+    """
+    host = urlsplit(f"//{of.host}").hostname or ""
+    if host not in own_hosts:
+        raise Forbidden(f"management is not answered under the Host {of.host!r}; see security.allowed_hosts")
+    origin = of.headers.get("Origin")
+    if origin is not None and (urlsplit(origin).hostname or "") not in own_hosts:
+        raise Forbidden("management is closed to other origins")
+    if any(header in of.headers for header in PROXY_HEADERS):
+        raise Forbidden("management is closed to requests that came through a proxy")
+    if not _is_loopback(of.remote_addr):
+        raise Forbidden("management is closed to other machines")
+
+
+def _is_loopback(address: str | None) -> bool:
+    try:
+        return ipaddress.ip_address((address or "").split("%")[0]).is_loopback
+    except ValueError:
+        return address == "localhost"  # a unix socket

@@ -1,0 +1,53 @@
+"""POST /embed: the native endpoint, from body to vectors."""
+
+from __future__ import annotations
+
+from flask import Blueprint, Request, Response, request
+
+from embedpool.config.settings import Limits
+from embedpool.errors import InvalidRequest
+from embedpool.pool.pool import Pool
+from embedpool.pool.request import EmbedRequest
+from embedpool.web.encoding import NPY, embed_response, npy_response
+from embedpool.web.schemas import EmbedSchema, check_texts, embed_options, read_json
+
+TIMEOUT_HEADER = "X-Request-Timeout-Ms"
+
+
+def blueprint(pool: Pool, limits: Limits) -> Blueprint:
+    """The routes that embed."""
+    routes = Blueprint("native", __name__)
+
+    @routes.post("/embed")
+    def embed() -> Response:
+        body = read_json(request, EmbedSchema, limits)
+        options = body["options"]
+        result = pool.submit(
+            EmbedRequest(
+                model=body["model"],
+                texts=check_texts(body["texts"], limits),
+                options=embed_options(options),
+                timeout_s=timeout_s(request),
+                client_gone=request.environ.get("waitress.client_disconnected", _never),
+            )
+        )
+        if request.accept_mimetypes.best == NPY:
+            return npy_response(result)
+        return embed_response(result, options.get("encoding", "float"))
+
+    return routes
+
+
+def timeout_s(of: Request) -> float | None:
+    """The deadline the client asks for, in seconds. Raises InvalidRequest."""
+    given = of.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return None
+    if not given.isascii() or not given.isdigit() or int(given) == 0:
+        says = "must be a positive whole number of milliseconds"
+        raise InvalidRequest(f"{TIMEOUT_HEADER}: {says}", fields={TIMEOUT_HEADER: says})
+    return int(given) / 1000
+
+
+def _never() -> bool:
+    return False

@@ -1,0 +1,85 @@
+"""What can be seen of the server: health, readiness, status, models, metrics."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from flask import Blueprint, Response
+
+from embedpool import __version__
+from embedpool.config.pool_yml import as_document
+from embedpool.pool.pool import Pool
+from embedpool.pool.served_model import ServedModel
+from embedpool.web import metrics
+from embedpool.web.encoding import json_response
+
+if TYPE_CHECKING:
+    from embedpool.reconcile import Reconciler
+
+
+def blueprint(pool: Pool, reconciler: Reconciler) -> Blueprint:
+    """The routes that only look."""
+    routes = Blueprint("observe", __name__)
+    prometheus = metrics.registry(pool, reconciler)
+
+    @routes.get("/health")
+    def health() -> Response:
+        return json_response({"ok": True, "booted": pool.booted, "models": len(pool.models)})
+
+    @routes.get("/ready")
+    def ready() -> Response:
+        models = [m for m in pool.models if m.spec.enabled]
+        loading = [m.spec.model for m in models if not m.settled]
+        failed = [m.spec.model for m in models if m.settled and m.state == "failed"]
+        ok = not loading and not pool.draining
+        document = {"ready": ok, "stopping": pool.draining, "loading": loading, "failed": failed}
+        return json_response(document, 200 if ok else 503)
+
+    @routes.get("/ready/<path:name>")
+    def ready_model(name: str) -> Response:
+        served = pool.find(name)
+        ok = served.is_serving and not pool.draining
+        document = {"ready": ok, "model": served.spec.model, "state": served.state}
+        return json_response(document, 200 if ok else 503)
+
+    @routes.get("/status")
+    def status() -> Response:
+        return json_response(
+            {
+                "version": __version__,
+                "pid": os.getpid(),
+                "stopping": pool.draining,
+                "pool_file": str(reconciler.pool_file.path),
+                "last_reload": reconciler.last_reload,
+                "models": pool.snapshot(),
+            }
+        )
+
+    @routes.get("/models")
+    def models() -> Response:
+        entries = [_entry(served, name) for served in pool.models for name in served.spec.names]
+        return json_response({"object": "list", "data": entries})
+
+    @routes.get("/models/<path:name>")
+    def model(name: str) -> Response:
+        return json_response(_entry(pool.find(name), name))
+
+    @routes.get("/metrics")
+    def get_metrics() -> Response:
+        body, content_type = metrics.render(prometheus)
+        return Response(body, content_type=content_type)
+
+    return routes
+
+
+def _entry(served: ServedModel, name: str) -> dict[str, Any]:
+    """OpenAI's shape of a model, with its spec and state beside."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "embedpool",
+        "state": served.state,
+        "spec": as_document(served.spec),
+    }

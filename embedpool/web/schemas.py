@@ -1,0 +1,148 @@
+"""What may come in over HTTP, as marshmallow schemas; also the source of the API's documentation.
+
+Texts are checked by hand: thousands of strings need one pass, not a field each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import marshmallow as ma
+import orjson
+from flask import Request
+from marshmallow import fields, validate
+
+from embedpool.config.edit import REGISTRATION_KEYS
+from embedpool.config.fields import StrictBoolean, StrictInteger, StrictSchema, dotted, faults
+from embedpool.config.settings import Limits
+from embedpool.errors import BadJson, BodyTooLarge, EmptyInput, InvalidRequest, TooManyTexts, UnsupportedMediaType
+from embedpool.pool.request import EmbedOptions
+
+
+class OptionsSchema(StrictSchema):
+    """`options` of POST /embed. Unknown ones are kept: remote services get them, local models refuse them."""
+
+    class Meta:
+        """marshmallow's settings."""
+
+        unknown = ma.INCLUDE
+
+    normalize = StrictBoolean()
+    max_seq_length = StrictInteger(validate=validate.Range(min=1))
+    dtype = fields.String(validate=validate.OneOf(("float32", "float16")))
+    dimensions = StrictInteger(validate=validate.Range(min=1))
+    prompt = fields.String()
+    prompt_name = fields.String()
+    truncate = fields.String(validate=validate.OneOf(("error", "left", "right")))
+    precision = fields.String(validate=validate.OneOf(("float32", "int8", "uint8", "binary", "ubinary")))
+    encoding = fields.String(validate=validate.OneOf(("float", "base64")), load_default="float")
+
+
+class EmbedSchema(StrictSchema):
+    """Body of POST /embed."""
+
+    model = fields.String(required=True)
+    texts = fields.Raw(required=True)
+    options = fields.Nested(OptionsSchema, load_default=dict)
+
+
+class AliasSchema(StrictSchema):
+    """Body of POST /models/alias; null or "" clears the alias."""
+
+    model = fields.String(required=True)
+    alias = fields.String()
+
+
+class EnableSchema(StrictSchema):
+    """Body of POST /models/enable."""
+
+    model = fields.String(required=True)
+    enabled = StrictBoolean(required=True)
+
+
+class ReloadSchema(StrictSchema):
+    """Body of POST /reload."""
+
+    reason = fields.String(load_default="asked over HTTP")
+
+
+class RegisterSchema(StrictSchema):
+    """Body of POST /models/register; its keys and values are checked with those of pool.yml."""
+
+    @ma.pre_load
+    def _drop_nulls_and_name_unknown_keys(self, data: Any, **kwargs: Any) -> Any:
+        return data
+
+    class Meta:
+        """marshmallow's settings."""
+
+        include = {key: fields.Raw() for key in REGISTRATION_KEYS}
+        unknown = ma.INCLUDE
+
+
+def read_json(request: Request, schema: type[StrictSchema], limits: Limits) -> dict[str, Any]:
+    """The request's JSON object through a schema. Raises the 400s, 413, 415 and 422 of the contract."""
+    if request.mimetype != "application/json":
+        raise UnsupportedMediaType(
+            f"send Content-Type: application/json, not {request.mimetype or 'none at all'}"
+        )
+    body = read_body(request, limits)
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadJson(f"the body is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise BadJson("the body must be a JSON object")
+    return load(schema, document)
+
+
+def read_body(request: Request, limits: Limits) -> bytes:
+    """The body, if it is within `max_body_bytes`."""
+    length = request.content_length
+    if length is not None and length > limits.max_body_bytes:
+        raise BodyTooLarge(f"the body has {length} bytes, the limit is {limits.max_body_bytes}")
+    body = request.get_data(cache=False)
+    if len(body) > limits.max_body_bytes:
+        raise BodyTooLarge(f"the body is over the limit of {limits.max_body_bytes} bytes")
+    return body
+
+
+def load(schema: type[StrictSchema], document: Mapping[str, Any]) -> dict[str, Any]:
+    """A document through a schema. Raises InvalidRequest with the path of each bad field."""
+    try:
+        loaded: dict[str, Any] = schema().load(document)
+    except ma.ValidationError as error:
+        found = {dotted(path): sentence for path, sentence in faults(error.messages)}
+        raise InvalidRequest("; ".join(f"{path}: {says}" for path, says in found.items()), fields=found) from None
+    return loaded
+
+
+def check_texts(texts: Any, limits: Limits, path: str = "texts") -> list[str]:
+    """A list of strings within the limits. Raises EmptyInput, TooManyTexts, InvalidRequest."""
+    if not isinstance(texts, list):
+        raise InvalidRequest(f"{path}: must be a list of strings", fields={path: "must be a list of strings"})
+    if not texts:
+        raise EmptyInput(f"{path}: the list is empty")
+    if len(texts) > limits.max_texts_per_request:
+        raise TooManyTexts(
+            f"{path}: {len(texts)} texts, the limit of a request is {limits.max_texts_per_request}"
+        )
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            where = f"{path}[{i}]"
+            raise InvalidRequest(f"{where}: must be a string", fields={where: "must be a string"})
+        if len(text) > limits.max_chars_per_text:
+            where, says = f"{path}[{i}]", f"{len(text)} characters, the limit is {limits.max_chars_per_text}"
+            raise InvalidRequest(f"{where}: {says}", fields={where: says})
+    return texts
+
+
+def embed_options(loaded: Mapping[str, Any]) -> EmbedOptions:
+    """The pool's options from loaded ones; `encoding` is the answer's business, what is unknown becomes `extra`."""
+    known = {k: v for k, v in loaded.items() if k in _POOL_OPTIONS}
+    extra = {k: v for k, v in loaded.items() if k not in OptionsSchema._declared_fields}
+    return EmbedOptions(**known, extra=extra)
+
+
+_POOL_OPTIONS = set(OptionsSchema._declared_fields) - {"encoding"}
