@@ -1,6 +1,7 @@
 """gunicorn -c conf/gunicorn.conf.py 'embedpool.server:wsgi()'
 
-Everything comes from config.yml (EMBEDPOOL_CONFIG names it, else .config/config.yml); add gunicorn's own settings below.
+Everything comes from config.yml (EMBEDPOOL_CONFIG names it, else .config/config.yml).
+Add gunicorn's own settings below.
 """
 
 from embedpool.server import gunicorn_settings

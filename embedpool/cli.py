@@ -88,7 +88,6 @@ if TYPE_CHECKING:
     from embedpool.client import Client
     from embedpool.config.settings import Settings
     from embedpool.config.spec import PoolSpec
-    from embedpool.process import Running
 
 OK, FAILED, USAGE, NOT_RUNNING, NO_SUCH_MODEL = 0, 1, 2, 3, 4
 LOAD_TIMEOUT_S = 900.0
@@ -226,7 +225,7 @@ def pool_stop(arguments: Arguments) -> int:
 def pool_status(arguments: Arguments) -> int:
     """The live pool, or without a server what pool.yml says."""
     settings = _settings(arguments)
-    client, _ = _client(settings)
+    client = _client(settings)
     if client is None:
         models = _pool_file_status(settings)
         if arguments["--json"]:
@@ -248,7 +247,7 @@ def pool_status(arguments: Arguments) -> int:
 
 def pool_health(arguments: Arguments) -> int:
     """Whether the server answers."""
-    client, running = _client(_settings(arguments))
+    client = _client(_settings(arguments))
     health = client.health() if client else {"ok": False}
     if arguments["--json"]:
         print(json.dumps(health))
@@ -279,13 +278,12 @@ def _print_models(models: list[dict[str, Any]]) -> None:
     if not models:
         print("no models; `embedpool register` adds one")
         return
-    rows = [("MODEL", "ALIAS", "STATE", "TYPE", "REPLICAS", "QUEUE", "REQUESTS", "ERRORS")]
+    rows = [["MODEL", "ALIAS", "STATE", "TYPE", "REPLICAS", "QUEUE", "REQUESTS", "ERRORS"]]
     for m in models:
-        counters = m.get("counters", {})
+        counters = m.get("counters", {"requests": "-", "errors": {}})
         replicas = f"{m['replicas_busy']}/{m['replicas']} busy" if "replicas" in m else "-"
-        errors = sum(counters["errors"].values()) if counters else "-"
-        row = (m["model"], m["alias"] or "-", m["state"], m["driver_type"], replicas, m.get("queue_len", "-"))
-        rows.append((*map(str, row), str(counters.get("requests", "-")), str(errors)))  # type: ignore[arg-type]
+        cells = (m["model"], m["alias"] or "-", m["state"], m["driver_type"], replicas, m.get("queue_len", "-"))
+        rows.append([*map(str, cells), str(counters["requests"]), str(sum(counters["errors"].values()))])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -361,9 +359,7 @@ def unregister(arguments: Arguments) -> int:
     from embedpool.config import edit
 
     model = arguments["--model"]
-    return _manage(
-        arguments, None, lambda c: c.unregister(model), lambda p: edit.unregister(p, model), "unregistered"
-    )
+    return _manage(arguments, None, lambda c: c.unregister(model), lambda p: edit.unregister(p, model), "unregistered")
 
 
 def _manage(
@@ -374,7 +370,7 @@ def _manage(
     done: str,
 ) -> int:
     settings = _settings(arguments)
-    client, _ = _client(settings)
+    client = _client(settings)
     if client is None:
         from embedpool.config.pool_yml import PoolFile
 
@@ -389,7 +385,7 @@ def _manage(
     return OK
 
 
-def _client(settings: Settings) -> tuple[Client | None, Running | None]:
+def _client(settings: Settings) -> Client | None:
     """A client of the server of the pid file, else of the one at client.base_url; None if none answers."""
     from embedpool.client import Client
     from embedpool.errors import ServerUnreachable
@@ -403,8 +399,8 @@ def _client(settings: Settings) -> tuple[Client | None, Running | None]:
     except ServerUnreachable:
         if running:
             raise  # it lives and does not answer: editing its file behind its back would hide that
-        return None, None
-    return client, running
+        return None
+    return client
 
 
 NEEDED = {"local_st": (), "http": ("--base-url",), "fake": ()}

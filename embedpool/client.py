@@ -11,7 +11,7 @@ from embedpool.errors import EmbedpoolError, ServerUnreachable
 
 
 class Client:
-    """Speaks to the server at `base_url`. Every method raises EmbedpoolError with the status and code of the server's error."""
+    """Speaks to the server at `base_url`. Raises EmbedpoolError with the server's status and code."""
 
     def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 120.0) -> None:
         self._base_url = base_url.rstrip("/")

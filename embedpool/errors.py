@@ -1,4 +1,4 @@
-"""Every error a user can meet: one tree, each class with its HTTP `status` and stable `code`. Imports nothing of ours."""
+"""Every error a user can meet: one tree, each class with its HTTP `status` and stable `code`. Imports nothing."""
 
 from __future__ import annotations
 
@@ -171,9 +171,7 @@ class UpstreamError(EmbedpoolError):
 
     status, code = 502, "upstream_error"
 
-    def __init__(
-        self, message: str, *, remote_status: int | None = None, retry_after_s: float | None = None
-    ) -> None:
+    def __init__(self, message: str, *, remote_status: int | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message, retry_after_s=retry_after_s)
         self.content_may_cause = remote_status in (400, 413, 422)
         if remote_status in (400, 413, 422, 429):

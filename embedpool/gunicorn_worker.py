@@ -35,7 +35,7 @@ class WaitressWorker(Worker):  # type: ignore[misc]
             self._loop.stop()
 
     def handle_quit(self, sig: int, frame: Any) -> None:
-        """Ctrl-C reaches the whole process group, and the master passes it on as SIGQUIT: both mean one and the same."""
+        """Ctrl-C reaches the whole process group, and the master passes it on as SIGQUIT: both mean the same."""
         if not self.alive and sig == signal.SIGINT:
             sys.exit(1)
         self.handle_exit(sig, frame)

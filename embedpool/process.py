@@ -57,7 +57,7 @@ class PidFile:
                 self.path.unlink()
 
     def read(self) -> Running | None:
-        """The living server of this file; None if there is none, also when the pid belongs to another program by now."""
+        """The living server of this file; None if there is none, or its pid is another program's by now."""
         try:
             pid, address, started = self.path.read_text().split("\n")[:3]
             process = psutil.Process(int(pid))
@@ -80,7 +80,7 @@ def start_detached(settings: Settings, arguments: list[str]) -> Iterator[Running
     except OSError as error:
         raise StorageError(f"{log} cannot be written: {error}") from None
     with stream:
-        child = subprocess.Popen(
+        child = subprocess.Popen(  # noqa: S603  (this very program, with arguments of our own)
             [sys.executable, "-m", "embedpool", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=stream,

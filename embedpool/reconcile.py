@@ -1,7 +1,7 @@
 """pool.yml becomes the live pool. The one writer of the live pool, under one lock; it always re-reads the file.
 
-Nobody passes specs around, so an older state can never land last. A registration loads its candidate unrouted, then edits
-the file, then reconciles: failure needs no undo, and the file lock is never held during a load.
+Nobody passes specs around, so an older state can never land last. A registration loads its candidate unrouted, then
+edits the file, then reconciles: failure needs no undo, and the file lock is never held during a load.
 """
 
 from __future__ import annotations

@@ -78,6 +78,7 @@ class EmbedpoolApp:
             )
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        """WSGI."""
         return self.flask(environ, start_response)
 
     def start(self) -> None:
@@ -249,7 +250,10 @@ class Loop:
 def run(settings: Settings, kind: str) -> None:
     """Serve in the foreground until SIGTERM or Ctrl-C, under gunicorn or waitress."""
     configure_logging(settings)
-    (run_gunicorn if kind == "gunicorn" else run_waitress)(settings)
+    if kind == "gunicorn":
+        run_gunicorn()
+    else:
+        run_waitress(settings)
 
 
 def run_waitress(settings: Settings) -> None:
@@ -271,8 +275,8 @@ def run_waitress(settings: Settings) -> None:
             signal.signal(number, handler)
 
 
-def run_gunicorn(settings: Settings) -> None:
-    """gunicorn's master in this process, embedpool in its workers."""
+def run_gunicorn() -> None:
+    """gunicorn's master in this process, embedpool in its workers; they read the file that `EMBEDPOOL_CONFIG` names."""
     from gunicorn.app.base import BaseApplication
 
     class Application(BaseApplication):  # type: ignore[misc]

@@ -8,7 +8,7 @@ from typing import Any
 
 import marshmallow as ma
 
-from embedpool.config.fields import dotted, faults, schema_of, unknown_key
+from embedpool.config.fields import dotted, faults, schema_of
 from embedpool.config.spec import ModelSpec, PoolSpec
 from embedpool.errors import AliasConflict, InvalidRequest, ModelExistsDifferently, ModelNotFound
 
@@ -29,9 +29,6 @@ REGISTRATION_KEYS: dict[str, tuple[str, ...]] = {
 
 def parse_registration(flat: Mapping[str, Any]) -> ModelSpec:
     """The spec of a flat registration. Raises InvalidRequest with the path of each bad field."""
-    for key in flat:
-        if key not in REGISTRATION_KEYS:
-            raise InvalidRequest("invalid registration", fields={key: unknown_key(key, REGISTRATION_KEYS)})
     document: dict[str, Any] = {"driver": {}}
     for key, path in REGISTRATION_KEYS.items():
         if flat.get(key) is None or (key == "alias" and flat[key] == ""):

@@ -29,9 +29,13 @@ def option(
     maximum: float | None = None,
     pattern: str | None = None,
     check: Callable[[Any], object] | None = None,
+    schema: type[ma.Schema] | None = None,
     loads: bool = False,
 ) -> Any:
-    """One documented setting. `loads` marks what makes a model load anew when it changes."""
+    """One documented setting. `loads` marks what makes a model load anew when it changes.
+
+    `schema` is for a nested dataclass whose schema cannot be built from its fields alone.
+    """
     metadata = {
         "doc": doc,
         "choices": choices,
@@ -39,6 +43,7 @@ def option(
         "maximum": maximum,
         "pattern": pattern,
         "check": check,
+        "schema": schema,
         "loads": loads,
     }
     if default is dataclasses.MISSING:
@@ -96,13 +101,11 @@ def unknown_key(key: str, known: typing.Iterable[str]) -> str:
     """The sentence about an unknown key, with the nearest known ones."""
     known = sorted(known)
     near = near_names(key, known)
-    return f"unknown key {key!r}; " + (
-        f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
-    )
+    return f"unknown key {key!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}")
 
 
 @functools.cache
-def schema_of(cls: type[Any]) -> type[StrictSchema]:
+def schema_of(cls: Any) -> type[StrictSchema]:
     """The marshmallow schema of a dataclass made of `option(...)` fields; loading gives an instance."""
     hints = typing.get_type_hints(cls)
     members: dict[str, Any] = {
@@ -110,7 +113,7 @@ def schema_of(cls: type[Any]) -> type[StrictSchema]:
     }
 
     @ma.post_load
-    def build(self: ma.Schema, data: dict[str, Any], **kwargs: Any) -> Any:
+    def build(_: ma.Schema, data: dict[str, Any], **kwargs: Any) -> Any:
         return cls(**data)
 
     return type(f"{cls.__name__}Schema", (StrictSchema,), {**members, "build": build})
@@ -120,7 +123,7 @@ def _field_of(f: dataclasses.Field[Any], hint: Any) -> fields.Field[Any]:
     if isinstance(hint, types.UnionType):  # `X | None`: null is dropped before it gets here
         hint = next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)
     required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    if "schema" in f.metadata:
+    if f.metadata.get("schema"):
         return fields.Nested(f.metadata["schema"], required=required)
     if dataclasses.is_dataclass(hint):
         return fields.Nested(schema_of(typing.cast(type, hint)), required=required)
@@ -149,9 +152,7 @@ class _Tuple(fields.List[Any]):
 def _rules_of(metadata: Mapping[str, Any]) -> list[Callable[[Any], object]]:
     rules: list[Callable[[Any], object]] = []
     if metadata["choices"]:
-        rules.append(
-            validate.OneOf(metadata["choices"], error=f"must be one of {', '.join(metadata['choices'])}")
-        )
+        rules.append(validate.OneOf(metadata["choices"], error=f"must be one of {', '.join(metadata['choices'])}"))
     low, high = metadata["minimum"], metadata["maximum"]
     if low is not None or high is not None:
         rules.append(validate.Range(min=low, max=high))

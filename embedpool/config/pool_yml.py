@@ -109,9 +109,7 @@ class PoolFile:
             lock = FileLock(f"{target}.lock", timeout=LOCK_TIMEOUT_S)
             lock.acquire()
         except Timeout:
-            raise StorageError(
-                f"{target} is locked by another process for over {LOCK_TIMEOUT_S} s"
-            ) from None
+            raise StorageError(f"{target} is locked by another process for over {LOCK_TIMEOUT_S} s") from None
         except OSError as error:
             raise StorageError(f"{target} cannot be locked: {error}") from None
         try:
@@ -199,6 +197,7 @@ def _without(text: str, names: set[str]) -> str:
     if not names:
         return text
     root = yaml.compose(text, Loader=yaml.SafeLoader)
+    assert isinstance(root, yaml.MappingNode)  # it was parsed before
     sequence = next(v for k, v in root.value if k.value == "models")
     doomed = [item for item in sequence.value if _name_in(item) in names]
     if sequence.flow_style:

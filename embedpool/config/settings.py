@@ -187,9 +187,7 @@ def parse_settings(text: str, name: str, environ: Mapping[str, str]) -> Settings
         settings: Settings = schema.load(document)
     except ma.ValidationError as error:
         raise ConfigError(
-            "\n".join(
-                f"environment variable {_variable(path)}: {says}" for path, says in faults(error.messages)
-            )
+            "\n".join(f"environment variable {_variable(path)}: {says}" for path, says in faults(error.messages))
         ) from None
     return settings
 

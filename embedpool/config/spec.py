@@ -72,9 +72,7 @@ class LocalStConfig:
 class HttpConfig:
     """driver.config of a remote embedding service."""
 
-    base_url: str = option(
-        dataclasses.MISSING, "address; its form depends on `protocol`", check=_http_url, loads=True
-    )
+    base_url: str = option(dataclasses.MISSING, "address; its form depends on `protocol`", check=_http_url, loads=True)
     protocol: str = option(
         "embedpool",
         "embedpool: the full URL of /embed; openai: ends in /v1; tei: the server's root",
@@ -83,9 +81,7 @@ class HttpConfig:
     )
     remote_model: str | None = option(None, "the model's name there; default its name here", loads=True)
     timeout_s: float = option(60, "longest wait for one answer", minimum=0.001, loads=True)
-    retries: int = option(
-        2, "further attempts after a connection error, 429 or 5xx", minimum=0, maximum=20, loads=True
-    )
+    retries: int = option(2, "further attempts after a connection error, 429 or 5xx", minimum=0, maximum=20, loads=True)
     max_batch_texts: int = option(64, "texts in one call", minimum=1, loads=True)
     api_key: str | None = option(
         None,
@@ -150,7 +146,8 @@ class DriverSchema(StrictSchema):
     def build(self, data: dict[str, Any], **kwargs: Any) -> DriverSpec:
         """The driver's spec, its config checked by the schema of its type."""
         try:
-            config = schema_of(DRIVER_CONFIGS[data["type"]])().load(data["config"])
+            config_class: Any = DRIVER_CONFIGS[data["type"]]
+            config = schema_of(config_class)().load(data["config"])
         except ma.ValidationError as error:
             raise ma.ValidationError({"config": error.messages}) from None
         return DriverSpec(data["type"], config)
@@ -180,7 +177,7 @@ class ModelSpec:
     """One entry of pool.yml."""
 
     model: str = option(dataclasses.MISSING, "name: a Hugging Face id for local models", pattern=NAME_PATTERN)
-    driver: DriverSpec = dataclasses.field(metadata={"schema": DriverSchema})
+    driver: DriverSpec = option(dataclasses.MISSING, "what runs the model", schema=DriverSchema)
     alias: str | None = option(None, "second name, unique among names and aliases", pattern=NAME_PATTERN)
     enabled: bool = option(True, "whether it is served")
     scaling: Scaling = dataclasses.field(default_factory=Scaling)
@@ -195,12 +192,8 @@ class ModelSpec:
     def load_key(self) -> Hashable:
         """Equal for specs that one loaded model can serve; everything else applies at once."""
         config = self.driver.config
-        values = (
-            (f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if f.metadata["loads"]
-        )
-        loaded = tuple(
-            (name, tuple(sorted(v.items())) if isinstance(v, dict) else v) for name, v in values
-        )
+        values = ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if f.metadata["loads"])
+        loaded = tuple((name, tuple(sorted(v.items())) if isinstance(v, dict) else v) for name, v in values)
         return self.model, self.enabled, self.driver.type, loaded
 
 

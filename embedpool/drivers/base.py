@@ -28,7 +28,7 @@ class Embeddings:
 
 
 class Driver(abc.ABC):
-    """Runs batches. `open`, `probe` and `close` are called on one thread; `embed` by up to `parallel` threads at once."""
+    """Runs batches. `open` and `close` are called on one thread, `embed` by up to `parallel` threads."""
 
     parallel = 1  # batches at once that serve this driver well
     max_batch_texts: int | None = None  # None: the pool's setting
@@ -42,7 +42,9 @@ class Driver(abc.ABC):
     def embed(self, texts: Sequence[str], ids: Sequence[Ids] | None, options: Mapping[str, Any]) -> Embeddings:
         """Vectors of the texts, in order. `ids` are the token ids of each, as its meter made them.
 
-        `options` are those a remote service is to be given, the same for the whole batch. Raises UpstreamError for a remote's fault, UnsupportedOption, or anything else.
+        `options` are those a remote service is to be given, the same for the whole batch.
+
+        Raises UpstreamError for a remote's fault, UnsupportedOption, or anything else.
         """
 
     @abc.abstractmethod

@@ -90,13 +90,10 @@ class HttpDriver(Driver):
             array = np.asarray(vectors, dtype=np.float32)
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, requests.JSONDecodeError) as error:
             raise UpstreamError(
-                f"the remote service's answer is not one of protocol {self._config.protocol!r}"
-                f" ({type(error).__name__})"
+                f"the remote service's answer is not one of protocol {self._config.protocol!r} ({type(error).__name__})"
             ) from None
         if array.ndim != 2 or array.shape[0] != len(texts) or not array.shape[1]:
-            raise UpstreamError(
-                f"the remote service gave vectors of shape {array.shape} for {len(texts)} texts"
-            )
+            raise UpstreamError(f"the remote service gave vectors of shape {array.shape} for {len(texts)} texts")
         if self._dim is not None and array.shape[1] != self._dim:
             raise UpstreamError(f"the remote service's vectors went from {self._dim} to {array.shape[1]} numbers")
         self._dim = array.shape[1]
@@ -112,9 +109,7 @@ class HttpDriver(Driver):
 
     def _post(self, body: dict[str, Any]) -> requests.Response:
         try:
-            response = self._session.post(
-                self._url, json=body, timeout=self._config.timeout_s, allow_redirects=False
-            )
+            response = self._session.post(self._url, json=body, timeout=self._config.timeout_s, allow_redirects=False)
         except requests.RequestException as error:
             raise UpstreamError(f"the remote service does not answer: {_reason(error)}") from None
         if response.status_code == 200:

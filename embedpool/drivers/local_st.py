@@ -38,7 +38,7 @@ SAME_VECTOR_COSINE = {"float32": 0.9999, "bfloat16": 0.995, "float16": 0.995}
 
 
 class LocalStDriver(Driver):
-    """One model instance. `parallel` is 1 for torch; for OpenVINO, whose streams share the weights, cores ÷ replicas."""
+    """One model instance. `parallel`: 1 for torch; cores ÷ replicas for OpenVINO, whose streams share weights."""
 
     def __init__(self, model: str, config: LocalStConfig, replicas: int, cache_dir: Path) -> None:
         self._model = model

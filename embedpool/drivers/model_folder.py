@@ -50,7 +50,5 @@ def _from_hub(model: str, revision: str | None) -> Path:
             found = snapshot_download(repo, revision=revision, ignore_patterns=UNSAFE_OR_UNUSED)
     except Exception as error:  # the hub's library raises many kinds: offline, not found, gated, malformed id
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelFailed(
-            f"{model!r} is not in the local cache and cannot be fetched from the hub: {reason}"
-        ) from None
+        raise ModelFailed(f"{model!r} is not in the local cache and cannot be fetched from the hub: {reason}") from None
     return Path(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import sys
 import tempfile
 import threading
 import warnings
@@ -29,15 +30,14 @@ LEAST_COSINE = 0.9999
 def exported(folder: Path, cache_dir: Path, load_model: Callable[[], Any]) -> Path:
     """The graph file of the model in `folder`, exported unless the cache has it.
 
-    The key holds the model's files and the libraries' versions. A new graph is compared with `encode` before it is kept.
-    Raises ModelFailed if it gives other vectors.
+    The key holds the model's files and the libraries' versions. A new graph is compared with `encode` before it
+    is kept. Raises ModelFailed if it gives other vectors.
     """
     graph = cache_dir / "openvino" / f"{folder.name}-{_key(folder)}" / "model.xml"
     if graph.exists():
         return graph
     logger.info("exporting %s to OpenVINO, once", folder)
-    import openvino
-
+    openvino = _openvino()
     model = load_model()
     converted = _convert(model)
     graph.parent.parent.mkdir(parents=True, exist_ok=True)
@@ -54,17 +54,19 @@ def exported(folder: Path, cache_dir: Path, load_model: Callable[[], Any]) -> Pa
 
 def compiled(graph: Path, dtype: str, *, threads: int, streams: int) -> Callable[[dict[str, Any]], Any]:
     """A function from padded inputs to float32 vectors (texts, dim); up to `streams` threads may run it at once."""
-    import openvino
-
-    model = openvino.Core().compile_model(
-        str(graph),
-        "CPU",
-        {
-            "INFERENCE_PRECISION_HINT": PRECISION[dtype],  # on some CPUs it would choose bfloat16 by itself
-            "NUM_STREAMS": streams,
-            "INFERENCE_NUM_THREADS": threads,
-            "ENABLE_CPU_PINNING": False,  # two models in one process were pinned to the same core
-        },
+    model = (
+        _openvino()
+        .Core()
+        .compile_model(
+            str(graph),
+            "CPU",
+            {
+                "INFERENCE_PRECISION_HINT": PRECISION[dtype],  # on some CPUs it would choose bfloat16 by itself
+                "NUM_STREAMS": streams,
+                "INFERENCE_NUM_THREADS": threads,
+                "ENABLE_CPU_PINNING": False,  # two models in one process were pinned to the same core
+            },
+        )
     )
     names = [port.get_any_name() for port in model.inputs]
     of_thread = threading.local()
@@ -81,10 +83,9 @@ def compiled(graph: Path, dtype: str, *, threads: int, streams: int) -> Callable
 
 def _convert(model: Any) -> Any:
     """The pipeline as an OpenVINO model of named, dynamic inputs."""
-    import openvino
     import torch
 
-    class Pipeline(torch.nn.Module):
+    class Pipeline(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.model = model
@@ -97,16 +98,26 @@ def _convert(model: Any) -> Any:
     names = set(model.tokenizer.model_input_names) & {"input_ids", "attention_mask", "token_type_ids"}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        return openvino.convert_model(Pipeline().eval(), example_input=dict.fromkeys(names, example))
+        return _openvino().convert_model(Pipeline().eval(), example_input=dict.fromkeys(names, example))
 
 
 def _compare(run: Callable[[dict[str, Any]], Any], model: Any) -> None:
     texts = [PROBE_TEXT, "Another text, rather longer than the first, so that one of them is padded. " * 3]
     ids = [model.tokenizer(text)["input_ids"] for text in texts]
     vectors = run(pad(ids, model.tokenizer.pad_token_id or 0))
-    worst = min(cosine(a, b) for a, b in zip(vectors, model.encode(texts, prompt="", show_progress_bar=False), strict=True))
+    worst = min(
+        cosine(a, b) for a, b in zip(vectors, model.encode(texts, prompt="", show_progress_bar=False), strict=True)
+    )
     if worst < LEAST_COSINE:
         raise ModelFailed(f"the exported graph gives other vectors than encode (cosine {worst:.6f})")
+
+
+def _openvino() -> Any:
+    """OpenVINO without its telemetry, which would report each import over the network."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
 
 
 def _key(folder: Path) -> str:

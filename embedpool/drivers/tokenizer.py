@@ -19,7 +19,7 @@ OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"
 
 
 class TokenizerMeter(Meter):
-    """The model's fast tokenizer without padding and truncation. One per served model, shared by all request threads."""
+    """The model's fast tokenizer without padding and truncation. One per model, shared by all request threads."""
 
     def __init__(self, folder: Path) -> None:
         config = _json(folder / "config.json")

@@ -1,1 +1,1 @@
-"""The ring between HTTP and the drivers: a request becomes jobs, jobs become batches. Standard library and numpy only."""
+"""Between HTTP and the drivers: a request becomes jobs, jobs become batches. Standard library and numpy only."""

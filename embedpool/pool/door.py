@@ -86,9 +86,6 @@ def _limit_of(options: EmbedOptions, config: DriverConfig, meter: Meter) -> int 
     asked = options.max_seq_length
     if asked is not None and meter.max_tokens is not None and asked > meter.max_tokens:
         message = f"{asked} is more than the model's {meter.max_tokens} positions"
-        raise InvalidRequest(
-            f"options.max_seq_length: {message}", fields={"options.max_seq_length": message}
-        )
+        raise InvalidRequest(f"options.max_seq_length: {message}", fields={"options.max_seq_length": message})
     limits = [asked or getattr(config, "max_seq_length", None) or meter.default_max_tokens, meter.max_tokens]
     return min((limit for limit in limits if limit is not None), default=None)
-

@@ -32,8 +32,8 @@ class Flow:
 class Job:
     """Texts `offset` … `offset + len(texts)` of a request, on their way to `future`.
 
-    `tokens` counts each text (estimated for remote models, whose `ids` are None). Only jobs with equal `group` may share
-    a batch. The worker that takes a job fills it row by row; the future resolves once, with the job or an error.
+    `tokens` counts each text (estimated for remote models, whose `ids` are None). Only jobs with equal `group` may
+    share a batch. The worker that takes a job fills it row by row; the future resolves once, with the job or an error.
     """
 
     __slots__ = (
@@ -89,20 +89,20 @@ class Job:
 
 
 class Row(NamedTuple):
-    """One text of a job, as it travels in a batch."""
+    """Text number `at` of a job, as it travels in a batch."""
 
     job: Job
-    index: int
+    at: int
 
     @property
     def text(self) -> str:
         """The text itself."""
-        return self.job.texts[self.index]
+        return self.job.texts[self.at]
 
     @property
     def tokens(self) -> int:
         """Its token count."""
-        return self.job.tokens[self.index]
+        return self.job.tokens[self.at]
 
 
 def split(
@@ -110,29 +110,22 @@ def split(
     texts: Sequence[str],
     ids: Sequence[Ids] | None,
     tokens: Sequence[int],
-    group: str | None,
     *,
+    group: str | None,
     max_texts: int,
     max_tokens: int,
 ) -> Iterator[Job]:
-    """The texts of a request as jobs in order, each of at most `max_texts` texts and, where it has two, `max_tokens`."""
+    """The texts of a request as jobs in order, each within `max_texts` and, where it has two, `max_tokens`."""
+
+    def run(start: int, end: int) -> Job:
+        part = slice(start, end)
+        own_ids = ids[part] if ids is not None else None
+        return Job(flow, texts[part], own_ids, tokens[part], offset=start, group=group)
+
     start = total = 0
     for end, count in enumerate(tokens):
         if end > start and (end - start >= max_texts or total + count > max_tokens):
-            yield _run(flow, texts, ids, tokens, group, start, end)
+            yield run(start, end)
             start, total = end, 0
         total += count
-    yield _run(flow, texts, ids, tokens, group, start, len(texts))
-
-
-def _run(
-    flow: Flow,
-    texts: Sequence[str],
-    ids: Sequence[Ids] | None,
-    tokens: Sequence[int],
-    group: str | None,
-    start: int,
-    end: int,
-) -> Job:
-    part = slice(start, end)
-    return Job(flow, texts[part], ids[part] if ids is not None else None, tokens[part], offset=start, group=group)
+    yield run(start, len(texts))

@@ -1,8 +1,8 @@
 """The queue of one model: a `queue.Queue` bounded in texts and served in fair order.
 
-Start-time fair queueing: a job starts at max(v, its flow's last finish) and finishes its cost ÷ weight later, where v is
-the largest start handed out; the smallest start is served first. So a one-text query overtakes the tail of a 10,000-text
-request and nothing starves.
+Start-time fair queueing: a job starts at max(v, its flow's last finish) and finishes its cost ÷ weight later, where v
+is the largest start handed out; the smallest start is served first. So a one-text query overtakes the tail of a
+10,000-text request and nothing starves.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class ModelQueue(queue.Queue[Job]):
         """Jobs of up to `max_texts` texts together, but at least one, under one lock.
 
         Waits up to `timeout_s` (None: until woken) for the first and up to `max_wait_s` for more. [] means that nothing
-        came, or that `wake()` was called. `leaving()` is asked under the lock: a `wake()` after it turned true cannot be
-        missed.
+        came, or that `wake()` was called. `leaving()` is asked under the lock: a `wake()` after it turned true is
+        not missed.
         """
         with self.mutex:
             if leaving():

@@ -41,9 +41,7 @@ class Pool:
     def submit(self, request: EmbedRequest) -> EmbedResult:
         """Serve one request in the calling thread. Raises the errors of the contract."""
         if not self._permits.acquire(blocking=False):
-            raise Overloaded(
-                f"{self.max_inflight_global} requests are being served already", retry_after_s=1.0
-            )
+            raise Overloaded(f"{self.max_inflight_global} requests are being served already", retry_after_s=1.0)
         try:
             while True:
                 if self.stopping:
@@ -161,9 +159,7 @@ class Pool:
 
     def _drain_in_background(self, served: ServedModel) -> None:
         served.close()
-        thread = threading.Thread(
-            target=self._drain, args=(served,), name=f"drain-{served.spec.model}", daemon=True
-        )
+        thread = threading.Thread(target=self._drain, args=(served,), name=f"drain-{served.spec.model}", daemon=True)
         self._drains.add(thread)
         thread.start()
 
@@ -216,5 +212,3 @@ class Pool:
                 entry["successor"] = {"state": successor.state, "last_error": successor.last_error}
             entries.append(entry)
         return entries
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from embedpool.pool.model_queue import ModelQueue
@@ -56,7 +56,7 @@ class Replica:
         self.failures = 0  # in a row, without a served batch between
         self.last_error: str | None = None
         self.retry_at = 0.0  # on the clock, while failed
-        self.description: dict[str, object] = {}
+        self.description: Mapping[str, object] = {}
         self._owner = owner
         self._clock = clock
         self._stop = threading.Event()

@@ -156,7 +156,7 @@ class ServedModel:
             measured.texts,
             measured.ids,
             measured.tokens,
-            measured.group,
+            group=measured.group,
             max_texts=min(self._engine.max_batch_texts, self.queue.maxsize),
             max_tokens=self._engine.max_batch_tokens,
         )
@@ -314,13 +314,13 @@ class ServedModel:
 
     def open_driver(self) -> Driver:
         """See Owner."""
-        return self._engine.open_driver(self.spec)
+        driver = self._engine.open_driver(self.spec)
+        self.meter()  # so that the first request does not pay for it
+        return driver
 
     def make_worker(self, name: str, driver: Driver) -> Worker:
         """See Owner."""
-        batcher = Batcher(
-            driver.max_batch_texts or self._engine.max_batch_texts, self._engine.max_batch_tokens
-        )
+        batcher = Batcher(driver.max_batch_texts or self._engine.max_batch_texts, self._engine.max_batch_tokens)
         return Worker(
             name,
             driver,

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -58,12 +58,10 @@ class Worker:
     ) -> bool:
         """Serve one round of waiting jobs; False if none came within `timeout_s`, or the worker is `leaving`.
 
-        `on_work` is called after jobs were taken and before they run. Every future of a taken job is resolved on return,
-        whatever happens. Raises DriverBroken after that if the driver must be opened anew.
+        `on_work` is called after jobs were taken and before they run. Every future of a taken job is resolved on
+        return, whatever happens. Raises DriverBroken after that if the driver must be opened anew.
         """
-        jobs = self._queue.take(
-            self._batcher.max_texts, timeout_s, max_wait_s=self._max_wait_s, leaving=leaving
-        )
+        jobs = self._queue.take(self._batcher.max_texts, timeout_s, max_wait_s=self._max_wait_s, leaving=leaving)
         if not jobs:
             return False
         try:
@@ -116,10 +114,7 @@ class Worker:
         if len(rows) > 1:
             self._halve(rows)
             return
-        job, index = rows[0]
-        where = f"texts[{job.offset + index}]"
-        message = f"the model failed on it: {type(error).__name__}: {error}"
-        job.fail(InferenceFailed(f"{where}: {message}", fields={where: message}))
+        _fail_text(rows[0], f"the model failed on it: {type(error).__name__}: {error}")
 
     def _halve(self, rows: list[Row]) -> None:
         middle = len(rows) // 2
@@ -138,7 +133,7 @@ class Worker:
             job.started_at = job.started_at or started
             job.replica = self.name
         head = rows[0].job
-        ids = None if head.ids is None else [row.job.ids[row.index] for row in rows]  # type: ignore[index]
+        ids = None if head.ids is None else [row.job.ids[row.at] for row in rows]  # type: ignore[index]
         answer = self._driver.embed([row.text for row in rows], ids, json.loads(head.group) if head.group else {})
         elapsed = self._clock() - started
         vectors = answer.vectors
@@ -151,22 +146,26 @@ class Worker:
             for row in rows:
                 row.job.counted += answer.tokens * row.tokens / estimated
         for i in answer.truncated:
-            rows[i].job.truncated.append(rows[i].index)
+            rows[i].job.truncated.append(rows[i].at)
         lengths = [row.tokens for row in rows]
         self._stats.batch(len(rows), sum(lengths), max(lengths) * len(rows), elapsed)
         return vectors
 
     def _scatter(self, rows: list[Row], vectors: Vectors) -> None:
-        good = np.isfinite(vectors).all(axis=1)
-        for (job, index), vector, finite in zip(rows, vectors, good.tolist(), strict=True):
+        good: Any = np.isfinite(vectors).all(axis=1)
+        for row, vector, finite in zip(rows, vectors, good.tolist(), strict=True):
             if finite:
-                job.fill(index, vector)
+                row.job.fill(row.at, vector)
             else:
-                where = f"texts[{job.offset + index}]"
-                message = "the model gave a vector that is not finite"
-                job.fail(InferenceFailed(f"{where}: {message}", fields={where: message}))
+                _fail_text(row, "the model gave a vector that is not finite")
 
 
 def _fail(rows: list[Row], error: EmbedpoolError) -> None:
     for row in rows:
         row.job.fail(error)
+
+
+def _fail_text(row: Row, message: str) -> None:
+    """Fail one text's request, naming the text by its place in the request."""
+    where = f"texts[{row.job.offset + row.at}]"
+    row.job.fail(InferenceFailed(f"{where}: {message}", fields={where: message}))

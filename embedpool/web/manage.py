@@ -87,8 +87,8 @@ def flag(name: str, default: bool) -> bool:
 def refuse_strangers(of: Request, own_hosts: set[str]) -> None:
     """Let in only a program on this machine that means this server. Raises Forbidden.
 
-    A web page can make a browser send requests to loopback: its Origin or, after DNS rebinding, its Host tells it apart.
-    What came through a proxy is not a loopback request, whoever connected last.
+    A web page can make a browser send requests to loopback: its Origin or, after DNS rebinding, its Host tells it
+    apart. What came through a proxy is not a loopback request, whoever connected last.
     """
     host = urlsplit(f"//{of.host}").hostname or ""
     if host not in own_hosts:

@@ -13,7 +13,6 @@ import orjson
 from flask import Request
 from marshmallow import fields, validate
 
-from embedpool.config.edit import REGISTRATION_KEYS
 from embedpool.config.fields import StrictBoolean, StrictInteger, StrictSchema, dotted, faults
 from embedpool.config.settings import Limits
 from embedpool.errors import BadJson, BodyTooLarge, EmptyInput, InvalidRequest, TooManyTexts, UnsupportedMediaType
@@ -68,25 +67,24 @@ class ReloadSchema(StrictSchema):
 
 
 class RegisterSchema(StrictSchema):
-    """Body of POST /models/register; its keys and values are checked with those of pool.yml."""
+    """Body of POST /models/register; edit.parse_registration checks the values, with the schemas of pool.yml."""
 
-    @ma.pre_load
-    def _drop_nulls_and_name_unknown_keys(self, data: Any, **kwargs: Any) -> Any:
-        return data
-
-    class Meta:
-        """marshmallow's settings."""
-
-        include = {key: fields.Raw() for key in REGISTRATION_KEYS}
-        unknown = ma.INCLUDE
+    model = fields.Raw(required=True)
+    alias = fields.Raw()
+    enabled = fields.Raw()
+    driver_type = fields.Raw(required=True)
+    driver_config = fields.Dict()
+    min = fields.Raw()
+    max = fields.Raw()
+    idle_ttl_s = fields.Raw()
+    queue_max_size = fields.Raw()
+    max_inflight_per_replica = fields.Raw()
 
 
 def read_json(request: Request, schema: type[StrictSchema], limits: Limits) -> dict[str, Any]:
     """The request's JSON object through a schema. Raises the 400s, 413, 415 and 422 of the contract."""
     if request.mimetype != "application/json":
-        raise UnsupportedMediaType(
-            f"send Content-Type: application/json, not {request.mimetype or 'none at all'}"
-        )
+        raise UnsupportedMediaType(f"send Content-Type: application/json, not {request.mimetype or 'none at all'}")
     body = read_body(request, limits)
     try:
         document = orjson.loads(body)
@@ -125,9 +123,7 @@ def check_texts(texts: Any, limits: Limits, path: str = "texts") -> list[str]:
     if not texts:
         raise EmptyInput(f"{path}: the list is empty")
     if len(texts) > limits.max_texts_per_request:
-        raise TooManyTexts(
-            f"{path}: {len(texts)} texts, the limit of a request is {limits.max_texts_per_request}"
-        )
+        raise TooManyTexts(f"{path}: {len(texts)} texts, the limit of a request is {limits.max_texts_per_request}")
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             where = f"{path}[{i}]"

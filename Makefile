@@ -1,0 +1,38 @@
+# make run: from a fresh clone to a server with a model. make test: every test. Both can be repeated.
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c conf/constraints.txt
+MODEL := sentence-transformers/all-MiniLM-L6-v2
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: run test lint clean
+
+run: $(VENV)/run.installed
+	@$(BIN)/embedpool init > /dev/null
+	@grep -q '$(MODEL)' .config/pool.yml || \
+		$(BIN)/embedpool register --model $(MODEL) --type local_st --max-seq-length 384 --alias minilm-l6
+	$(BIN)/embedpool pool start
+
+test: $(VENV)/test.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/run.installed: setup.cfg conf/constraints.txt | $(BIN)/python
+	$(PIP) -e '.[demo,openvino]'
+	@touch $@
+
+$(VENV)/test.installed: setup.cfg conf/constraints.txt | $(BIN)/python
+	$(PIP) -e '.[test]'
+	@touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
