@@ -9,7 +9,7 @@ from typing import Any
 
 from gunicorn.workers.base import Worker
 
-from embedpool.server import Loop
+from embedpool.loop import Loop
 
 
 class WaitressWorker(Worker):  # type: ignore[misc]

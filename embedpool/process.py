@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -68,8 +67,8 @@ class PidFile:
         return Running(int(pid), address, process)
 
 
-def start_detached(settings: Settings, arguments: list[str]) -> Iterator[Running | None]:
-    """Start `embedpool pool start` in a session of its own; yields None while it starts, at last the running server.
+def start_detached(settings: Settings) -> Running:
+    """Start `embedpool pool start` in a session of its own, by the environment, and wait until it answers.
 
     Raises ConfigError with the end of the log if it ends or does not answer in time.
     """
@@ -80,8 +79,8 @@ def start_detached(settings: Settings, arguments: list[str]) -> Iterator[Running
     except OSError as error:
         raise StorageError(f"{log} cannot be written: {error}") from None
     with stream:
-        child = subprocess.Popen(  # noqa: S603  (this very program, with arguments of our own)
-            [sys.executable, "-m", "embedpool", *arguments],
+        child = subprocess.Popen(  # noqa: S603  (this very program, with fixed arguments)
+            [sys.executable, "-m", "embedpool", "pool", "start"],
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,
@@ -91,12 +90,10 @@ def start_detached(settings: Settings, arguments: list[str]) -> Iterator[Running
     while time.monotonic() < deadline:
         running = PidFile(settings).read()
         if running and running.pid == child.pid and _answers(running.address):
-            yield running
-            return
+            return running
         try:
             code = child.wait(0.1)
         except subprocess.TimeoutExpired:
-            yield None
             continue
         raise ConfigError(f"the server ended with exit code {code}; the end of {log}:\n{_tail(log)}")
     child.terminate()

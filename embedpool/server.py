@@ -1,27 +1,18 @@
-"""The only place where the parts meet: `build` makes the app, `run` serves it under gunicorn or waitress.
+"""The only place where the parts meet: EmbedpoolApp joins them, `run` serves it under gunicorn or waitress.
 
-Both servers run the same loop: waitress's, whose one I/O thread gives a request thread only whole requests, so slow and
-idle clients hold none. Under gunicorn it runs in the worker class of gunicorn_worker.py, with gunicorn as supervisor.
+Both servers run the same loop (loop.py); under gunicorn it runs in the worker class of gunicorn_worker.py.
 """
 
 from __future__ import annotations
 
 import logging
-import select
 import signal
 import socket
 import sys
-import time
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import orjson
 from flask import Flask
-from waitress import wasyncore
-from waitress.channel import HTTPChannel
-from waitress.server import BaseWSGIServer, create_server
-from waitress.task import ErrorTask, WSGITask
 
 from embedpool.config.pool_yml import PoolFile
 from embedpool.config.settings import Settings, find_config_yml, load_settings
@@ -29,7 +20,8 @@ from embedpool.config.spec import ModelSpec
 from embedpool.config.watch import Watch
 from embedpool.drivers import make_driver, open_meter
 from embedpool.drivers.base import Driver
-from embedpool.errors import BadRequest, BodyTooLarge, ConfigError, EmbedpoolError, PoolFileInvalid, as_document
+from embedpool.errors import ConfigError, PoolFileInvalid
+from embedpool.loop import LISTEN_BACKLOG, Loop
 from embedpool.pool.pool import Pool
 from embedpool.pool.served_model import Engine
 from embedpool.process import PidFile
@@ -39,7 +31,6 @@ from embedpool.web.app import create_app
 logger = logging.getLogger(__name__)
 
 STOP_MARGIN_S = 5  # beyond the grace period, for replicas to close before gunicorn kills the worker
-LISTEN_BACKLOG = 2048
 
 
 class EmbedpoolApp:
@@ -119,131 +110,6 @@ def configure_logging(settings: Settings) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
-# --- the loop
-
-
-class _Task(WSGITask):  # type: ignore[misc]
-    """While the server stops, each answer closes its connection."""
-
-    def build_response_header(self) -> bytes:
-        if getattr(self.channel.server, "is_stopping", False):
-            self.set_close_on_finish()
-        header: bytes = super().build_response_header()
-        return header
-
-
-class _ErrorTask(ErrorTask):  # type: ignore[misc]
-    """What is not even HTTP gets an error in our shape, too."""
-
-    def execute(self) -> None:
-        reason = self.request.error
-        error: EmbedpoolError = (
-            BodyTooLarge(f"the body is over the limit of {self.channel.adj.max_request_body_size} bytes")
-            if reason.code == 413
-            else BadRequest(f"{reason.reason}: {reason.body}")
-        )
-        error.status = reason.code
-        body = orjson.dumps(as_document(error, uuid.uuid4().hex))
-        self.status = f"{reason.code} {reason.reason}"
-        self.response_headers.append(("Content-Type", "application/json"))
-        self.set_close_on_finish()
-        self.content_length = len(body)
-        self.write(body)
-
-
-class _Channel(HTTPChannel):  # type: ignore[misc]
-    task_class = _Task
-    error_task_class = _ErrorTask
-
-    @property
-    def is_idle(self) -> bool:
-        """No request begun, running or half answered."""
-        return not (self.requests or self.request or self.total_outbufs_len)
-
-
-class Loop:
-    """waitress's loop over given listening sockets, and its orderly end."""
-
-    def __init__(self, app: EmbedpoolApp, sockets: Sequence[socket.socket]) -> None:
-        settings = app.settings
-        self._app = app
-        self._stopping = False
-        self._map: dict[int, Any] = {}
-        create_server(
-            app,
-            map=self._map,
-            sockets=list(sockets),
-            threads=settings.threads,
-            connection_limit=settings.server.connection_limit,
-            channel_timeout=settings.server.idle_connection_s,
-            cleanup_interval=min(settings.server.idle_connection_s, 30),
-            max_request_body_size=settings.limits.max_body_bytes,
-            channel_request_lookahead=1,  # else a client that goes away is not noticed
-            clear_untrusted_proxy_headers=False,  # management looks at them
-            backlog=LISTEN_BACKLOG,
-            ident="embedpool",
-        )
-        self._listeners = [d for d in self._map.values() if isinstance(d, BaseWSGIServer)]
-        for listener in self._listeners:
-            listener.channel_class = _Channel
-        self._poll = wasyncore.poll2 if hasattr(select, "poll") else wasyncore.poll  # select ends at 1,024 files
-
-    def stop(self) -> None:
-        """Let `run` drain and return. Safe in a signal handler."""
-        self._stopping = True
-        self._listeners[0].pull_trigger()
-
-    def run(self, heartbeat: Callable[[], bool] = lambda: True) -> None:
-        """Serve until `stop`, or until `heartbeat`, called at least once a second, says False; then drain."""
-        while not self._stopping and heartbeat():
-            self._poll(1.0, self._map)
-        self._drain(heartbeat)
-
-    def _drain(self, heartbeat: Callable[[], bool]) -> None:
-        """Watch → listener → drain → pool → threads, in this order and in bounded time."""
-        grace_s = self._app.settings.server.graceful_timeout_s
-        self._app.stop_watching()
-        for listener in self._listeners:
-            listener.is_stopping = True
-        self._close_listeners()
-        self._serve_what_is_left(grace_s, heartbeat)
-        given_up = self._app.pool.stop()
-        self._serve_what_is_left(2.0, heartbeat)  # the answers of what was given up
-        cut = len(self._channels())
-        self._listeners[0].task_dispatcher.shutdown(timeout=1)
-        for dispatcher in list(self._map.values()):
-            dispatcher.close()
-        log = logger.warning if given_up or cut else logger.info
-        log("stopped: %d requests got 503 after %s s, %d connections were cut", given_up, grace_s, cut)
-
-    def _close_listeners(self) -> None:
-        """What the system has accepted already is served; later connections are refused, not parked."""
-        for listener in self._listeners:
-            accepted = -1
-            while accepted != len(self._map):
-                accepted = len(self._map)
-                listener.handle_accept()
-            listener.accepting = False
-            listener.del_channel()
-            listener.socket.close()
-
-    def _serve_what_is_left(self, longest_s: float, heartbeat: Callable[[], bool]) -> None:
-        """Go on until every connection is closed. One is closed when nothing has arrived on it and nothing is owed."""
-        deadline = time.monotonic() + longest_s
-        while True:
-            heartbeat()
-            self._poll(0.05, self._map)
-            for channel in self._channels():
-                if channel.is_idle:
-                    channel.will_close = True
-            self._poll(0.0, self._map)
-            if not self._channels() or time.monotonic() >= deadline:
-                return
-
-    def _channels(self) -> list[_Channel]:
-        return [d for d in list(self._map.values()) if isinstance(d, _Channel)]
-
-
 # --- running it
 
 
@@ -251,6 +117,7 @@ def run(settings: Settings, kind: str) -> None:
     """Serve in the foreground until SIGTERM or Ctrl-C, under gunicorn or waitress."""
     configure_logging(settings)
     if kind == "gunicorn":
+        bind(settings).close()  # gunicorn itself would retry for seconds and say less
         run_gunicorn()
     else:
         run_waitress(settings)

@@ -21,8 +21,9 @@ MAY_IMPORT = {
     "reconcile": {"pool", "config", "errors"},
     "process": {"config", "client", "errors"},
     "client": {"errors"},
-    "server": {"web", "pool", "drivers", "config", "reconcile", "process", "errors"},
-    "gunicorn_worker": {"server"},
+    "server": {"web", "pool", "drivers", "config", "reconcile", "process", "loop", "errors"},
+    "loop": {"errors"},
+    "gunicorn_worker": {"loop"},
     "cli": {"client", "server", "process", "config", "errors"},
     "errors": set(),
     "__main__": {"cli"},
@@ -114,7 +115,7 @@ def test_an_import_stays_light(module: str, forbidden: tuple[str, ...]) -> None:
 def test_the_rooms_stay_small() -> None:
     """A file that outgrows a screenful of screens is two ideas."""
     sizes = {f: len(f.read_text().splitlines()) for f in modules()}
-    assert {str(f): n for f, n in sizes.items() if n > 450} == {}
+    assert {str(f): n for f, n in sizes.items() if n > 400} == {}
 
 
 def test_help_costs_little_cpu() -> None:

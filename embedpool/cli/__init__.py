@@ -1,0 +1,119 @@
+"""embedpool: one server, many text-embedding models, one address.
+
+Usage:
+  embedpool init [--root DIR] [--config FILE]
+  embedpool pool start [--detach] [--server NAME] [--host H] [--port P] [--threads N] [--config FILE]
+  embedpool pool stop [--config FILE]
+  embedpool pool status [--json] [--config FILE]
+  embedpool pool health [--json] [--config FILE]
+  embedpool register --model M --type T [--alias A]
+                     [--max-seq-length N] [--normalize | --no-normalize] [--dtype D]
+                     [--base-url URL] [--remote-model R] [--timeout-s S] [--protocol P]
+                     [--min N] [--max N] [--idle-ttl-s S] [--queue-max N] [--inflight N]
+                     [--disabled] [--replace] [--set KEY=VALUE]... [--json] [--config FILE]
+  embedpool set-alias --model M --alias A [--json] [--config FILE]
+  embedpool enable --model M [--json] [--config FILE]
+  embedpool disable --model M [--json] [--config FILE]
+  embedpool unregister --model M [--json] [--config FILE]
+  embedpool --help
+  embedpool --version
+
+Commands:
+  init          Write config.yml, pool.yml and the folders they name. Never overwrites a file.
+  pool start    Serve in the foreground until Ctrl-C, or with --detach in the background.
+  pool stop     Let the server finish what it has accepted, then end it.
+  pool status   Models, their states, queues and counters.
+  pool health   Whether the server answers.
+  register      Add a model and wait until it is ready. The same registration twice is a success.
+  set-alias     Give a model a second name; --alias "" takes it away.
+  enable        Switch a model on and wait until it is ready.
+  disable       Switch a model off; it keeps its place.
+  unregister    Remove a model.
+
+  Without a running server, register, set-alias, enable, disable and unregister edit pool.yml.
+
+Options:
+  --config FILE       Settings. Default: $EMBEDPOOL_CONFIG, else .config/config.yml.
+  --root DIR          Folder for everything init writes [default: .config].
+  --detach            Start in the background; returns when the server answers.
+  --server NAME       gunicorn or waitress; default server.server.
+  --host H            Address to bind; default server.host.
+  --port P            Port to bind; default server.port.
+  --threads N         Request threads; default server.threads.
+  --model M           Name of a model, for a local one its Hugging Face id; where it exists already, or its alias.
+  --type T            local_st, http or fake.
+  --alias A           Second name of the model.
+  --max-seq-length N  Tokens kept of a text (local_st, fake).
+  --normalize         Vectors of length 1; this is the default.
+  --no-normalize      Vectors as the model gives them.
+  --dtype D           Type of the vectors given out: float32 or float16.
+  --base-url URL      Address of the remote service (http).
+  --remote-model R    The model's name there (http).
+  --timeout-s S       Longest wait for one answer of it, in seconds (http).
+  --protocol P        What it speaks: embedpool, openai or tei (http).
+  --min N             Replicas kept; 0 loads on first use.
+  --max N             Replicas at most.
+  --idle-ttl-s S      Seconds after which an idle replica above --min goes.
+  --queue-max N       Bound of the model's queue, in texts.
+  --inflight N        Batches at once in a replica.
+  --disabled          Register without serving it.
+  --replace           Replace a model registered with a different spec.
+  --set KEY=VALUE     Any other key of driver.config; the value is read as YAML.
+  --json              Machine-readable output.
+  -h --help           Show this text.
+  --version           Show the version.
+
+Exit codes:
+  0 done   1 failed   2 wrong usage   3 the server is not running   4 no such model
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+from docopt import DocoptExit, docopt
+
+from embedpool import __version__
+from embedpool.cli import models, server
+from embedpool.cli.common import FAILED, NO_SUCH_MODEL, USAGE, Arguments, UsageError
+from embedpool.errors import EmbedpoolError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The `embedpool` command. Gives the exit code."""
+    try:
+        arguments = docopt(__doc__, argv, version=f"embedpool {__version__}")
+    except DocoptExit as error:
+        print(error, file=sys.stderr)
+        return USAGE
+    try:
+        return _command_of(arguments)(arguments)
+    except UsageError as error:
+        print(f"embedpool: {error.message}", file=sys.stderr)
+        return USAGE
+    except EmbedpoolError as error:
+        if arguments["--json"]:
+            print(json.dumps({"ok": False, "error": {"code": error.code, "message": error.message}}))
+        else:
+            print(f"embedpool: {error.message}", file=sys.stderr)
+        return NO_SUCH_MODEL if error.code == "model_not_found" else FAILED
+    except KeyboardInterrupt:
+        return FAILED
+
+
+def _command_of(arguments: Arguments) -> Callable[[Arguments], int]:
+    commands: dict[str, Callable[[Arguments], int]] = {
+        "init": server.init,
+        "start": server.start,
+        "stop": server.stop,
+        "status": server.status,
+        "health": server.health,
+        "register": models.register,
+        "set-alias": models.set_alias,
+        "enable": models.enable,
+        "disable": models.disable,
+        "unregister": models.unregister,
+    }
+    return next(function for name, function in commands.items() if arguments[name])

@@ -1,0 +1,92 @@
+"""What every command needs: exit codes, settings, a client of the running server, a sign of life on the terminal."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from embedpool.errors import EmbedpoolError
+
+if TYPE_CHECKING:
+    from embedpool.client import Client
+    from embedpool.config.pool_yml import PoolFile
+    from embedpool.config.settings import Settings
+
+OK, FAILED, USAGE, NOT_RUNNING, NO_SUCH_MODEL = 0, 1, 2, 3, 4
+
+Arguments = dict[str, Any]
+
+
+class UsageError(EmbedpoolError):
+    """The command line asks for something that does not go together."""
+
+
+def read_settings(arguments: Arguments) -> Settings:
+    """The settings of --config, EMBEDPOOL_CONFIG or .config/config.yml."""
+    from embedpool.config.settings import find_config_yml, load_settings
+
+    return load_settings(find_config_yml(arguments["--config"]))
+
+
+def pool_file(settings: Settings) -> PoolFile:
+    """The pool.yml of the settings."""
+    from embedpool.config.pool_yml import PoolFile
+
+    return PoolFile(settings.file(settings.paths.pool_yml))
+
+
+def client_of(settings: Settings) -> Client | None:
+    """A client of the server of the pid file, else of the one at client.base_url; None if none answers."""
+    from embedpool.client import Client
+    from embedpool.errors import ServerUnreachable
+    from embedpool.process import PidFile
+
+    running = PidFile(settings).read()
+    key = os.environ.get(settings.client.api_key_env) if settings.client.api_key_env else None
+    client = Client(running.address if running else settings.client.base_url, api_key=key, timeout_s=30)
+    try:
+        client.health()
+    except ServerUnreachable:
+        if running:
+            raise  # it lives and does not answer: editing its file behind its back would hide that
+        return None
+    return client
+
+
+@contextmanager
+def progress(what: str | None) -> Iterator[None]:
+    """A line on the terminal while something takes its time."""
+    if what is None or not sys.stderr.isatty():
+        yield
+        return
+    done = threading.Event()
+
+    def spin() -> None:
+        for frame in itertools.cycle("|/-\\"):
+            sys.stderr.write(f"\r{frame} {what} ")
+            sys.stderr.flush()
+            if done.wait(0.2):
+                break
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
+
+    thread = threading.Thread(target=spin, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def converted(option: str, text: str, convert: Callable[[str], Any]) -> Any:
+    """The value of an option as a number. Raises UsageError."""
+    try:
+        return convert(text)
+    except ValueError:
+        raise UsageError(f"{option} must be a number, not {text!r}") from None
