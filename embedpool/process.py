@@ -79,7 +79,7 @@ def start_detached(settings: Settings) -> Running:
     except OSError as error:
         raise StorageError(f"{log} cannot be written: {error}") from None
     with stream:
-        child = subprocess.Popen(  # noqa: S603  (this very program, with fixed arguments)
+        child = subprocess.Popen(
             [sys.executable, "-m", "embedpool", "pool", "start"],
             stdin=subprocess.DEVNULL,
             stdout=stream,

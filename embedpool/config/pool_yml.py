@@ -57,7 +57,7 @@ class PoolSchema(StrictSchema):
 def parse(text: str, name: str = "pool.yml") -> PoolSpec:
     """The PoolSpec of a pool.yml's text. Raises PoolFileInvalid with file, line and key."""
     try:
-        document = _yaml().load(text)
+        document = YAML(typ="safe", pure=True).load(text)  # plain values; the round-trip ones are only for edits
     except YAMLError as error:
         raise PoolFileInvalid(yaml_fault(name, error)) from None  # type: ignore[arg-type]
     if document is None:

@@ -1,0 +1,184 @@
+"""Every row of the error table, produced through real HTTP under both servers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import requests
+
+from tests.live.conftest import WAIT_S, Server, fake, wait_until
+
+
+class Remote(ThreadingHTTPServer):
+    """A remote service that answers each path with the status it names, except to the probe."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        status = 200 if b"quick brown fox" in body else int(self.path.strip("/"))
+        answer = b'{"vectors": [[1, 0, 0]]}' if status == 200 else b'{"error": {"message": "as asked"}}'
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def remote_entry(remote: Remote, status: int) -> dict[str, Any]:
+    config = {"base_url": f"{remote.url}/{status}", "retries": 0}
+    return {"model": f"remote-{status}", "driver": {"type": "http", "config": config}}
+
+
+def error_of(answer: requests.Response, status: int) -> dict[str, Any]:
+    """The error, checked for the one shape and for the server's request id."""
+    assert answer.status_code == status, answer.text
+    document = answer.json()
+    assert set(document) == {"error"}
+    error: dict[str, Any] = document["error"]
+    assert set(error) - {"fields"} == {"code", "message", "request_id"}
+    assert error["message"]
+    return error
+
+
+def test_every_row_of_the_table(make_server: Callable[..., Server], kind: str) -> None:
+    """Status and code of each error, in one shape."""
+    remote = Remote()
+    threading.Thread(target=remote.serve_forever, daemon=True).start()
+    server = make_server(
+        EMBEDPOOL_LIMITS__MAX_BODY_BYTES="100000",
+        EMBEDPOOL_LIMITS__MAX_TEXTS_PER_REQUEST="100",
+        EMBEDPOOL_LIMITS__MAX_CHARS_PER_TEXT="5000",
+    )
+    models = [
+        fake("m", alias="a"),
+        fake("off", enabled=False),
+        fake("slow", delay_ms=1500, queue={"max_size": 1}),
+        fake("culprit", fault="raise", fault_text="poison"),
+        fake("nan", fault="nan", fault_text="poison"),
+        fake("broken", fault="load"),
+        fake("loading", load_delay_ms=600_000),
+        *(remote_entry(remote, status) for status in (400, 413, 422, 429, 500)),
+    ]
+    server.write_pool(*models)
+    server.start(kind)
+    wait_until(lambda: server.get("/ready").json()["loading"] == ["loading"])
+
+    def code(answer: requests.Response, status: int) -> str:
+        return str(error_of(answer, status)["code"])
+
+    def raw(data: bytes | str, content_type: str | None = "application/json") -> requests.Response:
+        return server.post("/embed", data=data, headers={"Content-Type": content_type} if content_type else {})
+
+    assert code(raw("{"), 400) == "bad_json"
+    assert code(raw("[1]"), 400) == "bad_json"
+    assert code(server.embed("m", []), 400) == "empty_input"
+    assert code(server.post("/reload", {}, headers={"Origin": "https://evil.example"}), 403) == "forbidden"
+    assert code(server.post("/reload", {}, headers={"Host": "evil.example"}), 403) == "forbidden"
+    assert code(server.post("/reload", {}, headers={"X-Forwarded-For": "10.0.0.1"}), 403) == "forbidden"
+    assert code(server.embed("off", ["x"]), 403) == "model_disabled"
+    unknown = error_of(server.embed("mm", ["x"]), 404)
+    assert unknown["code"] == "model_not_found"
+    assert code(server.get("/nothing"), 404) == "not_found"
+    assert code(server.get("/embed"), 405) == "method_not_allowed"
+    assert code(server.post("/models/alias", {"model": "off", "alias": "a"}), 409) == "alias_conflict"
+    different = {"model": "m", "driver_type": "fake", "driver_config": {"dim": 3}}
+    assert code(server.post("/models/register", different), 409) == "model_exists_differently"
+    assert code(raw(b"x" * 100_001), 413) == "body_too_large"
+    assert code(server.embed("m", ["x"] * 101), 413) == "too_many_texts"
+    assert code(raw('{"model": "m", "texts": ["x"]}', "text/plain"), 415) == "unsupported_media_type"
+    invalid = error_of(server.post("/embed", {"model": "m", "texts": ["x", 3], "options": {}}), 422)
+    assert (invalid["code"], list(invalid["fields"])) == ("validation_error", ["texts[1]"])
+    invalid = error_of(server.embed("m", ["x"], dimensions="12", normalize="yes"), 422)
+    assert set(invalid["fields"]) == {"options.dimensions", "options.normalize"}
+    assert code(server.embed("m", ["x" * 5001]), 422) == "validation_error"
+    assert code(server.embed("m", ["a b c"], max_seq_length=3, truncate="error"), 422) == "text_too_long"
+    assert code(server.embed("m", ["x"], wonder=1), 422) == "unsupported_option"
+    culprit = error_of(server.embed("culprit", ["fine", "poison", "fine"]), 500)
+    assert (culprit["code"], list(culprit["fields"])) == ("inference_failed", ["texts[1]"])
+    assert error_of(server.embed("nan", ["fine", "poison"]), 500)["fields"].keys() == {"texts[1]"}
+    assert code(server.embed("remote-500", ["x"]), 502) == "upstream_error"
+    for status in (400, 413, 422, 429):
+        assert "as asked" in error_of(server.embed(f"remote-{status}", ["x"]), status)["message"]
+    loading = server.embed("loading", ["x"])
+    assert code(loading, 503) == "model_loading"
+    assert int(loading.headers["Retry-After"]) >= 1
+    failed = server.embed("broken", ["x"])
+    assert code(failed, 503) == "model_failed"
+    assert "fault: load" in failed.json()["error"]["message"]
+    late = server.post("/embed", {"model": "slow", "texts": ["x"]}, headers={"X-Request-Timeout-Ms": "50"})
+    assert code(late, 504) == "deadline_exceeded"
+    with ThreadPoolExecutor(8) as clients:
+        burst = list(clients.map(lambda i: server.embed("slow", [str(i)]), range(8)))
+    refused = [answer for answer in burst if answer.status_code != 200]
+    assert refused
+    assert {code(answer, 429) for answer in refused} == {"overloaded"}
+    assert all(int(answer.headers["Retry-After"]) >= 1 for answer in refused)
+
+    server.pool_yml.write_text("models: [")
+    assert code(server.post("/models/enable", {"model": "m", "enabled": False}), 409) == "pool_file_invalid"
+    assert server.embed("m", ["x"]).status_code == 200
+    server.write_pool(*models)
+    wait_until(lambda: server.get("/status").json()["last_reload"]["ok"])
+    remote.shutdown()
+    remote.server_close()
+
+
+@pytest.mark.parametrize("request_line", [b"NONSENSE\r\n\r\n", b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n"])
+def test_what_is_not_http_gets_our_shape(server: Server, kind: str, request_line: bytes) -> None:
+    """Even garbage is answered with JSON and a code, and the connection is closed."""
+    import json
+    import socket
+
+    server.start(kind)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
+        connection.sendall(request_line)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.")
+    assert b" 400 " in head.split(b"\r\n")[0]
+    assert json.loads(body)["error"]["code"] == "bad_request"
+
+
+def test_a_disk_that_refuses_writes_is_a_clear_error(server: Server, kind: str) -> None:
+    """507 storage_error, and nothing is changed."""
+    server.write_pool(fake("m"))
+    server.start(kind)
+    server.wait_ready()
+    before = server.pool_yml.read_bytes()
+    lock = server.pool_yml.with_name("pool.yml.lock")
+    lock.unlink(missing_ok=True)
+    lock.mkdir()  # a lock that cannot be taken; root ignores file modes
+    answer = server.post("/models/enable", {"model": "m", "enabled": False})
+    assert error_of(answer, 507)["code"] == "storage_error"
+    assert server.pool_yml.read_bytes() == before
+    assert server.embed("m", ["x"]).status_code == 200
+
+
+def test_stopping_says_so(server: Server, kind: str) -> None:
+    """A request that cannot be finished within the grace period gets 503 shutting_down, and the log counts it."""
+    server.environment["EMBEDPOOL_SERVER__GRACEFUL_TIMEOUT_S"] = "1"
+    server.write_pool(fake("slow", delay_ms=6000))
+    server.start(kind)
+    server.wait_ready()
+    with ThreadPoolExecutor(1) as client:
+        answer = client.submit(server.embed, "slow", ["x"])
+        wait_until(lambda: server.status("slow")["replicas_busy"])
+        server.stop()
+        error = error_of(answer.result(), 503)
+    assert error["code"] == "shutting_down"
+    assert "1 requests got 503" in server.log.read_text()

@@ -1,0 +1,118 @@
+"""Overload, slow clients, many clients: what is refused is refused clearly, what is accepted is served."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections import Counter
+from collections.abc import Callable
+
+from tests.live.conftest import Server, fake, wait_until
+
+
+async def burst(host: str, port: int, count: int, body: bytes) -> list[tuple[int, bool]]:
+    """`count` requests at once, each on its own connection: status and whether it said Retry-After."""
+
+    async def one() -> tuple[int, bool]:
+        reader, writer = await asyncio.open_connection(host, port)
+        head = f"POST /embed HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        writer.write(head.encode() + body)
+        answer = await reader.read()
+        writer.close()
+        return int(answer.split(b" ", 2)[1]), b"\r\nRetry-After: " in answer
+
+    return await asyncio.gather(*(one() for _ in range(count)))
+
+
+def address(server: Server) -> tuple[str, int]:
+    host, port = server.url.removeprefix("http://").split(":")
+    return host, int(port)
+
+
+def test_a_burst_gives_200_or_429_and_nothing_is_left(make_server: Callable[..., Server], kind: str) -> None:
+    """2,000 requests at once on a queue of 64 texts at 50 ms a batch; /health answers throughout; all is gone after."""
+    server = make_server(EMBEDPOOL_SERVER__CONNECTION_LIMIT="4000")
+    server.write_pool(fake("m", delay_ms=50, queue={"max_size": 64}))
+    server.start(kind)
+    server.wait_ready()
+    family = [server.process, *server.process.children(recursive=True)]
+    body = json.dumps({"model": "m", "texts": ["x"]}).encode()
+
+    async def everything() -> tuple[list[tuple[int, bool]], list[int]]:
+        sending = asyncio.ensure_future(burst(*address(server), 2000, body))
+        health = []
+        while not sending.done():
+            health.append((await asyncio.to_thread(server.get, "/health")).status_code)
+        return sending.result(), health
+
+    answers, health = asyncio.run(everything())
+    codes = Counter(status for status, _ in answers)
+    assert set(codes) == {200, 429}
+    assert all(said for status, said in answers if status == 429)
+    assert set(health) == {200}
+    status = server.status("m")
+    assert (status["queue_len"], status["replicas_busy"]) == (0, 0)
+    assert status["counters"]["texts"] == codes[200]
+    url = server.url
+    server.stop()
+    assert not [p for p in family if p.is_running()]
+    host, port = url.removeprefix("http://").split(":")
+    with contextlib.closing(socket.socket()) as probe:
+        assert probe.connect_ex((host, int(port))) != 0
+
+
+def test_slow_and_idle_clients_hold_no_thread(make_server: Callable[..., Server], kind: str) -> None:
+    """300 clients that send half a request, or nothing, do not delay the others, on 4 request threads."""
+    server = make_server(EMBEDPOOL_SERVER__THREADS="4", EMBEDPOOL_SERVER__CONNECTION_LIMIT="1000")
+    server.write_pool(fake("m"))
+    server.start(kind)
+    server.wait_ready()
+    slow = []
+    for i in range(300):
+        connection = socket.create_connection(address(server))
+        if i % 3:
+            connection.sendall(b"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n" + b"\r\n{" * (i % 2))
+        slow.append(connection)
+    for _ in range(20):
+        assert server.embed("m", ["x"]).status_code == 200
+    for connection in slow:
+        connection.close()
+
+
+def test_a_client_that_goes_away_costs_no_compute(server: Server, kind: str) -> None:
+    """Its waiting texts are dropped before they reach the model."""
+    server.write_pool(fake("m", delay_ms=300))
+    server.start(kind)
+    server.wait_ready()
+    body = json.dumps({"model": "m", "texts": ["x"]}).encode()
+    head = f"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    first = socket.create_connection(address(server))
+    first.sendall(head.encode() + body)
+    wait_until(lambda: server.status("m")["replicas_busy"])
+    gone = [socket.create_connection(address(server)) for _ in range(5)]
+    for connection in gone:
+        connection.sendall(head.encode() + body)
+    wait_until(lambda: server.status("m")["queue_len"] == 5)
+    for connection in gone:
+        connection.close()
+    wait_until(lambda: server.status("m")["counters"]["errors"].get("client_gone") == 5)
+    assert server.status("m")["counters"]["rows"] == 1
+    assert first.recv(12) == b"HTTP/1.1 200"
+    first.close()
+
+
+def test_replicas_grow_under_load_and_go_when_idle(server: Server) -> None:
+    """min 0: loaded on first use; up to max while work waits; unloaded after idle_ttl_s."""
+    server.write_pool(fake("m", delay_ms=100, scaling={"min": 0, "max": 3, "idle_ttl_s": 0.5}))
+    server.start()
+    server.wait_ready()
+    assert server.status("m")["state"] == "idle"
+    body = json.dumps({"model": "m", "texts": ["x"] * 64}).encode()
+    answers = asyncio.run(burst(*address(server), 14, body))
+    assert {status for status, _ in answers} == {200}
+    assert "m#3" in server.log.read_text()
+    wait_until(lambda: server.status("m")["state"] == "idle")
+    assert server.embed("m", ["x"]).status_code == 200
