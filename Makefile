@@ -7,7 +7,7 @@ MODEL := sentence-transformers/all-MiniLM-L6-v2
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: run test lint clean
+.PHONY: run test lint docs clean
 
 run: $(VENV)/run.installed
 	@$(BIN)/embedpool init > /dev/null
@@ -22,6 +22,9 @@ lint: $(VENV)/test.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/test.installed
+	$(BIN)/python -m tests.docs
 
 $(VENV)/run.installed: setup.cfg conf/constraints.txt | $(BIN)/python
 	$(PIP) -e '.[demo,openvino]'

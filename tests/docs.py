@@ -1,0 +1,98 @@
+"""The parts of README.md that are made from the code. `make docs` writes them; tests/test_docs.py compares."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import embedpool.cli
+from embedpool import errors
+from embedpool.config.settings import SECTIONS
+from embedpool.config.spec import DRIVER_CONFIGS, ModelSpec, QueueSpec, Scaling
+
+OR = " \\| "  # in a table
+README = Path(__file__).parents[1] / "README.md"
+
+
+def manual() -> str:
+    return f"```text\n{embedpool.cli.__doc__.strip()}\n```"
+
+
+def settings() -> str:
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for section, cls in SECTIONS.items():
+        rows += [_row(f"{section}.{f.name}", f) for f in dataclasses.fields(cls)]
+    return "\n".join(rows)
+
+
+def pool_keys() -> str:
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    rows += [_row(f.name, f) for f in dataclasses.fields(ModelSpec) if f.name not in ("driver", "scaling", "queue")]
+    rows += [f"| `driver.type` | required | {OR.join(DRIVER_CONFIGS)} |"]
+    for name, cls in (("scaling", Scaling), ("queue", QueueSpec)):
+        rows += [_row(f"{name}.{f.name}", f) for f in dataclasses.fields(cls)]
+    return "\n".join(rows)
+
+
+def driver_keys() -> str:
+    parts = []
+    for name, cls in DRIVER_CONFIGS.items():
+        rows = [
+            f"`driver.config` of type `{name}`:",
+            "",
+            "| key | default | meaning | loads anew |",
+            "|---|---|---|---|",
+        ]
+        rows += [f"{_row(f.name, f)} {'yes' if f.metadata['loads'] else ''} |" for f in dataclasses.fields(cls)]
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def error_codes() -> str:
+    """Every error that is answered over HTTP."""
+    unanswered = {errors.ConfigError, errors.ServerUnreachable, errors.ClientGone}
+    found = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.EmbedpoolError)]
+    rows = ["| status | code | when |", "|---|---|---|"]
+    for cls in sorted((c for c in found if c not in unanswered), key=lambda c: (c.status, c.code)):
+        says = "An unexpected error." if cls is errors.EmbedpoolError else (cls.__doc__ or "").strip().split("\n")[0]
+        rows.append(f"| {cls.status} | `{cls.code}` | {says} |")
+    return "\n".join(rows)
+
+
+def _row(name: str, f: dataclasses.Field[Any]) -> str:
+    choices = f" ({OR.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+    return f"| `{name}` | {_default(f)} | {f.metadata['doc']}{choices} |"
+
+
+def _default(f: dataclasses.Field[Any]) -> str:
+    if f.default_factory is not dataclasses.MISSING:
+        return "`{}`"
+    if f.default is dataclasses.MISSING:
+        return "required"
+    if f.default is None or f.default in ("", ()):
+        return ""
+    return f"`{str(f.default).lower() if isinstance(f.default, bool) else f.default}`"
+
+
+PARTS = {
+    "manual": manual,
+    "settings": settings,
+    "pool_keys": pool_keys,
+    "driver_keys": driver_keys,
+    "error_codes": error_codes,
+}
+
+
+def written(text: str) -> str:
+    """The README with its generated parts as the code has them now."""
+    for name, make in PARTS.items():
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)"
+        text, count = re.subn(pattern, lambda m, make=make: f"{m[1]}{make()}{m[2]}", text, flags=re.DOTALL)
+        assert count == 1, f"README.md needs the markers of {name} once"
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(written(README.read_text()))
