@@ -12,7 +12,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import orjson
 from waitress import wasyncore
@@ -20,10 +20,8 @@ from waitress.channel import HTTPChannel
 from waitress.server import BaseWSGIServer, create_server
 from waitress.task import ErrorTask, WSGITask
 
+from embedpool.config.settings import Settings
 from embedpool.errors import BadRequest, BodyTooLarge, EmbedpoolError, as_document
-
-if TYPE_CHECKING:
-    from embedpool.server import EmbedpoolApp
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +67,25 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
         return not (self.requests or self.request or self.total_outbufs_len)
 
 
+class App(Protocol):
+    """What the loop asks of the WSGI app it serves."""
+
+    settings: Settings
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        """WSGI."""
+
+    def begin_to_stop(self) -> None:
+        """Nothing changes the pool any more, and /ready says so; requests are still served."""
+
+    def stop(self) -> int:
+        """Give up what is still being served; how many requests that were."""
+
+
 class Loop:
     """waitress's loop over given listening sockets, and its orderly end."""
 
-    def __init__(self, app: EmbedpoolApp, sockets: Sequence[socket.socket]) -> None:
+    def __init__(self, app: App, sockets: Sequence[socket.socket]) -> None:
         settings = app.settings
         self._app = app
         self._stopping = False
@@ -110,19 +123,19 @@ class Loop:
     def _drain(self, heartbeat: Callable[[], bool]) -> None:
         """Watch → listener → drain → pool → threads, in this order and in bounded time."""
         grace_s = self._app.settings.server.graceful_timeout_s
-        self._app.stop_watching()
+        self._app.begin_to_stop()
         for listener in self._listeners:
             listener.is_stopping = True
         self._close_listeners()
         self._serve_what_is_left(grace_s, heartbeat)
-        given_up = self._app.pool.stop()
+        given_up = self._app.stop()
         self._serve_what_is_left(2.0, heartbeat)  # the answers of what was given up
         cut = len(self._channels())
         self._listeners[0].task_dispatcher.shutdown(timeout=1)
         for dispatcher in list(self._map.values()):
             dispatcher.close()
         log = logger.warning if given_up or cut else logger.info
-        log("stopped: %d requests got 503 after %s s, %d connections were cut", given_up, grace_s, cut)
+        log("stopped: %d requests got 503 shutting_down, %d connections were cut", given_up, cut)
 
     def _close_listeners(self) -> None:
         """What the system has accepted already is served; later connections are refused, not parked."""

@@ -81,12 +81,16 @@ class EmbedpoolApp:
         if self._watch:
             self._watch.start()
 
-    def stop_watching(self) -> None:
-        """The first step of a stop: nothing changes the pool any more, and /ready says so."""
+    def begin_to_stop(self) -> None:
+        """See App."""
         self.pool.draining = True
         if self._watch:
             self._watch.stop()
             self._watch = None
+
+    def stop(self) -> int:
+        """See App."""
+        return self.pool.stop()
 
 
 def wsgi() -> EmbedpoolApp:
@@ -106,7 +110,7 @@ def configure_logging(settings: Settings) -> None:
         stream=sys.stderr,
     )
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # admission is ours; its queue is only a hand-over
-    logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)  # its deprecations are not the operator's
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "process": {"config", "client", "errors"},
     "client": {"errors"},
     "server": {"web", "pool", "drivers", "config", "reconcile", "process", "loop", "errors"},
-    "loop": {"errors"},
+    "loop": {"config", "errors"},
     "gunicorn_worker": {"loop"},
     "cli": {"client", "server", "process", "config", "errors"},
     "errors": set(),
