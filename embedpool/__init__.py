@@ -10,7 +10,7 @@ The road of a request, file by file:
     pool/worker.py        a replica's thread takes what waits
     pool/batcher.py       waiting jobs become batches
     drivers/*.py          a batch becomes vectors
-    pool/request.py       vectors get their final form: normalised, cut, quantised
+    pool/answer.py        vectors get their final form: normalised, cut, quantised
     web/encoding.py       vectors become JSON, base64 or npy
 
 Beside the road: config/ (config.yml and pool.yml), reconcile.py (the file becomes the live pool), server.py (where the

@@ -104,6 +104,8 @@ class Reconciler:
     ) -> None:
         if not (wait and new.enabled and (old is None or old.load_key != new.load_key)):
             self._change(change, reason)
+            if wait and new.enabled:  # 200 means ready, also for what is in the file already
+                self._pool.find(new.model).require_loaded(self._load_timeout_s)
             return
         with self._pool.prepared(new, self._load_timeout_s):
             self._change(change, reason)

@@ -45,7 +45,7 @@ def parse_registration(flat: Mapping[str, Any]) -> ModelSpec:
             "invalid registration: " + "; ".join(f"{path}: {says}" for path, says in found.items()),
             fields=found,
         ) from None
-    return dataclasses.replace(spec, alias=None) if spec.alias == spec.model else spec
+    return spec
 
 
 def _flat(path: tuple[str | int, ...]) -> tuple[str | int, ...]:
@@ -77,8 +77,6 @@ def set_alias(pool: PoolSpec, name: str, alias: str | None) -> PoolSpec:
     """Give a model an alias, or with None or "" take it away. Raises ModelNotFound, AliasConflict, InvalidRequest."""
     spec = find(pool, name)
     alias = alias or None
-    if alias == spec.model:
-        alias = None
     if alias:
         errors = schema_of(ModelSpec)(only=("alias",)).validate({"alias": alias})
         if errors:

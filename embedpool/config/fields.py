@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -78,9 +79,12 @@ class StrictFloat(fields.Float):
     """A finite number, not a string and not a boolean."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ma.ValidationError(f"must be a number, not {value!r}")
-        return value
+        try:
+            if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(float(value)):
+                return value
+        except OverflowError:
+            pass
+        raise ma.ValidationError(f"must be a finite number, not {value!r:.40}")
 
 
 class StrictSchema(ma.Schema):
@@ -157,7 +161,9 @@ def _rules_of(metadata: Mapping[str, Any]) -> list[Callable[[Any], object]]:
     if low is not None or high is not None:
         rules.append(validate.Range(min=low, max=high))
     if metadata["pattern"]:
-        rules.append(validate.Regexp(metadata["pattern"], error=f"must match {metadata['pattern']}"))
+        rules.append(
+            validate.Regexp(metadata["pattern"], error="must match " + re.sub(r"([{}])", r"\1\1", metadata["pattern"]))
+        )
     if metadata["check"]:
         rules.append(metadata["check"])
     return rules
@@ -180,7 +186,11 @@ def dotted(path: tuple[str | int, ...]) -> str:
 
 def line_of(text: str, path: tuple[str | int, ...]) -> int:
     """The 1-based line of the key at `path` in a YAML text, or of its nearest ancestor."""
-    node, line = yaml.compose(text, Loader=yaml.SafeLoader), 1
+    try:
+        node, line = yaml.compose(text, Loader=yaml.SafeLoader), 1
+    except yaml.YAMLError as error:  # what one YAML library takes the other may not
+        mark = getattr(error, "problem_mark", None)
+        return mark.line + 1 if mark else 1
     for step in path:
         if isinstance(node, yaml.MappingNode):
             found = [(k, v) for k, v in node.value if getattr(k, "value", None) == str(step)]

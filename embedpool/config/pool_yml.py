@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import marshmallow as ma
 import yaml
@@ -58,8 +59,8 @@ def parse(text: str, name: str = "pool.yml") -> PoolSpec:
     """The PoolSpec of a pool.yml's text. Raises PoolFileInvalid with file, line and key."""
     try:
         document = YAML(typ="safe", pure=True).load(text)  # plain values; the round-trip ones are only for edits
-    except YAMLError as error:
-        raise PoolFileInvalid(yaml_fault(name, error)) from None  # type: ignore[arg-type]
+    except Exception as error:
+        raise PoolFileInvalid(yaml_fault(name, error)) from None
     if document is None:
         raise PoolFileInvalid(f"{name}: the file is empty; a pool without models is written `models: []`")
     try:
@@ -140,30 +141,44 @@ class PoolFile:
             raise StorageError(f"{target} cannot be written: {error}; nothing was changed") from None
 
 
-# --- text surgery: pool.yml goes through ruamel both ways, so that comments and order survive
+# --- text surgery, so that comments and order survive: what goes is cut out as lines, the rest goes through ruamel
 
 
 def edited(text: str, old: PoolSpec, new: PoolSpec) -> str:
     """The text of a pool.yml that says `old`, changed to say `new` and otherwise left as it is."""
+    head, body = _split_head(text)
     change = diff(old, new)
-    document = _yaml(text).load(text)
-    entries = {str(entry["model"]): entry for entry in document["models"]}
     before = {m.model: m for m in old.models}
-    for spec in change.changed:
-        _update(entries[spec.model], explicit(before[spec.model]), explicit(spec))
-    if change.added and not document["models"]:
-        document["models"] = []  # the block style of a file written by hand, instead of `[]`
-    for spec in change.added:
-        document["models"].append(_as_entry(spec))
-    if change.added or change.changed:
-        text = _dump(document, text)
-    text = _without(text, set(change.removed))
-    if parse(text) != new:
-        raise PoolFileInvalid(
-            "this change cannot be written into pool.yml as it is written (an anchor that other entries use?); "
-            "edit the file by hand"
-        )
-    return text
+    try:
+        for spec in change.changed:
+            for path in _obsolete_keys(explicit(before[spec.model]), explicit(spec)):
+                body = _cut(body, spec.model, path)
+        document = _yaml(body).load(body)
+        entries = {str(entry["model"]): entry for entry in document["models"]}
+        for spec in change.changed:
+            _update(entries[spec.model], explicit(before[spec.model]), explicit(spec))
+        if change.added and re.search(r"(?m)^models\s*:\s*\[\s*\]", body):
+            document["models"] = []  # the block style of a file written by hand, instead of `[]`
+        for spec in change.added:
+            document["models"].append(_as_entry(spec))
+        if change.added or change.changed:
+            body = _dump(document, body)
+        for name in change.removed:
+            body = _cut(body, name)
+        if parse(head + body) == new:
+            return head + body
+    except (PoolFileInvalid, YAMLError, yaml.YAMLError):
+        pass
+    raise PoolFileInvalid(
+        "this change cannot be written into pool.yml as it is written (an anchor that other entries use?); "
+        "edit the file by hand"
+    )
+
+
+def _split_head(text: str) -> tuple[str, str]:
+    """What stands up to a document marker, which ruamel would drop, and the rest."""
+    marker = re.search(r"(?m)^---[ \t]*\n", text)
+    return (text[: marker.end()], text[marker.end() :]) if marker else ("", text)
 
 
 def _as_entry(spec: ModelSpec) -> CommentedMap:
@@ -177,44 +192,78 @@ def _as_entry(spec: ModelSpec) -> CommentedMap:
     return entry
 
 
+def _obsolete_keys(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Paths of keys whose value has gone back to its default."""
+    for key, value in before.items():
+        if key not in after:
+            yield (key,)
+        elif isinstance(value, dict) and isinstance(after[key], dict):
+            yield from ((key, *path) for path in _obsolete_keys(value, after[key]))
+
+
 def _update(node: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Write into `node` what differs between two explicit forms, touching nothing else."""
-    for key in before.keys() - after.keys():
-        node.pop(key, None)
+    """Write into `node` what differs between two explicit forms, touching nothing else.
+
+    A new key goes behind the first one: the comment behind a mapping's last key is about what comes next.
+    """
     for key, value in after.items():
         if key in before and before[key] == value:
             continue
         if isinstance(value, dict) and isinstance(node.get(key), dict):
             _update(node[key], before.get(key, {}), value)
-        elif key == "alias" and key not in node:
-            node.insert(list(node).index("model") + 1, key, value)
-        else:
+        elif key in node:
             node[key] = value
+        else:
+            node.insert(min(len(node), 1), key, value)
 
 
-def _without(text: str, names: set[str]) -> str:
-    """The text without the lines of these models; comments around them stay."""
-    if not names:
-        return text
+def _cut(text: str, model: str, path: tuple[str, ...] = ()) -> str:
+    """The text without a model, or without one key of it; comments around it stay."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     assert isinstance(root, yaml.MappingNode)  # it was parsed before
-    sequence = next(v for k, v in root.value if k.value == "models")
-    doomed = [item for item in sequence.value if _name_in(item) in names]
-    if sequence.flow_style:
-        document = _yaml().load(text)
-        document["models"] = [e for e in document["models"] if str(e["model"]) not in names]
-        return _dump(document, text)
+    sequence = _value(root, "models")
+    item = next(entry for entry in sequence.value if _value(entry, "model").value == model)
+    parent, first, last = sequence, item, item
+    for step in path:
+        found = [(key, value) for key, value in last.value if key.value == step]
+        if not found:  # it stands in a merged mapping; the entry itself gets the new value
+            return text
+        parent, (first, last) = last, found[0]
+    start, end = first.start_mark, last.end_mark
+    if parent.flow_style:
+        return _cut_span(text, start.index, end.index)
     lines = text.splitlines(keepends=True)
-    for item in reversed(doomed):
-        del lines[item.start_mark.line : _last_line(item) + 1]
-    text = "".join(lines)
-    if len(doomed) == len(sequence.value):
-        text = re.sub(r"(?m)^(models\s*:)", r"\1 []", text, count=1)
-    return text
+    number = start.line
+    while not path and not lines[number].lstrip().startswith("-"):  # the dash may stand alone above its entry
+        number -= 1
+    if path and lines[number][: start.column].strip():  # the first key, beside its dash, which stays
+        lines[number] = lines[number][: start.column] + "\n"
+        number += 1
+    behind = _last_line(last) + 1
+    kept = [line for line in lines[number:behind] if path and line.lstrip().startswith("#")]
+    text = "".join(lines[:number] + kept + lines[behind:])
+    return text if path or len(sequence.value) > 1 else _without_models(text)
 
 
-def _name_in(item: yaml.MappingNode) -> str:
-    return next(str(v.value) for k, v in item.value if k.value == "model")
+def _cut_span(text: str, start: int, end: int) -> str:
+    """The text of a flow list or mapping without one member and one comma."""
+    behind = re.match(r"\s*,", text[end:])
+    if behind:
+        return text[:start] + text[end + behind.end() :].lstrip(" ")
+    before = re.search(r",[ \t]*((?:\s*(?:#.*)?\n)*\s*)\Z", text[:start])
+    return (text[: before.start()] + before[1] if before else text[:start]) + text[end:]
+
+
+def _without_models(text: str) -> str:
+    """`models:` without an entry → `models: []`."""
+    root: Any = yaml.compose(text, Loader=yaml.SafeLoader)
+    key = next(k for k, _ in root.value if k.value == "models")
+    colon = text.index(":", key.end_mark.index) + 1
+    return f"{text[:colon]} []{text[colon:]}"
+
+
+def _value(node: yaml.Node, key: str) -> Any:
+    return next(value for k, value in node.value if k.value == key)
 
 
 def _last_line(node: yaml.Node) -> int:
@@ -230,7 +279,7 @@ def _yaml(text: str = "") -> YAML:
     parser = YAML()
     parser.preserve_quotes = True
     parser.width = 4096
-    offset = 0 if re.search(r"(?m)^- ", text) else 2  # whether list items stand below their key or indented
+    offset = 0 if re.search(r"(?m)^-\s", text) else 2  # whether list items stand below their key or indented
     parser.indent(mapping=2, sequence=offset + 2, offset=offset)
     return parser
 
@@ -246,5 +295,12 @@ def as_document(spec: ModelSpec) -> dict[str, Any]:
     document: dict[str, Any] = dataclasses.asdict(spec)
     config = document["driver"]["config"]
     if config.get("base_url"):
-        config["base_url"] = re.sub(r"//[^/@]*@", "//***@", config["base_url"])
+        config["base_url"] = without_credentials(config["base_url"])
     return document
+
+
+def without_credentials(url: str) -> str:
+    """A URL that may be shown."""
+    parts = urlsplit(url)
+    _, at, host = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"***@{host}")) if at else url

@@ -171,7 +171,7 @@ def parse_settings(text: str, name: str, environ: Mapping[str, str]) -> Settings
     """Settings from the text of a config.yml called `name`. Raises ConfigError."""
     try:
         document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except Exception as error:
         raise ConfigError(yaml_fault(name, error)) from None
     if document is None:
         document = {}
@@ -207,9 +207,11 @@ def _overrides(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
             raise ConfigError(f"environment variable {variable}: {unknown_key(section, SECTIONS)}")
         kind = {f.name: f.type for f in dataclasses.fields(SECTIONS[section])}.get(key, "")
         try:
-            found.setdefault(section, {})[key] = raw if str(kind).startswith("str") else yaml.safe_load(raw)
-        except yaml.YAMLError:
+            value = raw if str(kind).startswith("str") else yaml.safe_load(raw)
+        except Exception:
             raise ConfigError(f"environment variable {variable}: {raw!r} is not a YAML value") from None
+        if value not in (None, ""):
+            found.setdefault(section, {})[key] = value
     return found
 
 
@@ -225,8 +227,8 @@ def base_dir_of(file: Path, config_yml: str) -> Path:
     return file.parent
 
 
-def yaml_fault(name: str, error: yaml.YAMLError) -> str:
-    """A YAML syntax error in one line with file and line."""
+def yaml_fault(name: str, error: Exception) -> str:
+    """What a YAML library refused, in one line with file and line: syntax, or a value such as 2024-13-45."""
     mark = getattr(error, "problem_mark", None)
     where = f", line {mark.line + 1}" if mark else ""
     return f"{name}{where}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}"

@@ -80,9 +80,9 @@ class HttpConfig:
         loads=True,
     )
     remote_model: str | None = option(None, "the model's name there; default its name here", loads=True)
-    timeout_s: float = option(60, "longest wait for one answer", minimum=0.001, loads=True)
-    retries: int = option(2, "further attempts after a connection error, 429 or 5xx", minimum=0, maximum=20, loads=True)
-    max_batch_texts: int = option(64, "texts in one call", minimum=1, loads=True)
+    timeout_s: float = option(60, "longest wait for one answer", minimum=0.001)
+    retries: int = option(2, "further attempts after a connection error, 429 or 5xx", minimum=0, maximum=20)
+    max_batch_texts: int = option(64, "texts in one call", minimum=1)
     api_key: str | None = option(
         None,
         f"name of the environment variable ({SECRET_PREFIX}…) with the bearer key",
@@ -158,8 +158,11 @@ class Scaling:
     """Replicas of a model. A replica is one driver instance, the unit of memory."""
 
     min: int = option(1, "replicas kept; 0 loads on first use and unloads when idle", minimum=0, maximum=64)
-    max: int = option(1, "replicas at most", minimum=1, maximum=64)
+    max: int = option(1, "replicas at most; raised to min", minimum=1, maximum=64)
     idle_ttl_s: float = option(30, "a replica above min goes after this long without work", minimum=0)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max", max(self.min, self.max))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +185,10 @@ class ModelSpec:
     enabled: bool = option(True, "whether it is served")
     scaling: Scaling = dataclasses.field(default_factory=Scaling)
     queue: QueueSpec = dataclasses.field(default_factory=QueueSpec)
+
+    def __post_init__(self) -> None:
+        if self.alias == self.model:
+            object.__setattr__(self, "alias", None)
 
     @property
     def names(self) -> tuple[str, ...]:

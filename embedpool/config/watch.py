@@ -97,10 +97,11 @@ class Watch:
         # Editors save by rename and Kubernetes swaps a link, so the folders are watched, not the file.
         folders = {self._path.parent, Path(os.path.realpath(self._path)).parent}
         try:
-            for folder in folders:
+            for folder in filter(Path.is_dir, folders):
                 observer.schedule(handler, str(folder))
             observer.start()
         except OSError as error:
+            observer.stop()
             logger.warning("no file events for %s (%s); looking every %s s", self._path, error, self._poll_interval_s)
             return None
         return observer

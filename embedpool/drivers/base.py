@@ -51,6 +51,9 @@ class Driver(abc.ABC):
     def probe(self) -> None:
         """Embed a fixed text. Raises if the driver itself is at fault."""
 
+    def configure(self, config: Any) -> None:  # noqa: B027  (most drivers read nothing that may change)
+        """Take over a driver.config in which nothing has changed that loads anew. Called on any thread."""
+
     def close(self) -> None:  # noqa: B027  (most drivers hold nothing)
         """Give everything back."""
 

@@ -63,8 +63,22 @@ class HttpDriver(Driver):
             headers["Authorization"] = f"Bearer {_secret(self._config.api_key)}"
         self._session.headers.update(headers)
         self._secrets = [value.removeprefix("Bearer ") for value in headers.values()]
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=64))
+        self.configure(self._config)
+        try:
+            self.probe()
+        except BaseException:
+            self.close()
+            raise
+        self.description = describe(protocol=self._config.protocol, dim=self._dim)
+
+    def configure(self, config: HttpConfig) -> None:
+        """Time-out, retries and batch size apply at once."""
+        self._config = config
+        self.max_batch_texts = config.max_batch_texts
         retry = Retry(
-            total=self._config.retries,
+            total=config.retries,
             backoff_factor=BACKOFF_FACTOR_S,
             backoff_jitter=BACKOFF_FACTOR_S,
             status_forcelist=RETRIED_STATUS,
@@ -72,15 +86,8 @@ class HttpDriver(Driver):
             raise_on_status=False,
             retry_after_max=LONGEST_RETRY_AFTER_S,
         )
-        adapter = HTTPAdapter(pool_maxsize=64, max_retries=retry)
-        self._session.mount("http://", adapter)
-        self._session.mount("https://", adapter)
-        try:
-            self.probe()
-        except BaseException:
-            self.close()
-            raise
-        self.description = describe(protocol=self._config.protocol, dim=self._dim)
+        for adapter in self._session.adapters.values():
+            adapter.max_retries = retry  # type: ignore[attr-defined]
 
     def embed(self, texts: Sequence[str], ids: Sequence[Ids] | None, options: Mapping[str, Any]) -> Embeddings:
         """One call. The answer must hold a finite vector of the known dimension for each text."""

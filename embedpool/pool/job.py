@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ Ids = Sequence[int]  # token ids of one text, special tokens included
 class Flow:
     """What the jobs of one request share. `finish` and `waiting` belong to the queue and its lock."""
 
-    __slots__ = ("abandoned", "client_gone", "deadline", "finish", "jobs", "waiting", "weight")
+    __slots__ = ("abandoned", "client_gone", "deadline", "error", "finish", "jobs", "waiting", "weight")
 
     def __init__(self, deadline: float, weight: float, client_gone: Callable[[], bool]) -> None:
         self.deadline = deadline
@@ -25,6 +26,7 @@ class Flow:
         self.client_gone = client_gone
         self.abandoned = False
         self.jobs: list[Job] = []
+        self.error: EmbedpoolError | None = None  # the first one; no further job is worth computing
         self.finish = 0.0
         self.waiting = 0
 
@@ -79,12 +81,15 @@ class Job:
             self.vectors = np.empty((len(self.texts), vector.shape[0]), dtype=np.float32)
         self.vectors[row] = vector
         self._missing -= 1
-        if not self._missing and not self.future.done():
-            self.future.set_result(self)
+        if not self._missing:
+            with contextlib.suppress(InvalidStateError):  # given up in this very moment
+                self.future.set_result(self)
 
     def fail(self, error: EmbedpoolError) -> None:
         """Resolve the future with an error, unless it is resolved."""
-        if not self.future.done():
+        if not self.future.done() and self.flow.error is None:
+            self.flow.error = error
+        with contextlib.suppress(InvalidStateError):
             self.future.set_exception(error)
 
 

@@ -62,7 +62,7 @@ class ModelQueue(queue.Queue[Job]):
         with self.mutex:
             if self._closed:
                 raise QueueClosed
-            if self._texts + len(job) > self.maxsize:
+            if not self._fits(job, self.maxsize):
                 raise queue.Full
             self._put(job)
             self.not_empty.notify()
@@ -88,8 +88,11 @@ class ModelQueue(queue.Queue[Job]):
             self.not_empty.notify()
 
     def _has_room_to_feed(self, job: Job) -> bool:
-        bound = self.maxsize if job.flow.waiting == 0 else self.maxsize // 2
-        return self._texts + len(job) <= bound
+        return self._fits(job, self.maxsize if job.flow.waiting == 0 else self.maxsize // 2)
+
+    def _fits(self, job: Job, bound: int) -> bool:
+        """A job larger than the bound, cut before the queue was made smaller, fits an empty queue."""
+        return not self._texts or self._texts + len(job) <= bound
 
     def take(
         self,
@@ -106,10 +109,11 @@ class ModelQueue(queue.Queue[Job]):
         not missed.
         """
         with self.mutex:
-            if leaving():
-                return []
-            if not self._heap:
+            if not self._heap and not leaving():
                 self.not_empty.wait(timeout_s)
+            if leaving():
+                self.not_empty.notify()  # what woke this worker is for another
+                return []
             if self._heap and max_wait_s:
                 until = self._clock() + max_wait_s
                 while self._texts < max_texts and (remaining := until - self._clock()) > 0:

@@ -11,12 +11,14 @@ from types import MappingProxyType
 from typing import Any
 
 from embedpool.config.spec import ModelSpec, PoolSpec, diff
-from embedpool.errors import ModelFailed, ModelNotFound, Overloaded, ShuttingDown
+from embedpool.errors import ModelNotFound, Overloaded, ShuttingDown
 from embedpool.pool.model_queue import QueueClosed
 from embedpool.pool.request import EmbedRequest, EmbedResult
 from embedpool.pool.served_model import Engine, ServedModel
 
 logger = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S = 10.0  # for replicas to close
 
 
 class Pool:
@@ -34,7 +36,7 @@ class Pool:
         self._successors: dict[str, ServedModel] = {}
         self._routes: Mapping[str, ServedModel] = MappingProxyType({})
         self._candidates: list[ServedModel] = []
-        self._drains: set[threading.Thread] = set()
+        self._leaving: dict[ServedModel, threading.Thread] = {}
 
     # --- the road of a request
 
@@ -72,10 +74,7 @@ class Pool:
         candidate = ServedModel(spec, self._engine)
         try:
             candidate.start(prove=True)
-            settled = candidate.wait_settled(timeout_s)
-            if not settled or candidate.state == "failed":
-                reason = candidate.last_error if settled else f"not ready within {timeout_s:g} s"
-                raise ModelFailed(f"{spec.model!r} did not load: {reason}")
+            candidate.require_loaded(timeout_s)
             with self._lock:
                 self._candidates.append(candidate)
             yield
@@ -83,8 +82,8 @@ class Pool:
             with self._lock:
                 adopted = candidate in self._served.values()
                 self._candidates = [c for c in self._candidates if c is not candidate]
-            if not adopted and candidate.state != "draining":
-                self._drain_in_background(candidate)
+                if not adopted and candidate not in self._leaving:
+                    self._drain_in_background(candidate)
 
     def apply(self, spec: PoolSpec) -> None:
         """Make the live pool what `spec` says, by diff. Never waits for a load.
@@ -117,7 +116,7 @@ class Pool:
         if candidate := self._candidate_for(model):
             self._served[model.model] = candidate
             return [*leaving, live]
-        if model.enabled and live.spec.enabled and live.is_serving:
+        if model.enabled and live.takes_requests:
             # The old one goes on, under the new alias, until the successor is loaded.
             live.update(dataclasses.replace(live.spec, alias=model.alias))
             successor = self._successors[model.model] = ServedModel(model, self._engine, on_ready=self._promote)
@@ -148,8 +147,8 @@ class Pool:
             del self._successors[name]
             old, self._served[name] = self._served[name], successor
             self._route()
+            self._drain_in_background(old)
         logger.info("%s: the changed model is loaded and takes over", name)
-        self._drain_in_background(old)
 
     def _route(self) -> None:
         routes = {alias: s for s in self._served.values() if (alias := s.spec.alias)}
@@ -158,14 +157,16 @@ class Pool:
     # --- leaving
 
     def _drain_in_background(self, served: ServedModel) -> None:
+        """Called under the lock, so that a stop sees the model either here or there."""
         served.close()
         thread = threading.Thread(target=self._drain, args=(served,), name=f"drain-{served.spec.model}", daemon=True)
-        self._drains.add(thread)
+        self._leaving[served] = thread
         thread.start()
 
     def _drain(self, served: ServedModel) -> None:
         served.drain(self._engine.request_timeout_s)
-        self._drains.discard(threading.current_thread())
+        with self._lock:
+            self._leaving.pop(served, None)
 
     def stop(self, grace_s: float = 0.0) -> int:
         """Refuse new requests, wait up to `grace_s` for those inside, fail the rest, stop every replica.
@@ -175,18 +176,19 @@ class Pool:
         """
         with self._lock:
             self.stopping = True
-            leaving = [*self._served.values(), *self._successors.values()]
+            drains = list(self._leaving.values())
+            leaving = [*self._served.values(), *self._successors.values(), *self._leaving]
             self._routes = MappingProxyType({})
             self._served, self._successors = {}, {}
-        threads = []
         given_up: list[int] = []
-        for served in leaving:
-            served.close()
-            thread = threading.Thread(target=lambda s=served: given_up.append(s.drain(grace_s)), name="stop")
-            threads.append(thread)
+        threads = [
+            threading.Thread(target=lambda s=served: given_up.append(s.drain(grace_s)), name="stop")
+            for served in leaving
+        ]
+        for thread in threads:
             thread.start()
-        for thread in [*threads, *self._drains]:
-            thread.join(grace_s + 10.0)
+        for thread in [*threads, *drains]:
+            thread.join(grace_s + STOP_TIMEOUT_S)
         return sum(given_up)
 
     # --- what can be seen
@@ -195,7 +197,7 @@ class Pool:
     def models(self) -> list[ServedModel]:
         """Every model, in the order of pool.yml."""
         served = self._served
-        return [served[m.model] for m in self._spec.models if m.model in served]
+        return [found for m in self._spec.models if (found := served.get(m.model))]
 
     @property
     def booted(self) -> bool:

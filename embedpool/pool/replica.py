@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -24,6 +25,10 @@ class Owner(Protocol):
     """What a replica asks of the model it belongs to. Called on the replica's threads."""
 
     queue: ModelQueue
+
+    @property
+    def driver_config(self) -> object:
+        """driver.config as it is now."""
 
     def open_driver(self) -> Driver:
         """An open driver, or an exception."""
@@ -64,6 +69,8 @@ class Replica:
         self._retired = False
         self._lock = threading.Lock()
         self._busy = 0
+        self._driver: Driver | None = None  # while it serves
+        self._siblings: list[threading.Thread] = []
         self._last_busy = clock()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -83,6 +90,8 @@ class Replica:
 
     def join(self, timeout_s: float | None) -> bool:
         """Whether the threads ended in time."""
+        if self._thread.ident is None:
+            return True
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -112,7 +121,7 @@ class Replica:
         started = self._clock()
         try:
             driver = self._owner.open_driver()
-        except Exception as error:
+        except BaseException as error:  # a panic in a Rust library is no Exception
             logger.warning("%s did not load: %s", self.name, error)
             self._failed(error)
             return None
@@ -122,31 +131,47 @@ class Replica:
         self._become("ready")
         return driver
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: BaseException) -> None:
         self.failures += 1
         self.last_error = f"{type(error).__name__}: {error}"
         self.retry_at = self._clock() + self._backoff_s()
         self._become("failed")
 
     def _serve(self, driver: Driver) -> None:
-        siblings = [
-            threading.Thread(target=self._loop, args=(driver, False), name=f"{self.name}/{i}", daemon=True)
-            for i in range(2, self._owner.inflight(driver) + 1)
-        ]
-        for thread in siblings:
-            thread.start()
-        self._loop(driver, True)
+        self._driver = driver
+        self.adjust()
+        self._loop(driver, 1)
+        with self._lock:
+            self._driver, siblings, self._siblings = None, self._siblings, []
         for thread in siblings:
             thread.join()
 
-    def _loop(self, driver: Driver, lead: bool) -> None:
-        """One worker's life. Only the lead asks to retire."""
+    def adjust(self) -> None:
+        """Follow the spec as it is now: the driver's own settings, and how many batches run at once."""
+        with self._lock:
+            driver = self._driver
+            if driver is None:
+                return
+            driver.configure(self._owner.driver_config)
+            self._siblings = [t for t in self._siblings if t.is_alive()]
+            for number in range(len(self._siblings) + 2, self._owner.inflight(driver) + 1):
+                thread = threading.Thread(
+                    target=self._loop, args=(driver, number), name=f"{self.name}/{number}", daemon=True
+                )
+                self._siblings.append(thread)
+                thread.start()
+
+    def _loop(self, driver: Driver, number: int) -> None:
+        """One worker's life. Only the lead, number 1, asks to retire; the others leave when fewer are wanted."""
         worker = self._owner.make_worker(self.name, driver)
-        while not self._leave.is_set():
+        lead = number == 1
+        while not self._leave.is_set() and (lead or number <= self._owner.inflight(driver)):
             idle_s = self._owner.idle_timeout_s() if lead else None
+            leaving = functools.partial(self._is_stale, idle_s) if lead else self._leave.is_set
+            before = worker.successes
             try:
-                if worker.step(idle_s, on_work=self._begin_work, leaving=self._leave.is_set):
-                    self._end_work(served=True)
+                if worker.step(idle_s, on_work=self._begin_work, leaving=leaving):
+                    self._end_work(served=worker.successes > before)
                 elif idle_s is not None and self._idle_for(idle_s) and self._owner.may_retire(self):
                     self._retired = True
                     self._leave_loops()
@@ -156,6 +181,10 @@ class Replica:
                     logger.warning("%s is broken and is opened anew: %s", self.name, error)
                     self._failed(error)
                     self._leave_loops()
+
+    def _is_stale(self, idle_s: float | None) -> bool:
+        """Whether the lead must look around instead of waiting for work: to leave, or for another idle time."""
+        return self._leave.is_set() or self._owner.idle_timeout_s() != idle_s
 
     def _leave_loops(self) -> None:
         self._leave.set()
@@ -182,7 +211,9 @@ class Replica:
         self._owner.replica_changed(self)
 
     def _backoff_s(self) -> float:
-        return float(min(BACKOFF_FIRST_S * 2 ** (self.failures - 1), BACKOFF_LONGEST_S)) if self.failures else 0.0
+        if not self.failures:
+            return 0.0
+        return float(min(BACKOFF_FIRST_S * 2 ** min(self.failures - 1, 10), BACKOFF_LONGEST_S))
 
 
 def _close(driver: Driver, name: str) -> None:

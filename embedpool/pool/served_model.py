@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from embedpool.config.spec import ModelSpec
 from embedpool.errors import (
     DeadlineExceeded,
@@ -24,12 +22,13 @@ from embedpool.errors import (
     Overloaded,
     ShuttingDown,
 )
+from embedpool.pool.answer import gather
 from embedpool.pool.batcher import Batcher
 from embedpool.pool.door import Measured, measure
 from embedpool.pool.job import Flow, Job, split
 from embedpool.pool.model_queue import ModelQueue, QueueClosed
 from embedpool.pool.replica import Replica
-from embedpool.pool.request import EmbedRequest, EmbedResult, finish
+from embedpool.pool.request import EmbedRequest, EmbedResult
 from embedpool.pool.stats import ModelStats
 from embedpool.pool.worker import Worker
 
@@ -39,6 +38,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FAILURES_BEFORE_FAILED = 3
+SHORTEST_IDLE_S = 0.02
+CLOSE_TIMEOUT_S = 5.0  # for a running batch and the driver's close
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +77,12 @@ class ServedModel:
         self._on_ready = on_ready
         self._lock = threading.RLock()
         self._replicas: tuple[Replica, ...] = ()
+        self._retiring: set[Replica] = set()
         self._replica_number = 0
         self._meter: Meter | None = None
         self._flows: set[Flow] = set()  # of the requests inside
         self._flow_left = threading.Condition(self._lock)
-        self._draining = False
+        self._draining = self._stopped = False
         self._proved = False  # has been ready once
         self._must_load_first = False  # the first load at start: requests get 503 and do not wait
         self._settled = threading.Event()
@@ -128,27 +130,14 @@ class ServedModel:
         measured = measure(request, spec.driver.config, self.meter())
         try:
             for job in self._split(flow, measured):
+                if flow.error is not None:
+                    raise flow.error
                 self._enqueue(job)
             for job in flow.jobs:
                 job.future.result(max(flow.deadline - clock(), 0))
         except (FutureTimeout, queue.Full):
             raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
-        jobs = flow.jobs
-        parts = [job.vectors for job in jobs if job.vectors is not None]
-        raw = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        config = spec.driver.config
-        counted = sum(job.counted for job in jobs)
-        return EmbedResult(
-            model=spec.model,
-            vectors=finish(raw, request.options, normalize=config.normalize, dtype=config.dtype),
-            dim=request.options.dimensions or raw.shape[1],
-            tokens=round(counted) if counted else sum(measured.tokens),
-            truncated=measured.truncated or [job.offset + i for job in jobs for i in sorted(job.truncated)],
-            queue_ms=1000 * max(min(job.started_at for job in jobs) - arrived, 0),
-            compute_ms=1000 * sum(job.compute_s for job in jobs),
-            total_ms=1000 * (clock() - arrived),
-            replicas=sorted({job.replica for job in jobs}),
-        )
+        return gather(flow.jobs, measured, request.options, spec, arrived_at=arrived, now=clock())
 
     def _split(self, flow: Flow, measured: Measured) -> Iterator[Job]:
         return split(
@@ -177,8 +166,7 @@ class ServedModel:
             except QueueClosed:
                 raise ShuttingDown(f"{self.spec.model!r} is stopping") from None
         flow.jobs.append(job)
-        if not self._replicas:
-            self._add_replica_if(lambda: not self._replicas)
+        self._add_replica_if(lambda: not self._replicas)
 
     def meter(self) -> Meter:
         """The model's meter, opened on first use."""
@@ -218,8 +206,9 @@ class ServedModel:
         self._must_load_first = wanted > 0
         if not wanted:
             self._settled.set()
-        for _ in range(wanted):
-            self._add_replica_if(lambda: len(self._replicas) < wanted)
+        with self._lock:  # the first to fail must not be taken for all
+            for _ in range(wanted):
+                self._add_replica_if(lambda: len(self._replicas) < wanted)
 
     def wait_settled(self, timeout_s: float | None = None) -> bool:
         """Wait for the first load. True once it succeeded or failed."""
@@ -230,10 +219,22 @@ class ServedModel:
         """Whether the first load has ended."""
         return self._settled.is_set()
 
+    def require_loaded(self, timeout_s: float) -> None:
+        """Wait for the first load. Raises ModelFailed with the reason unless it succeeded in time."""
+        settled = self._settled.wait(timeout_s)
+        if not settled or self.state == "failed":
+            reason = self.last_error if settled else f"not ready within {timeout_s:g} s"
+            raise ModelFailed(f"{self.spec.model!r} did not load: {reason}")
+
     @property
     def is_serving(self) -> bool:
         """Whether a request would be served now."""
         return self.state in ("ready", "idle")
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether a request would be served or wait to be."""
+        return self.is_serving or (self.state == "loading" and not self._must_load_first)
 
     def update(self, spec: ModelSpec) -> None:
         """Take over a spec of the same `load_key`: applies at once."""
@@ -242,6 +243,8 @@ class ServedModel:
             self.queue.resize(self._queue_bound(spec, self._engine))
         for _ in range(spec.scaling.min):
             self._add_replica_if(lambda: len(self._replicas) < spec.scaling.min)
+        for replica in self._replicas:
+            replica.adjust()
         self.queue.wake()  # idle times may have changed
 
     def close(self) -> None:
@@ -261,10 +264,14 @@ class ServedModel:
         for flow in left:
             for job in list(flow.jobs):
                 job.fail(stopping)
-        for replica in self._replicas:
+        with self._lock:
+            self._stopped = True
+            leaving = [*self._replicas, *self._retiring]
+        for replica in leaving:
             replica.stop()
-        for replica in self._replicas:
-            if not replica.join(max(timeout_s, 5.0)):
+        deadline = time.monotonic() + max(timeout_s, CLOSE_TIMEOUT_S)
+        for replica in leaving:
+            if not replica.join(max(deadline - time.monotonic(), 0)):
                 logger.error("%s did not stop; its batch hangs", replica.name)
         return len(left)
 
@@ -280,12 +287,16 @@ class ServedModel:
 
     def _add_replica_if(self, wanted: Callable[[], bool]) -> None:
         with self._lock:
-            if self._draining or not wanted():
+            if self._stopped or not self.spec.enabled or not wanted():
                 return
             self._replica_number += 1
             replica = Replica(f"{self.spec.model}#{self._replica_number}", self, self._engine.clock)
-            self._replicas = (*self._replicas, replica)
-        replica.start()
+            before, self._replicas = self._replicas, (*self._replicas, replica)
+            try:
+                replica.start()
+            except RuntimeError:  # the system has no thread to give
+                self._replicas = before
+                raise
 
     def grow(self) -> None:
         """One replica more if work waits behind what was just taken and all replicas are at work."""
@@ -300,23 +311,29 @@ class ServedModel:
     def idle_timeout_s(self) -> float | None:
         """See Owner."""
         scaling = self.spec.scaling
-        return scaling.idle_ttl_s if len(self._replicas) > scaling.min else None
+        return max(scaling.idle_ttl_s, SHORTEST_IDLE_S) if len(self._replicas) > scaling.min else None
 
     def may_retire(self, replica: Replica) -> bool:
         """See Owner. Under the lock that `_enqueue` looks under after its put, so no job is left without a replica."""
         with self._lock:
-            if len(self._replicas) <= self.spec.scaling.min or self.queue.qsize():
+            needed = max(self.spec.scaling.min, 1 if self._must_load_first else 0)
+            if len(self._replicas) <= needed or self.queue.qsize():
                 return False
             self._replicas = tuple(r for r in self._replicas if r is not replica)
+            self._retiring.add(replica)
             return True
 
     # --- what replicas ask and tell; called on their threads
 
     def open_driver(self) -> Driver:
         """See Owner."""
-        driver = self._engine.open_driver(self.spec)
         self.meter()  # so that the first request does not pay for it
-        return driver
+        return self._engine.open_driver(self.spec)
+
+    @property
+    def driver_config(self) -> object:
+        """See Owner."""
+        return self.spec.driver.config
 
     def make_worker(self, name: str, driver: Driver) -> Worker:
         """See Owner."""
@@ -344,9 +361,13 @@ class ServedModel:
             self._on_ready(self)
         elif replica.state == "failed":
             self.last_error = replica.last_error
-            if self.state == "failed":
+            with self._lock:
+                failed = self.state == "failed"
+            if failed:
                 self._fail_waiting(ModelFailed(f"{self.spec.model!r} failed: {self.last_error}"))
-            self._settled.set()
+                self._settled.set()
+        else:
+            self._retiring.discard(replica)
 
     def snapshot(self) -> dict[str, Any]:
         """The model's entry in /status."""

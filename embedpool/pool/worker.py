@@ -48,6 +48,7 @@ class Worker:
         self._stats = stats
         self._max_wait_s = max_wait_s
         self._clock = clock
+        self.successes = 0  # driver calls
 
     def step(
         self,
@@ -82,11 +83,20 @@ class Worker:
         """Drop what is past its deadline, given up, or without a client, before it costs compute."""
         if job.future.done():
             return False
-        if job.flow.abandoned or self._clock() >= job.flow.deadline:
+        if job.flow.error is not None:
+            job.fail(job.flow.error)
+        elif job.flow.abandoned or self._clock() >= job.flow.deadline:
             job.fail(DeadlineExceeded("the request's deadline passed while its texts waited"))
-        elif job.flow.client_gone():
+        elif self._client_gone(job):
             job.fail(ClientGone("the client closed its connection"))
         return not job.future.done()
+
+    def _client_gone(self, job: Job) -> bool:
+        try:
+            return job.flow.client_gone()
+        except Exception:
+            logger.exception("%s: asking for the client of a request failed", self.name)
+            return False
 
     def _run(self, rows: list[Row]) -> None:
         """One batch into its jobs. A batch that content may have failed is bisected: only the culprit's job fails."""
@@ -99,16 +109,16 @@ class Worker:
                 _fail(rows, error)
         except EmbedpoolError as error:
             _fail(rows, error)
-        except Exception as error:
+        except BaseException as error:  # a panic in a Rust library is no Exception
             logger.warning("%s: a batch of %d failed: %s: %s", self.name, len(rows), type(error).__name__, error)
             self._blame(rows, error)
         else:
             self._scatter(rows, vectors)
 
-    def _blame(self, rows: list[Row], error: Exception) -> None:
+    def _blame(self, rows: list[Row], error: BaseException) -> None:
         try:
             self._driver.probe()
-        except Exception as probe_error:
+        except BaseException as probe_error:
             _fail(rows, InferenceFailed(f"the model failed: {type(error).__name__}: {error}"))
             raise DriverBroken(f"{type(probe_error).__name__}: {probe_error}") from error
         if len(rows) > 1:
@@ -148,6 +158,7 @@ class Worker:
         for i in answer.truncated:
             rows[i].job.truncated.append(rows[i].at)
         lengths = [row.tokens for row in rows]
+        self.successes += 1
         self._stats.batch(len(rows), sum(lengths), max(lengths) * len(rows), elapsed)
         return vectors
 

@@ -90,11 +90,10 @@ def refuse_strangers(of: Request, own_hosts: set[str]) -> None:
     A web page can make a browser send requests to loopback: its Origin or, after DNS rebinding, its Host tells it
     apart. What came through a proxy is not a loopback request, whoever connected last.
     """
-    host = urlsplit(f"//{of.host}").hostname or ""
-    if host not in own_hosts:
+    if _host_of(f"//{of.host}") not in own_hosts:
         raise Forbidden(f"management is not answered under the Host {of.host!r}; see security.allowed_hosts")
     origin = of.headers.get("Origin")
-    if origin is not None and (urlsplit(origin).hostname or "") not in own_hosts:
+    if origin is not None and _host_of(origin) not in own_hosts:
         raise Forbidden("management is closed to other origins")
     if any(header in of.headers for header in PROXY_HEADERS):
         raise Forbidden("management is closed to requests that came through a proxy")
@@ -102,8 +101,16 @@ def refuse_strangers(of: Request, own_hosts: set[str]) -> None:
         raise Forbidden("management is closed to other machines")
 
 
+def _host_of(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
+
+
 def _is_loopback(address: str | None) -> bool:
     try:
-        return ipaddress.ip_address((address or "").split("%")[0]).is_loopback
+        found = ipaddress.ip_address((address or "").split("%")[0])
+        return (getattr(found, "ipv4_mapped", None) or found).is_loopback
     except ValueError:
         return address == "localhost"  # a unix socket

@@ -12,6 +12,7 @@ from embedpool.web.encoding import NPY, embed_response, npy_response
 from embedpool.web.schemas import EmbedSchema, check_texts, embed_options, read_json
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
+LONGEST_TIMEOUT_DIGITS = 12
 
 
 def blueprint(pool: Pool, limits: Limits) -> Blueprint:
@@ -43,8 +44,8 @@ def timeout_s(of: Request) -> float | None:
     given = of.headers.get(TIMEOUT_HEADER)
     if given is None:
         return None
-    if not given.isascii() or not given.isdigit() or int(given) == 0:
-        says = "must be a positive whole number of milliseconds"
+    if not given.isascii() or not given.isdigit() or len(given) > LONGEST_TIMEOUT_DIGITS or int(given) == 0:
+        says = f"must be a positive whole number of milliseconds, of at most {LONGEST_TIMEOUT_DIGITS} digits"
         raise InvalidRequest(f"{TIMEOUT_HEADER}: {says}", fields={TIMEOUT_HEADER: says})
     return int(given) / 1000
 

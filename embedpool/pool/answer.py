@@ -1,0 +1,78 @@
+"""The jobs of a request, done, become its answer: gathered in order, then brought into the final form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from embedpool.config.spec import ModelSpec
+from embedpool.errors import InferenceFailed, InvalidRequest
+from embedpool.pool.door import Measured
+from embedpool.pool.job import Job
+from embedpool.pool.request import EmbedOptions, EmbedResult, Vectors
+
+
+def gather(
+    jobs: Sequence[Job],
+    measured: Measured,
+    options: EmbedOptions,
+    spec: ModelSpec,
+    *,
+    arrived_at: float,
+    now: float,
+) -> EmbedResult:
+    """The answer of a request whose jobs are all done. Times are of the pool's clock, in seconds."""
+    parts = [job.vectors for job in jobs if job.vectors is not None]
+    raw = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    config = spec.driver.config
+    counted = sum(job.counted for job in jobs)
+    return EmbedResult(
+        model=spec.model,
+        vectors=finish(raw, options, normalize=config.normalize, dtype=config.dtype),
+        dim=options.dimensions or raw.shape[1],
+        tokens=round(counted) if counted else sum(measured.tokens),
+        truncated=measured.truncated or [job.offset + i for job in jobs for i in sorted(job.truncated)],
+        queue_ms=1000 * max(min(job.started_at for job in jobs) - arrived_at, 0),
+        compute_ms=1000 * sum(job.compute_s for job in jobs),
+        total_ms=1000 * (now - arrived_at),
+        replicas=sorted({job.replica for job in jobs}),
+    )
+
+
+def finish(vectors: Vectors, options: EmbedOptions, *, normalize: bool, dtype: str) -> Vectors:
+    """The vectors as asked: cut to `dimensions`, normalised, then in the asked precision and dtype.
+
+    Takes float32 of shape (n, dim). int8 is clip(round(127·v)) of the normalised vector, so it does not depend on its
+    batch; uint8 is int8 + 128; binary packs the signs of 8 values into a byte, ubinary the same unsigned (both as
+    sentence-transformers does).
+    """
+    wanted = options.normalize if options.normalize is not None else normalize
+    if options.dimensions is not None:
+        if options.dimensions > vectors.shape[1]:
+            message = f"{options.dimensions} is more than the model's {vectors.shape[1]}"
+            raise InvalidRequest(
+                f"options.dimensions: {message}",
+                fields={"options.dimensions": message},
+            )
+        vectors = vectors[:, : options.dimensions]
+    if wanted or options.precision in ("int8", "uint8"):
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors = vectors / np.maximum(lengths, 1e-12)
+    if options.precision == "float32":
+        return _in_dtype(vectors, options.dtype or dtype)
+    if options.precision in ("int8", "uint8"):
+        scaled = np.clip(np.round(vectors * 127), -127, 127)
+        return scaled.astype(np.int8) if options.precision == "int8" else (scaled + 128).astype(np.uint8)
+    packed = np.packbits(vectors > 0, axis=1)
+    return packed if options.precision == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
+
+
+def _in_dtype(vectors: Vectors, dtype: str) -> Vectors:
+    if dtype == "float32":
+        return np.ascontiguousarray(vectors, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        cast = np.ascontiguousarray(vectors, dtype=np.float16)
+    if not np.isfinite(cast).all():
+        raise InferenceFailed("the vectors do not fit float16; ask for float32 or normalize")
+    return cast

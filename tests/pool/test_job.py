@@ -1,0 +1,83 @@
+"""Jobs: how a request is cut, and how its futures resolve."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedpool.errors import InferenceFailed
+from embedpool.pool.job import Row, split
+from tests.pool.scripted import flow_of, job_of, vector_of
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    st.integers(1, 9),
+    st.integers(1, 80),
+    st.booleans(),
+)
+def test_a_request_is_cut_into_runs_that_fit(tokens: list[int], max_texts: int, max_tokens: int, has_ids: bool) -> None:
+    """Every text is in one job, in order and with its own ids; no job of two or more texts is over a bound."""
+    texts = [f"t{i}" for i in range(len(tokens))]
+    ids = [[i] * n for i, n in enumerate(tokens)] if has_ids else None
+    flow = flow_of()
+    jobs = list(split(flow, texts, ids, tokens, group="g", max_texts=max_texts, max_tokens=max_tokens))
+    assert [t for job in jobs for t in job.texts] == texts
+    assert [n for job in jobs for n in job.tokens] == tokens
+    assert [i for job in jobs for i in job.ids or []] == (ids or [])
+    assert [job.offset for job in jobs] == [texts.index(job.texts[0]) for job in jobs]
+    for job, following in zip(jobs, [*jobs[1:], None], strict=True):
+        assert job.flow is flow
+        assert job.group == "g"
+        assert 1 <= len(job) <= max_texts
+        assert len(job) == 1 or sum(job.tokens) <= max_tokens
+        if following:  # nothing is cut without need
+            assert len(job) == max_texts or sum(job.tokens) + following.tokens[0] > max_tokens
+
+
+def test_a_job_resolves_when_its_last_vector_is_there() -> None:
+    """Vectors may come in any order; the request is answered when all are there, each in its place."""
+    job = job_of("a", "b")
+    job.fill(1, vector_of("b"))
+    assert not job.future.done()
+    job.fill(0, vector_of("a"))
+    assert job.future.result(0) is job
+    np.testing.assert_array_equal(job.vectors, [vector_of("a"), vector_of("b")])
+
+
+def test_the_first_outcome_stands() -> None:
+    """A request gets one answer: an error after the vectors, or vectors after an error, change nothing."""
+    done, failed = job_of("a"), job_of("a")
+    done.fill(0, vector_of("a"))
+    done.fail(InferenceFailed("late"))
+    assert done.future.result(0) is done
+    failed.fail(InferenceFailed("first"))
+    failed.fail(InferenceFailed("second"))
+    failed.fill(0, vector_of("a"))
+    with pytest.raises(InferenceFailed, match="first"):
+        failed.future.result(0)
+
+
+@pytest.mark.parametrize("late", ["fail", "fill"])
+def test_two_threads_may_resolve_a_job_at_once(late: str) -> None:
+    """A stop that gives a job up in the very moment its batch ends disturbs neither thread."""
+    job = job_of("a")
+    job.fail(InferenceFailed("first"))
+    job.future.done = lambda: False  # what the other thread saw just before
+    if late == "fail":
+        job.fail(InferenceFailed("second"))
+    else:
+        job.fill(0, vector_of("a"))
+    with pytest.raises(InferenceFailed, match="first"):
+        job.future.result(0)
+
+
+def test_cost_and_rows() -> None:
+    """A job costs its tokens, and never nothing; a row is one of its texts."""
+    job = job_of("abc", "de")
+    assert job.cost == 5
+    assert job_of("").cost == 1
+    assert (Row(job, 1).text, Row(job, 1).tokens, len(job)) == ("de", 2, 2)

@@ -1,0 +1,265 @@
+"""The queue of one model: bounded in texts, fair, never losing a job."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import defaultdict
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedpool.pool.job import Flow, Job
+from embedpool.pool.model_queue import ModelQueue, QueueClosed
+from tests.pool.scripted import A_WHILE_S, PATIENCE_S, flow_of, in_thread, job_of
+
+
+def still(clock: float = 0.0):
+    """A clock that stands, so that nothing waits for more than its turn."""
+    return lambda: clock
+
+
+def sized(texts: int, flow: Flow, tokens: int = 1) -> Job:
+    return job_of(*["x" * tokens] * texts, flow=flow)
+
+
+STEP = st.one_of(
+    st.tuples(st.sampled_from(["admit", "feed"]), st.integers(0, 3), st.integers(1, 6), st.integers(1, 50)),
+    st.tuples(st.just("take"), st.integers(1, 12)),
+    st.just(("take_all",)),
+)
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(st.integers(6, 20), st.lists(STEP, max_size=60), st.lists(st.sampled_from([0.5, 1, 4]), min_size=4, max_size=4))
+def test_any_sequence_keeps_the_bound_and_every_job(bound: int, steps: list, weights: list[float]) -> None:
+    """The queue never holds more texts than it may, says no only when it must, and gives each job out once,
+    in the order of its request. Bulk work leaves half of it to new requests."""
+    waiting_queue = ModelQueue(bound, still())
+    flows = [flow_of(weight=w) for w in weights]
+    waiting: list[Job] = []
+    put: dict[int, list[Job]] = defaultdict(list)
+    got: dict[int, list[Job]] = defaultdict(list)
+
+    def take(jobs: list[Job]) -> None:
+        for job in jobs:
+            waiting.remove(job)
+            got[flows.index(job.flow)].append(job)
+
+    for step in steps:
+        texts = sum(map(len, waiting))
+        if step[0] in ("admit", "feed"):
+            flow = flows[step[1]]
+            job = sized(step[2], flow, step[3])
+            has_waiting = any(j.flow is flow for j in waiting)
+            room = bound // 2 if step[0] == "feed" and has_waiting else bound
+            try:
+                waiting_queue.admit(job) if step[0] == "admit" else waiting_queue.feed(job, 0)
+            except queue.Full:
+                assert texts + len(job) > room
+            else:
+                assert texts + len(job) <= room
+                waiting.append(job)
+                put[step[1]].append(job)
+        elif step[0] == "take":
+            jobs = waiting_queue.take(step[1], 0)
+            assert bool(jobs) == bool(waiting)
+            assert len(jobs) <= 1 or sum(map(len, jobs)) <= step[1]
+            take(jobs)
+        else:
+            take(waiting_queue.take_all())
+            assert not waiting
+        assert waiting_queue.qsize() == sum(map(len, waiting)) <= bound
+        assert [f.waiting for f in flows] == [sum(j.flow is f for j in waiting) for f in flows]
+    take(waiting_queue.take_all())
+    assert not waiting
+    assert got == put
+
+
+@settings(max_examples=200, deadline=None, database=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 64), st.integers(1, 50)), min_size=1, max_size=40),
+    st.integers(0, 40),
+    st.lists(st.sampled_from([0.25, 1, 3]), min_size=4, max_size=4),
+)
+def test_a_query_waits_for_one_job_of_each_other_request_at_most(jobs, served: int, weights: list[float]) -> None:
+    """However long the requests before it, and however far they are, a query overtakes all but one job of each."""
+    waiting_queue = ModelQueue(100_000, still())
+    flows = [flow_of(weight=w) for w in weights]
+    for flow, texts, tokens in jobs:
+        waiting_queue.admit(sized(texts, flows[flow], tokens))
+    for _ in range(served):
+        waiting_queue.take(1, 0)
+    query = sized(1, flow_of())
+    waiting_queue.admit(query)
+    before: list[Flow] = []
+    while (job := waiting_queue.take(1, 0)[0]) is not query:
+        before.append(job.flow)
+    assert len(before) == len(set(before))
+
+
+def test_a_weight_buys_a_share() -> None:
+    """Two busy callers share a model by their weights."""
+    waiting_queue = ModelQueue(1000, still())
+    light, heavy = flow_of(weight=1), flow_of(weight=3)
+    for _ in range(40):
+        waiting_queue.admit(sized(1, light, 10))
+        waiting_queue.admit(sized(1, heavy, 10))
+    first = [waiting_queue.take(1, 0)[0].flow for _ in range(40)]
+    assert first.count(heavy) == 30
+
+
+def test_take_gives_at_least_one_job_however_large() -> None:
+    """A job larger than a worker's batch does not stick."""
+    waiting_queue = ModelQueue(10, still())
+    job = sized(8, flow_of())
+    waiting_queue.admit(job)
+    assert waiting_queue.take(4, 0) == [job]
+
+
+def test_feed_waits_for_room_and_gives_up_at_its_deadline() -> None:
+    """The rest of a large request goes in as room appears, and not after its deadline."""
+    waiting_queue = ModelQueue(4)
+    flow = flow_of()
+    waiting_queue.admit(sized(4, flow))
+    with pytest.raises(queue.Full):
+        waiting_queue.feed(sized(1, flow), 0.01)
+    fed = in_thread(waiting_queue.feed, sized(2, flow), PATIENCE_S)
+    assert len(waiting_queue.take(4, 0)) == 1
+    fed.result(PATIENCE_S)
+    assert waiting_queue.qsize() == 2
+
+
+def test_bulk_work_gets_its_turn_in_a_queue_full_of_queries() -> None:
+    """A request with nothing waiting may use any room that appears, so queries never starve it."""
+    waiting_queue = ModelQueue(4, still())
+    for _ in range(3):
+        waiting_queue.admit(sized(1, flow_of()))
+    bulk = flow_of()
+    waiting_queue.feed(sized(1, bulk), 0)
+    waiting_queue.take(1, 0)
+    with pytest.raises(queue.Full):
+        waiting_queue.feed(sized(1, bulk), 0)
+
+
+def test_a_closed_queue_refuses_new_requests_and_goes_on_with_the_old() -> None:
+    """A model that is replaced answers whom it has admitted, to the last text."""
+    waiting_queue = ModelQueue(10, still())
+    flow = flow_of()
+    waiting_queue.admit(sized(1, flow))
+    waiting_queue.close()
+    with pytest.raises(QueueClosed):
+        waiting_queue.admit(sized(1, flow_of()))
+    waiting_queue.feed(sized(1, flow), 0)
+    assert len(waiting_queue.take(10, 0)) == 2
+
+
+def test_stop_ends_every_feed() -> None:
+    """Nobody waits for room in a queue that is stopped, and nothing gets in any more."""
+    waiting_queue = ModelQueue(2)
+    flow = flow_of()
+    waiting_queue.admit(sized(2, flow))
+    fed = in_thread(waiting_queue.feed, sized(1, flow), PATIENCE_S)
+    waiting_queue.stop()
+    with pytest.raises(QueueClosed):
+        fed.result(PATIENCE_S)
+    waiting_queue.take_all()
+    for put in (waiting_queue.admit, lambda job: waiting_queue.feed(job, 0)):
+        with pytest.raises(QueueClosed):
+            put(sized(1, flow))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_waiting_take_gets_what_comes(before: bool) -> None:
+    """Work reaches a worker that waits for it without limit."""
+    waiting_queue = ModelQueue(2)
+    job = sized(1, flow_of())
+    if before:
+        waiting_queue.admit(job)
+    taken = in_thread(waiting_queue.take, 4, None)
+    if not before:
+        waiting_queue.admit(job)
+    assert taken.result(PATIENCE_S) == [job]
+
+
+def test_wake_lets_a_leaving_worker_go() -> None:
+    """A worker that is to leave does so although no work comes, whether it waits already or is about to."""
+    waiting_queue = ModelQueue(2)
+    leaving = False
+    taken = in_thread(waiting_queue.take, 4, None, leaving=lambda: leaving)
+    leaving = True
+    waiting_queue.wake()
+    assert taken.result(PATIENCE_S) == []
+    assert waiting_queue.take(4, None, leaving=lambda: True) == []
+
+
+def test_a_leaving_worker_takes_no_work() -> None:
+    """Work that arrives while a worker is told to leave, because its driver broke, is left to the others."""
+    waiting_queue = ModelQueue(2)
+    asked = threading.Event()
+
+    def leaving() -> bool:  # false when the worker begins to wait, true when it wakes
+        before = asked.is_set()
+        asked.set()
+        return before
+
+    taken = in_thread(waiting_queue.take, 4, None, leaving=leaving)
+    assert asked.wait(PATIENCE_S)
+    job = sized(1, flow_of())
+    waiting_queue.admit(job)
+    assert taken.result(PATIENCE_S) == []
+    assert waiting_queue.take(4, 0) == [job]
+
+
+def test_what_a_leaving_worker_leaves_reaches_another() -> None:
+    """The wake-up of a job is never lost with the worker that is leaving: one who stays gets it."""
+    waiting_queue = ModelQueue(2)
+    leave = False
+    leaver = in_thread(waiting_queue.take, 4, PATIENCE_S, leaving=lambda: leave)
+    stayer = in_thread(waiting_queue.take, 4, PATIENCE_S)
+    leave = True
+    job = sized(1, flow_of())
+    waiting_queue.admit(job)
+    waiting_queue.wake()
+    assert sorted([leaver.result(PATIENCE_S), stayer.result(PATIENCE_S)], key=len) == [[], [job]]
+
+
+def test_max_wait_gathers_what_follows_within_it() -> None:
+    """With max_wait_ms a worker waits for company, but no longer than that, nor once its batch is full."""
+    now = 0.0
+    waiting_queue = ModelQueue(10, lambda: now)
+    first, second = sized(1, flow_of()), sized(1, flow_of())
+    waiting_queue.admit(first)
+    taken = in_thread(waiting_queue.take, 2, 0, max_wait_s=PATIENCE_S)
+    waiting_queue.admit(second)  # full: goes at once, though the clock stands
+    assert taken.result(PATIENCE_S) == [first, second]
+    waiting_queue.admit(first)
+    taken = in_thread(waiting_queue.take, 2, 0, max_wait_s=A_WHILE_S)
+    now = PATIENCE_S
+    waiting_queue.wake()
+    assert taken.result(PATIENCE_S) == [first]
+
+
+def test_a_resize_lets_waiting_work_in() -> None:
+    """A larger bound applies at once; a smaller one keeps what waits."""
+    waiting_queue = ModelQueue(2)
+    flow = flow_of()
+    waiting_queue.admit(sized(2, flow))
+    fed = in_thread(waiting_queue.feed, sized(2, flow), PATIENCE_S)
+    waiting_queue.resize(8)
+    fed.result(PATIENCE_S)
+    waiting_queue.resize(1)
+    with pytest.raises(queue.Full):
+        waiting_queue.admit(sized(1, flow_of()))
+    assert len(waiting_queue.take(10, 0)) == 2
+
+
+def test_an_admitted_request_outlives_a_smaller_queue() -> None:
+    """A request that was cut for a larger queue is still fed when the queue was made smaller than its jobs."""
+    waiting_queue = ModelQueue(8, still())
+    flow = flow_of()
+    waiting_queue.admit(sized(4, flow))
+    waiting_queue.resize(2)
+    waiting_queue.take(8, 0)
+    waiting_queue.feed(sized(4, flow), 0)

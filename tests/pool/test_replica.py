@@ -1,0 +1,349 @@
+"""A replica: opens its driver, serves, opens it anew when it breaks, leaves when it may."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from embedpool.drivers.base import Driver
+from embedpool.errors import InferenceFailed
+from embedpool.pool import replica as replica_module
+from embedpool.pool.batcher import Batcher
+from embedpool.pool.job import Job
+from embedpool.pool.model_queue import ModelQueue
+from embedpool.pool.replica import Replica
+from embedpool.pool.stats import ModelStats
+from embedpool.pool.worker import Worker
+from tests.pool.scripted import PATIENCE_S, Gate, Opener, Scripted, job_of, model_spec
+
+
+class Panic(BaseException):
+    """As raised by libraries in Rust when they panic."""
+
+
+class Model:
+    """The owner of one replica, as a replica sees it."""
+
+    driver_config = None
+
+    def __init__(self, opener: Opener) -> None:
+        self.queue = ModelQueue(100)
+        self.idle_s: float | None = None
+        self.keep = True
+        self.batches = 1
+        self.grown = 0
+        self.states: list[str] = []
+        self._changes = threading.Condition()
+        self._opener = opener
+
+    def open_driver(self) -> Driver:
+        return self._opener(model_spec())
+
+    def make_worker(self, name: str, driver: Driver) -> Worker:
+        return Worker(name, driver, self.queue, Batcher(4, 1000), ModelStats())
+
+    def inflight(self, driver: Driver) -> int:
+        return self.batches
+
+    def idle_timeout_s(self) -> float | None:
+        return self.idle_s
+
+    def may_retire(self, replica: Replica) -> bool:
+        return not self.keep
+
+    def grow(self) -> None:
+        self.grown += 1
+
+    def replica_changed(self, replica: Replica) -> None:
+        with self._changes:
+            self.states.append(replica.state)
+            self._changes.notify_all()
+
+    def wait_for(self, *states: str) -> None:
+        """Wait until the replica has been through exactly these states."""
+        with self._changes:
+            self._changes.wait_for(lambda: len(self.states) >= len(states), PATIENCE_S)
+            assert self.states == list(states)
+
+    def put(self, text: str) -> Job:
+        job = job_of(text)
+        self.queue.admit(job)
+        return job
+
+
+@pytest.fixture(autouse=True)
+def _short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_module, "BACKOFF_FIRST_S", 0.001)
+    monkeypatch.setattr(replica_module, "BACKOFF_LONGEST_S", 0.004)
+
+
+@pytest.fixture
+def start() -> Iterator:
+    """Start a replica on a model; stopped at the end, when every driver must have been closed."""
+    started: list[tuple[Replica, Opener]] = []
+
+    def begin(*script: object, **model: object) -> tuple[Replica, Model, Opener]:
+        opener = Opener(*script)
+        owner = Model(opener)
+        for name, value in model.items():
+            setattr(owner, name, value)
+        replica = Replica("m#1", owner)
+        started.append((replica, opener))
+        replica.start()
+        return replica, owner, opener
+
+    yield begin
+    for replica, opener in started:
+        replica.stop()
+        assert replica.join(PATIENCE_S)
+        assert replica.state == "closed"
+        assert all(driver.closed.is_set() for driver in opener.opened)
+
+
+def done(job: Job) -> Exception | None:
+    return job.future.exception(PATIENCE_S)
+
+
+def broken(text: str = "bad"):
+    """A driver that fails on a text and then on its probe."""
+
+    def on_embed(texts: list[str]) -> None:
+        if text in texts:
+            raise RuntimeError("out of order")
+
+    def on_probe() -> None:
+        raise RuntimeError("out of order")
+
+    return Scripted(on_embed, on_probe=on_probe)
+
+
+def test_it_loads_serves_and_closes(start) -> None:
+    """A replica serves once its driver is open, and gives the driver back when it stops."""
+    replica, model, opener = start()
+    assert done(model.put("a")) is None
+    replica.stop()
+    assert replica.join(PATIENCE_S)
+    assert model.states == ["ready", "closed"]
+    assert opener.opened[0].closed.is_set()
+    assert model.grown == 1
+
+
+def test_a_failed_load_is_tried_again(start) -> None:
+    """A model that cannot be loaded is tried again with a growing delay, and serves what waited once it can."""
+    replica, model, _opener = start(OSError("no file"), OSError("no file"), RuntimeError("no memory"))
+    job = model.put("a")
+    assert done(job) is None
+    model.wait_for("failed", "failed", "failed", "ready")
+    assert replica.last_error == "RuntimeError: no memory"
+
+
+def test_the_delay_doubles_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries begin half a second apart and are never more than a minute apart, however long it lasts."""
+    monkeypatch.setattr(replica_module, "BACKOFF_FIRST_S", 0.5)
+    monkeypatch.setattr(replica_module, "BACKOFF_LONGEST_S", 60.0)
+    opener = Opener(*[OSError("down")] * 5)
+    replica = Replica("m#1", Model(opener), clock=lambda: 1000.0)
+    delays = []
+    for failures in (0, 1, 2, 5, 100):
+        replica.failures = failures
+        replica._open()
+        delays.append(replica.retry_at - 1000)
+    assert delays == [0.5, 1, 2, 16, 60]
+
+
+def test_it_goes_on_trying_for_days(start) -> None:
+    """A remote that is down over a weekend is found again when it is back: thousands of failures end no replica."""
+    opener = Opener(OSError("down"))
+    model = Model(opener)
+    replica = Replica("m#1", model)
+    replica.failures = 5000
+    replica.start()
+    try:
+        model.wait_for("failed", "ready")
+    finally:
+        replica.stop()
+        replica.join(PATIENCE_S)
+
+
+def test_a_broken_driver_is_opened_anew(start) -> None:
+    """When the driver itself is at fault it is closed and opened again, and what waits is served then."""
+    replica, model, opener = start(broken())
+    assert isinstance(done(model.put("bad")), InferenceFailed)
+    assert done(model.put("a")) is None
+    assert model.states == ["ready", "failed", "ready"]
+    assert opener.opened[0].closed.is_set()
+    assert "out of order" in replica.last_error
+
+
+def test_failures_in_a_row_count_until_a_batch_is_served(start) -> None:
+    """Only batches earn trust: loading again after a break does not clear the count, a served batch does."""
+    replica, model, _opener = start(broken(), broken())
+    for _ in range(2):
+        assert isinstance(done(model.put("bad")), InferenceFailed)
+    model.wait_for("ready", "failed", "ready", "failed", "ready")
+    assert replica.failures == 2
+    assert done(model.put("a")) is None
+    replica.stop()
+    assert replica.join(PATIENCE_S)
+    assert replica.failures == 0
+
+
+def test_a_round_that_only_dropped_work_earns_no_trust(start) -> None:
+    """Work that was dropped because its client had gone says nothing about the driver's health."""
+    replica, model, _opener = start(OSError("down"))
+    job = job_of("a")
+    job.flow.abandoned = True
+    model.queue.admit(job)
+    assert done(job) is not None
+    replica.stop()
+    assert replica.join(PATIENCE_S)
+    assert replica.failures == 1
+
+
+def test_several_batches_run_in_one_replica(start) -> None:
+    """A driver that serves several batches at once gets them at once, from one load."""
+    gate = Gate()
+    _replica, model, opener = start(Scripted(gate), batches=2)
+    jobs = [model.put("a")]
+    gate.arrived()
+    jobs.append(model.put("b"))
+    gate.arrived()
+    gate.open()
+    assert [done(job) for job in jobs] == [None, None]
+    assert len(opener.opened) == 1
+
+
+def test_when_one_batch_finds_the_driver_broken_the_others_finish_first(start) -> None:
+    """The driver is closed after the last batch that runs in it, and once."""
+    gate = Gate()
+
+    def on_embed(texts: list[str]) -> None:
+        if "slow" in texts:
+            gate()
+        if "bad" in texts:
+            raise RuntimeError("out of order")
+
+    def on_probe() -> None:
+        raise RuntimeError("out of order")
+
+    _replica, model, opener = start(Scripted(on_embed, on_probe=on_probe), batches=2)
+    slow = model.put("slow")
+    gate.arrived()
+    assert isinstance(done(model.put("bad")), InferenceFailed)
+    model.wait_for("ready", "failed")
+    assert not opener.opened[0].closed.is_set()
+    gate.open()
+    assert done(slow) is None
+    assert done(model.put("a")) is None
+    assert len(opener.opened) == 2
+
+
+def test_an_idle_replica_leaves_when_it_may(start) -> None:
+    """A replica that is not needed closes its driver after its idle time."""
+    replica, model, _opener = start(idle_s=0.001, keep=False, batches=2)
+    assert replica.join(PATIENCE_S)
+    assert model.states == ["ready", "closed"]
+
+
+def test_an_idle_replica_that_may_not_leave_stays(start) -> None:
+    """A replica that is needed goes on serving whatever its idle time."""
+    _replica, model, _opener = start(idle_s=0.001)
+    for _ in range(3):
+        assert done(model.put("a")) is None
+    assert model.states == ["ready"]
+
+
+def test_a_new_idle_time_is_never_missed(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of scaling that comes just before a replica begins to wait for work applies all the same."""
+
+    def idle_timeout_s(self: Model) -> float | None:
+        before = self.idle_s
+        if before is None:  # pool.yml changes in this very moment
+            self.idle_s, self.keep = 0.001, False
+            self.queue.wake()
+        return before
+
+    monkeypatch.setattr(Model, "idle_timeout_s", idle_timeout_s)
+    replica, _, _ = start()
+    assert replica.join(PATIENCE_S / 4)
+
+
+def test_a_busy_replica_is_not_idle(start) -> None:
+    """A batch that runs longer than the idle time keeps its replica."""
+    gate = Gate()
+    replica, model, _opener = start(Scripted(gate), idle_s=0.001, batches=2)
+    job = model.put("a")
+    gate.arrived()
+    model.keep = False
+    assert replica.busy
+    assert model.states == ["ready"]
+    gate.open()
+    assert done(job) is None
+    assert replica.join(PATIENCE_S)
+
+
+def test_a_stop_lets_the_batch_finish(start) -> None:
+    """What runs when a replica is stopped still gets its vectors; what waits is left in the queue."""
+    gate = Gate()
+    replica, model, _opener = start(Scripted(gate))
+    running = model.put("a")
+    gate.arrived()
+    waiting = model.put("b")
+    replica.stop()
+    gate.open()
+    assert done(running) is None
+    assert replica.join(PATIENCE_S)
+    assert not waiting.future.done()
+
+
+def test_a_stop_during_the_back_off_does_not_wait_for_it(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that waits to be tried again can be stopped at once."""
+    monkeypatch.setattr(replica_module, "BACKOFF_FIRST_S", 1000.0)
+    monkeypatch.setattr(replica_module, "BACKOFF_LONGEST_S", 1000.0)
+    replica, model, _opener = start(OSError("down"))
+    model.wait_for("failed")
+    replica.stop()
+    assert replica.join(PATIENCE_S)
+
+
+def test_a_stop_during_the_load_closes_what_was_loaded(start) -> None:
+    """A model stopped while it loads is given back when the load ends."""
+    gate = Gate()
+
+    def slow_load() -> Scripted:
+        gate()
+        return Scripted()
+
+    replica, _model, opener = start(slow_load)
+    gate.arrived()
+    replica.stop()
+    gate.open()
+    assert replica.join(PATIENCE_S)
+    assert opener.opened[0].closed.is_set()
+
+
+def test_a_driver_that_does_not_close_cleanly_ends_nothing(start, caplog) -> None:
+    """An error while a broken driver is closed is logged, and the driver is opened anew all the same."""
+    bad = broken()
+    bad.close = lambda: bad.closed.set() or 1 / 0
+    _replica, model, _opener = start(bad)
+    done(model.put("bad"))
+    assert done(model.put("a")) is None
+    assert "did not close cleanly" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["embed", "load"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_panic_in_a_library_ends_no_replica(start, where: str) -> None:
+    """What libraries in Rust raise when they panic is no Exception; the replica opens anew and serves all the same."""
+
+    def panic(texts: list[str]) -> None:
+        if "bad" in texts:
+            raise Panic
+
+    _replica, model, _opener = start(Scripted(panic) if where == "embed" else Panic())
+    if where == "embed":
+        assert isinstance(done(model.put("bad")), InferenceFailed)
+    assert done(model.put("a")) is None

@@ -1,0 +1,640 @@
+"""One model: admission, gathering, states, scaling, and leaving."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedpool.drivers.base import Embeddings
+from embedpool.drivers.fake import FakeMeter
+from embedpool.errors import (
+    ClientGone,
+    DeadlineExceeded,
+    InferenceFailed,
+    InvalidRequest,
+    ModelDisabled,
+    ModelFailed,
+    ModelLoading,
+    Overloaded,
+    ShuttingDown,
+)
+from embedpool.pool import replica as replica_module
+from embedpool.pool.model_queue import QueueClosed
+from embedpool.pool.replica import Replica
+from embedpool.pool.request import EmbedRequest
+from embedpool.pool.served_model import ServedModel
+from tests.pool.scripted import (
+    A_WHILE_S,
+    PATIENCE_S,
+    Gate,
+    Opener,
+    Scripted,
+    ask,
+    assert_answers,
+    engine_of,
+    in_thread,
+    model_spec,
+    puts_of,
+    vectors_of,
+)
+
+
+@pytest.fixture(autouse=True)
+def _short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica_module, "BACKOFF_FIRST_S", 0.001)
+    monkeypatch.setattr(replica_module, "BACKOFF_LONGEST_S", 0.002)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., tuple[ServedModel, Opener]]]:
+    """A model whose loads follow the script; drained at the end, when every driver must have been closed."""
+    made: list[tuple[ServedModel, Opener]] = []
+
+    def begin(
+        *script: Any,
+        start: bool = True,
+        prove: bool = False,
+        engine: dict | None = None,
+        on_ready: Any = None,
+        **spec: Any,
+    ) -> tuple[ServedModel, Opener]:
+        opener = Opener(*script)
+        served = ServedModel(
+            model_spec(**spec), engine_of(opener, **(engine or {})), on_ready=on_ready or (lambda served: None)
+        )
+        made.append((served, opener))
+        if start:
+            served.start(prove=prove)
+        return served, opener
+
+    yield begin
+    for served, opener in made:
+        served.drain(0)
+        for driver in opener.opened:
+            assert driver.closed.wait(PATIENCE_S), "every driver is given back"
+
+
+def settled(served: ServedModel) -> ServedModel:
+    assert served.wait_settled(PATIENCE_S)
+    return served
+
+
+def broken_on(text: str) -> Scripted:
+    """A driver that fails on a text and then on its probe."""
+
+    def on_embed(texts: list[str]) -> None:
+        if text in texts:
+            raise RuntimeError("out of order")
+
+    def on_probe() -> None:
+        raise RuntimeError("out of order")
+
+    return Scripted(on_embed, on_probe=on_probe)
+
+
+# --- the road of a request
+
+
+def test_a_request_gets_its_vectors_and_their_story(serve) -> None:
+    """The answer holds a vector for each text in order, tokens with special ones, and who computed it."""
+    served, _ = serve()
+    settled(served)
+    result = ask(served, "one two", "", "three")
+    assert_answers(result, "one two", "", "three")
+    assert (result.model, result.dim, result.tokens, result.truncated) == ("m", 8, 4 + 2 + 3, [])
+    assert result.replicas == ["m#1"]
+    assert result.queue_ms >= 0
+    assert result.total_ms >= result.compute_ms >= 0
+    assert served.stats.snapshot()["requests"] == 1
+
+
+def test_a_large_request_is_split_and_gathered_in_order(serve) -> None:
+    """A request larger than queue and batch comes back whole and in order, whichever batch each text travelled in."""
+    served, opener = serve(engine={"max_batch_texts": 4}, max_size=6, inflight=2, max=3)
+    settled(served)
+    texts = ["w " * (i * 7 % 11) + str(i) for i in range(50)]
+    result = ask(served, *texts)
+    assert_answers(result, *texts)
+    calls = [call for driver in opener.opened for call in driver.calls]
+    assert max(map(len, calls)) <= 4
+    assert sorted(text for call in calls for text in call) == sorted(texts)
+
+
+def test_output_options_are_applied_after_the_model(serve) -> None:
+    """dimensions, normalize and dtype shape the answer, not what the model computes."""
+    served, _ = serve()
+    settled(served)
+    result = ask(served, "a", dimensions=3, normalize=True, dtype="float16")
+    cut = vectors_of(["a"])[:, :3]
+    np.testing.assert_allclose(result.vectors, cut / np.linalg.norm(cut), atol=1e-3)
+    assert (result.dim, result.vectors.dtype) == (3, np.float16)
+    with pytest.raises(InvalidRequest):
+        ask(served, "a", dimensions=9)
+
+
+def test_truncated_texts_are_told_by_their_place_in_the_request(serve) -> None:
+    """`truncated` holds indices into the request's texts, over all its jobs."""
+    served, _ = serve(engine={"max_batch_texts": 2})
+    settled(served)
+    assert ask(served, "a", "b c d", "e", "f g h", max_seq_length=4).truncated == [1, 3]
+
+
+def test_counts_of_a_remote_win_over_estimates(serve) -> None:
+    """What a remote service counted is what the caller is told."""
+    served, _ = serve(Scripted(lambda texts: Embeddings(vectors_of(texts), tokens=11, truncated=[0])))
+    settled(served)
+    result = ask(served, "a", "b")
+    assert (result.tokens, result.truncated) == (11, [0])
+
+
+def test_a_full_queue_says_no_at_once_and_when_to_come_back(serve) -> None:
+    """Overload is answered at the door with the time after which a retry makes sense, and hurts nobody inside."""
+    gate = Gate()
+    served, _ = serve(Scripted(gate), max_size=2)
+    settled(served)
+    puts = puts_of(served)
+    inside = [in_thread(ask, served, "running")]
+    gate.arrived()
+    inside += [in_thread(ask, served, text) for text in ("w1", "w2")]
+    for _ in range(3):
+        assert puts.acquire(timeout=PATIENCE_S)
+    with pytest.raises(Overloaded, match="2 texts") as caught:
+        ask(served, "one too many")
+    assert 1 <= caught.value.retry_after_s <= 60
+    gate.open()
+    for request, text in zip(inside, ("running", "w1", "w2"), strict=True):
+        assert_answers(request.result(PATIENCE_S), text)
+    assert served.stats.snapshot()["errors"] == {"overloaded": 1}
+
+
+def test_retry_after_follows_the_measured_rate(serve) -> None:
+    """The time to come back is what waits divided by the rate, within a second and a minute."""
+    served, _ = serve(start=False)
+    assert served.retry_after_s() == 1
+    served.stats.batch(10, 10, 10, 2.0)
+    for waiting, expected in ((0, 1), (50, 10), (900, 60)):
+        served.queue.qsize = lambda waiting=waiting: waiting
+        assert served.retry_after_s() == pytest.approx(expected)
+
+
+def test_a_deadline_is_kept_while_the_batch_runs(serve) -> None:
+    """A request is answered at its deadline although its batch still runs, and the batch disturbs nobody after."""
+    gate = Gate()
+    served, _ = serve(Scripted(gate))
+    settled(served)
+    with pytest.raises(DeadlineExceeded, match=r"0\.05 s"):
+        ask(served, "a", timeout_s=0.05)
+    gate.open()
+    assert_answers(ask(served, "b"), "b")
+
+
+def test_a_deadline_is_kept_while_the_rest_waits_for_room(serve) -> None:
+    """A large request that cannot get all its texts into the queue in time is answered at its deadline."""
+    gate = Gate()
+    served, _ = serve(Scripted(gate), max_size=1, engine={"max_batch_texts": 1})
+    settled(served)
+    with pytest.raises(DeadlineExceeded):
+        ask(served, "a", "b", "c", timeout_s=0.05)
+    gate.open()
+
+
+def test_the_servers_timeout_bounds_every_request(serve) -> None:
+    """A request may ask for less time than the server gives, never for more."""
+    gate = Gate()
+    served, _ = serve(Scripted(gate), engine={"request_timeout_s": 0.05})
+    settled(served)
+    with pytest.raises(DeadlineExceeded):
+        ask(served, "a", timeout_s=1000)
+    gate.open()
+
+
+def test_a_client_that_left_costs_no_compute(serve) -> None:
+    """Texts whose client has gone are dropped before they reach the model."""
+    served, opener = serve()
+    settled(served)
+    with pytest.raises(ClientGone):
+        served.embed(EmbedRequest("m", ["a"], client_gone=lambda: True))
+    assert opener.opened[0].calls == []
+
+
+def test_an_error_names_the_text_by_its_place_in_the_request(serve) -> None:
+    """However a request was split, the text at fault is named as the caller counts."""
+
+    def on_embed(texts: list[str]) -> None:
+        if "bad" in texts:
+            raise RuntimeError("cannot bear it")
+
+    served, _ = serve(Scripted(on_embed), engine={"max_batch_texts": 2})
+    settled(served)
+    with pytest.raises(InferenceFailed) as caught:
+        ask(served, "a", "b", "c", "bad", "e")
+    assert set(caught.value.fields) == {"texts[3]"}
+    assert_answers(ask(served, "a"), "a")
+
+
+# --- states
+
+
+def test_the_first_load_at_start_is_not_waited_for(serve) -> None:
+    """While a model loads for the first time, requests are told so; afterwards they are served."""
+    gate = Gate()
+    served, _ = serve(lambda: gate() or Scripted())
+    gate.arrived()
+    assert (served.state, served.settled, served.is_serving) == ("loading", False, False)
+    with pytest.raises(ModelLoading) as caught:
+        ask(served, "a")
+    assert caught.value.retry_after_s > 0
+    gate.open()
+    settled(served)
+    assert (served.state, served.is_serving) == ("ready", True)
+    assert_answers(ask(served, "a"), "a")
+
+
+def test_min_0_loads_on_first_use_and_the_request_waits(serve) -> None:
+    """A model of min 0 holds nothing until it is asked; the first request waits for the load and is served."""
+    gate = Gate()
+    served, opener = serve(lambda: gate() or Scripted(), min=0)
+    assert (served.state, served.settled, served.is_serving, opener.opened) == ("idle", True, True, [])
+    requests = [in_thread(ask, served, str(i)) for i in range(3)]
+    gate.arrived()
+    assert served.state == "loading"
+    gate.open()
+    for i, request in enumerate(requests):
+        assert_answers(request.result(PATIENCE_S), str(i))
+    assert len(opener.specs) == 1
+
+
+def test_min_0_unloads_when_idle_and_loads_again(serve) -> None:
+    """An idle model of min 0 gives its memory back and still answers the next request."""
+    served, opener = serve(min=0, idle_ttl_s=0.001)
+    for turn in range(3):
+        assert_answers(ask(served, "a"), "a")
+        assert opener.opened[turn].closed.wait(PATIENCE_S)
+        assert served.state == "idle"
+
+
+def test_a_request_that_arrives_while_the_last_replica_leaves_is_served(serve, monkeypatch) -> None:
+    """No moment is wrong for a request: one that comes as the idle model is being unloaded loads it again."""
+    start = Replica.start
+    with monkeypatch.context() as patch:
+        patch.setattr(Replica, "start", lambda self: None)
+        served, _ = serve(min=0, prove=True)  # its replica does nothing but what this test does for it
+    (replica,) = served._replicas
+    served._must_load_first = False
+    admit, qsize, puts = served.queue.admit, served.queue.qsize, puts_of(served)
+    at_the_door, may_enter = threading.Event(), threading.Event()
+
+    def admit_when_told(job) -> None:
+        at_the_door.set()
+        assert may_enter.wait(PATIENCE_S)
+        admit(job)
+
+    def qsize_and_then_a_request() -> int:
+        size = qsize()
+        if not may_enter.is_set():
+            may_enter.set()
+            assert puts.acquire(timeout=PATIENCE_S)
+            threading.Event().wait(A_WHILE_S)  # it looks for a replica; where there is a lock, it waits for us
+        return size
+
+    served.queue.admit, served.queue.qsize = admit_when_told, qsize_and_then_a_request
+    request = in_thread(ask, served, "a", timeout_s=2)
+    assert at_the_door.wait(PATIENCE_S)
+    if not served.may_retire(replica):
+        start(replica)
+    assert_answers(request.result(PATIENCE_S), "a")
+
+
+def test_a_first_load_that_fails_is_told_and_tried_again(serve) -> None:
+    """A model that cannot be loaded says why; it is tried again by itself, and serves once it can."""
+    again = Gate()
+    served, _opener = serve(OSError("no such file"), lambda: again() or Scripted())
+    settled(served)
+    again.arrived()
+    assert (served.state, served.last_error) == ("failed", "OSError: no such file")
+    with pytest.raises(ModelFailed, match="no such file") as caught:
+        ask(served, "a")
+    assert caught.value.retry_after_s >= 1
+    again.open()
+    wait_until_ready(served)
+    assert_answers(ask(served, "a"), "a")
+
+
+def wait_until_ready(served: ServedModel) -> None:
+    """A ready replica is announced through `on_ready`; this asks for one announcement more."""
+    ready = threading.Event()
+    served._on_ready = lambda model: ready.set()
+    assert served.state == "ready" or ready.wait(PATIENCE_S)
+
+
+def test_a_model_of_several_replicas_has_failed_when_all_have(serve) -> None:
+    """The first load of a model is over when a replica is ready or none could be loaded, not before."""
+    slow, again = Gate(), Gate()
+    served, _ = serve(OSError("no memory"), lambda: slow() or Scripted(), lambda: again() or Scripted(), min=2, max=2)
+    slow.arrived()
+    again.arrived()  # so the first failure has been dealt with
+    state = (served.state, served.settled)
+    slow.open()
+    again.open()
+    assert state == ("loading", False)
+    settled(served)
+
+
+def test_requests_wait_while_a_replica_is_opened_anew(serve) -> None:
+    """A model that broke and is being opened again lets requests wait, and serves them then."""
+    again = Gate()
+    served, opener = serve(broken_on("bad"), lambda: again() or Scripted())
+    settled(served)
+    with pytest.raises(InferenceFailed):
+        ask(served, "bad")
+    again.arrived()
+    assert served.state == "loading"
+    puts = puts_of(served)
+    waiting = in_thread(ask, served, "a")
+    assert puts.acquire(timeout=PATIENCE_S)
+    again.open()
+    assert_answers(waiting.result(PATIENCE_S), "a")
+    assert opener.opened[0].closed.is_set()
+
+
+def test_after_repeated_failures_requests_are_refused_and_waiting_ones_told(serve) -> None:
+    """A model that keeps failing answers model_failed, also to those who wait; it recovers by itself."""
+    gates = [Gate(), Gate(), Gate()]
+
+    def fails(gate: Gate):
+        def load() -> Scripted:
+            gate()
+            raise OSError("still down")
+
+        return load
+
+    served, _ = serve(broken_on("bad"), fails(gates[0]), fails(gates[1]), lambda: gates[2]() or Scripted())
+    settled(served)
+    with pytest.raises(InferenceFailed):
+        ask(served, "bad")
+    puts = puts_of(served)
+    waiting = in_thread(ask, served, "a")
+    assert puts.acquire(timeout=PATIENCE_S)
+    for gate in gates[:2]:
+        gate.arrived()
+        assert (served.state, waiting.done()) == ("loading", False)
+        gate.open()
+    gates[2].arrived()
+    assert served.state == "failed"
+    for request in (waiting, in_thread(ask, served, "b")):
+        with pytest.raises(ModelFailed, match="still down"):
+            request.result(PATIENCE_S)
+    gates[2].open()
+    wait_until_ready(served)
+    assert_answers(ask(served, "a"), "a")
+    assert served.state == "ready"
+
+
+def test_a_disabled_model_loads_nothing_and_says_so(serve) -> None:
+    """A model that is switched off holds no memory, whatever else of it is changed."""
+    served, opener = serve(enabled=False)
+    assert (served.state, served.settled) == ("disabled", True)
+    with pytest.raises(ModelDisabled):
+        ask(served, "a")
+    served.update(model_spec(enabled=False, alias="other", min=2, max=2))
+    assert opener.loads.acquire(timeout=A_WHILE_S) is False
+    assert served.snapshot()["replicas"] == 0
+
+
+# --- scaling
+
+
+def test_replicas_are_added_while_work_waits_up_to_max(serve) -> None:
+    """Work that waits behind busy replicas brings further ones, up to max, and every request is answered."""
+    first, others = Gate(), Gate()
+
+    def on_embed(texts: list[str]) -> None:
+        (first if texts == ["0"] else others)()
+
+    served, opener = serve(*[lambda: Scripted(on_embed)] * 5, engine={"max_batch_texts": 1}, max=3)
+    settled(served)
+    puts = puts_of(served)
+    requests = []
+    for i in range(8):
+        requests.append(in_thread(ask, served, str(i)))
+        assert puts.acquire(timeout=PATIENCE_S)
+        if i == 0:
+            first.arrived()
+    first.open()  # its next batch has work waiting behind it
+    for _ in range(3):
+        others.arrived()
+    assert served.snapshot()["replicas_busy"] == 3
+    others.open()
+    for i, request in enumerate(requests):
+        assert_answers(request.result(PATIENCE_S), str(i))
+    assert len(opener.opened) == 3
+
+
+def test_idle_replicas_above_min_leave(serve) -> None:
+    """Replicas above min are given back after their idle time; those of min stay, and serve."""
+    closed = threading.Semaphore(0)
+    served, opener = serve(*[lambda: Scripted(on_close=closed.release)] * 2, min=2, max=2)
+    settled(served)
+    served.update(model_spec(min=1, max=2, idle_ttl_s=0.001))
+    assert closed.acquire(timeout=PATIENCE_S)
+    assert served.snapshot()["replicas"] == 1
+    assert_answers(ask(served, "a"), "a")
+    assert sum(driver.closed.is_set() for driver in opener.opened) == 1
+
+
+def test_a_larger_min_loads_at_once(serve) -> None:
+    """Raising min loads the further replicas without waiting for work."""
+    served, opener = serve()
+    settled(served)
+    served.update(model_spec(min=3, max=3))
+    for _ in range(3):
+        opener.wait_for_load()
+    assert served.snapshot()["replicas"] == 3
+
+
+def test_more_batches_at_once_apply_at_once(serve) -> None:
+    """max_inflight_per_replica is no load option: a larger one applies to the replicas that run."""
+    gate = Gate()
+    driver = Scripted(lambda texts: gate() if texts != ["before"] else None)
+    served, opener = serve(driver, inflight=1, engine={"max_batch_texts": 1})
+    settled(served)
+    served.update(model_spec(inflight=2))
+    assert_answers(ask(served, "before"), "before")
+    requests = [in_thread(ask, served, "a"), in_thread(ask, served, "b")]
+    try:
+        gate.arrived()
+        assert gate.entered.acquire(timeout=1), "the second batch runs beside the first"
+    finally:
+        gate.open()
+        for request in requests:
+            request.result(PATIENCE_S)
+    assert len(opener.opened) == 1
+
+
+def test_a_smaller_or_larger_queue_applies_at_once(serve) -> None:
+    """The queue's bound follows pool.yml, and the server's default where pool.yml has none."""
+    served, _ = serve(min=0, max_size=5, engine={"max_queue_per_model": 7})
+    assert served.snapshot()["queue_max"] == 5
+    served.update(model_spec(min=0))
+    assert served.snapshot()["queue_max"] == 7
+
+
+def test_a_meter_that_cannot_be_had_leaks_no_driver(serve) -> None:
+    """When the tokenizer of a model fails to load, the load is tried again and no loaded model stays behind."""
+    failures = [OSError("no tokenizer")]
+
+    def open_meter(spec) -> FakeMeter:
+        if failures:
+            raise failures.pop()
+        return FakeMeter()
+
+    served, _opener = serve(engine={"open_meter": open_meter})
+    settled(served)
+    wait_until_ready(served)
+    assert_answers(ask(served, "a"), "a")
+
+
+def test_a_thread_that_cannot_be_started_wedges_nothing(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the system has no thread to give, that request fails and the next one finds a model that can load."""
+
+    def no_thread(self: Replica) -> None:
+        raise RuntimeError("can't start new thread")
+
+    served, _ = serve(min=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Replica, "start", no_thread)
+        with pytest.raises(RuntimeError):
+            ask(served, "a")
+    try:
+        assert_answers(ask(served, "b", timeout_s=1), "b")
+    finally:
+        served._replicas = tuple(r for r in served._replicas if r._thread.ident)
+
+
+# --- leaving
+
+
+def test_a_drain_answers_those_inside_and_refuses_the_rest(serve) -> None:
+    """A model that is replaced answers every request it has taken, the large one too, and takes no more."""
+    gate = Gate()
+    served, _ = serve(Scripted(gate), max_size=4, engine={"max_batch_texts": 2})
+    settled(served)
+    texts = [str(i) for i in range(20)]
+    inside = in_thread(ask, served, *texts)
+    gate.arrived()
+    served.close()
+    assert served.state == "draining"
+    drained = in_thread(served.drain, PATIENCE_S)
+    with pytest.raises(QueueClosed):
+        ask(served, "late")
+    gate.open()
+    assert_answers(inside.result(PATIENCE_S), *texts)
+    assert drained.result(PATIENCE_S) == 0
+    assert served.stats.snapshot()["errors"] == {}
+
+
+@pytest.mark.parametrize("where", ["just admitted", "between two jobs"])
+def test_a_drain_loads_what_an_admitted_request_still_needs(serve, where: str) -> None:
+    """A request that a model of min 0 has taken is answered although the model is replaced before it was loaded."""
+    first = Scripted()
+    served, _ = serve(first, min=0, idle_ttl_s=0.001, engine={"max_batch_texts": 1})
+    drains = []
+    admit, feed = served.queue.admit, served.queue.feed
+
+    def drain() -> None:
+        served.close()
+        drains.append(in_thread(served.drain, PATIENCE_S))
+
+    def admit_then_drain(job) -> None:
+        admit(job)
+        if where == "just admitted":
+            drain()
+
+    def feed_late(job, timeout_s: float) -> None:
+        if where == "between two jobs" and not drains:
+            assert first.closed.wait(PATIENCE_S)  # unloaded: idle
+            drain()
+        feed(job, timeout_s)
+
+    served.queue.admit, served.queue.feed = admit_then_drain, feed_late
+    result = in_thread(ask, served, "a", "b", timeout_s=2)
+    assert_answers(result.result(PATIENCE_S), "a", "b")
+    assert drains[0].result(PATIENCE_S) == 0
+
+
+def test_what_is_left_at_the_end_of_a_drain_is_told_and_counted(serve) -> None:
+    """When the time is up, those inside get 503 at once, running, waiting and not yet queued, and are counted."""
+    gate = Gate()
+    served, _ = serve(Scripted(gate), max_size=4, engine={"max_batch_texts": 1})
+    settled(served)
+    puts = puts_of(served)
+    running = in_thread(ask, served, "running")
+    gate.arrived()
+    assert puts.acquire(timeout=PATIENCE_S)
+    waiting = in_thread(ask, served, "waiting")
+    assert puts.acquire(timeout=PATIENCE_S)
+    feeding = in_thread(ask, served, *"abcdefgh")
+    assert puts.acquire(timeout=PATIENCE_S)
+    drained = in_thread(served.drain, 0)
+    for request in (running, waiting, feeding):
+        with pytest.raises(ShuttingDown):
+            request.result(PATIENCE_S)
+    gate.open()
+    assert drained.result(PATIENCE_S) == 3
+
+
+def test_a_drain_meets_a_replica_that_is_only_being_started(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model may be stopped in the very moment its first request loads it."""
+    served, _ = serve(min=0)
+    start = Replica.start
+    drains = []
+
+    def start_during_a_drain(self: Replica) -> None:
+        drains.append(in_thread(served.drain, 0))
+        threading.Event().wait(A_WHILE_S)  # it gets as far as it can
+        start(self)
+
+    monkeypatch.setattr(Replica, "start", start_during_a_drain)
+    with contextlib.suppress(ShuttingDown, QueueClosed):  # it may be answered, or told
+        assert_answers(ask(served, "a"), "a")
+    assert drains[0].result(PATIENCE_S) in (0, 1)
+
+
+def test_a_drain_waits_for_replicas_that_are_leaving_already(serve) -> None:
+    """After a drain no driver is open, not even one that was being closed because it was idle."""
+    closing, may_close = threading.Event(), threading.Event()
+    driver = Scripted(on_close=lambda: closing.set() or may_close.wait(PATIENCE_S))
+    served, _ = serve(driver, min=0, idle_ttl_s=0.001, prove=True)
+    assert closing.wait(PATIENCE_S)
+    drained = in_thread(lambda: served.drain(0) or driver.closed.is_set())
+    threading.Event().wait(A_WHILE_S)
+    may_close.set()
+    assert drained.result(PATIENCE_S), "drained while a driver was still open"
+
+
+def test_the_snapshot_tells_what_an_operator_needs(serve) -> None:
+    """/status shows state, replicas at work and idle, what waits, counters and the last error."""
+    gate = Gate()
+    served, _ = serve(Scripted(gate), alias="al", max_size=9)
+    settled(served)
+    puts = puts_of(served)
+    requests = [in_thread(ask, served, "a")]
+    gate.arrived()
+    assert puts.acquire(timeout=PATIENCE_S)
+    requests.append(in_thread(ask, served, "b"))
+    assert puts.acquire(timeout=PATIENCE_S)
+    seen = served.snapshot()
+    gate.open()
+    for request in requests:
+        request.result(PATIENCE_S)
+    expected = {
+        "model": "m", "alias": "al", "enabled": True, "state": "ready", "driver_type": "fake", "replicas": 1,
+        "replicas_busy": 1, "replicas_idle": 0, "queue_len": 1, "queue_max": 9, "last_error": None,
+    }  # fmt: skip
+    assert {key: seen[key] for key in expected} == expected
+    assert served.snapshot()["counters"]["requests"] == 2

@@ -1,0 +1,40 @@
+"""Counters of one model."""
+
+from __future__ import annotations
+
+import pytest
+
+from embedpool.pool.stats import ModelStats
+
+
+def test_counters_tell_requests_batches_and_errors_apart() -> None:
+    """What was answered, what was refused and why, and what the driver did are counted separately."""
+    stats = ModelStats()
+    stats.answered(3, 30, 1)
+    stats.answered(1, 5, 0)
+    stats.refused("overloaded")
+    stats.refused("overloaded")
+    stats.refused("deadline_exceeded")
+    stats.batch(4, 35, 60, 0.5)
+    assert stats.snapshot() == {
+        "requests": 5, "texts": 4, "tokens": 35, "truncated": 1, "batches": 1, "rows": 4, "batch_tokens": 35,
+        "padded_tokens": 60, "compute_s": 0.5, "errors": {"overloaded": 2, "deadline_exceeded": 1},
+    }  # fmt: skip
+
+
+def test_a_fresh_model_shows_zeros() -> None:
+    """Every counter is there from the start."""
+    snapshot = ModelStats().snapshot()
+    assert snapshot.pop("errors") == {}
+    assert set(snapshot.values()) == {0}
+
+
+def test_the_rate_follows_the_recent_past() -> None:
+    """The rate is texts per second of compute, and old batches fade."""
+    stats = ModelStats()
+    assert stats.texts_per_busy_s() == 0
+    stats.batch(10, 10, 10, 1.0)
+    assert stats.texts_per_busy_s() == pytest.approx(10)
+    for _ in range(300):
+        stats.batch(100, 10, 10, 1.0)
+    assert stats.texts_per_busy_s() == pytest.approx(100, rel=0.01)

@@ -1,0 +1,304 @@
+"""One round of a worker: every future is resolved on every path."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedpool.drivers.base import Embeddings
+from embedpool.errors import (
+    ClientGone,
+    DeadlineExceeded,
+    InferenceFailed,
+    Overloaded,
+    UnsupportedOption,
+    UpstreamError,
+)
+from embedpool.pool.batcher import Batcher
+from embedpool.pool.job import Job
+from embedpool.pool.model_queue import ModelQueue
+from embedpool.pool.stats import ModelStats
+from embedpool.pool.worker import DriverBroken, Worker
+from tests.pool.scripted import Scripted, flow_of, job_of, vectors_of
+
+
+class Bench:
+    """A worker on its queue, stepped on the test's own thread; the clock stands at 100."""
+
+    def __init__(self, driver: Scripted, max_texts: int = 64, batcher: Batcher | None = None) -> None:
+        self.queue = ModelQueue(1000)
+        self.stats = ModelStats()
+        self.now = 100.0
+        self.driver = driver
+        self.worker = Worker(
+            "m#1", driver, self.queue, batcher or Batcher(max_texts, 100_000), self.stats, clock=lambda: self.now
+        )
+
+    def serve(self, *jobs: Job) -> None:
+        for job in jobs:
+            self.queue.admit(job)
+        try:
+            while self.worker.step():
+                pass
+        finally:
+            assert all(job.future.done() for job in jobs)
+
+
+def assert_served(*jobs: Job) -> None:
+    for job in jobs:
+        np.testing.assert_array_equal(job.future.result(0).vectors, vectors_of(job.texts))
+
+
+def error_of(job: Job) -> Exception:
+    error = job.future.exception(0)
+    assert error is not None
+    return error
+
+
+def failing(*bad: str, error: Exception | None = None):
+    """A model that cannot bear some texts."""
+
+    def on_embed(texts: list[str]) -> None:
+        if any(text in bad for text in texts):
+            raise error or RuntimeError("cannot bear it")
+
+    return on_embed
+
+
+def nan_for(bad: str):
+    def on_embed(texts: list[str]) -> np.ndarray:
+        vectors = vectors_of(texts)
+        vectors[[i for i, text in enumerate(texts) if text == bad], 3] = np.nan
+        return vectors
+
+    return on_embed
+
+
+def short_for(bad: str):
+    def on_embed(texts: list[str]) -> np.ndarray:
+        vectors = vectors_of(texts)
+        return vectors[:-1] if bad in texts else vectors
+
+    return on_embed
+
+
+def test_requests_share_a_batch_and_each_gets_its_own() -> None:
+    """Requests that wait together travel together, and each gets its vectors in its order."""
+    bench = Bench(Scripted())
+    jobs = [job_of("ccc", "a"), job_of("bb"), job_of("dddd", "ee")]
+    bench.serve(*jobs)
+    assert_served(*jobs)
+    assert len(bench.driver.calls) == 1
+    assert {job.replica for job in jobs} == {"m#1"}
+    assert bench.stats.snapshot()["rows"] == 5
+    assert bench.stats.snapshot()["padded_tokens"] == 20
+
+
+def test_no_work_no_call() -> None:
+    """A round without work says so and touches nothing; one with work says so before it runs."""
+    bench = Bench(Scripted())
+    assert bench.worker.step() is False
+    bench.queue.admit(job_of("a"))
+    seen: list[int] = []
+    assert bench.worker.step(on_work=lambda: seen.append(len(bench.driver.calls)), leaving=lambda: False)
+    assert seen == [0]
+    bench.queue.admit(job_of("a"))
+    assert bench.worker.step(leaving=lambda: True) is False
+    assert bench.queue.qsize() == 1
+
+
+@pytest.mark.parametrize("on_embed", [failing("bad"), nan_for("bad"), short_for("bad")], ids=["raise", "nan", "short"])
+@pytest.mark.parametrize("max_texts", [1, 3, 64])
+def test_one_bad_text_hurts_nobody_else(on_embed, max_texts: int, caplog) -> None:
+    """Only the request with the bad text fails, and its error names the text by its place in the request."""
+    caplog.set_level(logging.CRITICAL)
+    bench = Bench(Scripted(on_embed), max_texts)
+    good = [job_of("a", "bb"), job_of("ccc"), job_of("d", "ee", "ffff")]
+    culprit = job_of("g", "bad", "hhh", offset=10)
+    bench.serve(good[0], culprit, *good[1:])
+    assert_served(*good)
+    error = error_of(culprit)
+    assert isinstance(error, InferenceFailed)
+    assert set(error.fields) == {"texts[11]"}
+    assert "texts[11]" in error.message
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=5), min_size=1, max_size=8), st.integers(1, 16))
+def test_any_number_of_bad_texts_hurts_only_their_requests(requests: list[list[bool]], max_texts: int) -> None:
+    """Whichever texts are bad, in whatever batches: their requests fail, naming a bad text, and all others succeed."""
+    jobs = [job_of(*(f"{'bad' if bad else 'good'}{i}" for i, bad in enumerate(request))) for request in requests]
+    bads = {text for job in jobs for text in job.texts if text.startswith("bad")}
+    Bench(Scripted(failing(*bads)), max_texts).serve(*jobs)
+    for job, request in zip(jobs, requests, strict=True):
+        if any(request):
+            named = next(iter(error_of(job).fields))
+            assert named in {f"texts[{i}]" for i, bad in enumerate(request) if bad}
+        else:
+            assert_served(job)
+
+
+@pytest.mark.parametrize("remote_status", [400, 413, 422])
+def test_a_remotes_complaint_about_content_is_bisected(remote_status: int) -> None:
+    """A remote that refuses a batch for its content costs only the request that holds the content."""
+    driver = Scripted(failing("bad", error=UpstreamError("refused", remote_status=remote_status)))
+    good, culprit = job_of("a", "b"), job_of("c", "bad")
+    Bench(driver).serve(good, culprit)
+    assert_served(good)
+    assert error_of(culprit).status == remote_status
+    assert driver.probes == 0
+
+
+@pytest.mark.parametrize("error", [
+    UpstreamError("down"), UpstreamError("slow down", remote_status=429, retry_after_s=3),
+    UpstreamError("no", remote_status=401), UnsupportedOption("no such option"), Overloaded("full"),
+], ids=lambda e: f"{type(e).__name__}-{e.status}")  # fmt: skip
+def test_a_fault_that_content_cannot_cause_is_not_bisected(error: Exception) -> None:
+    """Transport, 5xx, 401, 429 and the driver's own errors reach every request of the batch after one call."""
+    driver = Scripted(failing("a", error=error))
+    jobs = [job_of("a"), job_of("b", "c")]
+    Bench(driver).serve(*jobs)
+    assert [error_of(job) for job in jobs] == [error, error]
+    assert len(driver.calls) == 1
+
+
+@pytest.mark.parametrize(
+    "vectors", [np.ones(2), np.ones((1, 8)), np.ones((3, 8)), np.ones((2, 2, 2)), None, "nonsense"]
+)
+def test_an_answer_of_the_wrong_shape_is_never_given_out(vectors) -> None:
+    """A driver that gives something other than a vector for each text costs its requests an error, not a wrong one."""
+    jobs = [job_of("a"), job_of("b")]
+    bench = Bench(Scripted(lambda texts: Embeddings(vectors if len(texts) == 2 else np.ones((7, 7)))))
+    bench.serve(*jobs)
+    assert all(isinstance(error_of(job), InferenceFailed) for job in jobs)
+
+
+@pytest.mark.parametrize(("flow", "error"), [
+    (flow_of(deadline=100.0), DeadlineExceeded), (flow_of(deadline=99), DeadlineExceeded),
+    (flow_of(client_gone=lambda: True), ClientGone),
+])  # fmt: skip
+def test_what_nobody_waits_for_is_dropped_before_it_costs_compute(flow, error: type[Exception]) -> None:
+    """A text past its deadline, or without a client, never reaches the model; those beside it do."""
+    bench = Bench(Scripted())
+    dropped, wanted = job_of("a", flow=flow), job_of("b")
+    bench.serve(dropped, wanted)
+    assert isinstance(error_of(dropped), error)
+    assert_served(wanted)
+    assert bench.driver.calls == [["b"]]
+
+
+def test_an_abandoned_request_costs_nothing_more() -> None:
+    """What is left of a request that was given up is dropped."""
+    bench = Bench(Scripted())
+    job = job_of("a")
+    job.flow.abandoned = True
+    bench.serve(job)
+    assert bench.driver.calls == []
+
+
+def test_a_deadline_that_passes_between_batches_saves_the_later_one() -> None:
+    """The deadline is looked at before each batch, not only when work is taken."""
+    bench = Bench(Scripted(lambda texts: setattr(bench, "now", bench.now + 10)), batcher=Batcher(64, 8))
+    first, second = job_of("a", flow=flow_of(deadline=105)), job_of("b" * 8, flow=flow_of(deadline=105))
+    bench.serve(first, second)
+    assert_served(first)
+    assert isinstance(error_of(second), DeadlineExceeded)
+
+
+def test_a_failed_request_costs_no_further_batch() -> None:
+    """Once a text of a request has failed, its other batches are not computed."""
+    bench = Bench(Scripted(failing("a")), batcher=Batcher(1, 100))
+    bench.serve(job_of("a", "bb", "ccc"))
+    assert bench.driver.calls == [["a"]]
+
+
+@pytest.mark.parametrize("broken_from", [1, 2])
+def test_a_broken_driver_is_told_and_everybody_gets_an_answer(broken_from: int, caplog) -> None:
+    """When the model fails on a known good text too, it is to be opened anew, and no request is left waiting."""
+    caplog.set_level(logging.CRITICAL)
+
+    def probe() -> None:
+        if driver.probes >= broken_from:
+            raise RuntimeError("broken")
+
+    driver = Scripted(failing("a", "b", "c"), on_probe=probe)
+    bench = Bench(driver, batcher=Batcher(8, 8))
+    jobs = [job_of("a", "b"), job_of("c"), job_of("d"), job_of("e" * 8)]
+    with pytest.raises(DriverBroken, match="broken"):
+        bench.serve(*jobs)
+    assert all(isinstance(error_of(job), InferenceFailed) for job in jobs)
+
+
+def test_a_planner_that_fails_leaves_nobody_waiting(caplog) -> None:
+    """A fault of our own costs its requests an error, is logged, and the worker goes on."""
+
+    class Faulty(Batcher):
+        def plan(self, jobs):
+            raise ZeroDivisionError
+
+    bench = Bench(Scripted(), batcher=Faulty(4, 8))
+    job = job_of("a")
+    bench.serve(job)
+    assert isinstance(error_of(job), InferenceFailed)
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_client_check_that_fails_hurts_nobody_else(caplog) -> None:
+    """A fault in asking whether one client is still there costs the others nothing."""
+    caplog.set_level(logging.CRITICAL)
+
+    def gone() -> bool:
+        raise OSError("bad socket")
+
+    bench = Bench(Scripted())
+    odd, other = job_of("a", flow=flow_of(client_gone=gone)), job_of("b")
+    bench.serve(odd, other)
+    assert_served(other)
+
+
+def test_groups_get_their_own_calls_and_options() -> None:
+    """Requests with different options for a remote service never share a call."""
+    bench = Bench(Scripted())
+    jobs = [job_of("a", group=json.dumps({"task": 1})), job_of("b"), job_of("c", group=json.dumps({"task": 1}))]
+    bench.serve(*jobs)
+    assert_served(*jobs)
+    assert sorted(zip(bench.driver.calls, bench.driver.options, strict=True), key=str) == [
+        (["a", "c"], {"task": 1}),
+        (["b"], {}),
+    ]
+
+
+def test_what_a_remote_counted_and_cut_reaches_the_request() -> None:
+    """Tokens counted by a remote are shared out among its requests, and what it cut is told by each one's own index."""
+
+    def on_embed(texts: list[str]) -> Embeddings:
+        return Embeddings(vectors_of(texts), tokens=30, truncated=[texts.index("long")])
+
+    bench = Bench(Scripted(on_embed))
+    one, two = job_of("xx"), job_of("yyyy", "long")
+    bench.serve(one, two)
+    assert (one.counted, two.counted) == pytest.approx((6, 24))
+    assert (one.truncated, two.truncated) == ([], [1])
+
+
+def test_times_are_of_the_workers_clock() -> None:
+    """A request is told when its first batch began and how long its batches took together."""
+    bench = Bench(Scripted(lambda texts: setattr(bench, "now", bench.now + 2)), batcher=Batcher(1, 100))
+    job = job_of("a", "bb")
+    bench.serve(job)
+    assert (job.started_at, job.compute_s) == (100, 4)
+    assert bench.stats.snapshot()["compute_s"] == 4
+
+
+def test_identical_texts_that_wait_together_are_computed_once() -> None:
+    """Equal work once: the same text of two requests costs the model one row, and both get its vector."""
+    bench = Bench(Scripted())
+    jobs = [job_of("same", "a"), job_of("same"), job_of("b", "same")]
+    bench.serve(*jobs)
+    assert_served(*jobs)
+    assert sorted(text for call in bench.driver.calls for text in call) == ["a", "b", "same"]

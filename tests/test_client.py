@@ -1,0 +1,183 @@
+"""The client of a running server."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from flask import Flask, request
+from werkzeug.serving import make_server
+
+from embedpool.client import Client
+from embedpool.errors import EmbedpoolError, ServerUnreachable
+from embedpool.pool.served_model import Engine
+from tests.conftest import settle
+from tests.web.conftest import MODEL, NAME, Web, serving
+
+
+class Served:
+    """An app on a port."""
+
+    def __init__(self, app: Any) -> None:
+        self._server = make_server("127.0.0.1", 0, app, threaded=True)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), name="server")
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(20)
+
+
+@pytest.fixture
+def web(tmp_path: Path, engine: Engine) -> Iterator[Web]:
+    with serving(tmp_path, engine, MODEL) as web:
+        settle(web.pool)
+        yield web
+
+
+@pytest.fixture
+def client(web: Web) -> Iterator[Client]:
+    served = Served(web.app)
+    yield Client(served.url + "/", timeout_s=20)
+    served.close()
+
+
+NEW = {"model": "org/new", "driver_type": "fake", "driver_config": {"dim": 8}}
+
+
+def test_the_life_of_a_model(client: Client, web: Web) -> None:
+    """Everything the command line does to a running server works: register, alias, disable, enable, remove."""
+    assert client.health()["models"] == 1
+    assert client.register(NEW)["state"] == "ready"
+    assert client.set_alias(NEW["model"], "n")["alias"] == "n"
+    assert client.set_enabled("n", False)["state"] == "disabled"
+    assert client.set_enabled("n", True)["state"] == "ready"
+    assert client.set_alias("n", None)["alias"] is None
+    assert client.register({**NEW, "driver_config": {"dim": 4}}, replace=True)["state"] == "ready"
+    assert {m["model"] for m in client.status()["models"]} == {NAME, NEW["model"]}
+    assert client.unregister(NEW["model"])["removed"] is True
+    assert client.unregister("m")["model"] == NAME
+    assert client.status()["models"] == []
+
+
+@pytest.mark.parametrize("name", ["a/b@c:d", "a//b", "tail/"])
+def test_names_survive_the_way(client: Client, name: str) -> None:
+    """Whatever characters a name may hold, it can be removed again."""
+    client.register({**NEW, "model": name})
+    assert client.unregister(name)["model"] == name
+
+
+def test_removing_a_name_with_dots_removes_no_other(client: Client) -> None:
+    """A name that looks like a relative path is sent as it is, not resolved to another model's."""
+    with pytest.raises(EmbedpoolError) as caught:
+        client.unregister("x/../m")
+    assert caught.value.code == "model_not_found"
+    assert len(client.status()["models"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "code"),
+    [
+        (lambda c: c.unregister("nope"), 404, "model_not_found"),
+        (lambda c: c.set_alias("m", "no spaces"), 422, "validation_error"),
+        (lambda c: c.register({**NEW, "min": -1}), 422, "validation_error"),
+        (lambda c: c.register({**NEW, "model": NAME}), 409, "model_exists_differently"),
+        (lambda c: c.register({**NEW, "driver_config": {"fault": "load"}}), 503, "model_failed"),
+    ],
+)
+def test_errors_carry_the_servers_status_and_code(client: Client, call: Any, status: int, code: str) -> None:
+    """An error of the server is raised with its own status, code and message."""
+    with pytest.raises(EmbedpoolError) as caught:
+        call(client)
+    assert (caught.value.status, caught.value.code) == (status, code)
+    assert caught.value.message
+    assert (EmbedpoolError.status, EmbedpoolError.code) == (500, "internal_error")  # the class is left as it was
+
+
+def test_errors_carry_the_bad_fields(client: Client) -> None:
+    """What was wrong where can be read from the error."""
+    with pytest.raises(EmbedpoolError) as caught:
+        client.register({**NEW, "min": -1})
+    assert list(caught.value.fields) == ["min"]
+
+
+def stub(**answers: Any) -> Served:
+    """A server that is not embedpool."""
+    app = Flask("stub")
+
+    @app.route("/health")
+    def health() -> Any:
+        return answers["body"], answers.get("status", 200), answers.get("headers", {})
+
+    return Served(app)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"body": "<html>"},
+        {"body": ""},
+        {"body": "[1]"},
+        {"body": "5", "status": 500},
+        {"body": '{"detail": "no"}', "status": 404},
+        {"body": '{"error": "no"}', "status": 400},
+        {"body": "", "status": 302, "headers": {"Location": "/elsewhere"}},
+    ],
+)
+def test_another_server_at_the_address_is_recognised(answer: dict[str, Any]) -> None:
+    """Whatever else answers there, the error says that it is not embedpool."""
+    served = stub(**answer)
+    try:
+        with pytest.raises(ServerUnreachable, match="embedpool"):
+            Client(served.url).health()
+    finally:
+        served.close()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "http://no.such.host.invalid"])
+def test_no_server_at_the_address(url: str) -> None:
+    """Where nothing answers, the error names the address."""
+    with pytest.raises(ServerUnreachable) as caught:
+        Client(url, timeout_s=5).health()
+    assert url in caught.value.message
+
+
+def test_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time-out is told as such, and a call's own time-out comes before the client's."""
+    asked: list[float] = []
+
+    def hang(*arguments: Any, timeout: float, **more: Any) -> None:
+        asked.append(timeout)
+        raise requests.ReadTimeout
+
+    monkeypatch.setattr(requests, "request", hang)
+    client = Client("http://x", timeout_s=7)
+    for call in (client.health, lambda: client.register(NEW, timeout_s=900)):
+        with pytest.raises(ServerUnreachable, match="Timeout"):
+            call()
+    assert asked == [7, 900]
+
+
+@pytest.mark.parametrize(("key", "sent"), [("s3cr3t", "Bearer s3cr3t"), (None, None)])
+def test_the_admin_key_is_sent(key: str | None, sent: str | None) -> None:
+    """An admin key travels as a bearer token; without one nothing is sent."""
+    seen: list[str | None] = []
+    app = Flask("stub")
+
+    @app.route("/health")
+    def health() -> Any:
+        seen.append(request.headers.get("Authorization"))
+        return {}
+
+    served = Served(app)
+    try:
+        Client(served.url, api_key=key).health()
+    finally:
+        served.close()
+    assert seen == [sent]

@@ -1,0 +1,120 @@
+"""What holds for every path: request ids, the one error shape, unknown paths and methods, unexpected errors."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+
+from embedpool.config.settings import Settings
+from embedpool.errors import Overloaded, ShuttingDown, UpstreamError
+from embedpool.web.app import create_app
+from tests.web.conftest import NAME, Web, refused
+
+PATHS = ("/health", "/ready", "/status", "/models", "/metrics", f"/models/{NAME}", f"/ready/{NAME}")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_sane_request_id_is_echoed(web: Web, path: str) -> None:
+    """Every answer carries the client's X-Request-Id."""
+    assert web.get(path, headers={"X-Request-Id": "Trace-1.2_3"}).headers["X-Request-Id"] == "Trace-1.2_3"
+
+
+@pytest.mark.parametrize("given", [None, "", "a b", "a/b", "ä", "<script>", "x" * 129, '"'])
+def test_any_other_request_id_is_replaced(web: Web, given: str | None) -> None:
+    """A missing or insane id is replaced by a new one, another for each request."""
+    headers = {} if given is None else {"X-Request-Id": given.encode().decode("latin-1")}
+    ids = {web.get("/health", headers=headers).headers["X-Request-Id"] for _ in range(2)}
+    assert len(ids) == 2
+    assert all(i.isalnum() and len(i) == 32 for i in ids)
+
+
+def test_an_error_carries_the_clients_id(web: Web) -> None:
+    """The id in an error is the one in the header."""
+    answer = web.embed(headers={"X-Request-Id": "trace-7"})
+    assert refused(answer, 400, "empty_input")["request_id"] == "trace-7"
+
+
+@pytest.mark.parametrize("path", ["/", "/nothing", "/embed/x", "/v3/embed", "/static/x"])
+def test_an_unknown_path_is_not_found(web: Web, path: str) -> None:
+    """A path that is nothing here answers 404 in the one shape."""
+    refused(web.get(path), 404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/embed", "POST"),
+        ("DELETE", "/health", "GET"),
+        ("POST", "/status", "GET"),
+        ("PUT", "/reload", "POST"),
+        ("PATCH", f"/models/{NAME}", "DELETE"),
+    ],
+)
+def test_a_wrong_method_names_the_allowed_ones(web: Web, method: str, path: str, allowed: str) -> None:
+    """A path asked with the wrong method answers 405 and an Allow header."""
+    answer = web.app.test_client().open(path, method=method)
+    refused(answer, 405, "method_not_allowed")
+    assert allowed in answer.headers["Allow"].split(", ")
+
+
+def test_a_trailing_slash_is_no_other_path(web: Web) -> None:
+    """Clients that end a path with a slash are served."""
+    assert web.post("/embed/", {"model": "m", "texts": ["a"]}).status_code == 200
+    assert web.get("/health/").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "retry_after"),
+    [
+        (Overloaded("full", retry_after_s=1.2), 429, "overloaded", "2"),
+        (ShuttingDown("bye"), 503, "shutting_down", None),
+        (UpstreamError("slow down", remote_status=429, retry_after_s=3), 429, "upstream_error", "3"),
+        (UpstreamError("teapot", remote_status=418), 502, "upstream_error", None),
+    ],
+)
+def test_errors_of_the_pool_keep_status_code_and_retry_after(
+    web: Web, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int, code: str, retry_after: str | None
+) -> None:
+    """What the pool refuses reaches the client with its status, code and time to come back, in whole seconds."""
+
+    def submit(request: object) -> None:
+        raise error
+
+    monkeypatch.setattr(web.pool, "submit", submit)
+    answer = web.embed("a")
+    assert refused(answer, status, code)["message"] == str(error)
+    assert answer.headers.get("Retry-After") == retry_after
+
+
+def test_an_unexpected_error_leaks_nothing(
+    web: Web, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bug answers internal_error without its text; the log has it under the request's id."""
+
+    def submit(request: object) -> None:
+        raise RuntimeError("hunter2 in /etc/passwd")
+
+    monkeypatch.setattr(web.pool, "submit", submit)
+    with caplog.at_level(logging.ERROR):
+        answer = web.embed("a", headers={"X-Request-Id": "trace-9"})
+    refused(answer, 500, "internal_error")
+    for leaked in ("hunter2", "passwd", "RuntimeError", "Traceback"):
+        assert leaked not in answer.text
+    assert "trace-9" in caplog.text
+    assert "hunter2" in caplog.text
+
+
+def test_building_the_app_starts_nothing(web: Web) -> None:
+    """An app is built before a fork: it starts no thread and leaves the pool alone."""
+    before = threading.active_count()
+    app = create_app(web.pool, web.reconciler, Settings())
+    assert threading.active_count() == before
+    assert app.test_client().get("/health").json == {"ok": True, "booted": True, "models": 1}
+
+
+def test_two_apps_in_one_process_do_not_meet(web: Web) -> None:
+    """Several apps can live in one process, each with its own metrics."""
+    other = create_app(web.pool, web.reconciler, Settings())
+    assert other.test_client().get("/metrics").status_code == web.get("/metrics").status_code == 200

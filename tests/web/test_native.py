@@ -1,0 +1,379 @@
+"""POST /embed, from body to vectors."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedpool.config.settings import Defaults, Limits, Settings
+from tests.web.conftest import MODEL, NAME, Gate, MakeWeb, Web, raw, refused, unit
+
+TEXTS = ("Hello, world!", "This is a test sentence.")
+
+
+def npy(web: Web, *texts: str, **options: Any) -> np.ndarray:
+    answer = web.embed(*texts, headers={"Accept": "application/x-npy"}, **options)
+    assert answer.status_code == 200, answer.text
+    assert answer.mimetype == "application/x-npy"
+    return np.load(io.BytesIO(answer.data), allow_pickle=False)
+
+
+def test_embed_answers_vectors_and_what_it_did(web: Web) -> None:
+    """The answer holds the model's full name, a vector per text in order, and the counts and times of the contract."""
+    answer = web.embed(*TEXTS)
+    assert answer.status_code == 200
+    assert set(answer.json) == {"model", "dim", "vectors", "meta"}
+    assert answer.json["model"] == NAME
+    assert answer.json["dim"] == 384
+    np.testing.assert_allclose(answer.json["vectors"], unit(raw(*TEXTS)), atol=1e-6)
+    meta = answer.json["meta"]
+    assert set(meta) == {"count", "tokens", "truncated", "queue_ms", "compute_ms", "total_ms", "replicas"}
+    assert (meta["count"], meta["tokens"], meta["truncated"]) == (2, 2 + 2 + 5 + 2, [])
+    assert meta["replicas"] == [f"{NAME}#1"]
+    assert all(meta[name] >= 0 for name in ("queue_ms", "compute_ms"))
+    assert meta["total_ms"] >= meta["compute_ms"]
+
+
+def test_alias_and_name_are_the_same_model(web: Web) -> None:
+    """A model answers under its name and under its alias alike."""
+    by_name = web.embed("a", model=NAME)
+    assert by_name.json["model"] == web.embed("a").json["model"] == NAME
+    assert by_name.json["vectors"] == web.embed("a").json["vectors"]
+
+
+def test_a_request_larger_than_a_batch_keeps_its_order(web: Web) -> None:
+    """Vectors come in the order of the texts, however many batches they took."""
+    texts = [f"text number {i}" for i in range(300)]
+    np.testing.assert_allclose(web.vectors(*texts), unit(raw(*texts)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "日本語の文", "naïve café — “quoted”", "👩‍👩‍👧‍👦 🏳️‍🌈", "\u0000 and \u200b", "line\nbreak"]
+)
+def test_any_string_is_a_text(web: Web, text: str) -> None:
+    """The empty string is a text and is embedded, and so is any Unicode."""
+    np.testing.assert_allclose(web.vectors(text, "other"), unit(raw(text, "other")), atol=1e-6)
+
+
+# --- options
+
+
+def test_normalize_false_gives_the_models_own_vectors(web: Web) -> None:
+    """`normalize` false leaves the lengths as the model made them, true makes them 1."""
+    np.testing.assert_allclose(web.vectors(*TEXTS, normalize=False), raw(*TEXTS), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(web.vectors(*TEXTS, normalize=True), axis=1), 1, atol=1e-5)
+
+
+def test_normalize_of_the_model_holds_unless_the_request_says_otherwise(make_web: MakeWeb) -> None:
+    """The model's own `normalize` is the default of its requests."""
+    web = make_web(f"{MODEL}, driver: {{type: fake, config: {{normalize: false}}}}")
+    np.testing.assert_allclose(web.vectors(*TEXTS), raw(*TEXTS), atol=1e-6)
+    np.testing.assert_allclose(web.vectors(*TEXTS, normalize=True), unit(raw(*TEXTS)), atol=1e-6)
+
+
+def test_dimensions_cut_and_renormalise(web: Web) -> None:
+    """`dimensions` cuts, then renormalises unless `normalize` is false; `dim` says the size."""
+    answer = web.embed(*TEXTS, dimensions=8)
+    assert answer.json["dim"] == 8
+    np.testing.assert_allclose(answer.json["vectors"], unit(raw(*TEXTS)[:, :8]), atol=1e-6)
+    np.testing.assert_allclose(web.vectors(*TEXTS, dimensions=8, normalize=False), raw(*TEXTS)[:, :8], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_dtype_is_that_of_the_vectors(web: Web, dtype: str) -> None:
+    """`dtype` is the type of the vectors given out, in npy and in base64; JSON shows the same numbers."""
+    array = npy(web, *TEXTS, dtype=dtype)
+    assert array.dtype == dtype
+    np.testing.assert_array_equal(np.array(web.vectors(*TEXTS, dtype=dtype), dtype), array)
+    strings = web.embed(*TEXTS, dtype=dtype, encoding="base64").json["vectors"]
+    decoded = np.stack([np.frombuffer(base64.b64decode(s), np.dtype(dtype).newbyteorder("<")) for s in strings])
+    np.testing.assert_array_equal(decoded, array)
+
+
+@pytest.mark.parametrize("options", [{"prompt": "find: "}, {"prompt_name": "query"}])
+def test_prompts_go_before_each_text(web: Web, options: dict[str, str]) -> None:
+    """`prompt` itself, or the model's prompt of the name `prompt_name`, is put before every text."""
+    np.testing.assert_array_equal(web.vectors(*TEXTS, **options), web.vectors(*("find: " + t for t in TEXTS)))
+
+
+def test_an_unknown_prompt_name_is_refused_with_the_known_ones(web: Web) -> None:
+    """A `prompt_name` that the model has not is an error that lists those it has."""
+    error = refused(web.embed("a", prompt_name="querry"), 422, "validation_error")
+    assert "query" in error["fields"]["options.prompt_name"]
+
+
+@pytest.mark.parametrize(("side", "kept"), [("right", "a b c"), ("left", "c d e"), (None, "a b c")])
+def test_truncation_keeps_the_asked_end(web: Web, side: str | None, kept: str) -> None:
+    """Texts over `max_seq_length` tokens, special ones included, are cut on the asked side, by default the right."""
+    answer = web.embed("x", "a b c d e", "a b c", max_seq_length=5, truncate=side)
+    assert answer.json["meta"]["truncated"] == [1]
+    assert answer.json["meta"]["tokens"] == 3 + 5 + 5
+    np.testing.assert_array_equal(answer.json["vectors"][1], web.vectors(kept)[0])
+
+
+def test_truncate_error_refuses_and_says_which_text(web: Web) -> None:
+    """With `truncate: error` a text that is too long is refused, named by its place."""
+    error = refused(web.embed("x", "a b c d", max_seq_length=5, truncate="error"), 422, "text_too_long")
+    assert list(error["fields"]) == ["texts[1]"]
+    assert web.embed("x", "a b c", max_seq_length=5, truncate="error").status_code == 200
+
+
+def test_the_models_own_max_seq_length_truncates(make_web: MakeWeb) -> None:
+    """A model's `max_seq_length` holds where the request says nothing, and the request may raise it."""
+    web = make_web(f"{MODEL}, driver: {{type: fake, config: {{max_seq_length: 4}}}}")
+    assert web.embed("a b c").json["meta"]["truncated"] == [0]
+    assert web.embed("a b c", max_seq_length=5).json["meta"]["truncated"] == []
+
+
+def test_precision_int8_is_of_the_normalised_vector_alone(web: Web) -> None:
+    """int8 is clip(round(127·v)) of the normalised vector, whatever its batch and `normalize`; uint8 lies 128 above."""
+    expected = np.clip(np.round(127 * unit(raw(*TEXTS))), -127, 127)
+    for options in ({}, {"normalize": False}):
+        np.testing.assert_array_equal(web.vectors(*TEXTS, precision="int8", **options), expected)
+    np.testing.assert_array_equal(web.vectors(TEXTS[1], precision="int8")[0], expected[1])
+    np.testing.assert_array_equal(web.vectors(*TEXTS, precision="uint8"), expected + 128)
+    assert npy(web, *TEXTS, precision="int8").dtype == np.int8
+    assert npy(web, *TEXTS, precision="uint8").dtype == np.uint8
+
+
+def test_precision_binary_packs_signs(web: Web) -> None:
+    """ubinary packs the signs of eight values into a byte, binary the same minus 128."""
+    bits = np.packbits(raw(*TEXTS) > 0, axis=1)
+    np.testing.assert_array_equal(npy(web, *TEXTS, precision="ubinary"), bits)
+    binary = npy(web, *TEXTS, precision="binary")
+    assert binary.dtype == np.int8
+    np.testing.assert_array_equal(binary, bits.astype(int) - 128)
+
+
+def test_base64_of_quantised_vectors_is_their_bytes(web: Web) -> None:
+    """`encoding: base64` gives the bytes of whatever type the vectors have."""
+    strings = web.embed(*TEXTS, precision="int8", encoding="base64").json["vectors"]
+    decoded = np.stack([np.frombuffer(base64.b64decode(s), np.int8) for s in strings])
+    np.testing.assert_array_equal(decoded, web.vectors(*TEXTS, precision="int8"))
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": False}, {"dimensions": 7}, {"precision": "int8"}])
+def test_npy_holds_the_numbers_of_the_json_answer(web: Web, options: dict[str, Any]) -> None:
+    """`Accept: application/x-npy` answers with one array equal to the JSON vectors."""
+    array = npy(web, *TEXTS, **options)
+    np.testing.assert_array_equal(array, web.vectors(*TEXTS, **options).astype(array.dtype))
+
+
+@pytest.mark.parametrize("accept", ["*/*", "application/json", "application/json, application/x-npy;q=0.5", ""])
+def test_json_is_the_default_answer(web: Web, accept: str) -> None:
+    """A client gets npy only if it prefers it."""
+    assert web.embed("a", headers={"Accept": accept}).mimetype == "application/json"
+
+
+OPTIONS = (
+    "normalize", "max_seq_length", "dtype", "dimensions", "prompt", "prompt_name", "truncate", "precision", "encoding",
+    "whatever",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_null_means_absent(web: Web, option: str) -> None:
+    """Clients send null for options they do not use: it is as if they were not there."""
+    assert web.embed("a", **{option: None}).json["vectors"] == web.embed("a").json["vectors"]
+
+
+def test_options_may_be_missing_or_null(web: Web) -> None:
+    """`options` as a whole is optional."""
+    for body in ({"model": "m", "texts": ["a"]}, {"model": "m", "texts": ["a"], "options": None}):
+        assert web.post("/embed", body).json["vectors"] == web.embed("a").json["vectors"]
+
+
+def test_an_unknown_option_is_refused_by_a_local_model(web: Web) -> None:
+    """An option that a local model does not know is refused by name, not ignored."""
+    error = refused(web.embed("a", instruction="x"), 422, "unsupported_option")
+    assert list(error["fields"]) == ["options.instruction"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("normalize", "true"),
+        ("normalize", 1),
+        ("max_seq_length", 0),
+        ("max_seq_length", "12"),
+        ("max_seq_length", 12.0),
+        ("max_seq_length", 513),
+        ("dtype", "float64"),
+        ("dimensions", 0),
+        ("dimensions", True),
+        ("dimensions", 385),
+        ("prompt", 5),
+        ("prompt_name", ["query"]),
+        ("truncate", "middle"),
+        ("truncate", True),
+        ("precision", "int4"),
+        ("encoding", "hex"),
+    ],
+)
+def test_a_bad_option_is_named_by_its_path(web: Web, option: str, value: Any) -> None:
+    """An option of the wrong type or value is refused under its path; nothing is converted silently."""
+    error = refused(web.embed("a", **{option: value}), 422, "validation_error")
+    assert list(error["fields"]) == [f"options.{option}"]
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("body", "paths"),
+    [
+        ({}, ["model", "texts"]),
+        ({"model": None, "texts": None}, ["model", "texts"]),
+        ({"model": 5, "texts": ["a"]}, ["model"]),
+        ({"model": "m", "texts": "a"}, ["texts"]),
+        ({"model": "m", "texts": {"a": 1}}, ["texts"]),
+        ({"model": "m", "texts": ["a", 5]}, ["texts[1]"]),
+        ({"model": "m", "texts": ["a", "b", None]}, ["texts[2]"]),
+        ({"model": "m", "texts": [["a"]]}, ["texts[0]"]),
+        ({"model": "m", "texts": ["a"], "options": []}, ["options"]),
+        ({"model": "m", "text": ["a"]}, ["text"]),
+        ({"model": "m", "texts": ["a"], "options": {"dtype": "x", "dimensions": "y"}},
+         ["options.dimensions", "options.dtype"]),
+    ],
+)  # fmt: skip
+def test_each_bad_field_is_named_by_its_path(web: Web, body: Any, paths: list[str]) -> None:
+    """A validation error names the path of every bad field."""
+    assert sorted(refused(web.post("/embed", body), 422, "validation_error")["fields"]) == paths
+
+
+def test_an_unknown_field_comes_with_the_nearest_known_one(web: Web) -> None:
+    """A misspelt field is refused with what was probably meant."""
+    error = refused(web.post("/embed", {"model": "m", "textes": ["a"]}), 422, "validation_error")
+    assert "texts" in error["fields"]["textes"]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'"text"', b"null", b'{"a": NaN}', b"\xff\xfe", b'{"texts": ["\\ud800"]}', b"[" * 5000]
+)
+def test_what_is_no_json_object_is_refused(web: Web, body: bytes) -> None:
+    """A body that is not JSON, or not an object, is bad_json."""
+    refused(web.post("/embed", data=body, content_type="application/json"), 400, "bad_json")
+
+
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded", "application/jsonp"])
+def test_only_json_is_read(web: Web, content_type: str | None) -> None:
+    """A body of another type, or of none, is refused."""
+    answer = web.post("/embed", data=b'{"model": "m", "texts": ["a"]}', content_type=content_type)
+    refused(answer, 415, "unsupported_media_type")
+
+
+def test_a_charset_beside_the_content_type_is_fine(web: Web) -> None:
+    """Clients that add a charset to application/json are served."""
+    data = b'{"model": "m", "texts": ["a"]}'
+    assert web.post("/embed", data=data, content_type="application/json; charset=utf-8").status_code == 200
+
+
+def test_an_empty_list_is_refused(web: Web) -> None:
+    """No texts at all is a mistake of the caller's."""
+    refused(web.embed(), 400, "empty_input")
+
+
+def test_limits_of_a_request(make_web: MakeWeb) -> None:
+    """Too many texts, too long a text and too large a body are refused; what is just within the limits is served."""
+    limits = Limits(max_texts_per_request=2, max_chars_per_text=20, max_body_bytes=200)
+    web = make_web(MODEL, settings=Settings(limits=limits))
+    assert web.embed("a" * 20, "b").status_code == 200
+    refused(web.embed("a", "b", "c"), 413, "too_many_texts")
+    assert list(refused(web.embed("a", "b" * 21), 422, "validation_error")["fields"]) == ["texts[1]"]
+    refused(web.embed("a" * 300), 413, "body_too_large")
+
+
+def test_a_body_of_unknown_length_is_limited_too(make_web: MakeWeb) -> None:
+    """The limit of a body holds for chunked ones, which do not tell their length."""
+    web = make_web(MODEL, settings=Settings(limits=Limits(max_body_bytes=100)))
+    answer = web.post(
+        "/embed",
+        input_stream=io.BytesIO(b"x" * 101),
+        content_type="application/json",
+        environ_overrides={"wsgi.input_terminated": True},
+    )
+    refused(answer, 413, "body_too_large")
+
+
+def test_an_unknown_model_is_refused_with_near_names(web: Web) -> None:
+    """A misspelt model name is answered with the names that resemble it."""
+    assert NAME in refused(web.embed("a", model="org/team/n"), 404, "model_not_found")["message"]
+    refused(web.embed("a", model=""), 404, "model_not_found")
+
+
+def test_a_disabled_model_says_so(make_web: MakeWeb) -> None:
+    """A model that is switched off is forbidden, not unknown."""
+    refused(make_web(f"{MODEL}, enabled: false").embed("a"), 403, "model_disabled")
+
+
+def test_a_first_load_is_not_waited_for(make_web: MakeWeb, gate: Gate) -> None:
+    """While a model loads for the first time its requests get 503 with a time to come back."""
+    web = make_web(MODEL, wait=False, open_driver=gate.load)
+    answer = web.embed("a")
+    refused(answer, 503, "model_loading")
+    assert int(answer.headers["Retry-After"]) >= 1
+
+
+def test_a_failed_model_tells_why(make_web: MakeWeb) -> None:
+    """A model that did not load answers 503 with the reason and a time to come back."""
+    answer = make_web(f"{MODEL}, driver: {{type: fake, config: {{fault: load}}}}").embed("a")
+    assert "fault: load" in refused(answer, 503, "model_failed")["message"]
+    assert int(answer.headers["Retry-After"]) >= 1
+
+
+@pytest.mark.parametrize("fault", ["raise", "nan", "short"])
+def test_a_text_that_breaks_the_model_is_named(make_web: MakeWeb, fault: str) -> None:
+    """A failing text is named by its place in the request, and other requests are served."""
+    web = make_web(f"{MODEL}, driver: {{type: fake, config: {{fault: {fault}, fault_text: poison}}}}")
+    error = refused(web.embed("a", "b", "poison", "c"), 500, "inference_failed")
+    assert list(error["fields"]) == ["texts[2]"]
+    assert web.embed("a").status_code == 200
+
+
+# --- deadlines
+
+
+def test_at_its_deadline_a_request_gets_504_while_its_batch_runs(make_web: MakeWeb, gate: Gate) -> None:
+    """`X-Request-Timeout-Ms` is kept even though the running batch cannot be interrupted."""
+    web = make_web(MODEL, open_driver=gate.run)
+    refused(web.embed("a", headers={"X-Request-Timeout-Ms": "1"}), 504, "deadline_exceeded")
+
+
+def test_a_deadline_is_never_above_the_servers(make_web: MakeWeb, gate: Gate) -> None:
+    """A client cannot wait longer than the server allows."""
+    web = make_web(MODEL, open_driver=gate.run, request_timeout_s=0.001)
+    refused(web.embed("a", headers={"X-Request-Timeout-Ms": "3600000"}), 504, "deadline_exceeded")
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "1.5", "soon", "", "²"])
+def test_a_bad_deadline_is_refused(web: Web, given: str) -> None:
+    """A deadline that is not a positive whole number of milliseconds is refused under the header's name."""
+    error = refused(web.embed("a", headers={"X-Request-Timeout-Ms": given}), 422, "validation_error")
+    assert list(error["fields"]) == ["X-Request-Timeout-Ms"]
+
+
+@pytest.mark.parametrize("digits", [20, 400, 5000])
+def test_an_absurd_deadline_is_no_fault_of_the_server(web: Web, digits: int) -> None:
+    """However large the number, the server's own deadline holds or the header is refused."""
+    assert web.embed("a", headers={"X-Request-Timeout-Ms": "9" * digits}).status_code in (200, 422)
+
+
+def test_more_requests_than_may_run_at_once_are_refused(make_web: MakeWeb, gate: Gate) -> None:
+    """A request above `max_inflight_global` gets 429 and a time to come back, at once."""
+    web = make_web(MODEL, open_driver=gate.run, settings=Settings(defaults=Defaults(max_inflight_global=1)))
+    answers: list[int] = []
+    running = threading.Thread(target=lambda: answers.append(web.embed("first").status_code))
+    running.start()
+    assert gate.reached.wait(20)
+    answer = web.embed("second")
+    gate.opened.set()
+    running.join(20)
+    assert answers == [200]
+    refused(answer, 429, "overloaded")
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert web.embed("third").status_code == 200
