@@ -43,7 +43,7 @@ class Client:
 
     def unregister(self, model: str) -> dict[str, Any]:
         """DELETE /models/<name or alias>."""
-        return self._call("DELETE", f"/models/{quote(model)}")
+        return self._call("DELETE", f"/models/{quote(model, safe='')}")
 
     def _call(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None

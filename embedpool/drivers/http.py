@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import requests
 from requests.adapters import HTTPAdapter
+from urllib3.exceptions import ReadTimeoutError
 from urllib3.util.retry import Retry
 
 from embedpool.config.spec import HttpConfig, ModelSpec
@@ -21,6 +23,24 @@ BACKOFF_FACTOR_S = 0.2
 RETRIED_STATUS = (429, 500, 502, 503, 504)
 LONGEST_RETRY_AFTER_S = 30
 LONGEST_QUOTE = 300  # characters of a remote's message that are passed on
+
+
+class _Retry(Retry):
+    """As the library's, but an answer that does not come within `timeout_s` is not waited for again."""
+
+    def increment(  # the library's signature
+        self,
+        method: str | None = None,
+        url: str | None = None,
+        response: Any = None,
+        error: Exception | None = None,
+        _pool: Any = None,
+        _stacktrace: Any = None,
+    ) -> Self:
+        """See Retry."""
+        if isinstance(error, ReadTimeoutError):
+            raise error
+        return super().increment(method, url, response, error, _pool, _stacktrace)
 
 
 class Protocol(NamedTuple):
@@ -58,6 +78,7 @@ class HttpDriver(Driver):
         """Read the secrets, connect, and prove the service with one text."""
         self._session = requests.Session()
         self._session.headers["User-Agent"] = "embedpool"
+        self._session.auth = lambda request: request  # else a ~/.netrc would take the place of our key
         headers = {name: _secret(variable) for name, variable in self._config.headers.items()}
         if self._config.api_key:
             headers["Authorization"] = f"Bearer {_secret(self._config.api_key)}"
@@ -77,7 +98,7 @@ class HttpDriver(Driver):
         """Time-out, retries and batch size apply at once."""
         self._config = config
         self.max_batch_texts = config.max_batch_texts
-        retry = Retry(
+        retry = _Retry(
             total=config.retries,
             backoff_factor=BACKOFF_FACTOR_S,
             backoff_jitter=BACKOFF_FACTOR_S,
@@ -94,8 +115,11 @@ class HttpDriver(Driver):
         response = self._post(self._protocol.body(self._model, texts, options))
         try:
             vectors, tokens, truncated = self._protocol.read(response.json())
-            array = np.asarray(vectors, dtype=np.float32)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, requests.JSONDecodeError) as error:
+            with np.errstate(over="ignore"):  # becomes infinite, which the worker refuses
+                array = np.asarray(vectors, dtype=np.float32)
+            if not isinstance(tokens, int | None) or not all(isinstance(i, int) for i in truncated):
+                raise TypeError("counts must be whole numbers")
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
             raise UpstreamError(
                 f"the remote service's answer is not one of protocol {self._config.protocol!r} ({type(error).__name__})"
             ) from None
@@ -108,7 +132,8 @@ class HttpDriver(Driver):
 
     def probe(self) -> None:
         """See Driver."""
-        self.embed([PROBE_TEXT], None, {})
+        if not np.isfinite(self.embed([PROBE_TEXT], None, {}).vectors).all():
+            raise UpstreamError("the remote service gives vectors that are not finite")
 
     def close(self) -> None:
         """Close the connections."""
@@ -159,9 +184,10 @@ def _reason(error: requests.RequestException) -> str:
 
 def _seconds(retry_after: str | None) -> float | None:
     try:
-        return float(retry_after) if retry_after else None
+        seconds = float(retry_after or "")
     except ValueError:
         return None
+    return seconds if seconds >= 0 and math.isfinite(seconds) else None
 
 
 # --- the protocols

@@ -26,6 +26,7 @@ from tests.conftest import fake_pool_yml, open_fake, settle
 
 NAME = "org/team/m"
 MODEL = f"model: {NAME}, alias: m"
+DEFAULTS = Settings()
 
 
 @dataclasses.dataclass
@@ -58,8 +59,11 @@ class Web:
         return next(m for m in self.get("/status").json["models"] if model in (m["model"], m["alias"]))
 
 
+DEFAULTS = Settings()
+
+
 @contextlib.contextmanager
-def serving(folder: Path, engine: Engine, *models: str, settings: Settings = Settings()) -> Iterator[Web]:
+def serving(folder: Path, engine: Engine, *models: str, settings: Settings = DEFAULTS) -> Iterator[Web]:
     """An app whose models (see fake_pool_yml) have begun to load."""
     pool_yml = folder / "pool.yml"
     pool_yml.write_text(fake_pool_yml(*models))
@@ -80,7 +84,7 @@ def make_web(tmp_path: Path, engine: Engine) -> Iterator[MakeWeb]:
     """Apps to measure; `wait=False` does not wait for the first loads, `engine` fields may be replaced."""
     with contextlib.ExitStack() as stack:
 
-        def make(*models: str, wait: bool = True, settings: Settings = Settings(), **replaced: Any) -> Web:
+        def make(*models: str, wait: bool = True, settings: Settings = DEFAULTS, **replaced: Any) -> Web:
             web = stack.enter_context(
                 serving(tmp_path, dataclasses.replace(engine, **replaced), *models, settings=settings)
             )
