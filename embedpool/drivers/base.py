@@ -27,11 +27,20 @@ class Embeddings:
     truncated: Sequence[int] = ()
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cost:
+    """What a call takes, in seconds: `fixed_s` + `token_s` · padded tokens."""
+
+    fixed_s: float
+    token_s: float
+
+
 class Driver(abc.ABC):
     """Runs batches. `open` and `close` are called on one thread, `embed` by up to `parallel` threads."""
 
     parallel = 1  # batches at once that serve this driver well
     max_batch_texts: int | None = None  # None: the pool's setting
+    cost: Cost | None = None  # fitted at warm-up, where padding costs
     description: Mapping[str, object] = {}  # what runs where, for /status
 
     @abc.abstractmethod

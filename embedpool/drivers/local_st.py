@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from embedpool.config.spec import LocalStConfig, ModelSpec
-from embedpool.drivers.base import PROBE_TEXT, Driver, Embeddings, Ids, Meter, cosine, describe
+from embedpool.drivers.base import PROBE_TEXT, Cost, Driver, Embeddings, Ids, Meter, cosine, describe
 from embedpool.drivers.model_folder import find_model_folder
 from embedpool.drivers.tokenizer import TokenizerMeter, pad
 from embedpool.errors import ModelFailed
@@ -33,6 +34,9 @@ Run = Callable[[dict[str, Array]], Array]  # padded inputs of shape (texts, toke
 
 # Loading two models at once races inside the exporters and doubles peak memory.
 LOADING = threading.Lock()
+
+WARM_UP_SHAPES = ((1, 8), (1, 64), (8, 16), (4, 128), (16, 64))  # texts, tokens each
+SHORTEST_CALL_S = 1e-5
 
 SAME_VECTOR_COSINE = {"float32": 0.9999, "bfloat16": 0.995, "float16": 0.995}
 
@@ -62,12 +66,15 @@ class LocalStDriver(Driver):
         with LOADING:
             backend, why = self._load(folder)
         self.probe()
+        self.cost = self._fit_cost()
         self.description = describe(
             backend=backend,
             why=why,
             compute_dtype=self._dtype,
             device=self._config.device,
             threads=self._cores,
+            fixed_ms=round(self.cost.fixed_s * 1000, 3),
+            ms_per_1000_tokens=round(self.cost.token_s * 1e6, 3),
             dim=len(self.embed([PROBE_TEXT], self._meter.measure([PROBE_TEXT]), {}).vectors[0]),
         )
         logger.info("%s runs on %s (%s)", self._model, backend, why)
@@ -84,6 +91,23 @@ class LocalStDriver(Driver):
         vectors = self.embed([PROBE_TEXT], self._meter.measure([PROBE_TEXT]), {}).vectors
         if not np.isfinite(vectors).all():
             raise ModelFailed(f"{self._model!r} gives vectors that are not finite")
+
+    def _fit_cost(self) -> Cost:
+        """Least squares of relative errors over a few padded batches, the better of two runs each."""
+        ids = self._meter.measure([PROBE_TEXT * 40])[0]
+        padded, seconds = [], []
+        for texts, tokens in WARM_UP_SHAPES:
+            batch = [self._meter.cut(ids, tokens, "right")] * texts
+            padded.append(float(sum(map(len, batch))))
+            seconds.append(min(self._timed(batch) for _ in range(2)))
+        weights = [1 / s for s in seconds]
+        token_s, fixed_s = np.polyfit(padded, seconds, 1, w=weights).tolist()
+        return Cost(max(fixed_s, SHORTEST_CALL_S), max(token_s, SHORTEST_CALL_S / 1000))
+
+    def _timed(self, ids: list[list[int]]) -> float:
+        started = time.perf_counter()
+        self.embed([PROBE_TEXT] * len(ids), ids, {})
+        return time.perf_counter() - started
 
     def close(self) -> None:
         """Drop the weights and give the memory back to the system."""
@@ -115,6 +139,7 @@ class LocalStDriver(Driver):
         from embedpool.drivers import openvino_graph
 
         graph = openvino_graph.exported(folder, self._cache_dir, lambda: self._sentence_transformer(folder, "torch"))
+        gc.collect()  # an export leaves a torch model behind
         self.parallel = self._cores
         self._run = openvino_graph.compiled(graph, self._dtype, threads=self._cores, streams=self.parallel)
 

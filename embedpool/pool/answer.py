@@ -36,7 +36,7 @@ def gather(
         queue_ms=1000 * max(min(job.started_at for job in jobs) - arrived_at, 0),
         compute_ms=1000 * sum(job.compute_s for job in jobs),
         total_ms=1000 * (now - arrived_at),
-        replicas=sorted({job.replica for job in jobs}),
+        replicas=sorted(set[str]().union(*(job.replicas for job in jobs))),
     )
 
 

@@ -24,6 +24,7 @@ class Measured:
     ids: Sequence[Ids] | None
     tokens: Sequence[int]
     truncated: list[int]
+    variant: tuple[object, ...] | None  # what a text's vector depends on beside the text and the group
     group: str | None  # JSON of the options passed on to a remote service: only equal ones may share a call
 
 
@@ -41,7 +42,7 @@ def measure(request: EmbedRequest, config: DriverConfig, meter: Meter) -> Measur
                 passed_on[name] = value
         passed_on.update(options.extra)
         group = json.dumps(passed_on, sort_keys=True) if passed_on else None
-        return Measured(texts, None, meter.estimate(texts), [], group)
+        return Measured(texts, None, meter.estimate(texts), [], None, group)
     if options.extra:
         names = ", ".join(sorted(options.extra))
         raise UnsupportedOption(
@@ -53,8 +54,8 @@ def measure(request: EmbedRequest, config: DriverConfig, meter: Meter) -> Measur
     assert ids is not None  # a meter that tokenizes
     tokens = [len(i) for i in ids]
     truncated = [i for i, count in enumerate(tokens) if limit is not None and count > limit]
+    policy = options.truncate or "right"
     if truncated and limit is not None:
-        policy = options.truncate or "right"
         if policy == "error":
             raise TextTooLong(
                 f"texts[{truncated[0]}] has {tokens[truncated[0]]} tokens, the limit is {limit}",
@@ -63,7 +64,7 @@ def measure(request: EmbedRequest, config: DriverConfig, meter: Meter) -> Measur
         for i in truncated:
             ids[i] = meter.cut(ids[i], limit, policy)
             tokens[i] = len(ids[i])
-    return Measured(texts, ids, tokens, truncated, None)
+    return Measured(texts, ids, tokens, truncated, (limit, policy), None)
 
 
 def _prompt_of(options: EmbedOptions, config: DriverConfig, meter: Meter) -> tuple[str, dict[str, object]]:

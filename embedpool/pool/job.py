@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError
-from typing import NamedTuple
 
 import numpy as np
 
@@ -34,13 +34,14 @@ class Flow:
 class Job:
     """Texts `offset` … `offset + len(texts)` of a request, on their way to `future`.
 
-    `tokens` counts each text (estimated for remote models, whose `ids` are None). Only jobs with equal `group` may
-    share a batch. The worker that takes a job fills it row by row; the future resolves once, with the job or an error.
+    `tokens` counts each text (estimated for remote models, whose `ids` are None). Only texts of equal `group` may share
+    a batch; those of equal text and `variant` have equal vectors. Several workers may fill a job at once, row by row;
+    the future resolves once, with the job or an error.
     """
 
     __slots__ = (
-        "_missing", "compute_s", "counted", "flow", "future", "group", "ids", "offset", "queued_at", "replica",
-        "started_at", "texts", "tokens", "truncated", "vectors",
+        "_lock", "_missing", "compute_s", "counted", "flow", "future", "group", "ids", "offset", "queued_at",
+        "replicas", "started_at", "texts", "tokens", "truncated", "variant", "vectors",
     )  # fmt: skip
 
     def __init__(
@@ -52,6 +53,7 @@ class Job:
         *,
         offset: int = 0,
         group: str | None = None,
+        variant: Hashable = None,
     ) -> None:
         self.flow = flow
         self.texts = texts
@@ -59,29 +61,35 @@ class Job:
         self.tokens = tokens
         self.offset = offset
         self.group = group
+        self.variant = variant
         self.future: Future[Job] = Future()
         self.vectors: Vectors | None = None
         self.queued_at = self.started_at = self.compute_s = 0.0
-        self.replica = ""
+        self.replicas: set[str] = set()
         self.counted = 0.0  # tokens as counted by a remote service
         self.truncated: list[int] = []  # rows cut by a remote service
         self._missing = len(texts)
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    @property
-    def cost(self) -> float:
-        """What the queue's fair order charges for this job."""
-        return sum(self.tokens) or 1
+    def ran(self, replica: str, started_at: float, compute_s: float) -> None:
+        """Note a batch in which some of this job's texts ran."""
+        with self._lock:
+            self.started_at = min(self.started_at or started_at, started_at)
+            self.compute_s += compute_s
+            self.replicas.add(replica)
 
     def fill(self, row: int, vector: Vectors) -> None:
         """Place one vector; the last one resolves the future."""
-        if self.vectors is None:
-            self.vectors = np.empty((len(self.texts), vector.shape[0]), dtype=np.float32)
-        self.vectors[row] = vector
-        self._missing -= 1
-        if not self._missing:
+        with self._lock:
+            if self.vectors is None:
+                self.vectors = np.empty((len(self.texts), vector.shape[0]), dtype=np.float32)
+            self.vectors[row] = vector
+            self._missing -= 1
+            complete = not self._missing
+        if complete:
             with contextlib.suppress(InvalidStateError):  # given up in this very moment
                 self.future.set_result(self)
 
@@ -93,11 +101,16 @@ class Job:
             self.future.set_exception(error)
 
 
-class Row(NamedTuple):
-    """Text number `at` of a job, as it travels in a batch."""
+class Row:
+    """Text number `at` of a job, as it waits and travels in a batch. `twins` are equal rows that share its vector."""
 
-    job: Job
-    at: int
+    __slots__ = ("at", "job", "tokens", "twins")
+
+    def __init__(self, job: Job, at: int) -> None:
+        self.job = job
+        self.at = at
+        self.tokens = job.tokens[at]
+        self.twins: list[Row] = []
 
     @property
     def text(self) -> str:
@@ -105,9 +118,14 @@ class Row(NamedTuple):
         return self.job.texts[self.at]
 
     @property
-    def tokens(self) -> int:
-        """Its token count."""
-        return self.job.tokens[self.at]
+    def ids(self) -> Ids | None:
+        """Its token ids."""
+        return None if self.job.ids is None else self.job.ids[self.at]
+
+    @property
+    def same_as(self) -> Hashable:
+        """Equal for rows that have equal vectors."""
+        return self.text, self.job.group, self.job.variant
 
 
 def split(
@@ -117,6 +135,7 @@ def split(
     tokens: Sequence[int],
     *,
     group: str | None,
+    variant: Hashable = None,
     max_texts: int,
     max_tokens: int,
 ) -> Iterator[Job]:
@@ -125,7 +144,7 @@ def split(
     def run(start: int, end: int) -> Job:
         part = slice(start, end)
         own_ids = ids[part] if ids is not None else None
-        return Job(flow, texts[part], own_ids, tokens[part], offset=start, group=group)
+        return Job(flow, texts[part], own_ids, tokens[part], offset=start, group=group, variant=variant)
 
     start = total = 0
     for end, count in enumerate(tokens):

@@ -1,19 +1,24 @@
 """The queue of one model: a `queue.Queue` bounded in texts and served in fair order.
 
-Start-time fair queueing: a job starts at max(v, its flow's last finish) and finishes its cost ÷ weight later, where v
-is the largest start handed out; the smallest start is served first. So a one-text query overtakes the tail of a
-10,000-text request and nothing starves.
+Start-time fair queueing, text by text: a text starts at max(v, its flow's last finish) and finishes its tokens ÷ weight
+later, where v is the largest start of a text whose turn it was; the smallest start comes first. So a one-text query
+overtakes the rest of a 10,000-text request and nothing starves. A batch holds the text whose turn it is, and of those
+waiting behind it the ones that ride along well; riding along moves nobody else's turn.
 """
 
 from __future__ import annotations
 
-import heapq
+import bisect
 import itertools
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 
-from embedpool.pool.job import Job
+from embedpool.pool.job import Job, Row
+
+WINDOW = 256  # rows a batch is chosen from
+
+_Entry = tuple[float, int, Row]  # start, sequence; no two entries are alike in these
 
 
 class QueueClosed(Exception):
@@ -30,30 +35,54 @@ class ModelQueue(queue.Queue[Job]):
     # --- the primitives that queue.Queue lets a subclass redefine
 
     def _init(self, maxsize: int) -> None:
-        self._heap: list[tuple[float, int, Job]] = []
+        self._waiting: list[_Entry] = []  # in the order of service
+        self._equal: dict[Hashable, list[_Entry]] = {}  # the same entries, by what their vector depends on
         self._sequence = itertools.count()
-        self._texts = 0
         self._virtual_time = 0.0
         self._closed = self._stopped = False
 
     def _qsize(self) -> int:
-        return self._texts
+        return len(self._waiting)
 
     def _put(self, item: Job) -> None:
         flow = item.flow
-        start = max(self._virtual_time, flow.finish)
-        flow.finish = start + item.cost / flow.weight
-        flow.waiting += 1
+        flow.waiting += len(item)
         item.queued_at = self._clock()
-        self._texts += len(item)
-        heapq.heappush(self._heap, (start, next(self._sequence), item))
+        for at, tokens in enumerate(item.tokens):
+            start = max(self._virtual_time, flow.finish)
+            flow.finish = start + (tokens or 1) / flow.weight
+            row = Row(item, at)
+            entry = (start, next(self._sequence), row)
+            if self._waiting and entry < self._waiting[-1]:
+                bisect.insort(self._waiting, entry)
+            else:
+                self._waiting.append(entry)
+            self._equal.setdefault(row.same_as, []).append(entry)
 
     def _get(self) -> Job:
-        start, _, job = heapq.heappop(self._heap)
-        self._virtual_time = max(self._virtual_time, start)
-        job.flow.waiting -= 1
-        self._texts -= len(job)
-        return job
+        return self._remove([0])[0].job
+
+    def _remove(self, places: Sequence[int]) -> list[Row]:
+        """Take out the entries at these places, ascending, each with its equals wherever they wait."""
+        self._virtual_time = max(self._virtual_time, self._waiting[0][0])
+        taken = [self._waiting[place] for place in places]
+        numbers = {entry[1] for entry in taken}
+        for place in reversed(places):
+            del self._waiting[place]
+        rows = []
+        for entry in taken:
+            row = entry[2]
+            equals = self._equal.pop(row.same_as, None)
+            if equals is None:
+                continue  # it is a twin of one before it
+            rows.append(row)
+            for other in equals:
+                other[2].job.flow.waiting -= 1
+                if other is not entry:
+                    row.twins.append(other[2])
+                    if other[1] not in numbers:
+                        del self._waiting[bisect.bisect_left(self._waiting, other)]
+        return rows
 
     # --- the pool's two ways in and one way out
 
@@ -92,49 +121,48 @@ class ModelQueue(queue.Queue[Job]):
 
     def _fits(self, job: Job, bound: int) -> bool:
         """A job larger than the bound, cut before the queue was made smaller, fits an empty queue."""
-        return not self._texts or self._texts + len(job) <= bound
+        return not self._waiting or len(self._waiting) + len(job) <= bound
 
     def take(
         self,
-        max_texts: int,
+        choose: Callable[[Sequence[Row]], Sequence[int]],
         timeout_s: float | None,
         *,
+        enough_texts: int = 1,
         max_wait_s: float = 0.0,
         leaving: Callable[[], bool] = lambda: False,
-    ) -> list[Job]:
-        """Jobs of up to `max_texts` texts together, but at least one, under one lock.
+    ) -> list[Row]:
+        """The rows of one batch, under one lock, each with its equals as twins.
 
-        Waits up to `timeout_s` (None: until woken) for the first and up to `max_wait_s` for more. [] means that nothing
-        came, or that `wake()` was called. `leaving()` is asked under the lock: a `wake()` after it turned true is
-        not missed.
+        `choose` is given the first WINDOW rows in the order of service and names places in it, ascending, the first
+        row's among them. Waits up to `timeout_s` (None: until woken) for a row and up to `max_wait_s` for
+        `enough_texts`. [] means that nothing came, or that `wake()` was called. `leaving()` is asked under the lock: a
+        `wake()` after it turned true is not missed.
         """
         with self.mutex:
-            if not self._heap and not leaving():
+            if not self._waiting and not leaving():
                 self.not_empty.wait(timeout_s)
             if leaving():
                 self.not_empty.notify()  # what woke this worker is for another
                 return []
-            if self._heap and max_wait_s:
+            if self._waiting and max_wait_s:
                 until = self._clock() + max_wait_s
-                while self._texts < max_texts and (remaining := until - self._clock()) > 0:
+                while 0 < len(self._waiting) < enough_texts and (remaining := until - self._clock()) > 0:
                     self.not_empty.wait(remaining)
-            jobs: list[Job] = []
-            texts = 0
-            while self._heap and (not jobs or texts + len(self._heap[0][2]) <= max_texts):
-                jobs.append(self._get())
-                texts += len(jobs[-1])
-            if jobs:
-                self.not_full.notify_all()
-            if self._heap:
+            if not self._waiting:
+                return []
+            rows = self._remove(choose([entry[2] for entry in self._waiting[:WINDOW]]))
+            self.not_full.notify_all()
+            if self._waiting:
                 self.not_empty.notify()
-            return jobs
+            return rows
 
-    def take_all(self) -> list[Job]:
+    def take_all(self) -> list[Row]:
         """Everything that waits, for a model that cannot serve it."""
         with self.mutex:
-            jobs = [self._get() for _ in range(len(self._heap))]
+            rows = self._remove(range(len(self._waiting))) if self._waiting else []
             self.not_full.notify_all()
-            return jobs
+            return rows
 
     # --- control
 

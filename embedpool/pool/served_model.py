@@ -27,7 +27,7 @@ from embedpool.pool.batcher import Batcher
 from embedpool.pool.door import Measured, measure
 from embedpool.pool.job import Flow, Job, split
 from embedpool.pool.model_queue import ModelQueue, QueueClosed
-from embedpool.pool.replica import Replica
+from embedpool.pool.replica import Replica, count_replicas
 from embedpool.pool.request import EmbedRequest, EmbedResult
 from embedpool.pool.stats import ModelStats
 from embedpool.pool.worker import Worker
@@ -52,6 +52,7 @@ class Engine:
     max_queue_per_model: int = 1000
     max_batch_texts: int = 64
     max_batch_tokens: int = 16384
+    max_batch_s: float = math.inf
     max_wait_s: float = 0.0
     clock: Callable[[], float] = time.monotonic
 
@@ -146,6 +147,7 @@ class ServedModel:
             measured.ids,
             measured.tokens,
             group=measured.group,
+            variant=measured.variant,
             max_texts=min(self._engine.max_batch_texts, self.queue.maxsize),
             max_tokens=self._engine.max_batch_tokens,
         )
@@ -276,8 +278,9 @@ class ServedModel:
         return len(left)
 
     def _fail_waiting(self, error: EmbedpoolError) -> None:
-        for job in self.queue.take_all():
-            job.fail(error)
+        for row in self.queue.take_all():
+            for equal in (row, *row.twins):
+                equal.job.fail(error)
 
     @staticmethod
     def _queue_bound(spec: ModelSpec, engine: Engine) -> int:
@@ -337,7 +340,14 @@ class ServedModel:
 
     def make_worker(self, name: str, driver: Driver) -> Worker:
         """See Owner."""
-        batcher = Batcher(driver.max_batch_texts or self._engine.max_batch_texts, self._engine.max_batch_tokens)
+        cost = driver.cost
+        batcher = Batcher(
+            driver.max_batch_texts or self._engine.max_batch_texts,
+            self._engine.max_batch_tokens,
+            max_s=self._engine.max_batch_s,
+            fixed_s=cost.fixed_s if cost else None,
+            token_s=cost.token_s if cost else None,
+        )
         return Worker(
             name,
             driver,
@@ -371,23 +381,16 @@ class ServedModel:
 
     def snapshot(self) -> dict[str, Any]:
         """The model's entry in /status."""
-        replicas = self._replicas
-        busy = sum(r.busy for r in replicas)
-        ready = sum(r.state == "ready" for r in replicas)
-        spec = self.spec
         return {
-            "model": spec.model,
-            "alias": spec.alias,
-            "enabled": spec.enabled,
+            "model": self.spec.model,
+            "alias": self.spec.alias,
+            "enabled": self.spec.enabled,
             "state": self.state,
-            "driver_type": spec.driver.type,
-            "replicas": len(replicas),
-            "replicas_idle": max(ready - busy, 0),
-            "replicas_busy": busy,
+            "driver_type": self.spec.driver.type,
+            **count_replicas(self._replicas),
             "queue_len": self.queue.qsize(),
             "queue_max": self.queue.maxsize,
-            "scaling": dataclasses.asdict(spec.scaling),
-            "runs_on": next((dict(r.description) for r in replicas if r.description), {}),
+            "scaling": dataclasses.asdict(self.spec.scaling),
             "counters": self.stats.snapshot(),
             "last_error": self.last_error,
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from embedpool.pool.request import Vectors
 from embedpool.pool.stats import ModelStats
 
 if TYPE_CHECKING:
-    from embedpool.drivers.base import Driver
+    from embedpool.drivers.base import Driver, Embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -62,25 +62,47 @@ class Worker:
         `on_work` is called after jobs were taken and before they run. Every future of a taken job is resolved on
         return, whatever happens. Raises DriverBroken after that if the driver must be opened anew.
         """
-        jobs = self._queue.take(self._batcher.max_texts, timeout_s, max_wait_s=self._max_wait_s, leaving=leaving)
-        if not jobs:
+        rows = self._queue.take(
+            self._choose,
+            timeout_s,
+            enough_texts=self._batcher.max_texts,
+            max_wait_s=self._max_wait_s,
+            leaving=leaving,
+        )
+        if not rows:
             return False
         try:
             on_work()
-            for batch in self._batcher.plan([job for job in jobs if self._is_wanted(job)]):
-                if rows := [row for row in batch if self._is_wanted(row.job)]:
-                    self._run(rows)
+            if rows := [row for row in rows if self._is_wanted(row)]:
+                self._run(rows)
         except DriverBroken:
             raise
-        except Exception:
+        except Exception as error:
             logger.exception("%s: a batch failed outside its driver", self.name)
-        finally:
-            for job in jobs:
-                job.fail(InferenceFailed(f"{self.name}: the batch was given up"))
+            _fail(rows, InferenceFailed(f"{self.name}: the batch was given up: {type(error).__name__}"))
         return True
 
-    def _is_wanted(self, job: Job) -> bool:
-        """Drop what is past its deadline, given up, or without a client, before it costs compute."""
+    def _choose(self, window: Sequence[Row]) -> Sequence[int]:
+        try:
+            return self._batcher.choose(window)
+        except Exception:
+            logger.exception("%s: the batcher failed; the next text goes alone", self.name)
+            return [0]
+
+    def _is_wanted(self, row: Row) -> bool:
+        """Drop what is past its deadline, given up, or without a client, before it costs compute.
+
+        A row that somebody else waits for too is taken over by the first of its twins that is wanted.
+        """
+        wanted = [equal for equal in (row, *row.twins) if self._still_waits(equal.job)]
+        if not wanted:
+            return False
+        if wanted[0] is not row:
+            row.job, row.at = wanted[0].job, wanted[0].at
+        row.twins = wanted[1:]
+        return True
+
+    def _still_waits(self, job: Job) -> bool:
         if job.future.done():
             return False
         if job.flow.error is not None:
@@ -138,45 +160,52 @@ class Worker:
     def _embed(self, rows: list[Row]) -> Vectors:
         """One driver call; its answer checked for count and shape."""
         started = self._clock()
-        jobs = {id(row.job): row.job for row in rows}.values()
-        for job in jobs:
-            job.started_at = job.started_at or started
-            job.replica = self.name
-        head = rows[0].job
-        ids = None if head.ids is None else [row.job.ids[row.at] for row in rows]  # type: ignore[index]
-        answer = self._driver.embed([row.text for row in rows], ids, json.loads(head.group) if head.group else {})
+        ids = None if rows[0].ids is None else [row.ids or () for row in rows]
+        group = rows[0].job.group
+        answer = self._driver.embed([row.text for row in rows], ids, json.loads(group) if group else {})
         elapsed = self._clock() - started
         vectors = answer.vectors
         if vectors.ndim != 2 or vectors.shape[0] != len(rows):
             raise ValueError(f"the driver gave vectors of shape {vectors.shape} for {len(rows)} texts")
-        for job in jobs:
-            job.compute_s += elapsed
-        if answer.tokens is not None:
-            estimated = sum(row.tokens for row in rows) or 1
-            for row in rows:
-                row.job.counted += answer.tokens * row.tokens / estimated
-        for i in answer.truncated:
-            rows[i].job.truncated.append(rows[i].at)
-        lengths = [row.tokens for row in rows]
+        for job in {id(equal.job): equal.job for row in rows for equal in (row, *row.twins)}.values():
+            job.ran(self.name, started, elapsed)
+        if answer.tokens is not None or answer.truncated:
+            _report(rows, answer)
         self.successes += 1
+        lengths = [row.tokens for row in rows]
         self._stats.batch(len(rows), sum(lengths), max(lengths) * len(rows), elapsed)
         return vectors
 
     def _scatter(self, rows: list[Row], vectors: Vectors) -> None:
         good: Any = np.isfinite(vectors).all(axis=1)
         for row, vector, finite in zip(rows, vectors, good.tolist(), strict=True):
-            if finite:
-                row.job.fill(row.at, vector)
-            else:
+            if not finite:
                 _fail_text(row, "the model gave a vector that is not finite")
+                continue
+            row.job.fill(row.at, vector)
+            for twin in row.twins:
+                twin.job.fill(twin.at, vector)
+
+
+def _report(rows: list[Row], answer: Embeddings) -> None:
+    """What a remote service says of the texts: its token count, shared out by length, and what it truncated."""
+    estimated = sum(row.tokens for row in rows) or 1
+    for row in rows:
+        for equal in (row, *row.twins):
+            equal.job.counted += (answer.tokens or 0) * row.tokens / estimated
+    for i in answer.truncated:
+        for equal in (rows[i], *rows[i].twins):
+            equal.job.truncated.append(equal.at)
 
 
 def _fail(rows: list[Row], error: EmbedpoolError) -> None:
     for row in rows:
-        row.job.fail(error)
+        for equal in (row, *row.twins):
+            equal.job.fail(error)
 
 
 def _fail_text(row: Row, message: str) -> None:
-    """Fail one text's request, naming the text by its place in the request."""
-    where = f"texts[{row.job.offset + row.at}]"
-    row.job.fail(InferenceFailed(f"{where}: {message}", fields={where: message}))
+    """Fail the requests of one text, naming it by its place in each."""
+    for equal in (row, *row.twins):
+        where = f"texts[{equal.job.offset + equal.at}]"
+        equal.job.fail(InferenceFailed(f"{where}: {message}", fields={where: message}))

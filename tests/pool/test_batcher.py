@@ -1,41 +1,123 @@
-"""Waiting jobs → batches."""
+"""Batches that cost little: the plan is a pure function."""
 
 from __future__ import annotations
 
-from collections import Counter
-
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedpool.pool.batcher import Batcher
+from embedpool.pool.batcher import UNKNOWN_FIXED_TOKENS, Batcher, cut
+from embedpool.pool.job import Row
 from tests.pool.scripted import job_of
 
-JOBS = st.lists(
-    st.tuples(st.lists(st.integers(0, 40), min_size=1, max_size=8), st.sampled_from([None, "g", "h"])), max_size=12
+LENGTHS = st.lists(st.integers(0, 300), min_size=1, max_size=40).map(sorted)
+FIXED = st.floats(0, 1000)
+
+
+def price(lengths: list[int], ends: list[int], fixed: float) -> float:
+    """What a plan costs, in padded tokens."""
+    starts = [0, *ends[:-1]]
+    return sum(fixed + (end - start) * lengths[end - 1] for start, end in zip(starts, ends, strict=True))
+
+
+def optimum(lengths: list[int], fixed: float, max_tokens: int, max_texts: int) -> float:
+    """The cheapest plan within the limits, by looking at every cut."""
+    best = [0.0]
+    for end in range(1, len(lengths) + 1):
+        best.append(
+            min(
+                best[start] + fixed + (end - start) * lengths[end - 1]
+                for start in range(end)
+                if end - start == 1 or ((end - start) <= max_texts and (end - start) * lengths[end - 1] <= max_tokens)
+            )
+        )
+    return best[-1]
+
+
+@settings(max_examples=400, deadline=None)
+@given(LENGTHS, FIXED, st.integers(1, 4000), st.integers(1, 64))
+def test_a_plan_covers_every_text_once_within_the_limits(
+    lengths: list[int], fixed: float, max_tokens: int, max_texts: int
+) -> None:
+    """Each text is in one batch; a batch over a limit holds one text alone."""
+    ends = cut(lengths, fixed, max_tokens, max_texts)
+    assert ends == sorted(set(ends))
+    assert (ends[0] > 0, ends[-1]) == (True, len(lengths))
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        assert end - start <= max_texts
+        assert end - start == 1 or (end - start) * lengths[end - 1] <= max_tokens
+
+
+@settings(max_examples=400, deadline=None)
+@given(LENGTHS, FIXED)
+def test_without_limits_no_plan_is_cheaper(lengths: list[int], fixed: float) -> None:
+    """The cuts are the best there are; so they are never worse than one batch of all, nor than a batch each."""
+    found = price(lengths, cut(lengths, fixed, 10**9, 10**9), fixed)
+    assert found == pytest.approx(optimum(lengths, fixed, 10**9, 10**9))
+    assert found <= fixed + len(lengths) * lengths[-1] + 1e-6
+    assert found <= sum(fixed + length for length in lengths) + 1e-6
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.lists(st.integers(3, 256), min_size=1, max_size=40).map(sorted),
+    st.floats(20, 400),
+    st.integers(512, 4096),
 )
+def test_with_limits_a_plan_is_near_the_best(lengths: list[int], fixed: float, max_tokens: int) -> None:
+    """Dividing what is over the limit costs little more than the best plan that knows the limit."""
+    found = price(lengths, cut(lengths, fixed, max_tokens, 64), fixed)
+    best = optimum(lengths, fixed, max_tokens, 64)
+    assert found <= 1.05 * best + fixed
 
 
-@settings(max_examples=200, deadline=None, database=None)
-@given(JOBS, st.integers(1, 9), st.integers(1, 120))
-def test_every_row_is_in_one_batch_within_the_bounds(jobs, max_texts: int, max_tokens: int) -> None:
-    """No text is lost or computed twice, no batch mixes groups, and none of two or more texts is over a bound."""
-    made = [job_of(*("x" * n for n in lengths), group=group) for lengths, group in jobs]
-    batches = Batcher(max_texts, max_tokens).plan(made)
-    planned = Counter((id(row.job), row.at) for batch in batches for row in batch)
-    assert planned == Counter((id(job), i) for job in made for i in range(len(job)))
-    for batch in batches:
-        assert 1 <= len(batch) <= max_texts
-        assert len({row.job.group for row in batch}) == 1
-        assert len(batch) == 1 or len(batch) * max(row.tokens for row in batch) <= max_tokens
+def chosen(batcher: Batcher, *lengths: int, groups: tuple[str | None, ...] = ()) -> list[int]:
+    """Places chosen from a window of texts of these lengths."""
+    rows = [Row(job_of("x" * length, group=groups[i] if groups else None), 0) for i, length in enumerate(lengths)]
+    return batcher.choose(rows)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.sampled_from([None, "a", "b"])), min_size=1, max_size=60),
+    st.integers(1, 16),
+    st.integers(1, 2000),
+)
+def test_the_one_whose_turn_it_is_always_goes(window: list, max_texts: int, max_tokens: int) -> None:
+    """The batch holds the first of the window, is within the limits, and mixes no groups."""
+    lengths, groups = zip(*window, strict=True)
+    places = chosen(Batcher(max_texts, max_tokens), *lengths, groups=groups)
+    assert places[0] == 0
+    assert places == sorted(set(places))
+    assert len(places) <= max_texts
+    assert len(places) == 1 or len(places) * max(lengths[i] for i in places) <= max_tokens
+    assert {groups[i] for i in places} == {groups[0]}
 
 
 def test_a_long_text_does_not_make_short_ones_pay() -> None:
-    """Short texts of any request share a batch; a text that would pad them all travels alone."""
-    jobs = [job_of("a" * 3, "b" * 100), job_of("c" * 2), job_of("d" * 4, "e" * 90)]
-    batches = Batcher(64, 200).plan(jobs)
-    assert [[row.tokens for row in batch] for batch in batches] == [[2, 3, 4], [90, 100]]
+    """Thirty short texts and a long one are two batches; whose turn it is decides which comes first."""
+    batcher = Batcher(64, 16_384)
+    assert chosen(batcher, *[8] * 30, 500) == list(range(30))
+    assert chosen(batcher, 500, *[8] * 30) == [0]
 
 
-def test_nothing_to_plan() -> None:
-    """No jobs, no batches."""
-    assert Batcher(4, 100).plan([]) == []
+def test_nearly_equal_texts_share_a_batch() -> None:
+    """A second call would cost more than the padding."""
+    assert chosen(Batcher(64, 16_384), 8, 10, 9, 12) == [0, 1, 2, 3]
+
+
+def test_no_batch_is_planned_to_run_longer_than_it_may() -> None:
+    """A query waits for the running batch: `max_batch_ms` bounds it by the costs fitted at warm-up."""
+    batcher = Batcher(64, 16_384, max_s=0.05, fixed_s=0.002, token_s=0.0001)
+    assert batcher.largest_tokens == 480
+    assert 3 <= len(chosen(batcher, *[100] * 30)) <= 4
+    assert Batcher(64, 16_384, max_s=0.05).largest_tokens == 16_384
+    assert Batcher(64, 100, max_s=0.05, fixed_s=0.002, token_s=0.0001).largest_tokens == 100
+
+
+def test_a_call_that_costs_much_makes_larger_batches() -> None:
+    """The fixed cost of a call, in tokens, decides how much padding is worth saving one."""
+    lengths = [10, 10, 10, 40]
+    assert chosen(Batcher(64, 16_384, fixed_s=0.0001, token_s=0.0001), *lengths) == [0, 1, 2]
+    assert chosen(Batcher(64, 16_384, fixed_s=0.1, token_s=0.0001), *lengths) == [0, 1, 2, 3]
+    assert Batcher(64, 16_384).fixed_tokens == UNKNOWN_FIXED_TOKENS

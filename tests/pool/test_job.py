@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from embedpool.errors import InferenceFailed
 from embedpool.pool.job import Row, split
-from tests.pool.scripted import flow_of, job_of, vector_of
+from tests.pool.scripted import PATIENCE_S, flow_of, in_thread, job_of, vector_of
 
 
 @settings(max_examples=200, deadline=None, database=None)
@@ -75,9 +75,21 @@ def test_two_threads_may_resolve_a_job_at_once(late: str) -> None:
         job.future.result(0)
 
 
-def test_cost_and_rows() -> None:
-    """A job costs its tokens, and never nothing; a row is one of its texts."""
+def test_a_row_is_one_text_of_its_job() -> None:
+    """It knows its text, its tokens, and what its vector depends on."""
     job = job_of("abc", "de")
-    assert job.cost == 5
-    assert job_of("").cost == 1
-    assert (Row(job, 1).text, Row(job, 1).tokens, len(job)) == ("de", 2, 2)
+    row = Row(job, 1)
+    assert (row.text, row.tokens, len(job)) == ("de", 2, 2)
+    assert row.same_as == Row(job_of("de"), 0).same_as
+    assert row.same_as != Row(job_of("de", group="{}"), 0).same_as
+
+
+def test_several_workers_may_fill_a_job_at_once() -> None:
+    """Rows of one request travel in different batches; the answer is complete when the last one arrives, once."""
+    texts = [f"text {i}" for i in range(200)]
+    job = job_of(*texts)
+    fillers = [in_thread(lambda rows=rows: [job.fill(i, vector_of(texts[i])) for i in rows]) for rows in
+               (range(0, 200, 4), range(1, 200, 4), range(2, 200, 4), range(3, 200, 4))]  # fmt: skip
+    for filler in fillers:
+        filler.result(PATIENCE_S)
+    assert np.array_equal(job.future.result(0).vectors, [vector_of(text) for text in texts])

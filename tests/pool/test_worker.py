@@ -94,7 +94,7 @@ def test_requests_share_a_batch_and_each_gets_its_own() -> None:
     bench.serve(*jobs)
     assert_served(*jobs)
     assert len(bench.driver.calls) == 1
-    assert {job.replica for job in jobs} == {"m#1"}
+    assert [job.replicas for job in jobs] == [{"m#1"}] * 3
     assert bench.stats.snapshot()["rows"] == 5
     assert bench.stats.snapshot()["padded_tokens"] == 20
 
@@ -227,24 +227,28 @@ def test_a_broken_driver_is_told_and_everybody_gets_an_answer(broken_from: int, 
             raise RuntimeError("broken")
 
     driver = Scripted(failing("a", "b", "c"), on_probe=probe)
-    bench = Bench(driver, batcher=Batcher(8, 8))
-    jobs = [job_of("a", "b"), job_of("c"), job_of("d"), job_of("e" * 8)]
+    bench = Bench(driver, batcher=Batcher(3, 100, fixed_s=1, token_s=1))
+    failed, waiting = [job_of("a", "b"), job_of("c")], job_of("d" * 50)
+    for job in (*failed, waiting):
+        bench.queue.admit(job)
     with pytest.raises(DriverBroken, match="broken"):
-        bench.serve(*jobs)
-    assert all(isinstance(error_of(job), InferenceFailed) for job in jobs)
+        bench.worker.step()
+    assert all(isinstance(error_of(job), InferenceFailed) for job in failed)
+    assert bench.queue.qsize() == 1, "what was not taken waits for the driver to be opened anew"
 
 
-def test_a_planner_that_fails_leaves_nobody_waiting(caplog) -> None:
-    """A fault of our own costs its requests an error, is logged, and the worker goes on."""
+def test_a_planner_that_fails_costs_nobody_an_answer(caplog) -> None:
+    """A fault of our own is logged, texts travel alone, and the worker goes on."""
 
     class Faulty(Batcher):
-        def plan(self, jobs):
+        def choose(self, window):
             raise ZeroDivisionError
 
     bench = Bench(Scripted(), batcher=Faulty(4, 8))
-    job = job_of("a")
-    bench.serve(job)
-    assert isinstance(error_of(job), InferenceFailed)
+    jobs = [job_of("a", "b"), job_of("c")]
+    bench.serve(*jobs)
+    assert_served(*jobs)
+    assert sorted(bench.driver.calls) == [["a"], ["b"], ["c"]]
     assert "ZeroDivisionError" in caplog.text
 
 
