@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import requests
 
 from embedpool.errors import EmbedpoolError, ServerUnreachable
+
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 class Client:
@@ -16,6 +18,9 @@ class Client:
     def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 120.0) -> None:
         self._base_url = base_url.rstrip("/")
         self._timeout_s = timeout_s
+        # A proxy has no way to this machine's loopback, and management refuses what came through one.
+        local = urlsplit(self._base_url).hostname in LOOPBACK_NAMES
+        self._proxies = {"http": "", "https": ""} if local else None
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def health(self) -> dict[str, Any]:
@@ -56,6 +61,7 @@ class Client:
                 headers=self._headers,
                 timeout=timeout_s or self._timeout_s,
                 allow_redirects=False,
+                proxies=self._proxies,
             )
             document = response.json()
         except requests.JSONDecodeError:

@@ -128,6 +128,8 @@ class ServedModel:
         clock = self._engine.clock
         arrived = clock()
         spec = self.spec
+        if self.queue.full():
+            raise self._overloaded()  # before its texts are measured
         measured = measure(request, spec.driver.config, self.meter())
         try:
             for job in self._split(flow, measured):
@@ -158,10 +160,7 @@ class ServedModel:
             try:
                 self.queue.admit(job)
             except queue.Full:
-                raise Overloaded(
-                    f"the queue of {self.spec.model!r} is full ({self.queue.maxsize} texts)",
-                    retry_after_s=self.retry_after_s(),
-                ) from None
+                raise self._overloaded() from None
         else:
             try:
                 self.queue.feed(job, flow.deadline - self._engine.clock())
@@ -169,6 +168,10 @@ class ServedModel:
                 raise ShuttingDown(f"{self.spec.model!r} is stopping") from None
         flow.jobs.append(job)
         self._add_replica_if(lambda: not self._replicas)
+
+    def _overloaded(self) -> Overloaded:
+        message = f"the queue of {self.spec.model!r} is full ({self.queue.maxsize} texts)"
+        return Overloaded(message, retry_after_s=self.retry_after_s())
 
     def meter(self) -> Meter:
         """The model's meter, opened on first use."""

@@ -93,7 +93,7 @@ def refuse_strangers(of: Request, own_hosts: set[str]) -> None:
     if _host_of(f"//{of.host}") not in own_hosts:
         raise Forbidden(f"management is not answered under the Host {of.host!r}; see security.allowed_hosts")
     origin = of.headers.get("Origin")
-    if origin is not None and _host_of(origin) not in own_hosts:
+    if origin is not None and origin.partition("://")[2].lower() != of.host.lower():  # another port is another origin
         raise Forbidden("management is closed to other origins")
     if any(header in of.headers for header in PROXY_HEADERS):
         raise Forbidden("management is closed to requests that came through a proxy")
