@@ -5,6 +5,7 @@ Texts are checked by hand: thousands of strings need one pass, not a field each.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,11 +110,17 @@ def read_body(request: Request, limits: Limits) -> bytes:
 def load(schema: type[StrictSchema], document: Mapping[str, Any]) -> dict[str, Any]:
     """A document through a schema. Raises InvalidRequest with the path of each bad field."""
     try:
-        loaded: dict[str, Any] = schema().load(document)
+        loaded: dict[str, Any] = _instance(schema).load(document)
     except ma.ValidationError as error:
         found = {dotted(path): sentence for path, sentence in faults(error.messages)}
         raise InvalidRequest("; ".join(f"{path}: {says}" for path, says in found.items()), fields=found) from None
     return loaded
+
+
+@functools.cache
+def _instance(schema: type[StrictSchema]) -> StrictSchema:
+    """One of each: making a schema costs more than a small request's whole validation."""
+    return schema()
 
 
 def check_texts(texts: Any, limits: Limits, path: str = "texts") -> list[str]:
