@@ -76,6 +76,7 @@ def start_detached(settings: Settings) -> Running:
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         stream = log.open("ab")
+        before = stream.tell()
     except OSError as error:
         raise StorageError(f"{log} cannot be written: {error}") from None
     with stream:
@@ -95,9 +96,9 @@ def start_detached(settings: Settings) -> Running:
             code = child.wait(0.1)
         except subprocess.TimeoutExpired:
             continue
-        raise ConfigError(f"the server ended with exit code {code}; the end of {log}:\n{_tail(log)}")
+        raise ConfigError(f"the server ended with exit code {code}; the end of {log}:\n{_tail(log, before)}")
     child.terminate()
-    raise ConfigError(f"the server did not answer within {START_TIMEOUT_S} s; the end of {log}:\n{_tail(log)}")
+    raise ConfigError(f"the server did not answer within {START_TIMEOUT_S} s; the end of {log}:\n{_tail(log, before)}")
 
 
 def stop(running: Running, grace_s: float) -> bool:
@@ -125,5 +126,6 @@ def _answers(address: str) -> bool:
         return False
 
 
-def _tail(log: Path) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+def _tail(log: Path, start: int) -> str:
+    """The last lines written since `start`, in bytes."""
+    return "\n".join(log.read_bytes()[start:].decode(errors="replace").splitlines()[-LOG_TAIL_LINES:])

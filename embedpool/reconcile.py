@@ -103,6 +103,8 @@ class Reconciler:
         wait: bool,
     ) -> None:
         if not (wait and new.enabled and (old is None or old.load_key != new.load_key)):
+            if old is not None and new.enabled and old.enabled:
+                self._pool.find(new.model).check(new)
             self._change(change, reason)
             if wait and new.enabled:  # 200 means ready, also for what is in the file already
                 self._pool.find(new.model).require_loaded(self._load_timeout_s)

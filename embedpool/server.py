@@ -113,6 +113,7 @@ def configure_logging(settings: Settings) -> None:
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # admission is ours; its queue is only a hand-over
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)  # its deprecations are not the operator's
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # a remote's retries; what comes of them is answered
 
 
 # --- running it

@@ -69,7 +69,10 @@ Exit codes:
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -77,16 +80,16 @@ from docopt import DocoptExit, docopt
 
 from embedpool import __version__
 from embedpool.cli import models, server
-from embedpool.cli.common import FAILED, NO_SUCH_MODEL, USAGE, Arguments, UsageError
-from embedpool.errors import EmbedpoolError
+from embedpool.cli.common import FAILED, NO_SUCH_MODEL, OK, USAGE, Arguments, UsageError
+from embedpool.errors import EmbedpoolError, near_names
 
 
 def main(argv: list[str] | None = None) -> int:
     """The `embedpool` command. Gives the exit code."""
     try:
         arguments = docopt(__doc__, argv, version=f"embedpool {__version__}")
-    except DocoptExit as error:
-        print(error, file=sys.stderr)
+    except DocoptExit:
+        print(_wrong_usage(sys.argv[1:] if argv is None else argv), file=sys.stderr)
         return USAGE
     try:
         return _command_of(arguments)(arguments)
@@ -101,6 +104,9 @@ def main(argv: list[str] | None = None) -> int:
         return NO_SUCH_MODEL if error.code == "model_not_found" else FAILED
     except KeyboardInterrupt:
         return FAILED
+    except BrokenPipeError:  # `embedpool pool status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
 
 
 def _command_of(arguments: Arguments) -> Callable[[Arguments], int]:
@@ -117,3 +123,29 @@ def _command_of(arguments: Arguments) -> Callable[[Arguments], int]:
         "unregister": models.unregister,
     }
     return next(function for name, function in commands.items() if arguments[name])
+
+
+def _wrong_usage(argv: list[str]) -> str:
+    """What is wrong with a command line that docopt refused, in a sentence, and the usage it should have had."""
+    usage = __doc__.split("Usage:\n")[1].split("\n\n")[0]
+    commands = [entry.strip() for entry in re.split(r"\n  (?=embedpool )", "\n" + usage) if entry.strip()]
+    names = [re.match(r"embedpool ((?:pool )?\w[\w-]*)", entry) for entry in commands]
+    known = {match[1]: entry for match, entry in zip(names, commands, strict=True) if match}
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    name = " ".join(words[:2] if words[:1] == ["pool"] else words[:1])
+    if name not in known:
+        near = near_names(name, known) or [k for k in known if name and k.endswith(f" {name}")]
+        hint = f"did you mean {' or '.join(near)}?" if near else f"commands: {', '.join(known)}"
+        return f"embedpool: no command {name!r}; {hint}"
+    given = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    options = re.findall(r"--[a-z-]+", known[name])
+    for option in given:
+        if option not in options:
+            near = near_names(option, options)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            return f"embedpool: {name} has no option {option}{hint}\n{known[name]}"
+    needed = re.findall(r"--[a-z-]+", re.sub(r"\[[^][]*\]", "", known[name]))
+    missing = [option for option in needed if option not in given]
+    if missing:
+        return f"embedpool: {name} needs {' and '.join(missing)}\n{known[name]}"
+    return f"embedpool: the options of {name} do not go together, or one has no value\n{known[name]}"

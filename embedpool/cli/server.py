@@ -78,7 +78,7 @@ def start(arguments: Arguments) -> int:
     if arguments["--detach"]:
         with progress("starting"):
             running = start_detached(settings)
-        print(f"started: pid {running.pid}, {running.address}")
+        print(f"started: pid {running.pid}, {running.address}; `embedpool pool status` shows when models are loaded")
         return OK
     from embedpool import server
 

@@ -15,7 +15,7 @@ def print_models(models: list[dict[str, Any]]) -> None:
     rows = [["MODEL", "ALIAS", "STATE", "TYPE", "REPLICAS", "QUEUE", "REQUESTS", "ERRORS"]]
     for m in models:
         counters = m.get("counters", {"requests": "-", "errors": {}})
-        replicas = f"{m['replicas_busy']}/{m['replicas']} busy" if "replicas" in m else "-"
+        replicas = f"{m['replicas']} ({m['replicas_busy']} busy)" if "replicas" in m else "-"
         cells = (m["model"], m["alias"] or "-", m["state"], m["driver_type"], replicas, m.get("queue_len", "-"))
         rows.append([*map(str, cells), str(counters["requests"]), str(sum(counters["errors"].values()))])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

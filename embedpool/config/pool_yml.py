@@ -81,7 +81,9 @@ class PoolFile:
         try:
             return self.path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise PoolFileInvalid(f"{self.path} does not exist; `embedpool init` writes it") from None
+            raise PoolFileInvalid(
+                f"{self.path} does not exist; restore it, or start with an empty pool: `embedpool init` writes one"
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise PoolFileInvalid(f"{self.path} cannot be read: {error}") from None
 

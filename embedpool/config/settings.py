@@ -162,7 +162,9 @@ def load_settings(file: Path, environ: Mapping[str, str] = os.environ) -> Settin
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{file} does not exist; `embedpool init` writes it") from None
+        raise ConfigError(
+            f"{file} does not exist; name another with --config or EMBEDPOOL_CONFIG, or let `embedpool init` write it"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from None
     settings = parse_settings(text, str(file), environ)

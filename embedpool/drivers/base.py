@@ -73,6 +73,7 @@ class Meter(abc.ABC):
     tokenizes = True  # False: a remote service does, and what it is told of truncation is its own business
     max_tokens: int | None = None  # the model's positions
     default_max_tokens: int | None = None  # the model's own max_seq_length
+    special_tokens = 0  # added to each text
     prompts: Mapping[str, str] = {}  # the model's own
     default_prompt = ""  # used where the request names none
 

@@ -25,6 +25,7 @@ class FakeMeter(Meter):
 
     max_tokens = POSITIONS
     default_max_tokens = POSITIONS
+    special_tokens = 2
 
     def measure(self, texts: Sequence[str]) -> list[list[int]]:
         """See Meter."""

@@ -39,6 +39,7 @@ class TokenizerMeter(Meter):
         self.default_max_tokens = int(own) if own and own < 1_000_000 else self.max_tokens
         bare = self._tokenizer.encode("", add_special_tokens=True).ids
         self._head, self._tail = self._special_ids(bare)
+        self.special_tokens = len(self._head) + len(self._tail)
 
     def measure(self, texts: Sequence[str]) -> list[list[int]]:
         """See Meter."""

@@ -70,6 +70,9 @@ def measure(request: EmbedRequest, config: DriverConfig, meter: Meter) -> Measur
 def _prompt_of(options: EmbedOptions, config: DriverConfig, meter: Meter) -> tuple[str, dict[str, object]]:
     """The text to put before each text, and what a remote service is asked to do instead."""
     if options.prompt is not None:
+        if options.prompt_name is not None:
+            message = "give either prompt or prompt_name"
+            raise InvalidRequest(f"options.prompt: {message}", fields={"options.prompt": message})
         return options.prompt, {}
     if options.prompt_name is None:
         return meter.default_prompt, {}
@@ -85,8 +88,16 @@ def _prompt_of(options: EmbedOptions, config: DriverConfig, meter: Meter) -> tup
 
 def _limit_of(options: EmbedOptions, config: DriverConfig, meter: Meter) -> int | None:
     asked = options.max_seq_length
-    if asked is not None and meter.max_tokens is not None and asked > meter.max_tokens:
-        message = f"{asked} is more than the model's {meter.max_tokens} positions"
-        raise InvalidRequest(f"options.max_seq_length: {message}", fields={"options.max_seq_length": message})
+    if asked is not None and (fault := limit_fault(asked, meter)):
+        raise InvalidRequest(f"options.max_seq_length: {fault}", fields={"options.max_seq_length": fault})
     limits = [asked or getattr(config, "max_seq_length", None) or meter.default_max_tokens, meter.max_tokens]
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def limit_fault(limit: int, meter: Meter) -> str | None:
+    """What is wrong with a max_seq_length for this model."""
+    if meter.max_tokens is not None and limit > meter.max_tokens:
+        return f"{limit} is more than the model's {meter.max_tokens} positions"
+    if limit <= meter.special_tokens:
+        return f"{limit} leaves nothing of a text: the model adds {meter.special_tokens} special tokens"
+    return None

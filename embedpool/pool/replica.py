@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from embedpool.errors import EmbedpoolError
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.worker import DriverBroken, Worker
 
@@ -133,7 +134,7 @@ class Replica:
 
     def _failed(self, error: BaseException) -> None:
         self.failures += 1
-        self.last_error = f"{type(error).__name__}: {error}"
+        self.last_error = str(error) if isinstance(error, EmbedpoolError) else f"{type(error).__name__}: {error}"
         self.retry_at = self._clock() + self._backoff_s()
         self._become("failed")
 

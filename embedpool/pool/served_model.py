@@ -16,6 +16,7 @@ from embedpool.config.spec import ModelSpec
 from embedpool.errors import (
     DeadlineExceeded,
     EmbedpoolError,
+    InvalidRequest,
     ModelDisabled,
     ModelFailed,
     ModelLoading,
@@ -24,7 +25,7 @@ from embedpool.errors import (
 )
 from embedpool.pool.answer import gather
 from embedpool.pool.batcher import Batcher
-from embedpool.pool.door import Measured, measure
+from embedpool.pool.door import Measured, limit_fault, measure
 from embedpool.pool.job import Flow, Job, split
 from embedpool.pool.model_queue import ModelQueue, QueueClosed
 from embedpool.pool.replica import Replica, count_replicas
@@ -251,6 +252,13 @@ class ServedModel:
         for replica in self._replicas:
             replica.adjust()
         self.queue.wake()  # idle times may have changed
+
+    def check(self, spec: ModelSpec) -> None:
+        """Raise InvalidRequest for a spec of the same `load_key` that this model cannot follow."""
+        limit = getattr(spec.driver.config, "max_seq_length", None)
+        if limit and (fault := limit_fault(limit, self.meter())):
+            path = "driver_config.max_seq_length"
+            raise InvalidRequest(f"{path}: {fault}", fields={path: fault})
 
     def close(self) -> None:
         """Take no new request."""

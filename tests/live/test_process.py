@@ -203,7 +203,9 @@ def test_wrong_usage_is_told_in_a_sentence(server: Server) -> None:
     assert "needs --base-url" in server.cli("register", "--model", "m", "--type", "http", code=2)
     assert "must be one of" in server.cli("register", "--model", "m", "--type", "torch", code=2)
     assert "not for fake" in server.cli("register", "--model", "m", "--type", "fake", "--protocol", "tei", code=2)
-    assert "Usage" in server.cli("rgister", code=2)
+    assert "did you mean register" in server.cli("rgister", code=2)
+    assert "needs --type" in server.cli("register", "--model", "m", code=2)
+    assert "did you mean --json" in server.cli("pool", "status", "--jsn", code=2)
     assert "must be a number" in server.cli("register", "--model", "m", "--type", "fake", "--min", "x", code=2)
     assert "gunicorn or waitress" in server.cli("pool", "start", "--server", "tornado", code=2)
 
