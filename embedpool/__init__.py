@@ -7,6 +7,7 @@ The road of a request, file by file:
     pool/pool.py          the name or alias finds its model; a permit admits the request
     pool/served_model.py  texts are measured, truncated, split into jobs
     pool/model_queue.py   jobs wait here, counted in texts, served in fair order
+    pool/replica_set.py   replicas grow and shrink; replica.py is the life of one
     pool/worker.py        a replica's thread takes what waits
     pool/batcher.py       waiting jobs become batches
     drivers/*.py          a batch becomes vectors

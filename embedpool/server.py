@@ -23,7 +23,7 @@ from embedpool.drivers.base import Driver
 from embedpool.errors import ConfigError, PoolFileInvalid
 from embedpool.loop import LISTEN_BACKLOG, Loop
 from embedpool.pool.pool import Pool
-from embedpool.pool.served_model import Engine
+from embedpool.pool.replica_set import Engine
 from embedpool.process import PidFile
 from embedpool.reconcile import Reconciler
 from embedpool.web.app import create_app

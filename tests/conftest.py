@@ -13,7 +13,7 @@ from embedpool.config import pool_yml
 from embedpool.config.spec import PoolSpec
 from embedpool.drivers import make_driver, open_meter
 from embedpool.pool.pool import Pool
-from embedpool.pool.served_model import Engine
+from embedpool.pool.replica_set import Engine
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -14,7 +14,7 @@ from werkzeug.serving import make_server
 
 from embedpool.client import Client
 from embedpool.errors import EmbedpoolError, ServerUnreachable
-from embedpool.pool.served_model import Engine
+from embedpool.pool.replica_set import Engine
 from tests.conftest import settle
 from tests.web.conftest import MODEL, NAME, Web, serving
 

@@ -13,8 +13,9 @@ from typing import Any
 from embedpool.config.spec import ModelSpec, PoolSpec, diff
 from embedpool.errors import ModelNotFound, Overloaded, ShuttingDown
 from embedpool.pool.model_queue import QueueClosed
+from embedpool.pool.replica_set import Engine
 from embedpool.pool.request import EmbedRequest, EmbedResult
-from embedpool.pool.served_model import Engine, ServedModel
+from embedpool.pool.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
 
@@ -211,6 +212,6 @@ class Pool:
             entry = served.snapshot()
             successor = self._successors.get(served.spec.model)
             if successor is not None:
-                entry["successor"] = {"state": successor.state, "last_error": successor.last_error}
+                entry["successor"] = {"state": successor.state, "last_error": successor.replicas.last_error}
             entries.append(entry)
         return entries

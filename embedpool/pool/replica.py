@@ -6,7 +6,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from embedpool.errors import EmbedpoolError
@@ -222,15 +222,3 @@ def _close(driver: Driver, name: str) -> None:
         driver.close()
     except Exception:
         logger.exception("%s: the driver did not close cleanly", name)
-
-
-def count_replicas(replicas: Sequence[Replica]) -> dict[str, object]:
-    """How many there are, idle and busy, and what they run on, for /status."""
-    busy = sum(r.busy for r in replicas)
-    ready = sum(r.state == "ready" for r in replicas)
-    return {
-        "replicas": len(replicas),
-        "replicas_idle": max(ready - busy, 0),
-        "replicas_busy": busy,
-        "runs_on": next((dict(r.description) for r in replicas if r.description), {}),
-    }

@@ -21,8 +21,8 @@ from embedpool.drivers import http, make_driver, open_meter
 from embedpool.drivers.http import HttpDriver
 from embedpool.errors import UnsupportedOption, UpstreamError
 from embedpool.pool.pool import Pool
+from embedpool.pool.replica_set import Engine
 from embedpool.pool.request import EmbedOptions, EmbedRequest
-from embedpool.pool.served_model import Engine
 from tests.conftest import fake_spec, settle
 
 KEY = "s3cr3t-key"

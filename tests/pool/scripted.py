@@ -15,8 +15,9 @@ from embedpool.drivers.base import Driver, Embeddings, Ids
 from embedpool.drivers.fake import open_meter
 from embedpool.pool.job import Flow, Job
 from embedpool.pool.pool import Pool
+from embedpool.pool.replica_set import Engine
 from embedpool.pool.request import EmbedOptions, EmbedRequest, EmbedResult
-from embedpool.pool.served_model import Engine, ServedModel
+from embedpool.pool.served_model import ServedModel
 
 PATIENCE_S = 10  # before a test gives up; nothing waits that long when all is well
 A_WHILE_S = 0.3  # for what must not happen: a right implementation only waits it out, on any machine

@@ -388,7 +388,7 @@ def test_a_model_that_does_not_load_is_not_prepared(run, monkeypatch, min_replic
     wait_settled = ServedModel.wait_settled
 
     def wait_and_a_little_longer(self: ServedModel, timeout_s: float | None = None) -> bool:
-        replicas = self._replicas
+        replicas = self.replicas._replicas
         settled = wait_settled(self, timeout_s)
         for replica in replicas:
             replica.join(A_WHILE_S)  # so that a replica that would leave has left

@@ -284,8 +284,8 @@ def test_a_request_that_arrives_while_the_last_replica_leaves_is_served(serve, m
     with monkeypatch.context() as patch:
         patch.setattr(Replica, "start", lambda self: None)
         served, _ = serve(min=0, prove=True)  # its replica does nothing but what this test does for it
-    (replica,) = served._replicas
-    served._must_load_first = False
+    (replica,) = served.replicas._replicas
+    served.replicas.loads_first = False
     admit, qsize, puts = served.queue.admit, served.queue.qsize, puts_of(served)
     at_the_door, may_enter = threading.Event(), threading.Event()
 
@@ -305,7 +305,7 @@ def test_a_request_that_arrives_while_the_last_replica_leaves_is_served(serve, m
     served.queue.admit, served.queue.qsize = admit_when_told, qsize_and_then_a_request
     request = in_thread(ask, served, "a", timeout_s=2)
     assert at_the_door.wait(PATIENCE_S)
-    if not served.may_retire(replica):
+    if not served.replicas.may_retire(replica):
         start(replica)
     assert_answers(request.result(PATIENCE_S), "a")
 
@@ -316,7 +316,7 @@ def test_a_first_load_that_fails_is_told_and_tried_again(serve) -> None:
     served, _opener = serve(OSError("no such file"), lambda: again() or Scripted())
     settled(served)
     again.arrived()
-    assert (served.state, served.last_error) == ("failed", "OSError: no such file")
+    assert (served.state, served.replicas.last_error) == ("failed", "OSError: no such file")
     with pytest.raises(ModelFailed, match="no such file") as caught:
         ask(served, "a")
     assert caught.value.retry_after_s >= 1
@@ -513,7 +513,7 @@ def test_a_thread_that_cannot_be_started_wedges_nothing(serve, monkeypatch: pyte
     try:
         assert_answers(ask(served, "b", timeout_s=1), "b")
     finally:
-        served._replicas = tuple(r for r in served._replicas if r._thread.ident)
+        served.replicas._replicas = tuple(r for r in served.replicas._replicas if r._thread.ident)
 
 
 # --- leaving

@@ -19,7 +19,7 @@ from embedpool.config.settings import Settings
 from embedpool.config.spec import FakeConfig
 from embedpool.drivers.fake import FakeDriver, FakeMeter
 from embedpool.pool.pool import Pool
-from embedpool.pool.served_model import Engine
+from embedpool.pool.replica_set import Engine
 from embedpool.reconcile import Reconciler
 from embedpool.web.app import create_app
 from tests.conftest import fake_pool_yml, open_fake, settle

@@ -1,0 +1,232 @@
+"""The replicas of one model: how many there are, what they are opened with, and what their states add up to."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from embedpool.config.spec import ModelSpec
+from embedpool.pool.batcher import Batcher
+from embedpool.pool.model_queue import ModelQueue
+from embedpool.pool.replica import Replica
+from embedpool.pool.stats import ModelStats
+from embedpool.pool.worker import Worker
+
+if TYPE_CHECKING:
+    from embedpool.drivers.base import Driver, Meter
+
+logger = logging.getLogger(__name__)
+
+FAILURES_BEFORE_FAILED = 3
+SHORTEST_IDLE_S = 0.02
+CLOSE_TIMEOUT_S = 5.0  # for a running batch and the driver's close
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """What every model of a pool shares."""
+
+    open_driver: Callable[[ModelSpec], Driver]
+    open_meter: Callable[[ModelSpec], Meter]
+    request_timeout_s: float = 120.0
+    max_queue_per_model: int = 1000
+    max_batch_texts: int = 64
+    max_batch_tokens: int = 16384
+    max_batch_s: float = math.inf
+    max_wait_s: float = 0.0
+    clock: Callable[[], float] = time.monotonic
+
+
+class ReplicaSet:
+    """Grows while work waits, shrinks when idle; the Owner of its replicas.
+
+    `on_ready` is called each time a replica has become ready, `on_failed` with the reason each time all have failed;
+    both on a replica's thread.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        engine: Engine,
+        queue: ModelQueue,
+        stats: ModelStats,
+        *,
+        on_ready: Callable[[], None],
+        on_failed: Callable[[str], None],
+    ) -> None:
+        self.spec = spec
+        self.queue = queue
+        self.last_error: str | None = None
+        self.loads_first = False  # the first load, at start or to prove itself: requests do not wait for it
+        self.settled = threading.Event()  # the first load succeeded or failed
+        self._engine = engine
+        self._stats = stats
+        self._on_ready = on_ready
+        self._on_failed = on_failed
+        self._lock = threading.RLock()
+        self._replicas: tuple[Replica, ...] = ()
+        self._retiring: set[Replica] = set()
+        self._number = 0
+        self._meter: Meter | None = None
+        self._proved = False  # has been ready once
+        self._stopped = False
+
+    def __len__(self) -> int:
+        return len(self._replicas)
+
+    @property
+    def state(self) -> str:
+        """idle, loading, ready or failed."""
+        replicas = self._replicas
+        if any(r.state == "ready" for r in replicas):
+            return "ready"
+        if not replicas:
+            return "idle"
+        limit = FAILURES_BEFORE_FAILED if self._proved else 1
+        return "failed" if all(r.failures >= limit for r in replicas) else "loading"
+
+    @property
+    def retry_at(self) -> float:
+        """When the next attempt of a failed model is, on the clock."""
+        return min((r.retry_at for r in self._replicas), default=0.0)
+
+    def meter(self) -> Meter:
+        """The model's meter, opened on first use."""
+        if self._meter is None:
+            with self._lock:
+                self._meter = self._meter or self._engine.open_meter(self.spec)
+        return self._meter
+
+    # --- how many
+
+    def start(self, wanted: int) -> None:
+        """Begin the first load with so many replicas; 0 is idle."""
+        self.loads_first = wanted > 0
+        if not wanted:
+            self.settled.set()
+        with self._lock:  # the first to fail must not be taken for all
+            for _ in range(wanted):
+                self._add_if(lambda: len(self) < wanted)
+
+    def update(self, spec: ModelSpec) -> None:
+        """Follow a spec of the same `load_key`."""
+        with self._lock:
+            self.spec = spec
+        for _ in range(spec.scaling.min):
+            self._add_if(lambda: len(self) < spec.scaling.min)
+        for replica in self._replicas:
+            replica.adjust()
+        self.queue.wake()  # idle times may have changed
+
+    def need_one(self) -> None:
+        """Work was put into the queue. Under the lock of `may_retire`, so that no work is left without a replica."""
+        self._add_if(lambda: not self._replicas)
+
+    def _add_if(self, wanted: Callable[[], bool]) -> None:
+        with self._lock:
+            if self._stopped or not self.spec.enabled or not wanted():
+                return
+            self._number += 1
+            replica = Replica(f"{self.spec.model}#{self._number}", self, self._engine.clock)
+            before, self._replicas = self._replicas, (*self._replicas, replica)
+            try:
+                replica.start()
+            except RuntimeError:  # the system has no thread to give
+                self._replicas = before
+                raise
+
+    def stop(self, timeout_s: float) -> None:
+        """End every replica, also those that retire already."""
+        with self._lock:
+            self._stopped = True
+            leaving = [*self._replicas, *self._retiring]
+        for replica in leaving:
+            replica.stop()
+        deadline = time.monotonic() + max(timeout_s, CLOSE_TIMEOUT_S)
+        for replica in leaving:
+            if not replica.join(max(deadline - time.monotonic(), 0)):
+                logger.error("%s did not stop; its batch hangs", replica.name)
+
+    def counts(self) -> dict[str, object]:
+        """How many there are, idle and busy, and what they run on, for /status."""
+        replicas = self._replicas
+        busy = sum(r.busy for r in replicas)
+        ready = sum(r.state == "ready" for r in replicas)
+        return {
+            "replicas": len(replicas),
+            "replicas_idle": max(ready - busy, 0),
+            "replicas_busy": busy,
+            "runs_on": next((dict(r.description) for r in replicas if r.description), {}),
+        }
+
+    # --- what replicas ask and tell, see Owner; called on their threads
+
+    def grow(self) -> None:
+        """One more if work waits behind what was just taken and all are at work."""
+        if self.queue.qsize() and len(self) < self.spec.scaling.max:
+            self._add_if(
+                lambda: len(self) < self.spec.scaling.max and all(r.state == "ready" and r.busy for r in self._replicas)
+            )
+
+    def idle_timeout_s(self) -> float | None:
+        """See Owner."""
+        scaling = self.spec.scaling
+        return max(scaling.idle_ttl_s, SHORTEST_IDLE_S) if len(self) > scaling.min else None
+
+    def may_retire(self, replica: Replica) -> bool:
+        """See Owner."""
+        with self._lock:
+            needed = max(self.spec.scaling.min, 1 if self.loads_first else 0)
+            if len(self) <= needed or self.queue.qsize():
+                return False
+            self._replicas = tuple(r for r in self._replicas if r is not replica)
+            self._retiring.add(replica)
+            return True
+
+    def open_driver(self) -> Driver:
+        """See Owner."""
+        self.meter()  # so that the first request does not pay for it
+        return self._engine.open_driver(self.spec)
+
+    @property
+    def driver_config(self) -> object:
+        """See Owner."""
+        return self.spec.driver.config
+
+    def make_worker(self, name: str, driver: Driver) -> Worker:
+        """See Owner."""
+        engine, cost = self._engine, driver.cost
+        batcher = Batcher(
+            driver.max_batch_texts or engine.max_batch_texts,
+            engine.max_batch_tokens,
+            max_s=engine.max_batch_s,
+            fixed_s=cost.fixed_s if cost else None,
+            token_s=cost.token_s if cost else None,
+        )
+        return Worker(name, driver, self.queue, batcher, self._stats, max_wait_s=engine.max_wait_s, clock=engine.clock)
+
+    def inflight(self, driver: Driver) -> int:
+        """See Owner."""
+        return self.spec.queue.max_inflight_per_replica or driver.parallel
+
+    def replica_changed(self, replica: Replica) -> None:
+        """See Owner."""
+        if replica.state == "ready":
+            self._proved = True
+            self.loads_first = False
+            self.settled.set()
+            self._on_ready()
+        elif replica.state == "failed":
+            self.last_error = replica.last_error
+            with self._lock:
+                failed = self.state == "failed"
+            if failed:
+                self._on_failed(replica.last_error or "")
+                self.settled.set()
+        else:
+            self._retiring.discard(replica)
