@@ -6,12 +6,15 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+LONGEST_NAME = 200  # characters of a name that are compared and quoted
+
 
 class EmbedpoolError(Exception):
     """Base of all errors. `fields` maps a path in the input to what is wrong there; `retry_after_s` is in seconds."""
 
     status = 500
     code = "internal_error"
+    default_retry_after_s: float | None = None
 
     def __init__(
         self,
@@ -23,7 +26,7 @@ class EmbedpoolError(Exception):
         super().__init__(message)
         self.message = message
         self.fields = dict(fields or {})
-        self.retry_after_s = retry_after_s
+        self.retry_after_s = self.default_retry_after_s if retry_after_s is None else retry_after_s
 
 
 # --- 4xx: the caller can do something about it
@@ -71,7 +74,7 @@ class ModelNotFound(EmbedpoolError):
     status, code = 404, "model_not_found"
 
     def __init__(self, name: str, known: Iterable[str] = ()) -> None:
-        known = sorted(known)
+        name, known = name[:LONGEST_NAME], sorted(known)
         near = near_names(name, known)
         if near:
             hint = f"; did you mean {' or '.join(near)}?"
@@ -152,6 +155,7 @@ class Overloaded(EmbedpoolError):
     """The queue or the pool is full; `retry_after_s` comes from the measured drain rate."""
 
     status, code = 429, "overloaded"
+    default_retry_after_s = 1.0
 
 
 # --- 5xx: it is the server's, or the remote's
@@ -176,24 +180,29 @@ class UpstreamError(EmbedpoolError):
         self.content_may_cause = remote_status in (400, 413, 422)
         if remote_status in (400, 413, 422, 429):
             self.status = remote_status
+        if remote_status == 429 and retry_after_s is None:
+            self.retry_after_s = Overloaded.default_retry_after_s
 
 
 class ModelLoading(EmbedpoolError):
     """The model is in its first load."""
 
     status, code = 503, "model_loading"
+    default_retry_after_s = 2.0
 
 
 class ModelFailed(EmbedpoolError):
     """The model failed to load, or its replicas failed repeatedly; they are retried with back-off."""
 
     status, code = 503, "model_failed"
+    default_retry_after_s = 5.0
 
 
 class ShuttingDown(EmbedpoolError):
     """The server is stopping."""
 
     status, code = 503, "shutting_down"
+    default_retry_after_s = 5.0
 
 
 class DeadlineExceeded(EmbedpoolError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import select
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -128,14 +129,23 @@ class Loop:
             listener.is_stopping = True
         self._close_listeners()
         self._serve_what_is_left(grace_s, heartbeat)
-        given_up = self._app.stop()
-        self._serve_what_is_left(2.0, heartbeat)  # the answers of what was given up
+        given_up = self._give_up(heartbeat)
         cut = len(self._channels())
         self._listeners[0].task_dispatcher.shutdown(timeout=1)
         for dispatcher in list(self._map.values()):
             dispatcher.close()
         log = logger.warning if given_up or cut else logger.info
         log("stopped: %d requests got 503 shutting_down, %d connections were cut", given_up, cut)
+
+    def _give_up(self, heartbeat: Callable[[], bool]) -> int:
+        """Stop the app, which may wait for a hung batch, while the 503s it has made already leave."""
+        counts: list[int] = []
+        stopping = threading.Thread(target=lambda: counts.append(self._app.stop()), name="stop-app")
+        stopping.start()
+        while stopping.is_alive():
+            self._serve_what_is_left(0.0, heartbeat)
+        self._serve_what_is_left(2.0, heartbeat)
+        return sum(counts)
 
     def _close_listeners(self) -> None:
         """What the system has accepted already is served; later connections are refused, not parked."""

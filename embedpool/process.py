@@ -16,6 +16,7 @@ from embedpool.config.settings import Settings
 from embedpool.errors import ConfigError, StorageError
 
 START_TIMEOUT_S = 60
+STOP_MARGIN_S = 30  # beyond the grace period; longer than the server itself takes at the most
 LOG_TAIL_LINES = 20
 
 
@@ -81,7 +82,7 @@ def start_detached(settings: Settings) -> Running:
         raise StorageError(f"{log} cannot be written: {error}") from None
     with stream:
         child = subprocess.Popen(
-            [sys.executable, "-m", "embedpool", "pool", "start"],
+            [sys.executable, "-P", "-m", "embedpool", "pool", "start"],
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,
@@ -103,8 +104,13 @@ def start_detached(settings: Settings) -> Running:
 
 def stop(running: Running, grace_s: float) -> bool:
     """Ask the server to drain and end, wait, and only then insist. True if it ended by itself."""
-    children = running.process.children(recursive=True)
-    running.process.terminate()
+    try:
+        children = running.process.children(recursive=True)
+        running.process.terminate()
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
+        raise ConfigError(f"not permitted to stop pid {running.pid}: it is another user's") from None
     try:
         running.process.wait(grace_s)
     except psutil.TimeoutExpired:

@@ -18,7 +18,7 @@ from typing import Any
 from embedpool.config import edit
 from embedpool.config.pool_yml import PoolFile
 from embedpool.config.spec import ModelSpec, PoolSpec
-from embedpool.errors import PoolFileInvalid
+from embedpool.errors import ModelNotFound, PoolFileInvalid
 from embedpool.pool.pool import Pool
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Reconciler:
         """Switch a model on, loaded first, or off. Raises ModelFailed."""
         old = edit.find(self.pool_file.read(), name)
         new = dataclasses.replace(old, enabled=enabled)
-        self._change_loaded(lambda p: edit.set_enabled(p, name, enabled), old, new, "enable", wait=True)
+        self._change_loaded(lambda p: edit.set_enabled(p, old.model, enabled), old, new, "enable", wait=True)
         return old.model
 
     def set_alias(self, name: str, alias: str | None) -> str:
@@ -104,7 +104,8 @@ class Reconciler:
     ) -> None:
         if not (wait and new.enabled and (old is None or old.load_key != new.load_key)):
             if old is not None and new.enabled and old.enabled:
-                self._pool.find(new.model).check(new)
+                with contextlib.suppress(ModelNotFound):  # in the file, and not live yet
+                    self._pool.find(new.model).check(new)
             self._change(change, reason)
             if wait and new.enabled:  # 200 means ready, also for what is in the file already
                 self._pool.find(new.model).require_loaded(self._load_timeout_s)

@@ -30,7 +30,7 @@ from embedpool.web.app import create_app
 
 logger = logging.getLogger(__name__)
 
-STOP_MARGIN_S = 5  # beyond the grace period, for replicas to close before gunicorn kills the worker
+STOP_MARGIN_S = 20  # beyond the grace period, for replicas to close before gunicorn kills the worker
 
 
 class EmbedpoolApp:
@@ -138,9 +138,8 @@ def run_waitress(settings: Settings) -> None:
     pid_file = PidFile(settings)
     try:
         app.start()
-        host, port = listener.getsockname()[:2]
-        pid_file.write(f"http://{_shown(host)}:{port}")
-        logger.info("serving on %s:%s (waitress)", host, port)
+        pid_file.write(_address(listener))
+        logger.info("serving on %s:%s (waitress)", *listener.getsockname()[:2])
         loop.run()
     finally:
         pid_file.remove()
@@ -193,7 +192,7 @@ def gunicorn_settings() -> dict[str, Any]:
         "graceful_timeout": server.graceful_timeout_s + STOP_MARGIN_S,
         "loglevel": settings.logging.level,
         "control_socket_disable": True,
-        "when_ready": lambda arbiter: pid_file.write(_address_of(arbiter.LISTENERS[0])),
+        "when_ready": lambda arbiter: pid_file.write(_address(arbiter.LISTENERS[0].sock)),
         "on_exit": lambda arbiter: pid_file.remove(),
     }
 
@@ -208,9 +207,10 @@ def bind(settings: Settings) -> socket.socket:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
 
 
-def _address_of(listener: Any) -> str:
-    host, port = listener.sock.getsockname()[:2]
-    return f"http://{_shown(host)}:{port}"
+def _address(listener: socket.socket) -> str:
+    """Where a program on this machine finds the server."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{_shown({'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host))}:{port}"  # noqa: S104
 
 
 def _shown(host: str) -> str:

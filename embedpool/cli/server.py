@@ -33,12 +33,15 @@ def init(arguments: Arguments) -> int:
     from embedpool.config.settings import load_settings, sample_config_yml
 
     root = arguments["--root"]
-    config = Path(arguments["--config"] or Path(root) / "config.yml")
+    config = Path(arguments["--config"] or os.environ.get("EMBEDPOOL_CONFIG") or Path(root) / "config.yml")
     _write_new(config, sample_config_yml(root))
     settings = load_settings(config, {})
     _write_new(settings.file(settings.paths.pool_yml), EMPTY_POOL_YML)
     for folder in (settings.paths.state_dir, settings.paths.logs_dir, settings.paths.cache_dir):
-        settings.file(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            settings.file(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{settings.file(folder)} cannot be made: {error}") from None
     return OK
 
 
@@ -96,7 +99,7 @@ def stop(arguments: Arguments) -> int:
         print("not running", file=sys.stderr)
         return NOT_RUNNING
     with progress("stopping"):
-        by_itself = process.stop(running, settings.server.graceful_timeout_s + 15)
+        by_itself = process.stop(running, settings.server.graceful_timeout_s + process.STOP_MARGIN_S)
     print(f"stopped: pid {running.pid}" + ("" if by_itself else ", killed after the grace period"))
     return OK if by_itself else FAILED
 

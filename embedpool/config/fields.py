@@ -18,7 +18,9 @@ import marshmallow as ma
 import yaml
 from marshmallow import fields, validate
 
-from embedpool.errors import near_names
+from embedpool.errors import LONGEST_NAME, near_names
+
+MOST_UNKNOWN_KEYS = 10  # named in one answer
 
 
 def option(
@@ -97,7 +99,8 @@ class StrictSchema(ma.Schema):
         known = {f.data_key or name: f for name, f in self.load_fields.items()}
         unknown = [key for key in data if key not in known] if self.unknown == ma.RAISE else []
         if unknown:
-            raise ma.ValidationError({str(key): [unknown_key(str(key), known)] for key in unknown})
+            named = [str(key)[:LONGEST_NAME] for key in unknown[:MOST_UNKNOWN_KEYS]]
+            raise ma.ValidationError({key: [unknown_key(key, known)] for key in named})
         return {key: value for key, value in data.items() if value is not None}
 
 

@@ -18,6 +18,14 @@ DEFAULT_CONFIG_YML = ".config/config.yml"
 SECRET_PREFIX = "EMBEDPOOL_SECRET_"  # noqa: S105  (the prefix of variable names, not a secret)
 
 
+def secret_variable(name: str) -> None:
+    """Refuse what is not the name of a variable for secrets: the secret itself stands in no file."""
+    if not name.startswith(SECRET_PREFIX):
+        raise ma.ValidationError(
+            f"must be the name of an environment variable that starts with {SECRET_PREFIX}, not the secret itself"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Client:
     """How the command line finds the server."""
@@ -110,6 +118,12 @@ class Limits:
 class Security:
     """Who may manage the pool."""
 
+    admin_key_env: str | None = option(
+        None,
+        f"name of the variable ({SECRET_PREFIX}…) with the key that management asks for; without one it is open to "
+        "this machine alone",
+        check=secret_variable,
+    )
     allowed_hosts: tuple[str, ...] = option(
         (), "further Host names under which management is answered, beside loopback names and `server.host`"
     )

@@ -14,21 +14,14 @@ import marshmallow as ma
 from marshmallow import fields, validate
 
 from embedpool.config.fields import StrictSchema, option, schema_of
-from embedpool.config.settings import SECRET_PREFIX
+from embedpool.config.settings import SECRET_PREFIX, secret_variable
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:@/-]{0,199}\Z"
 
 
-def _secret_variable(name: str) -> None:
-    if not name.startswith(SECRET_PREFIX):
-        raise ma.ValidationError(
-            f"must be the name of an environment variable that starts with {SECRET_PREFIX}, not the secret itself"
-        )
-
-
 def _secret_variables(headers: Mapping[str, str]) -> None:
     for name in headers.values():
-        _secret_variable(name)
+        secret_variable(name)
 
 
 def _http_url(url: str) -> None:
@@ -86,7 +79,7 @@ class HttpConfig:
     api_key: str | None = option(
         None,
         f"name of the environment variable ({SECRET_PREFIX}…) with the bearer key",
-        check=_secret_variable,
+        check=secret_variable,
         loads=True,
     )
     headers: dict[str, str] = option(
@@ -229,9 +222,6 @@ class Diff:
     added: tuple[ModelSpec, ...]
     changed: tuple[ModelSpec, ...]
     removed: tuple[str, ...]
-
-    def __bool__(self) -> bool:
-        return bool(self.added or self.changed or self.removed)
 
 
 def diff(old: PoolSpec | Iterable[ModelSpec], new: PoolSpec) -> Diff:

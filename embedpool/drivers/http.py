@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import requests
 from requests.adapters import HTTPAdapter
+from requests.utils import get_auth_from_url
 from urllib3.exceptions import ReadTimeoutError
 from urllib3.util.retry import Retry
 
@@ -78,7 +79,9 @@ class HttpDriver(Driver):
         """Read the secrets, connect, and prove the service with one text."""
         self._session = requests.Session()
         self._session.headers["User-Agent"] = "embedpool"
-        self._session.auth = lambda request: request  # else a ~/.netrc would take the place of our key
+        in_url = get_auth_from_url(self._config.base_url)
+        # Set in any case, else a ~/.netrc would take the place of our key.
+        self._session.auth = in_url if any(in_url) else lambda request: request
         headers = {name: _secret(variable) for name, variable in self._config.headers.items()}
         if self._config.api_key:
             headers["Authorization"] = f"Bearer {_secret(self._config.api_key)}"
@@ -216,7 +219,7 @@ def _tei_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> d
     _refuse("tei", options, "max_seq_length")
     passed_on = dict(options)
     policy = passed_on.pop("truncate", "right")
-    body = {"inputs": list(texts), "normalize": False, "truncate": policy != "error", **passed_on}
+    body = {**passed_on, "inputs": list(texts), "normalize": False, "truncate": policy != "error"}
     if policy == "left":
         body["truncation_direction"] = "Left"
     return body

@@ -46,6 +46,8 @@ def _from_hub(model: str, revision: str | None) -> Path:
     try:
         try:
             found = snapshot_download(repo, revision=revision, local_files_only=True)
+            if not any(Path(found).rglob("*.safetensors")):
+                raise LocalEntryNotFoundError(f"{found} holds no weights: a download was interrupted")
         except LocalEntryNotFoundError:
             found = snapshot_download(repo, revision=revision, ignore_patterns=UNSAFE_OR_UNUSED)
     except Exception as error:  # the hub's library raises many kinds: offline, not found, gated, malformed id

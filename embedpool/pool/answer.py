@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from embedpool.config.spec import ModelSpec
 from embedpool.errors import InferenceFailed, InvalidRequest
 from embedpool.pool.door import Measured
-from embedpool.pool.job import Job
+from embedpool.pool.job import Flow
 from embedpool.pool.request import EmbedOptions, EmbedResult, Vectors
 
 
 def gather(
-    jobs: Sequence[Job],
+    flow: Flow,
     measured: Measured,
     options: EmbedOptions,
     spec: ModelSpec,
@@ -23,6 +21,7 @@ def gather(
     now: float,
 ) -> EmbedResult:
     """The answer of a request whose jobs are all done. Times are of the pool's clock, in seconds."""
+    jobs = flow.jobs
     parts = [job.vectors for job in jobs if job.vectors is not None]
     raw = parts[0] if len(parts) == 1 else np.concatenate(parts)
     config = spec.driver.config
@@ -33,10 +32,10 @@ def gather(
         dim=options.dimensions or raw.shape[1],
         tokens=round(counted) if counted else sum(measured.tokens),
         truncated=measured.truncated or [job.offset + i for job in jobs for i in sorted(job.truncated)],
-        queue_ms=1000 * max(min(job.started_at for job in jobs) - arrived_at, 0),
-        compute_ms=1000 * sum(job.compute_s for job in jobs),
+        queue_ms=1000 * max(flow.started_at - arrived_at, 0),
+        compute_ms=1000 * flow.compute_s,
         total_ms=1000 * (now - arrived_at),
-        replicas=sorted(set[str]().union(*(job.replicas for job in jobs))),
+        replicas=sorted(flow.replicas),
     )
 
 

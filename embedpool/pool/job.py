@@ -18,7 +18,10 @@ Ids = Sequence[int]  # token ids of one text, special tokens included
 class Flow:
     """What the jobs of one request share. `finish` and `waiting` belong to the queue and its lock."""
 
-    __slots__ = ("abandoned", "client_gone", "deadline", "error", "finish", "jobs", "waiting", "weight")
+    __slots__ = (
+        "_lock", "abandoned", "client_gone", "compute_s", "deadline", "error", "finish", "jobs", "replicas",
+        "started_at", "waiting", "weight",
+    )  # fmt: skip
 
     def __init__(self, deadline: float, weight: float, client_gone: Callable[[], bool]) -> None:
         self.deadline = deadline
@@ -27,8 +30,18 @@ class Flow:
         self.abandoned = False
         self.jobs: list[Job] = []
         self.error: EmbedpoolError | None = None  # the first one; no further job is worth computing
+        self.started_at = self.compute_s = 0.0
+        self.replicas: set[str] = set()
         self.finish = 0.0
         self.waiting = 0
+        self._lock = threading.Lock()
+
+    def ran(self, replica: str, started_at: float, compute_s: float) -> None:
+        """Note a batch in which texts of this request ran."""
+        with self._lock:
+            self.started_at = min(self.started_at or started_at, started_at)
+            self.compute_s += compute_s
+            self.replicas.add(replica)
 
 
 class Job:
@@ -40,8 +53,8 @@ class Job:
     """
 
     __slots__ = (
-        "_lock", "_missing", "compute_s", "counted", "flow", "future", "group", "ids", "offset", "queued_at",
-        "replicas", "started_at", "texts", "tokens", "truncated", "variant", "vectors",
+        "_lock", "_missing", "counted", "flow", "future", "group", "ids", "offset", "texts", "tokens", "truncated",
+        "variant", "vectors",
     )  # fmt: skip
 
     def __init__(
@@ -64,8 +77,6 @@ class Job:
         self.variant = variant
         self.future: Future[Job] = Future()
         self.vectors: Vectors | None = None
-        self.queued_at = self.started_at = self.compute_s = 0.0
-        self.replicas: set[str] = set()
         self.counted = 0.0  # tokens as counted by a remote service
         self.truncated: list[int] = []  # rows cut by a remote service
         self._missing = len(texts)
@@ -73,13 +84,6 @@ class Job:
 
     def __len__(self) -> int:
         return len(self.texts)
-
-    def ran(self, replica: str, started_at: float, compute_s: float) -> None:
-        """Note a batch in which some of this job's texts ran."""
-        with self._lock:
-            self.started_at = min(self.started_at or started_at, started_at)
-            self.compute_s += compute_s
-            self.replicas.add(replica)
 
     def fill(self, row: int, vector: Vectors) -> None:
         """Place one vector; the last one resolves the future."""

@@ -47,7 +47,6 @@ class ModelQueue(queue.Queue[Job]):
     def _put(self, item: Job) -> None:
         flow = item.flow
         flow.waiting += len(item)
-        item.queued_at = self._clock()
         for at, tokens in enumerate(item.tokens):
             start = max(self._virtual_time, flow.finish)
             flow.finish = start + (tokens or 1) / flow.weight

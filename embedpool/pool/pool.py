@@ -36,7 +36,8 @@ class Pool:
         self._served: dict[str, ServedModel] = {}
         self._successors: dict[str, ServedModel] = {}
         self._routes: Mapping[str, ServedModel] = MappingProxyType({})
-        self._candidates: list[ServedModel] = []
+        self._preparing: set[ServedModel] = set()
+        self._candidates: list[ServedModel] = []  # prepared, for `apply` to adopt
         self._leaving: dict[ServedModel, threading.Thread] = {}
 
     # --- the road of a request
@@ -73,6 +74,10 @@ class Pool:
         Raises ModelFailed with the reason if it does not load; nothing is lost then.
         """
         candidate = ServedModel(spec, self._engine)
+        with self._lock:
+            if self.stopping:
+                raise ShuttingDown("the server is stopping")
+            self._preparing.add(candidate)
         try:
             candidate.start(prove=True)
             candidate.require_loaded(timeout_s)
@@ -81,9 +86,9 @@ class Pool:
             yield
         finally:
             with self._lock:
-                adopted = candidate in self._served.values()
+                self._preparing.discard(candidate)
                 self._candidates = [c for c in self._candidates if c is not candidate]
-                if not adopted and candidate not in self._leaving:
+                if candidate not in self._served.values() and candidate not in self._leaving:
                     self._drain_in_background(candidate)
 
     def apply(self, spec: PoolSpec) -> None:
@@ -95,13 +100,13 @@ class Pool:
             if self.stopping:
                 return
             change = diff(self._spec, spec)
-            self._spec = spec
-            leaving = [self._served.pop(name) for name in change.removed]
+            leaving = [s for name in change.removed if (s := self._served.pop(name, None))]
             leaving += [s for name in change.removed if (s := self._successors.pop(name, None))]
             for model in change.added:
                 self._served[model.model] = self._candidate_for(model) or self._begin(model)
             for model in change.changed:
                 leaving += self._change(model)
+            self._spec = spec
             self._route()
             for served in leaving:
                 self._drain_in_background(served)
@@ -178,7 +183,7 @@ class Pool:
         with self._lock:
             self.stopping = True
             drains = list(self._leaving.values())
-            leaving = [*self._served.values(), *self._successors.values(), *self._leaving]
+            leaving = [*self._served.values(), *self._successors.values(), *self._leaving, *self._preparing]
             self._routes = MappingProxyType({})
             self._served, self._successors = {}, {}
         given_up: list[int] = []

@@ -31,6 +31,9 @@ class Owner(Protocol):
     def driver_config(self) -> object:
         """driver.config as it is now."""
 
+    def is_surplus(self, replica: Replica) -> bool:
+        """Whether there are more replicas than may be; if so this one is removed already when this returns."""
+
     def open_driver(self) -> Driver:
         """An open driver, or an exception."""
 
@@ -106,6 +109,9 @@ class Replica:
                     continue
                 try:
                     self._serve(driver)
+                except Exception as error:  # a fault of ours, or no thread to be had: as a broken driver
+                    logger.exception("%s: unexpected", self.name)
+                    self._failed(error)
                 finally:
                     _close(driver, self.name)
                 if self._retired:
@@ -129,7 +135,6 @@ class Replica:
         logger.info("%s loaded in %.1f s", self.name, self._clock() - started)
         self.description = driver.description
         self._last_busy = self._clock()
-        self._become("ready")
         return driver
 
     def _failed(self, error: BaseException) -> None:
@@ -140,12 +145,16 @@ class Replica:
 
     def _serve(self, driver: Driver) -> None:
         self._driver = driver
-        self.adjust()
-        self._loop(driver, 1)
-        with self._lock:
-            self._driver, siblings, self._siblings = None, self._siblings, []
-        for thread in siblings:
-            thread.join()
+        try:
+            self._become("ready")
+            self.adjust()
+            self._loop(driver, 1)
+        finally:
+            self._leave_loops()
+            with self._lock:
+                self._driver, siblings, self._siblings = None, self._siblings, []
+            for thread in siblings:
+                thread.join()
 
     def adjust(self) -> None:
         """Follow the spec as it is now: the driver's own settings, and how many batches run at once."""
@@ -164,24 +173,26 @@ class Replica:
 
     def _loop(self, driver: Driver, number: int) -> None:
         """One worker's life. Only the lead, number 1, asks to retire; the others leave when fewer are wanted."""
-        worker = self._owner.make_worker(self.name, driver)
         lead = number == 1
         while not self._leave.is_set() and (lead or number <= self._owner.inflight(driver)):
+            worker = self._owner.make_worker(self.name, driver)  # anew: the spec may have changed its limits
             idle_s = self._owner.idle_timeout_s() if lead else None
             leaving = functools.partial(self._is_stale, idle_s) if lead else self._leave.is_set
-            before = worker.successes
             try:
-                if worker.step(idle_s, on_work=self._begin_work, leaving=leaving):
-                    self._end_work(served=worker.successes > before)
-                elif idle_s is not None and self._idle_for(idle_s) and self._owner.may_retire(self):
-                    self._retired = True
-                    self._leave_loops()
+                served = worker.step(idle_s, on_work=self._begin_work, leaving=leaving)
             except DriverBroken as error:
                 self._end_work(served=False)
-                if not self._leave.is_set():
+                if not self._leave.is_set():  # the first of its threads to say so is enough
                     logger.warning("%s is broken and is opened anew: %s", self.name, error)
                     self._failed(error)
                     self._leave_loops()
+                continue
+            if served:
+                self._end_work(served=worker.successes > 0)
+            idle = not served and idle_s is not None and self._idle_for(idle_s)
+            if lead and ((idle and self._owner.may_retire(self)) or self._owner.is_surplus(self)):
+                self._retired = True
+                self._leave_loops()
 
     def _is_stale(self, idle_s: float | None) -> bool:
         """Whether the lead must look around instead of waiting for work: to leave, or for another idle time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from embedpool.config.spec import ModelSpec
+from embedpool.errors import DeadlineExceeded
 from embedpool.pool.batcher import Batcher
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.replica import Replica
@@ -73,8 +75,8 @@ class ReplicaSet:
         self._retiring: set[Replica] = set()
         self._number = 0
         self._meter: Meter | None = None
-        self._proved = False  # has been ready once
-        self._stopped = False
+        self._meter_lock = threading.Lock()  # its own: opening may take as long as a download
+        self.stopped = False
 
     def __len__(self) -> int:
         return len(self._replicas)
@@ -87,7 +89,7 @@ class ReplicaSet:
             return "ready"
         if not replicas:
             return "idle"
-        limit = FAILURES_BEFORE_FAILED if self._proved else 1
+        limit = 1 if self.loads_first else FAILURES_BEFORE_FAILED
         return "failed" if all(r.failures >= limit for r in replicas) else "loading"
 
     @property
@@ -95,11 +97,15 @@ class ReplicaSet:
         """When the next attempt of a failed model is, on the clock."""
         return min((r.retry_at for r in self._replicas), default=0.0)
 
-    def meter(self) -> Meter:
-        """The model's meter, opened on first use."""
+    def meter(self, timeout_s: float = -1) -> Meter:
+        """The model's meter, opened on first use. Raises DeadlineExceeded if another thread opens it for too long."""
         if self._meter is None:
-            with self._lock:
+            if not self._meter_lock.acquire(timeout=timeout_s):
+                raise DeadlineExceeded("the deadline passed while the model's tokenizer was being opened")
+            try:
                 self._meter = self._meter or self._engine.open_meter(self.spec)
+            finally:
+                self._meter_lock.release()
         return self._meter
 
     # --- how many
@@ -129,7 +135,7 @@ class ReplicaSet:
 
     def _add_if(self, wanted: Callable[[], bool]) -> None:
         with self._lock:
-            if self._stopped or not self.spec.enabled or not wanted():
+            if self.stopped or not self.spec.enabled or not wanted():
                 return
             self._number += 1
             replica = Replica(f"{self.spec.model}#{self._number}", self, self._engine.clock)
@@ -143,8 +149,9 @@ class ReplicaSet:
     def stop(self, timeout_s: float) -> None:
         """End every replica, also those that retire already."""
         with self._lock:
-            self._stopped = True
+            self.stopped = True
             leaving = [*self._replicas, *self._retiring]
+        self.settled.set()  # nobody waits for a load that will not be
         for replica in leaving:
             replica.stop()
         deadline = time.monotonic() + max(timeout_s, CLOSE_TIMEOUT_S)
@@ -169,9 +176,12 @@ class ReplicaSet:
     def grow(self) -> None:
         """One more if work waits behind what was just taken and all are at work."""
         if self.queue.qsize() and len(self) < self.spec.scaling.max:
-            self._add_if(
-                lambda: len(self) < self.spec.scaling.max and all(r.state == "ready" and r.busy for r in self._replicas)
-            )
+            with contextlib.suppress(RuntimeError):  # no thread to be had: the ones there are go on
+                self._add_if(self._may_grow)
+
+    def _may_grow(self) -> bool:
+        at_work = all(r.state == "ready" and r.busy for r in self._replicas)
+        return len(self) < self.spec.scaling.max and at_work
 
     def idle_timeout_s(self) -> float | None:
         """See Owner."""
@@ -183,6 +193,15 @@ class ReplicaSet:
         with self._lock:
             needed = max(self.spec.scaling.min, 1 if self.loads_first else 0)
             if len(self) <= needed or self.queue.qsize():
+                return False
+            self._replicas = tuple(r for r in self._replicas if r is not replica)
+            self._retiring.add(replica)
+            return True
+
+    def is_surplus(self, replica: Replica) -> bool:
+        """See Owner."""
+        with self._lock:
+            if len(self) <= self.spec.scaling.max:
                 return False
             self._replicas = tuple(r for r in self._replicas if r is not replica)
             self._retiring.add(replica)
@@ -217,7 +236,6 @@ class ReplicaSet:
     def replica_changed(self, replica: Replica) -> None:
         """See Owner."""
         if replica.state == "ready":
-            self._proved = True
             self.loads_first = False
             self.settled.set()
             self._on_ready()

@@ -100,9 +100,10 @@ class ServedModel:
         clock = self._engine.clock
         arrived = clock()
         spec = self.spec
-        if self.queue.full():
+        if self.queue.full() and not self._draining:
             raise self._overloaded()  # before its texts are measured
-        measured = measure(request, spec.driver.config, self.replicas.meter())
+        meter = self.replicas.meter(max(flow.deadline - clock(), 0))
+        measured = measure(request, spec.driver.config, meter)
         try:
             for job in self._split(flow, measured):
                 if flow.error is not None:
@@ -112,7 +113,7 @@ class ServedModel:
                 job.future.result(max(flow.deadline - clock(), 0))
         except (FutureTimeout, queue.Full):
             raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
-        return gather(flow.jobs, measured, request.options, spec, arrived_at=arrived, now=clock())
+        return gather(flow, measured, request.options, spec, arrived_at=arrived, now=clock())
 
     def _split(self, flow: Flow, measured: Measured) -> Iterator[Job]:
         return split(
@@ -175,7 +176,9 @@ class ServedModel:
 
     def require_loaded(self, timeout_s: float) -> None:
         """Wait for the first load. Raises ModelFailed with the reason unless it succeeded in time."""
-        settled = self.replicas.settled.wait(timeout_s)
+        settled = self.wait_settled(timeout_s)
+        if self.replicas.stopped:
+            raise ShuttingDown(f"{self.spec.model!r} is stopping")
         if not settled or self.state == "failed":
             reason = self.replicas.last_error if settled else f"not ready within {timeout_s:g} s"
             raise ModelFailed(f"{self.spec.model!r} did not load: {reason}")

@@ -1,4 +1,4 @@
-"""The thread of one replica: `run()` is a loop around `step()`."""
+"""The work of a replica's thread: `Replica` loops around `step()`."""
 
 from __future__ import annotations
 
@@ -167,8 +167,8 @@ class Worker:
         vectors = answer.vectors
         if vectors.ndim != 2 or vectors.shape[0] != len(rows):
             raise ValueError(f"the driver gave vectors of shape {vectors.shape} for {len(rows)} texts")
-        for job in {id(equal.job): equal.job for row in rows for equal in (row, *row.twins)}.values():
-            job.ran(self.name, started, elapsed)
+        for flow in {equal.job.flow for row in rows for equal in (row, *row.twins)}:
+            flow.ran(self.name, started, elapsed)
         if answer.tokens is not None or answer.truncated:
             _report(rows, answer)
         self.successes += 1

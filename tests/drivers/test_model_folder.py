@@ -57,6 +57,7 @@ def test_the_packaged_model_needs_no_network(monkeypatch: pytest.MonkeyPatch, na
 
 def test_a_revision_is_taken_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A pinned revision is not answered with whatever the package holds."""
+    (tmp_path / "model.safetensors").touch()
     asked = hub(monkeypatch, [tmp_path])
     assert find_model_folder(MINILM, LocalStConfig(revision="abc")) == tmp_path
     assert asked == [(MINILM, {"revision": "abc", "local_files_only": True})]
@@ -67,6 +68,7 @@ def test_the_local_cache_comes_before_the_network(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, repo: str
 ) -> None:
     """What is in the cache is used; a bare name is one of sentence-transformers."""
+    (tmp_path / "model.safetensors").touch()
     asked = hub(monkeypatch, [tmp_path])
     assert find_model_folder(name, LocalStConfig()) == tmp_path
     assert [(r, arguments["local_files_only"]) for r, arguments in asked] == [(repo, True)]
@@ -93,3 +95,12 @@ def test_offline_and_not_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     """Without a network a model that is not there is refused at once, with the hub's own library."""
     with pytest.raises(ModelFailed, match="cannot be fetched"):
         find_model_folder("no-such-organisation/no-such-model", LocalStConfig())
+
+
+def test_an_interrupted_download_is_taken_up_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cached folder without weights is not taken for the model."""
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "whole").mkdir()
+    asked = hub(monkeypatch, [tmp_path / "cut", tmp_path / "whole"])
+    assert find_model_folder("org/m", LocalStConfig()) == tmp_path / "whole"
+    assert [arguments.get("local_files_only", False) for _, arguments in asked] == [True, False]

@@ -137,6 +137,20 @@ def test_every_row_of_the_table(make_server: Callable[..., Server], kind: str) -
     remote.server_close()
 
 
+def test_management_with_a_key(make_server: Callable[..., Server], kind: str) -> None:
+    """401 unauthorized without the admin key; the command line sends the one that client.api_key_env names."""
+    server = make_server(
+        EMBEDPOOL_SECURITY__ADMIN_KEY_ENV="EMBEDPOOL_SECRET_ADMIN",
+        EMBEDPOOL_SECRET_ADMIN="k3y",
+        EMBEDPOOL_CLIENT__API_KEY_ENV="EMBEDPOOL_SECRET_ADMIN",
+    )
+    server.start(kind)
+    assert error_of(server.post("/reload", {}), 401)["code"] == "unauthorized"
+    server.cli("register", "--model", "m", "--type", "fake")
+    assert "admin key" in server.cli("unregister", "--model", "m", code=1, EMBEDPOOL_SECRET_ADMIN="wrong")
+    assert "k3y" not in server.log.read_text()
+
+
 @pytest.mark.parametrize("request_line", [b"NONSENSE\r\n\r\n", b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n"])
 def test_what_is_not_http_gets_our_shape(server: Server, kind: str, request_line: bytes) -> None:
     """Even garbage is answered with JSON and a code, and the connection is closed."""

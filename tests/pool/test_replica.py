@@ -28,6 +28,9 @@ class Model:
 
     driver_config = None
 
+    def is_surplus(self, replica: Replica) -> bool:
+        return False
+
     def __init__(self, opener: Opener) -> None:
         self.queue = ModelQueue(100)
         self.idle_s: float | None = None

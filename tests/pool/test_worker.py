@@ -94,7 +94,7 @@ def test_requests_share_a_batch_and_each_gets_its_own() -> None:
     bench.serve(*jobs)
     assert_served(*jobs)
     assert len(bench.driver.calls) == 1
-    assert [job.replicas for job in jobs] == [{"m#1"}] * 3
+    assert [job.flow.replicas for job in jobs] == [{"m#1"}] * 3
     assert bench.stats.snapshot()["rows"] == 5
     assert bench.stats.snapshot()["padded_tokens"] == 20
 
@@ -295,7 +295,7 @@ def test_times_are_of_the_workers_clock() -> None:
     bench = Bench(Scripted(lambda texts: setattr(bench, "now", bench.now + 2)), batcher=Batcher(1, 100))
     job = job_of("a", "bb")
     bench.serve(job)
-    assert (job.started_at, job.compute_s) == (100, 4)
+    assert (job.flow.started_at, job.flow.compute_s) == (100, 4)
     assert bench.stats.snapshot()["compute_s"] == 4
 
 

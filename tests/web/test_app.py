@@ -69,7 +69,7 @@ def test_a_trailing_slash_is_no_other_path(web: Web) -> None:
     ("error", "status", "code", "retry_after"),
     [
         (Overloaded("full", retry_after_s=1.2), 429, "overloaded", "2"),
-        (ShuttingDown("bye"), 503, "shutting_down", None),
+        (ShuttingDown("bye"), 503, "shutting_down", "5"),
         (UpstreamError("slow down", remote_status=429, retry_after_s=3), 429, "upstream_error", "3"),
         (UpstreamError("teapot", remote_status=418), 502, "upstream_error", None),
     ],

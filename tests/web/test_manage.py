@@ -373,3 +373,29 @@ def test_our_own_names_are_known(make_web: MakeWeb, host: str) -> None:
     web = make_web(MODEL, settings=settings)
     assert web.post("/reload", {}, headers={"Host": host}).status_code == 200
     refused(web.post("/reload", {}, headers={"Host": "other.internal"}), 403, "forbidden")
+
+
+@pytest.mark.parametrize(
+    ("authorization", "status", "code"),
+    [(None, 401, "unauthorized"), ("Bearer wrong", 401, "unauthorized"), ("Basic s3cret", 401, "unauthorized"),
+     ("Bearer s3cret", 200, None)],
+)  # fmt: skip
+def test_an_admin_key_opens_management_to_other_machines(
+    make_web, monkeypatch: pytest.MonkeyPatch, authorization: str | None, status: int, code: str | None
+) -> None:
+    """With a key set, who has it may manage from anywhere, and nobody may without it, not even from this machine."""
+    monkeypatch.setenv("EMBEDPOOL_SECRET_ADMIN", "s3cret")
+    web = make_web("model: m", settings=Settings(security=Security(admin_key_env="EMBEDPOOL_SECRET_ADMIN")))
+    headers = {"Authorization": authorization} if authorization else {}
+    for address in ("127.0.0.1", "10.0.0.7"):
+        answer = web.post("/reload", {}, headers=headers, environ_overrides={"REMOTE_ADDR": address})
+        assert answer.status_code == status
+        assert code is None or answer.json["error"]["code"] == code
+    assert "s3cret" not in answer.text
+
+
+def test_an_admin_key_that_is_not_set_closes_management(make_web) -> None:
+    """A forgotten variable opens nothing."""
+    web = make_web("model: m", settings=Settings(security=Security(admin_key_env="EMBEDPOOL_SECRET_NOT_SET")))
+    answer = web.post("/reload", {}, headers={"Authorization": "Bearer "})
+    assert (answer.status_code, answer.json["error"]["code"]) == (403, "forbidden")
