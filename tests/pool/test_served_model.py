@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -638,3 +639,71 @@ def test_the_snapshot_tells_what_an_operator_needs(serve) -> None:
     }  # fmt: skip
     assert {key: seen[key] for key in expected} == expected
     assert served.snapshot()["counters"]["requests"] == 2
+
+
+def test_a_tokenizer_that_opens_for_long_delays_nobody_else(serve) -> None:
+    """While one request opens the tokenizer, others keep their deadlines and a change of the spec applies."""
+    opening = Gate()
+
+    def open_meter(spec) -> FakeMeter:
+        opening()
+        return FakeMeter()
+
+    served, _ = serve(min=0, engine={"open_meter": open_meter})
+    first = in_thread(ask, served, "a")
+    opening.arrived()
+    with pytest.raises(DeadlineExceeded):
+        ask(served, "b", timeout_s=0.01)
+    served.update(model_spec(min=0, alias="other"))
+    assert served.spec.alias == "other"
+    opening.open()
+    assert_answers(first.result(PATIENCE_S), "a")
+
+
+def test_compute_time_counts_each_batch_once(serve) -> None:
+    """`compute_ms` is the sum over a request's batches, however its texts were split into jobs."""
+    served, _ = serve(engine={"max_batch_texts": 2, "clock": itertools.count().__next__, "request_timeout_s": 1e9})
+    settled(served)
+    answer = ask(served, "a", "b", "c", "d", "e", "f")
+    assert answer.compute_ms == 1000 * served.stats.snapshot()["compute_s"]
+
+
+def test_fewer_replicas_apply_under_load(serve) -> None:
+    """A smaller `scaling.max` takes replicas away although work never ceases."""
+    served, _ = serve(min=3, max=3)
+    settled(served)
+    served.update(model_spec(min=1, max=1))
+    for number in range(1000):
+        assert_answers(ask(served, f"text {number}"), f"text {number}")
+        if len(served.replicas) == 1:
+            break
+    assert len(served.replicas) == 1
+
+
+def test_a_fault_of_our_own_opens_the_replica_anew(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception outside the driver leaves no dead replica behind that requests would wait for."""
+    failures = [RuntimeError("can't start new thread")]
+    adjust = Replica.adjust
+
+    def adjust_and_fail_once(self: Replica) -> None:
+        if failures:
+            raise failures.pop()
+        adjust(self)
+
+    monkeypatch.setattr(Replica, "adjust", adjust_and_fail_once)
+    served, opener = serve()
+    settled(served)
+    assert_answers(ask(served, "a"), "a")
+    assert len(opener.opened) == 2
+
+
+def test_a_driver_s_new_batch_size_applies_at_once(serve) -> None:
+    """`max_batch_texts` of a remote service is no load option."""
+    driver = Scripted()
+    driver.max_batch_texts = 64
+    driver.configure = lambda config: setattr(driver, "max_batch_texts", 1)
+    served, _ = serve(driver)
+    settled(served)
+    served.update(model_spec(alias="other"))
+    assert_answers(ask(served, "a", "b", "c"), "a", "b", "c")
+    assert [len(call) for call in driver.calls] == [1, 1, 1]
