@@ -180,6 +180,19 @@ def assert_answers(result: EmbedResult, *texts: str) -> None:
     np.testing.assert_array_equal(result.vectors, vectors_of(texts))
 
 
+def broken_on(text: str) -> Scripted:
+    """A driver that fails on a text and then on its probe."""
+
+    def on_embed(texts: list[str]) -> None:
+        if text in texts:
+            raise RuntimeError("out of order")
+
+    def on_probe() -> None:
+        raise RuntimeError("out of order")
+
+    return Scripted(on_embed, on_probe=on_probe)
+
+
 def job_of(*texts: str, flow: Flow | None = None, offset: int = 0, group: str | None = None) -> Job:
     """A job of such texts; a text's length stands for its tokens."""
     return Job(flow or flow_of(), texts, None, [len(t) for t in texts], offset=offset, group=group)

@@ -20,7 +20,6 @@ from embedpool.errors import (
     Overloaded,
     ShuttingDown,
 )
-from embedpool.pool import replica as replica_module
 from embedpool.pool.pool import Pool
 from embedpool.pool.served_model import ServedModel
 from tests.pool.scripted import (
@@ -36,12 +35,6 @@ from tests.pool.scripted import (
     model_spec,
     puts_of,
 )
-
-
-@pytest.fixture(autouse=True)
-def _short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replica_module, "BACKOFF_FIRST_S", 0.001)
-    monkeypatch.setattr(replica_module, "BACKOFF_LONGEST_S", 0.002)
 
 
 @pytest.fixture

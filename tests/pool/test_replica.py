@@ -16,7 +16,7 @@ from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.replica import Replica
 from embedpool.pool.stats import ModelStats
 from embedpool.pool.worker import Worker
-from tests.pool.scripted import PATIENCE_S, Gate, Opener, Scripted, job_of, model_spec
+from tests.pool.scripted import PATIENCE_S, Gate, Opener, Scripted, broken_on, job_of, model_spec
 
 
 class Panic(BaseException):
@@ -76,12 +76,6 @@ class Model:
         return job
 
 
-@pytest.fixture(autouse=True)
-def _short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replica_module, "BACKOFF_FIRST_S", 0.001)
-    monkeypatch.setattr(replica_module, "BACKOFF_LONGEST_S", 0.004)
-
-
 @pytest.fixture
 def start() -> Iterator:
     """Start a replica on a model; stopped at the end, when every driver must have been closed."""
@@ -107,19 +101,6 @@ def start() -> Iterator:
 
 def done(job: Job) -> Exception | None:
     return job.future.exception(PATIENCE_S)
-
-
-def broken(text: str = "bad"):
-    """A driver that fails on a text and then on its probe."""
-
-    def on_embed(texts: list[str]) -> None:
-        if text in texts:
-            raise RuntimeError("out of order")
-
-    def on_probe() -> None:
-        raise RuntimeError("out of order")
-
-    return Scripted(on_embed, on_probe=on_probe)
 
 
 def test_it_loads_serves_and_closes(start) -> None:
@@ -172,7 +153,7 @@ def test_it_goes_on_trying_for_days(start) -> None:
 
 def test_a_broken_driver_is_opened_anew(start) -> None:
     """When the driver itself is at fault it is closed and opened again, and what waits is served then."""
-    replica, model, opener = start(broken())
+    replica, model, opener = start(broken_on("bad"))
     assert isinstance(done(model.put("bad")), InferenceFailed)
     assert done(model.put("a")) is None
     assert model.states == ["ready", "failed", "ready"]
@@ -182,7 +163,7 @@ def test_a_broken_driver_is_opened_anew(start) -> None:
 
 def test_failures_in_a_row_count_until_a_batch_is_served(start) -> None:
     """Only batches earn trust: loading again after a break does not clear the count, a served batch does."""
-    replica, model, _opener = start(broken(), broken())
+    replica, model, _opener = start(broken_on("bad"), broken_on("bad"))
     for _ in range(2):
         assert isinstance(done(model.put("bad")), InferenceFailed)
     model.wait_for("ready", "failed", "ready", "failed", "ready")
@@ -329,7 +310,7 @@ def test_a_stop_during_the_load_closes_what_was_loaded(start) -> None:
 
 def test_a_driver_that_does_not_close_cleanly_ends_nothing(start, caplog) -> None:
     """An error while a broken driver is closed is logged, and the driver is opened anew all the same."""
-    bad = broken()
+    bad = broken_on("bad")
     bad.close = lambda: bad.closed.set() or 1 / 0
     _replica, model, _opener = start(bad)
     done(model.put("bad"))

@@ -24,7 +24,6 @@ from embedpool.errors import (
     Overloaded,
     ShuttingDown,
 )
-from embedpool.pool import replica as replica_module
 from embedpool.pool.model_queue import QueueClosed
 from embedpool.pool.replica import Replica
 from embedpool.pool.request import EmbedRequest
@@ -37,18 +36,13 @@ from tests.pool.scripted import (
     Scripted,
     ask,
     assert_answers,
+    broken_on,
     engine_of,
     in_thread,
     model_spec,
     puts_of,
     vectors_of,
 )
-
-
-@pytest.fixture(autouse=True)
-def _short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replica_module, "BACKOFF_FIRST_S", 0.001)
-    monkeypatch.setattr(replica_module, "BACKOFF_LONGEST_S", 0.002)
 
 
 @pytest.fixture
@@ -83,19 +77,6 @@ def serve() -> Iterator[Callable[..., tuple[ServedModel, Opener]]]:
 def settled(served: ServedModel) -> ServedModel:
     assert served.wait_settled(PATIENCE_S)
     return served
-
-
-def broken_on(text: str) -> Scripted:
-    """A driver that fails on a text and then on its probe."""
-
-    def on_embed(texts: list[str]) -> None:
-        if text in texts:
-            raise RuntimeError("out of order")
-
-    def on_probe() -> None:
-        raise RuntimeError("out of order")
-
-    return Scripted(on_embed, on_probe=on_probe)
 
 
 # --- the road of a request
