@@ -7,7 +7,7 @@ MODEL := sentence-transformers/all-MiniLM-L6-v2
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: run test lint docs clean
+.PHONY: run test lint docs bench clean
 
 run: $(VENV)/run.installed
 	@$(BIN)/embedpool init > /dev/null
@@ -25,6 +25,9 @@ lint: $(VENV)/test.installed
 
 docs: $(VENV)/test.installed
 	$(BIN)/python -m tests.docs
+
+bench: $(VENV)/test.installed
+	$(BIN)/python -m benchmarks.run --write
 
 $(VENV)/run.installed: setup.cfg conf/constraints.txt | $(BIN)/python
 	$(PIP) -e '.[demo,openvino]'

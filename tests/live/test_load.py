@@ -12,10 +12,12 @@ from collections.abc import Callable
 from tests.live.conftest import Server, fake, wait_until
 
 
-async def burst(host: str, port: int, count: int, body: bytes) -> list[tuple[int, bool]]:
-    """`count` requests at once, each on its own connection: status and whether it said Retry-After."""
+async def burst(host: str, port: int, count: int, texts: int) -> list[tuple[int, bool]]:
+    """`count` requests at once, each on its own connection and of so many texts, no two alike: status and whether it
+    said Retry-After."""
 
-    async def one() -> tuple[int, bool]:
+    async def one(number: int) -> tuple[int, bool]:
+        body = json.dumps({"model": "m", "texts": [f"text {number} {i}" for i in range(texts)]}).encode()
         reader, writer = await asyncio.open_connection(host, port)
         head = f"POST /embed HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -24,7 +26,7 @@ async def burst(host: str, port: int, count: int, body: bytes) -> list[tuple[int
         writer.close()
         return int(answer.split(b" ", 2)[1]), b"\r\nRetry-After: " in answer
 
-    return await asyncio.gather(*(one() for _ in range(count)))
+    return await asyncio.gather(*(one(number) for number in range(count)))
 
 
 def address(server: Server) -> tuple[str, int]:
@@ -39,10 +41,9 @@ def test_a_burst_gives_200_or_429_and_nothing_is_left(make_server: Callable[...,
     server.start(kind)
     server.wait_ready()
     family = [server.process, *server.process.children(recursive=True)]
-    body = json.dumps({"model": "m", "texts": ["x"]}).encode()
 
     async def everything() -> tuple[list[tuple[int, bool]], list[int]]:
-        sending = asyncio.ensure_future(burst(*address(server), 2000, body))
+        sending = asyncio.ensure_future(burst(*address(server), 2000, 1))
         health = []
         while not sending.done():
             health.append((await asyncio.to_thread(server.get, "/health")).status_code)
@@ -110,8 +111,7 @@ def test_replicas_grow_under_load_and_go_when_idle(server: Server) -> None:
     server.start()
     server.wait_ready()
     assert server.status("m")["state"] == "idle"
-    body = json.dumps({"model": "m", "texts": ["x"] * 64}).encode()
-    answers = asyncio.run(burst(*address(server), 14, body))
+    answers = asyncio.run(burst(*address(server), 14, 64))
     assert {status for status, _ in answers} == {200}
     assert "m#3" in server.log.read_text()
     wait_until(lambda: server.status("m")["state"] == "idle")

@@ -1,0 +1,193 @@
+"""Closed-loop load: each client sends its next request when the last one is answered.
+
+`wrk` drives one-text workloads where it is installed; it stops at the clock, which for small requests costs nothing.
+All else is the Python client below, in a process of its own: prebuilt bytes over keep-alive sockets, one thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import heapq
+import json
+import selectors
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+RECEIVE_BYTES = 1 << 18
+ANSWER_WITHIN_S = 300.0
+
+WRK_SCRIPT = """
+local requests, at = {}, 0
+function init(args)
+  for line in io.lines("%(bodies)s") do
+    requests[#requests + 1] = wrk.format("POST", "%(path)s", {["Content-Type"] = "application/json"}, line)
+  end
+end
+function request()
+  at = at %% #requests + 1
+  return requests[at]
+end
+function done(summary, latency, sockets)
+  local e = summary.errors
+  io.write(string.format('\\nRESULT {"answers": %%d, "seconds": %%f, "p50_ms": %%f, "p95_ms": %%f, "p99_ms": %%f, ' ..
+    '"errors": %%d}\\n', summary.requests, summary.duration / 1e6, latency:percentile(50) / 1e3,
+    latency:percentile(95) / 1e3, latency:percentile(99) / 1e3, e.connect + e.read + e.write + e.status + e.timeout))
+end
+"""
+
+
+class LoadError(Exception):
+    """The server did not answer, or not with 200."""
+
+
+@dataclass
+class Group:
+    """Clients of one kind. They share `bodies` (cycled) and, where given, `requests`: how many are sent in all."""
+
+    name: str
+    clients: int
+    bodies: list[bytes]
+    requests: int | None = None
+    think_s: float = 0.0
+    least_answers: int = 0  # the clock does not stop the load before
+    sent: int = 0
+    latencies_s: list[float] = field(default_factory=list)
+    last_answer_s: float = 0.0
+
+    def result(self) -> dict[str, Any]:
+        """Answers, seconds until the last of them, percentiles of latency in milliseconds."""
+        return {"answers": len(self.latencies_s), "seconds": self.last_answer_s, **percentiles(self.latencies_s)}
+
+
+def percentiles(latencies_s: Sequence[float]) -> dict[str, float]:
+    """p50_ms, p95_ms and p99_ms of latencies in seconds."""
+    ordered = sorted(latencies_s)
+    return {f"p{p}_ms": 1000 * ordered[min(len(ordered) * p // 100, len(ordered) - 1)] for p in (50, 95, 99)}
+
+
+def closed_loop(port: int, path: str, bodies: list[bytes], clients: int, seconds: float) -> dict[str, Any]:
+    """Small requests for `seconds` seconds, by wrk where it is on PATH. See Group.result for what is given."""
+    if shutil.which("wrk"):
+        return _wrk(port, path, bodies, clients, seconds)
+    return drive(port, path, [Group("all", clients, bodies)], seconds)["all"]
+
+
+def drive(port: int, path: str, groups: list[Group], seconds: float | None = None) -> dict[str, dict[str, Any]]:
+    """Groups of clients at once, from a process of its own, until `seconds` have passed or all requests are answered.
+
+    Gives each group's result. Raises LoadError.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(_drive, port, path, groups, seconds).result()
+
+
+def _wrk(port: int, path: str, bodies: list[bytes], clients: int, seconds: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        lines, script = Path(folder) / "bodies.txt", Path(folder) / "load.lua"
+        lines.write_bytes(b"\n".join(bodies))
+        script.write_text(WRK_SCRIPT % {"bodies": lines, "path": path})
+        run = ["wrk", "-t1", f"-c{clients}", f"-d{max(round(seconds), 1)}s", "--timeout", "60s", "-s", str(script)]
+        done = subprocess.run([*run, f"http://127.0.0.1:{port}"], capture_output=True, text=True, check=False)
+    lines_out = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines_out:
+        raise LoadError(f"wrk failed: {done.stderr.strip() or done.stdout.strip()}")
+    result = json.loads(lines_out[0].removeprefix("RESULT "))
+    if result.pop("errors") or not result["answers"]:
+        raise LoadError(f"not every answer was 200: {done.stdout}")
+    return result
+
+
+class _Client:
+    """One keep-alive connection and the request under way on it."""
+
+    def __init__(self, port: int, group: Group) -> None:
+        self.group = group
+        self.socket = socket.create_connection(("127.0.0.1", port))
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setblocking(False)
+        self.unsent = memoryview(b"")
+        self.got = bytearray()
+        self.expected: int | None = None  # bytes of the whole answer, once its head is here
+        self.began_s = 0.0
+
+    def begin(self, request: bytes) -> None:
+        self.unsent, self.expected, self.began_s = memoryview(request), None, time.perf_counter()
+        self.got.clear()
+        self.send()
+
+    def send(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self.unsent = self.unsent[self.socket.send(self.unsent) :]
+
+    def answered(self) -> bool:
+        """Read what is there; whether the answer is whole."""
+        received = self.socket.recv(RECEIVE_BYTES)
+        if not received:
+            raise LoadError(f"the connection was closed after {len(self.got)} bytes of an answer")
+        self.got += received
+        if self.expected is None and (end := self.got.find(b"\r\n\r\n")) >= 0:
+            head = bytes(self.got[:end]).lower()
+            if not head.startswith((b"http/1.1 200", b"http/1.0 200")):
+                raise LoadError(bytes(self.got[:500]).decode(errors="replace"))
+            self.expected = end + 4 + int(head.split(b"content-length:")[1].split(b"\r\n")[0])
+        return self.expected is not None and len(self.got) >= self.expected
+
+
+def _drive(port: int, path: str, groups: list[Group], seconds: float | None) -> dict[str, dict[str, Any]]:
+    """The loop of `drive`. Clients that think begin spread over their time of thought."""
+    gc.disable()
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\nContent-Length: "
+    requests = {g.name: [f"{head}{len(b)}\r\n\r\n".encode() + b for b in g.bodies] for g in groups}
+    poll = selectors.DefaultSelector()
+    start_s = time.perf_counter()
+    waiting: list[tuple[float, int, _Client]] = []  # when to send, a tie-breaker, who
+    under_way = 0
+    for group in groups:
+        for i in range(group.clients):
+            client = _Client(port, group)
+            poll.register(client.socket, selectors.EVENT_READ, client)
+            heapq.heappush(waiting, (start_s + group.think_s * i / group.clients, id(client), client))
+
+    while True:
+        now_s = time.perf_counter()
+        over = seconds is not None and now_s - start_s >= seconds
+        over = over and all(len(g.latencies_s) >= g.least_answers for g in groups)
+        while waiting and not over and waiting[0][0] <= now_s:
+            client = heapq.heappop(waiting)[2]
+            group = client.group
+            if group.requests is None or group.sent < group.requests:
+                client.begin(requests[group.name][group.sent % len(group.bodies)])
+                group.sent += 1
+                under_way += 1
+                poll.modify(client.socket, selectors.EVENT_READ | selectors.EVENT_WRITE * bool(client.unsent), client)
+        if not under_way and (over or not waiting):
+            break
+        until_s = max(waiting[0][0] - now_s, 0) if waiting and not over else ANSWER_WITHIN_S
+        events = poll.select(until_s)
+        if not events and until_s == ANSWER_WITHIN_S:
+            raise LoadError(f"no answer within {ANSWER_WITHIN_S:.0f} s")
+        for key, mask in events:
+            client = key.data
+            if mask & selectors.EVENT_WRITE:
+                client.send()
+                if not client.unsent:
+                    poll.modify(client.socket, selectors.EVENT_READ, client)
+            if mask & selectors.EVENT_READ and client.answered():
+                now_s = time.perf_counter()
+                under_way -= 1
+                client.group.latencies_s.append(now_s - client.began_s)
+                client.group.last_answer_s = now_s - start_s
+                heapq.heappush(waiting, (now_s + client.group.think_s, id(client), client))
+    for key in list(poll.get_map().values()):
+        key.data.socket.close()
+    return {group.name: group.result() for group in groups}

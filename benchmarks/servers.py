@@ -1,0 +1,240 @@
+"""The servers that are measured: how each is installed, started, asked and stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.texts import model_folder
+
+HERE = Path(__file__).parent
+CACHE = Path(os.environ.get("EMBEDPOOL_BENCH_CACHE", Path.home() / ".cache" / "embedpool-bench"))
+MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+GRAPHS = CACHE / "graphs"  # embedpool's exports, shared with reference.py
+STARTS_WITHIN_S, STOPS_WITHIN_S = 240, 40
+QUIET = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(CACHE / "hf"), "DO_NOT_TRACK": "1", "PYTHONWARNINGS": "ignore"}
+
+
+class Absent(Exception):
+    """A server that cannot be installed or started here, with the reason."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """How one server is run. `command` gets the folder it may write to and its port."""
+
+    name: str
+    about: str
+    command: Callable[[Path, int], list[str]]
+    venv: str | None = None  # the name of its requirements file; else it runs in this interpreter's environment
+    path: str = "/embed"
+    texts_key: str = "texts"
+
+    def body(self, texts: list[str]) -> bytes:
+        """A request for the vectors of `texts`, on one line."""
+        return json.dumps({"model": MODEL, self.texts_key: texts}).encode()
+
+    def vectors(self, answer: bytes) -> list[list[float]]:
+        """The vectors of an answer."""
+        document = json.loads(answer)
+        return document["vectors"] if "vectors" in document else [item["embedding"] for item in document["data"]]
+
+
+@dataclass
+class Running:
+    """A server that has answered, `startup_s` seconds after it was started."""
+
+    server: Server
+    port: int
+    process: psutil.Process
+    startup_s: float
+
+    def ask(self, texts: list[str], timeout_s: float = 300) -> list[list[float]]:
+        """The vectors of `texts`."""
+        url = f"http://127.0.0.1:{self.port}{self.server.path}"
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, self.server.body(texts), headers)
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            return self.server.vectors(answer.read())
+
+    def cpu_s(self) -> float:
+        """CPU seconds used so far by the server and its children."""
+        return sum(sum(process.cpu_times()[:2]) for process in self._tree())
+
+    def peak_mb(self) -> float:
+        """Peak resident memory in MB, summed over its processes; shared pages count in each."""
+        return sum(_peak_bytes(process) for process in self._tree()) / 1e6
+
+    def _tree(self) -> list[psutil.Process]:
+        return [self.process, *self.process.children(recursive=True)]
+
+
+@contextlib.contextmanager
+def running(server: Server) -> Iterator[Running]:
+    """The server from its start to its stop. Raises Absent with the reason."""
+    if server.venv:
+        install(server.venv)
+    with tempfile.TemporaryDirectory() as name:
+        folder, port = Path(name), _free_port()
+        environment = {**os.environ, **QUIET, "MODEL_FOLDER": str(model_folder()), "PORT": str(port)}
+        environment |= {"PYTHONPATH": str(HERE / "apps"), "EMBEDPOOL_SERVER__PORT": str(port)}
+        environment |= {"EMBEDPOOL_PATHS__CACHE_DIR": str(GRAPHS)}
+        command = server.command(folder, port)
+        with open(folder / "log", "wb") as log:
+            start_s = time.perf_counter()
+            process = subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            up = Running(server, port, psutil.Process(process.pid), 0.0)
+            _wait(up, process, folder / "log")
+            up.startup_s = time.perf_counter() - start_s
+            yield up
+        finally:
+            _stop(process)
+
+
+def install(name: str) -> Path:
+    """The python of the environment that requirements/<name>.txt describes, made if need be. Raises Absent."""
+    requirements, folder = HERE / "requirements" / f"{name}.txt", CACHE / name
+    python, stamp = folder / "bin" / "python", folder / "installed"
+    digest = hashlib.sha256(requirements.read_bytes()).hexdigest()
+    if stamp.exists() and stamp.read_text() == digest:
+        return python
+    print(f"installing {name}, once", file=sys.stderr, flush=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    torch = next(line for line in requirements.read_text().splitlines() if line.startswith("torch=="))
+    for command in (
+        [sys.executable, "-m", "venv", "--clear", str(folder)],
+        [*pip, torch],  # alone and first, so that the build of the default find-links is taken
+        [*pip, "-r", str(requirements)],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["installing failed"]
+            raise Absent(plain(" ".join(errors)))
+    stamp.write_text(digest)
+    return python
+
+
+def plain(message: str) -> str:
+    """A message without addresses and folders, to be shown elsewhere."""
+    return re.sub(r"(\w+://)?/?[\w.+-]*/[\w./+-]+", "…", message)[-500:]
+
+
+def _embedpool(config: str = "", *arguments: str) -> Callable[[Path, int], list[str]]:
+    def command(folder: Path, port: int) -> list[str]:
+        program = str(Path(sys.executable).parent / "embedpool")
+        subprocess.run([program, "init"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        pool_yml = f"models:\n  - model: {MODEL}\n    driver: {{type: local_st, config: {{{config}}}}}\n"
+        (folder / ".config" / "pool.yml").write_text(f"version: 1\n{pool_yml}")
+        return [program, "pool", "start", *arguments]
+
+    return command
+
+
+def _naive(folder: Path, port: int) -> list[str]:
+    options = f"--worker-class gthread --threads 32 --timeout 600 --bind 127.0.0.1:{port} --no-control-socket"
+    return [sys.executable, "-m", "gunicorn", *options.split(), "naive:app"]
+
+
+def _infinity(engine: str) -> Callable[[Path, int], list[str]]:
+    def command(folder: Path, port: int) -> list[str]:
+        model = str(model_folder())
+        if engine == "optimum":  # it finds the graph only below the working directory, and would not pool by itself
+            for file in onnx_folder().iterdir():
+                (folder / file.name).symlink_to(file)
+            model = ". --pooling-method mean"
+        options = f"--model-id {model} --served-model-name {MODEL} --engine {engine} --device cpu --dtype float32"
+        program = CACHE / f"infinity-{engine}" / "bin" / "infinity_emb"
+        return [str(program), "v2", *options.split(), "--host", "127.0.0.1", "--port", str(port)]
+
+    return command
+
+
+def onnx_folder() -> Path:
+    """The model as an ONNX graph with fused layers, exported once for infinity's optimum engine. Raises Absent."""
+    folder = CACHE / "onnx"
+    if not (folder / "model.onnx").exists():
+        program = [str(CACHE / "infinity-optimum" / "bin" / "optimum-cli"), "export", "onnx", "--optimize", "O2"]
+        options = ["--library-name", "transformers", "--task", "feature-extraction", "--model", str(model_folder())]
+        done = subprocess.run([*program, *options, str(folder)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise Absent(f"the ONNX export failed: {plain(done.stderr)}")
+    return folder
+
+
+def _app(name: str) -> Callable[[Path, int], list[str]]:
+    program = [str(CACHE / name / "bin" / "python"), str(HERE / "apps" / f"{name}_app.py")]
+    return lambda folder, port: program
+
+
+OPENAI: dict[str, Any] = {"path": "/embeddings", "texts_key": "input"}
+
+_ALL = (
+    Server("embedpool-default", "exact fp32, backend auto", _embedpool()),
+    Server("embedpool-fast", "compute_dtype bfloat16", _embedpool("compute_dtype: bfloat16")),
+    Server("embedpool-waitress", "as default, without gunicorn", _embedpool("", "--server", "waitress")),
+    Server("naive", "Flask on gunicorn gthread, encode per request", _naive),
+    Server("infinity-torch", "infinity 0.0.78, BetterTransformer", _infinity("torch"), "infinity-torch", **OPENAI),
+    Server("infinity-optimum", "infinity 0.0.78, ONNX Runtime", _infinity("optimum"), "infinity-optimum", **OPENAI),
+    Server("mosec", "mosec 0.9.8, 32 requests a batch", _app("mosec"), "mosec", path="/inference"),
+    Server("litserve", "LitServe 0.2.19, 32 requests a batch", _app("litserve"), "litserve", path="/predict"),
+)
+SERVERS = {server.name: server for server in _ALL}
+
+
+def _wait(up: Running, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until it answers a request. Raises Absent with the end of its log."""
+    deadline_s, reason = time.monotonic() + STARTS_WITHIN_S, "no answer"
+    while process.poll() is None and time.monotonic() < deadline_s:
+        try:
+            up.ask(["Is there anybody?"])
+            return
+        except (OSError, ValueError) as error:  # refused, 5xx while loading, half an answer
+            reason = str(error)
+        time.sleep(0.1)
+    ended = "" if process.returncode is None else f"it ended with {process.returncode}; "
+    raise Absent(f"{ended}{reason}; its log ends: {plain(log.read_text(errors='replace'))}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, then SIGKILL to whatever of its session is left."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOPS_WITHIN_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _peak_bytes(process: psutil.Process) -> int:
+    """The kernel's own high-water mark, where it tells it."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        return process.memory_info().rss
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
