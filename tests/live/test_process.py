@@ -239,3 +239,17 @@ def test_an_unloaded_model_gives_its_memory_back(make_server: Callable[..., Serv
     loaded = load()
     wait_until(unloaded)
     wait_until(lambda: rss() - empty < (loaded - empty) / 2)
+
+
+def test_the_second_start_loads_no_torch(make_server: Callable[..., Server]) -> None:
+    """Once its graph is in the cache, a model is served by OpenVINO and the tokenizer alone."""
+    for name in ("first", "second"):  # the first exports, unless another test has
+        server = make_server(name)
+        server.write_pool({"model": MINILM, "driver": {"type": "local_st", "config": {"backend": "openvino"}}})
+        server.start("waitress")
+        server.wait_ready()
+        assert len(server.vectors(MINILM, ["a text"])[0]) == 384
+        libraries = {Path(mapped.path).name for mapped in server.process.memory_maps()}
+        server.stop()
+    assert any("openvino" in name for name in libraries)
+    assert not any("torch" in name for name in libraries)
