@@ -43,7 +43,6 @@ class ServedModel:
         *,
         on_ready: Callable[[ServedModel], None] = lambda served: None,
     ) -> None:
-        self.spec = spec
         self.stats = ModelStats()
         self.queue = ModelQueue(self._queue_bound(spec, engine), engine.clock)
         self._engine = engine
@@ -59,6 +58,11 @@ class ServedModel:
         self._flows: set[Flow] = set()  # of the requests inside
         self._flow_left = threading.Condition()
         self._draining = False
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What is served now; its replicas follow the same."""
+        return self.replicas.spec
 
     # --- the road of a request, in its own thread
 
@@ -195,7 +199,6 @@ class ServedModel:
 
     def update(self, spec: ModelSpec) -> None:
         """Take over a spec of the same `load_key`: applies at once."""
-        self.spec = spec
         self.queue.resize(self._queue_bound(spec, self._engine))
         self.replicas.update(spec)
 
