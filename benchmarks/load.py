@@ -170,6 +170,9 @@ def _drive(port: int, path: str, groups: list[Group], seconds: float | None) -> 
                 group.sent += 1
                 under_way += 1
                 poll.modify(client.socket, selectors.EVENT_READ | selectors.EVENT_WRITE * bool(client.unsent), client)
+            else:  # its work is done; the server may close an idle connection
+                poll.unregister(client.socket)
+                client.socket.close()
         if not under_way and (over or not waiting):
             break
         until_s = max(waiting[0][0] - now_s, 0) if waiting and not over else ANSWER_WITHIN_S

@@ -53,7 +53,7 @@ class EmbedpoolApp:
             max_queue_per_model=settings.defaults.max_queue_per_model,
             max_batch_texts=batching.max_batch_texts,
             max_batch_tokens=batching.max_batch_tokens,
-            max_batch_s=batching.max_batch_ms / 1000,
+            max_batch_s=batching.max_batch_ms / 1000 or None,
             max_wait_s=batching.max_wait_ms / 1000,
         )
         self.pool = Pool(engine, max_inflight_global=settings.defaults.max_inflight_global)

@@ -100,7 +100,10 @@ class Batching:
     max_batch_texts: int = option(64, "texts in a batch", minimum=1)
     max_batch_tokens: int = option(16384, "padded tokens in a batch; bounds memory", minimum=1)
     max_batch_ms: float = option(
-        50, "longest batch planned, by the costs fitted at warm-up: what a query waits for the running one", minimum=0.1
+        0,
+        "longest batch planned, by costs fitted at warm-up, which a query may wait for; "
+        "0 = 50, or ten times a call's fixed cost",
+        minimum=0,
     )
     max_wait_ms: float = option(0, "wait for more texts before a batch; load makes the batches", minimum=0)
 

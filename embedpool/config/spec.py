@@ -56,6 +56,13 @@ class LocalStConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
         loads=True,
     )
+    profile: str = option(
+        "exact",
+        "exact: float32 vectors as encode gives them; fast: bfloat16 on OpenVINO where it is measured to be faster, "
+        "at the cosine that /status names; an explicit compute_dtype decides by itself",
+        choices=("exact", "fast"),
+        loads=True,
+    )
     device: str = option("cpu", "torch device", loads=True)
     trust_remote_code: bool = option(False, "run code shipped with the model; only from this file", loads=True)
     isolation: str = option("thread", "where the model runs", choices=("thread",), loads=True)

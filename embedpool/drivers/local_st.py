@@ -8,6 +8,7 @@ where a model cannot be fed ids.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import importlib.util
 import logging
@@ -37,6 +38,7 @@ LOADING = threading.Lock()
 
 WARM_UP_SHAPES = ((1, 8), (1, 64), (8, 16), (4, 128), (16, 64))  # texts, tokens each
 SHORTEST_CALL_S = 1e-5
+FAST_LEAST_GAIN = 1.1  # what `profile: fast` asks of a lossy dtype
 
 SAME_VECTOR_COSINE = {"float32": 0.9999, "bfloat16": 0.995, "float16": 0.995}
 
@@ -50,7 +52,9 @@ class LocalStDriver(Driver):
         self._cores = max(available_cores() // replicas, 1)
         self._cache_dir = cache_dir
         self._dtype = "float32" if config.compute_dtype == "auto" else config.compute_dtype
+        self._facts: dict[str, object] = {}  # of the backend, for /status
         self._run: Run | None = None
+        self._run_beside: Run | None = None  # as `_run` works while other batches run: what costs are fitted to
         self._encode: Callable[[list[str]], Array] | None = None
 
     def open(self) -> None:
@@ -75,6 +79,7 @@ class LocalStDriver(Driver):
             threads=self._cores,
             fixed_ms=round(self.cost.fixed_s * 1000, 3),
             ms_per_1000_tokens=round(self.cost.token_s * 1e6, 3),
+            **self._facts,
             dim=len(self.embed([PROBE_TEXT], self._meter.measure([PROBE_TEXT]), {}).vectors[0]),
         )
         logger.info("%s runs on %s (%s)", self._model, backend, why)
@@ -99,19 +104,26 @@ class LocalStDriver(Driver):
         for texts, tokens in WARM_UP_SHAPES:
             batch = [self._meter.cut(ids, tokens, "right")] * texts
             padded.append(float(sum(map(len, batch))))
-            seconds.append(min(self._timed(batch) for _ in range(2)))
+            seconds.append(self._fastest_s(self._run_beside or self._run, batch))
         weights = [1 / s for s in seconds]
         token_s, fixed_s = np.polyfit(padded, seconds, 1, w=weights).tolist()
         return Cost(max(fixed_s, SHORTEST_CALL_S), max(token_s, SHORTEST_CALL_S / 1000))
 
-    def _timed(self, ids: list[list[int]]) -> float:
-        started = time.perf_counter()
-        self.embed([PROBE_TEXT] * len(ids), ids, {})
-        return time.perf_counter() - started
+    def _fastest_s(self, run: Run | None, ids: list[list[int]], tries: int = 3) -> float:
+        """The least time one call takes; without `run` it is one of encode()."""
+        spent_s = []
+        for _ in range(tries):
+            started = time.perf_counter()
+            if run is not None:
+                run(pad(ids, self._meter.pad_id))
+            else:
+                self.embed([PROBE_TEXT] * len(ids), ids, {})
+            spent_s.append(time.perf_counter() - started)
+        return min(spent_s)
 
     def close(self) -> None:
         """Drop the weights and give the memory back to the system."""
-        self._run = self._encode = None
+        self._run = self._run_beside = self._encode = None
         gc.collect()
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps freed memory otherwise
             libc.malloc_trim(0)
@@ -141,25 +153,61 @@ class LocalStDriver(Driver):
         graph = openvino_graph.exported(folder, self._cache_dir, lambda: self._sentence_transformer(folder, "torch"))
         gc.collect()  # an export leaves a torch model behind
         self.parallel = self._cores
-        self._run = openvino_graph.compiled(graph, self._dtype, threads=self._cores, streams=self.parallel)
+        pipeline = openvino_graph.Pipeline(graph, self._dtype, self._cores)
+        if self._config.profile == "fast" and self._config.compute_dtype == "auto":
+            pipeline = self._faster(pipeline, openvino_graph.Pipeline(graph, "bfloat16", self._cores))
+        self._run, self._run_beside = pipeline, pipeline.beside_others
+        self._facts["cores_of_a_lone_batch"] = pipeline.cores_alone
+
+    def _faster(self, exact: Any, lossy: Any) -> Any:
+        """The lossy pipeline if it is faster here and close enough; what it costs is said in /status."""
+        texts = [PROBE_TEXT[:end] for end in range(4, len(PROBE_TEXT), 4)] + [PROBE_TEXT * 10]
+        inputs = [pad([ids], self._meter.pad_id) for ids in self._meter.measure(texts)]
+        worst = min(cosine(exact(i)[0], lossy(i)[0]) for i in inputs)
+        batch = [self._meter.cut(self._meter.measure([PROBE_TEXT * 10])[0], 32, "right")] * 8
+        gain = self._fastest_s(exact.beside_others, batch) / self._fastest_s(lossy.beside_others, batch)
+        found = f"bfloat16 is {gain:.2f} times as fast here, at a cosine to float32 of {worst:.6f} or more"
+        taken = gain >= FAST_LEAST_GAIN and worst >= SAME_VECTOR_COSINE["bfloat16"]
+        self._facts["profile"] = f"fast: {found}" if taken else f"fast asked for, float32 kept: {found}"
+        if taken:
+            self._dtype = "bfloat16"
+        return lossy if taken else exact
 
     def _load_torch(self, folder: Path, backend: str) -> None:
         import torch
 
+        from embedpool.drivers import torch_pipeline
+
         # On the replica's own thread, which is also the one that runs: OpenMP keeps the number by thread.
         torch.set_num_threads(self._cores)
         model = self._sentence_transformer(folder, backend)
-        self._encode = lambda texts: np.asarray(model.encode(texts, prompt="", show_progress_bar=False), np.float32)
-        run = torch_run(model)
+        self._encode = functools.partial(_encode, model)
+        expected = self._encode([PROBE_TEXT])[0]
+        self._run = self._by_ids(torch_pipeline.torch_run(model), expected)
+        if self._run is None or backend != "torch":
+            return
+        gain = torch_pipeline.prepacking_gain(model)
+        if gain < torch_pipeline.PREPACKED_LEAST_GAIN:
+            return
+        torch_pipeline.prepack(model)
+        self._run = self._by_ids(torch_pipeline.torch_run(model), expected)
+        if self._run is not None:
+            self._facts["prepacked"] = f"{gain:.2f} times as fast"
+            return
+        model = self._sentence_transformer(folder, backend)  # it does not bear it
+        self._encode, self._run = functools.partial(_encode, model), torch_pipeline.torch_run(model)
+
+    def _by_ids(self, run: Run, expected: Array) -> Run | None:
+        """`run` if the model takes token ids and gives encode's vector of the probe text for them, else None."""
         try:
             by_ids = run(pad(self._meter.measure([PROBE_TEXT]), self._meter.pad_id))[0]
         except Exception as error:
-            logger.info("%s takes no token ids (%s); it is run by encode()", self._model, error)
-            return
-        if cosine(by_ids, self._encode([PROBE_TEXT])[0]) >= SAME_VECTOR_COSINE[self._dtype]:
-            self._run = run
-        else:
-            logger.warning("%s gives other vectors for token ids than encode(); encode() is used", self._model)
+            logger.info("%s cannot be fed token ids this way: %s", self._model, error)
+            return None
+        if cosine(by_ids, expected) >= SAME_VECTOR_COSINE[self._dtype]:
+            return run
+        logger.warning("%s gives other vectors for token ids than encode()", self._model)
+        return None
 
     def _sentence_transformer(self, folder: Path, backend: str) -> Any:
         from sentence_transformers import SentenceTransformer
@@ -181,19 +229,8 @@ class LocalStDriver(Driver):
         return model.eval()
 
 
-def torch_run(model: Any) -> Run:
-    """Padded ids through a SentenceTransformer's own modules."""
-    import torch
-
-    names = set(model.tokenizer.model_input_names)
-
-    def run(inputs: dict[str, Array]) -> Array:
-        with torch.inference_mode():
-            features = {k: torch.from_numpy(v).to(model.device) for k, v in inputs.items() if k in names}
-            vectors: Array = model(features)["sentence_embedding"].float().cpu().numpy()
-            return vectors
-
-    return run
+def _encode(model: Any, texts: list[str]) -> Array:
+    return np.asarray(model.encode(texts, prompt="", show_progress_bar=False), np.float32)
 
 
 def available_cores() -> int:

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 LIBRARIES = ("openvino", "torch", "transformers", "sentence-transformers")
 PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 LEAST_COSINE = 0.9999
+COMPILED_TWICE_BYTES = 256_000_000  # of weights; each compiled model holds its own copy
 
 
 def exported(folder: Path, cache_dir: Path, load_model: Callable[[], Any]) -> Path:
@@ -50,6 +51,37 @@ def exported(folder: Path, cache_dir: Path, load_model: Callable[[], Any]) -> Pa
             if not graph.exists():  # else another process was first
                 raise
     return graph
+
+
+class Pipeline:
+    """A graph compiled to run in up to `threads` threads at once, on a core each; a batch that runs alone has them all.
+
+    Large models are compiled once and a batch always has one core.
+    """
+
+    def __init__(self, graph: Path, dtype: str, threads: int) -> None:
+        self.beside_others = compiled(graph, dtype, threads=threads, streams=threads)
+        self._alone = self.beside_others
+        if threads > 1 and graph.with_suffix(".bin").stat().st_size <= COMPILED_TWICE_BYTES:
+            self._alone = compiled(graph, dtype, threads=threads, streams=1)
+        self._running = 0
+        self._lock = threading.Lock()
+
+    @property
+    def cores_alone(self) -> str:
+        """How many cores a batch has that runs alone, for /status."""
+        return "one" if self._alone is self.beside_others else "all"
+
+    def __call__(self, inputs: dict[str, Any]) -> Any:
+        """Padded inputs → float32 vectors (texts, dim)."""
+        with self._lock:
+            run = self.beside_others if self._running else self._alone
+            self._running += 1
+        try:
+            return run(inputs)
+        finally:
+            with self._lock:
+                self._running -= 1
 
 
 def compiled(graph: Path, dtype: str, *, threads: int, streams: int) -> Callable[[dict[str, Any]], Any]:

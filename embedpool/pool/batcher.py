@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from embedpool.pool.job import Row
 
+SHORT_BATCH_S = 0.05  # what an arriving query waits for the running batch, where the operator says nothing
+LEAST_FIXED_COSTS = 10  # but not shorter than so many fixed costs: they would take more of the machine
 UNKNOWN_FIXED_TOKENS = 150.0  # where a driver's cost is not known: a call costs as much as so many padded tokens
 
 
@@ -55,13 +57,13 @@ def _divided(start: int, end: int, largest: int) -> list[int]:
 class Batcher:
     """Limits of a batch and the cost of a driver call, in seconds: `fixed_s` + `token_s` · padded tokens.
 
-    A batch is never planned to run longer than `max_s`, because a running one cannot be interrupted: that bounds what
-    an arriving query waits for it.
+    A batch is never planned to run longer than `max_s`, because a running one cannot be interrupted: that bounds
+    what an arriving query waits for it. Without `max_s` the bound is 50 ms, or ten fixed costs where these are more.
     """
 
     max_texts: int
     max_tokens: int
-    max_s: float = float("inf")
+    max_s: float | None = None
     fixed_s: float | None = None
     token_s: float | None = None
 
@@ -75,9 +77,10 @@ class Batcher:
     @property
     def largest_tokens(self) -> int:
         """Padded tokens of the longest batch."""
-        if not self.token_s or self.fixed_s is None or self.max_s == float("inf"):
+        if not self.token_s or self.fixed_s is None:
             return self.max_tokens
-        return max(min(self.max_tokens, int((self.max_s - self.fixed_s) / self.token_s)), 1)
+        longest_s = self.max_s or max(SHORT_BATCH_S, LEAST_FIXED_COSTS * self.fixed_s)
+        return max(min(self.max_tokens, int((longest_s - self.fixed_s) / self.token_s)), 1)
 
     def choose(self, window: Sequence[Row]) -> list[int]:
         """Which rows of the window, which is in the order of service, make the next batch: places in it, ascending.

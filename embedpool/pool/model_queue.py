@@ -3,20 +3,23 @@
 Start-time fair queueing, text by text: a text starts at max(v, its flow's last finish) and finishes its tokens ÷ weight
 later, where v is the largest start of a text whose turn it was; the smallest start comes first. So a one-text query
 overtakes the rest of a 10,000-text request and nothing starves. A batch holds the text whose turn it is, and of those
-waiting behind it the ones that ride along well; riding along moves nobody else's turn.
+waiting behind it the ones that ride along well; riding along moves nobody else's turn. A text equal to one that runs
+already does not wait at all: it shares that one's vector.
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import queue
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from embedpool.pool.job import Job, Row
 
 WINDOW = 256  # rows a batch is chosen from
+JOINABLE_S = 1.0  # a running batch is joined no longer than this, so that one which hangs gathers nobody
 
 _Entry = tuple[float, int, Row]  # start, sequence; no two entries are alike in these
 
@@ -37,6 +40,7 @@ class ModelQueue(queue.Queue[Job]):
     def _init(self, maxsize: int) -> None:
         self._waiting: list[_Entry] = []  # in the order of service
         self._equal: dict[Hashable, list[_Entry]] = {}  # the same entries, by what their vector depends on
+        self._running: dict[Hashable, tuple[Row, float]] = {}  # likewise; joinable until
         self._sequence = itertools.count()
         self._virtual_time = 0.0
         self._closed = self._stopped = False
@@ -46,17 +50,27 @@ class ModelQueue(queue.Queue[Job]):
 
     def _put(self, item: Job) -> None:
         flow = item.flow
-        flow.waiting += len(item)
         for at, tokens in enumerate(item.tokens):
+            row = Row(item, at)
+            if self._joins(row):
+                continue
+            flow.waiting += 1
             start = max(self._virtual_time, flow.finish)
             flow.finish = start + (tokens or 1) / flow.weight
-            row = Row(item, at)
             entry = (start, next(self._sequence), row)
             if self._waiting and entry < self._waiting[-1]:
                 bisect.insort(self._waiting, entry)
             else:
                 self._waiting.append(entry)
             self._equal.setdefault(row.same_as, []).append(entry)
+
+    def _joins(self, row: Row) -> bool:
+        """Whether an equal text runs, which then has this one as a further twin."""
+        running, until = self._running.get(row.same_as, (None, 0.0))
+        if running is None or self._clock() >= until:
+            return False
+        running.twins.append(row)
+        return True
 
     def _get(self) -> Job:
         return self._remove([0])[0].job
@@ -155,6 +169,21 @@ class ModelQueue(queue.Queue[Job]):
             if self._waiting:
                 self.not_empty.notify()
             return rows
+
+    @contextlib.contextmanager
+    def joinable(self, rows: Sequence[Row]) -> Iterator[None]:
+        """While it lasts, texts equal to those of `rows`, which run, are put as their twins."""
+        with self.mutex:
+            until = self._clock() + JOINABLE_S
+            mine = {row.same_as: (row, until) for row in rows}
+            self._running.update(mine)
+        try:
+            yield
+        finally:
+            with self.mutex:
+                for key, value in mine.items():
+                    if self._running.get(key) is value:
+                        del self._running[key]
 
     def take_all(self) -> list[Row]:
         """Everything that waits, for a model that cannot serve it."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -39,7 +38,7 @@ class Engine:
     max_queue_per_model: int = 1000
     max_batch_texts: int = 64
     max_batch_tokens: int = 16384
-    max_batch_s: float = math.inf
+    max_batch_s: float | None = None
     max_wait_s: float = 0.0
     clock: Callable[[], float] = time.monotonic
 

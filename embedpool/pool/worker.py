@@ -162,7 +162,8 @@ class Worker:
         started = self._clock()
         ids = None if rows[0].ids is None else [row.ids or () for row in rows]
         group = rows[0].job.group
-        answer = self._driver.embed([row.text for row in rows], ids, json.loads(group) if group else {})
+        with self._queue.joinable(rows):
+            answer = self._driver.embed([row.text for row in rows], ids, json.loads(group) if group else {})
         elapsed = self._clock() - started
         vectors = answer.vectors
         if vectors.ndim != 2 or vectors.shape[0] != len(rows):

@@ -86,11 +86,12 @@ OTHER_LOCAL: dict[str, Any] = {
     "revision": "main",
     "backend": "torch",
     "compute_dtype": "bfloat16",
+    "profile": "fast",
     "device": "cuda",
     "trust_remote_code": True,
     "isolation": "other",
 }
-LOADS = {"path", "revision", "backend", "compute_dtype", "device", "trust_remote_code", "isolation"}
+LOADS = {"path", "revision", "backend", "compute_dtype", "profile", "device", "trust_remote_code", "isolation"}
 
 
 @pytest.mark.parametrize("key", [f.name for f in dataclasses.fields(LocalStConfig)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from embedpool.config.spec import DriverSpec, LocalStConfig, ModelSpec, Scaling
-from embedpool.drivers import local_st, make_driver, open_meter, openvino_graph
+from embedpool.drivers import local_st, make_driver, open_meter, openvino_graph, torch_pipeline
 from embedpool.drivers.local_st import LocalStDriver, available_cores
 from embedpool.drivers.tokenizer import TokenizerMeter
 from embedpool.errors import ModelFailed
@@ -86,6 +87,48 @@ def test_a_loaded_driver_tells_what_runs_where(torch_driver: LocalStDriver, open
         )
     assert torch_driver.parallel == 1
     assert openvino_driver.parallel == available_cores()
+
+
+@pytest.mark.parametrize("bears_it", [True, False])
+def test_weights_are_prepacked_where_that_is_faster(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    meter: TokenizerMeter,
+    expected: np.ndarray,
+    bears_it: bool,
+) -> None:
+    """torch's weights are laid out for oneDNN where a layer is measured to gain by it; vectors stay those of encode,
+    also of a model that does not bear it."""
+
+    def spoil(model: Any) -> None:
+        for parameter in model.parameters():
+            parameter.data.neg_()
+
+    monkeypatch.setattr(torch_pipeline, "PREPACKED_LEAST_GAIN", 0.0)
+    if not bears_it:
+        monkeypatch.setattr(torch_pipeline, "prepack", spoil)
+    driver = LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, tmp_path)
+    driver.open()
+    assert ("prepacked" in driver.description) is bears_it
+    assert cosines(driver.embed(TEXTS, ids_of(meter, TEXTS), {}).vectors, expected).min() >= 0.99999
+    driver.close()
+
+
+@pytest.mark.usefixtures("openvino_driver")  # its graph is in the cache
+@pytest.mark.parametrize(("least_gain", "dtype"), [(0.0, "bfloat16"), (1e9, "float32")])
+def test_profile_fast_takes_bfloat16_where_it_is_faster_and_names_its_cost(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch, least_gain: float, dtype: str
+) -> None:
+    """`profile: fast` is a measurement, not a hope: what it found, and the cosine it costs, stand in /status."""
+    monkeypatch.setattr(local_st, "FAST_LEAST_GAIN", least_gain)
+    driver = LocalStDriver(MINILM, LocalStConfig(backend="openvino", profile="fast"), 1, cache_dir)
+    driver.open()
+    assert driver.description["compute_dtype"] == dtype
+    assert re.search(
+        r"bfloat16 is [\d.]+ times as fast here, at a cosine to float32 of [01]\.\d{6}", str(driver.description)
+    )
+    driver.close()
 
 
 @pytest.mark.usefixtures("openvino_driver")  # its graph is in the cache

@@ -14,7 +14,7 @@ import pytest
 
 from embedpool.drivers import openvino_graph
 from embedpool.drivers.local_st import LocalStDriver
-from embedpool.drivers.openvino_graph import compiled, exported
+from embedpool.drivers.openvino_graph import Pipeline, compiled, exported
 from embedpool.drivers.tokenizer import pad
 from embedpool.errors import ModelFailed
 
@@ -129,6 +129,33 @@ def test_a_graph_is_kept_and_computes(small: Path, tmp_path: Path) -> None:
     vectors = run(pad([[1, 1, 1], [1]], 0))
     assert vectors.dtype == np.float32
     np.testing.assert_array_equal(vectors, [[3, 1], [1, 1]])
+
+
+def test_a_batch_that_runs_alone_has_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lone batch runs on all cores; one beside it on its own. Of a large model, whose copy costs, each on its own."""
+    seen: list[int] = []
+
+    def fake(graph: Path, dtype: str, *, threads: int, streams: int) -> Any:
+        def run(inputs: dict[str, Any]) -> None:
+            seen.append(threads // streams)
+            for inner in inputs.values():  # a batch that begins meanwhile
+                pipeline(inner)
+
+        return run
+
+    monkeypatch.setattr(openvino_graph, "compiled", fake)
+    graph = tmp_path / "model.xml"
+    graph.with_suffix(".bin").write_bytes(b"12345")
+    pipeline = Pipeline(graph, "float32", 4)
+    pipeline({"meanwhile": {}})
+    pipeline({})
+    assert seen == [4, 1, 4]
+    assert pipeline.cores_alone == "all"
+    monkeypatch.setattr(openvino_graph, "COMPILED_TWICE_BYTES", 4)
+    seen.clear()
+    large = Pipeline(graph, "float32", 4)
+    large({})
+    assert (seen, large.cores_alone) == ([1], "one")
 
 
 def test_an_answer_outlives_the_next_run(small: Path, tmp_path: Path) -> None:

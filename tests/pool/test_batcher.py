@@ -112,6 +112,8 @@ def test_no_batch_is_planned_to_run_longer_than_it_may() -> None:
     assert batcher.largest_tokens == 480
     assert 3 <= len(chosen(batcher, *[100] * 30)) <= 4
     assert Batcher(64, 16_384, max_s=0.05).largest_tokens == 16_384
+    assert Batcher(64, 16_384, fixed_s=0.002, token_s=0.0001).largest_tokens == 480
+    assert Batcher(64, 16_384, fixed_s=0.01, token_s=0.0001).largest_tokens == 900  # ten fixed costs
     assert Batcher(64, 100, max_s=0.05, fixed_s=0.002, token_s=0.0001).largest_tokens == 100
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedpool.pool.job import Flow, Job, Row
-from embedpool.pool.model_queue import ModelQueue, QueueClosed
+from embedpool.pool.model_queue import JOINABLE_S, ModelQueue, QueueClosed
 from tests.pool.scripted import A_WHILE_S, PATIENCE_S, flow_of, in_thread, job_of
 
 
@@ -137,6 +137,34 @@ def test_equal_texts_leave_together() -> None:
     assert [row.job, *jobs_of(row.twins)] == same
     assert (waiting_queue.qsize(), [j.flow.waiting for j in same]) == (6, [0, 0, 0])
     assert other_option in jobs_of(waiting_queue.take_all())
+
+
+def test_an_equal_text_joins_one_that_runs() -> None:
+    """A text that is computed already does not wait to be computed again, for as long as that takes and no longer."""
+    waiting_queue = ModelQueue(4, still())
+    waiting_queue.admit(job_of("same", "other"))
+    rows = waiting_queue.take(first(2), 0)
+    late = job_of("same", "new")
+    with waiting_queue.joinable(rows):
+        waiting_queue.admit(late)
+    (twin,) = next(row for row in rows if row.text == "same").twins
+    assert (twin.job, twin.at) == (late, 0)
+    assert [row.text for row in waiting_queue.take(first(4), 0)] == ["new"]
+    waiting_queue.admit(job_of("same"))
+    assert [row.text for row in waiting_queue.take(first(4), 0)] == ["same"]
+
+
+def test_a_batch_that_hangs_gathers_nobody() -> None:
+    """A text equal to one that runs for long is left to another replica, so that one hung batch harms no other."""
+    now = 0.0
+    waiting_queue = ModelQueue(4, lambda: now)
+    waiting_queue.admit(job_of("same"))
+    rows = waiting_queue.take(first(1), 0)
+    with waiting_queue.joinable(rows):
+        now = JOINABLE_S
+        waiting_queue.admit(job_of("same"))
+    assert rows[0].twins == []
+    assert waiting_queue.qsize() == 1
 
 
 def test_a_weight_buys_a_share() -> None:

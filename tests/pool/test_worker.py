@@ -306,3 +306,24 @@ def test_identical_texts_that_wait_together_are_computed_once() -> None:
     bench.serve(*jobs)
     assert_served(*jobs)
     assert sorted(text for call in bench.driver.calls for text in call) == ["a", "b", "same"]
+
+
+@pytest.mark.parametrize("bad", [(), ("same",)], ids=["served", "failed"])
+def test_a_text_that_arrives_while_its_equal_runs_shares_what_comes_of_it(bad: tuple[str, ...]) -> None:
+    """Equal work once, also when it has begun: the late one gets the vector, or the error by its own index."""
+    fail, late = failing(*bad), job_of("b", "same")
+
+    def on_embed(texts: list[str]) -> None:
+        if not late.flow.waiting:
+            bench.queue.admit(late)
+            late.flow.waiting += 1  # once
+        fail(texts)
+
+    bench = Bench(Scripted(on_embed))
+    bench.serve(job_of("same"))
+    assert [text for call in bench.driver.calls for text in call].count("same") == 1
+    if bad:
+        assert isinstance(error_of(late), InferenceFailed)
+        assert "texts[1]" in str(error_of(late))
+    else:
+        assert_served(late)
