@@ -88,14 +88,17 @@ def test_a_client_that_goes_away_costs_no_compute(server: Server, kind: str) -> 
     server.write_pool(fake("m", delay_ms=300))
     server.start(kind)
     server.wait_ready()
-    body = json.dumps({"model": "m", "texts": ["x"]}).encode()
-    head = f"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = "POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 32\r\n\r\n"
+
+    def ask(connection: socket.socket, number: int) -> None:
+        connection.sendall(head.encode() + b'{"model": "m", "texts": ["x %d"]}' % number)
+
     first = socket.create_connection(address(server))
-    first.sendall(head.encode() + body)
+    ask(first, 0)
     wait_until(lambda: server.status("m")["replicas_busy"])
     gone = [socket.create_connection(address(server)) for _ in range(5)]
-    for connection in gone:
-        connection.sendall(head.encode() + body)
+    for number, connection in enumerate(gone, 1):
+        ask(connection, number)
     wait_until(lambda: server.status("m")["queue_len"] == 5)
     for connection in gone:
         connection.close()
