@@ -11,6 +11,10 @@ import embedpool.cli
 from embedpool import errors
 from embedpool.config.settings import SECTIONS
 from embedpool.config.spec import DRIVER_CONFIGS, ModelSpec, QueueSpec, Scaling
+from embedpool.web.dialects.ollama import OllamaSchema
+from embedpool.web.dialects.openai import OpenAISchema
+from embedpool.web.dialects.tei import TeiSchema
+from embedpool.web.schemas import OptionsSchema
 
 OR = " \\| "  # in a table
 README = Path(__file__).parents[1] / "README.md"
@@ -61,6 +65,22 @@ def error_codes() -> str:
     return "\n".join(rows)
 
 
+def dialect_options() -> str:
+    """Which field of a dialect stands for which option of POST /embed."""
+    rows = ["| option | " + " | ".join(DIALECTS) + " |", "|---" * (len(DIALECTS) + 1) + "|"]
+    for option in OptionsSchema._declared_fields:
+        says = [
+            ", ".join(f"`{n}`" for n, f in schema._declared_fields.items() if option in _stands_for(f))
+            for schema in DIALECTS.values()
+        ]
+        rows.append(f"| `{option}` | {' | '.join(says)} |")
+    return "\n".join(rows)
+
+
+def _stands_for(field: Any) -> tuple[str, ...]:
+    return (field.metadata.get("option"), *field.metadata.get("also", ()))
+
+
 def _row(name: str, f: dataclasses.Field[Any]) -> str:
     choices = f" ({OR.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
     return f"| `{name}` | {_default(f)} | {f.metadata['doc']}{choices} |"
@@ -76,12 +96,15 @@ def _default(f: dataclasses.Field[Any]) -> str:
     return f"`{str(f.default).lower() if isinstance(f.default, bool) else f.default}`"
 
 
+DIALECTS = {"OpenAI, Voyage, Jina, infinity": OpenAISchema, "TEI": TeiSchema, "Ollama": OllamaSchema}
+
 PARTS = {
     "manual": manual,
     "settings": settings,
     "pool_keys": pool_keys,
     "driver_keys": driver_keys,
     "error_codes": error_codes,
+    "dialect_options": dialect_options,
 }
 
 

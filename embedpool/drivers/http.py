@@ -219,6 +219,7 @@ def _tei_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> d
     _refuse("tei", options, "max_seq_length")
     passed_on = dict(options)
     policy = passed_on.pop("truncate", "right")
+    passed_on.pop("input_type", None)  # it knows no such thing; `driver.config.prompts` does
     body = {**passed_on, "inputs": list(texts), "normalize": False, "truncate": policy != "error"}
     if policy == "left":
         body["truncation_direction"] = "Left"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
 from collections.abc import Sequence
 
 from embedpool.pool.job import Row
@@ -16,41 +15,27 @@ UNKNOWN_FIXED_TOKENS = 150.0  # where a driver's cost is not known: a call costs
 def cut(lengths: Sequence[int], fixed_tokens: float, max_tokens: int, max_texts: int) -> list[int]:
     """Where to cut texts of ascending `lengths` (tokens) into batches: the end of each batch, the last is len(lengths).
 
-    Minimises the sum of `fixed_tokens` + padded tokens over the batches, then divides evenly those over `max_tokens`
-    padded tokens or `max_texts`. In linear time: with the lengths ascending, the best last cut is the lower envelope of
-    lines (convex hull trick), since batch (i, j] costs fixed + (j - i)·lengths[j-1].
+    Minimises the sum of `fixed_tokens` + padded tokens over batches of at most `max_texts` texts and `max_tokens`
+    padded tokens; a single text may be longer. Exact: the best plan of the first j texts ends in a batch (i, j], whose
+    longest text is the last, after the best plan of the first i.
     """
     best = [0.0]
     last_cut = [0]
-    hull: deque[int] = deque()  # candidates i; line i is best[i] - i·x, of falling slope
     for j, length in enumerate(lengths, start=1):
-        i = j - 1
-        while len(hull) > 1 and _is_above(best, hull[-2], hull[-1], i):
-            hull.pop()
-        hull.append(i)
-        while len(hull) > 1 and best[hull[1]] - hull[1] * length <= best[hull[0]] - hull[0] * length:
-            hull.popleft()
-        start = hull[0]
-        best.append(best[start] + fixed_tokens + (j - start) * length)
-        last_cut.append(start)
+        low = max(j - min(max_texts, max(max_tokens // max(length, 1), 1)), 0)
+        cheapest, at = best[j - 1] - (j - 1) * length, j - 1
+        for i in range(j - 2, low - 1, -1):  # of equal plans the one with the fuller batches first
+            cost = best[i] - i * length
+            if cost < cheapest:
+                cheapest, at = cost, i
+        best.append(cheapest + fixed_tokens + j * length)
+        last_cut.append(at)
     ends: list[int] = []
     end = len(lengths)
     while end:
-        start = last_cut[end]
-        ends += _divided(start, end, min(max_texts, max(max_tokens // max(lengths[end - 1], 1), 1)))
-        end = start
-    return sorted(ends)
-
-
-def _is_above(best: Sequence[float], a: int, b: int, c: int) -> bool:
-    """Whether line b is nowhere the lowest of a, b, c, whose slopes fall in this order."""
-    return (best[c] - best[a]) * (b - a) <= (best[b] - best[a]) * (c - a)
-
-
-def _divided(start: int, end: int, largest: int) -> list[int]:
-    """The ends of equal parts of (start, end], none over `largest`."""
-    parts = -(-(end - start) // largest)
-    return [start + (end - start) * part // parts for part in range(1, parts + 1)]
+        ends.append(end)
+        end = last_cut[end]
+    return ends[::-1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from embedpool.config.spec import DriverConfig
 from embedpool.errors import InvalidRequest, TextTooLong, UnsupportedOption
 from embedpool.pool.job import Ids
-from embedpool.pool.request import EmbedOptions, EmbedRequest
+from embedpool.pool.request import DOCUMENT, QUERY, EmbedOptions, EmbedRequest
 
 if TYPE_CHECKING:
     from embedpool.drivers.base import Meter
@@ -74,9 +74,9 @@ def _prompt_of(options: EmbedOptions, config: DriverConfig, meter: Meter) -> tup
             message = "give either prompt or prompt_name"
             raise InvalidRequest(f"options.prompt: {message}", fields={"options.prompt": message})
         return options.prompt, {}
-    if options.prompt_name is None:
-        return meter.default_prompt, {}
     prompts = {**meter.prompts, **config.prompts}
+    if options.prompt_name is None:
+        return _prompt_for(options.input_type, prompts, meter)
     if options.prompt_name in prompts:
         return prompts[options.prompt_name], {}
     if not meter.tokenizes:
@@ -84,6 +84,17 @@ def _prompt_of(options: EmbedOptions, config: DriverConfig, meter: Meter) -> tup
     known = f"known: {', '.join(sorted(prompts))}" if prompts else "this model has none"
     message = f"no prompt {options.prompt_name!r}; {known}"
     raise InvalidRequest(f"options.prompt_name: {message}", fields={"options.prompt_name": message})
+
+
+def _prompt_for(input_type: str | None, prompts: Mapping[str, str], meter: Meter) -> tuple[str, dict[str, object]]:
+    """The prompt for what the texts are for; a model that has none for it treats all texts alike."""
+    if input_type is None:
+        return meter.default_prompt, {}
+    alike = next((words for words in (QUERY, DOCUMENT) if input_type in words), ())
+    for name in (input_type, *alike):
+        if name in prompts:
+            return prompts[name], {}
+    return meter.default_prompt, {} if meter.tokenizes else {"input_type": input_type}
 
 
 def _limit_of(options: EmbedOptions, config: DriverConfig, meter: Meter) -> int | None:

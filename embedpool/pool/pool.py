@@ -65,6 +65,10 @@ class Pool:
             raise ModelNotFound(name, routes)
         return served
 
+    def knows(self, name: str) -> bool:
+        """Whether a model has this name or alias."""
+        return name in self._routes
+
     # --- the live pool follows the spec
 
     @contextlib.contextmanager

@@ -11,6 +11,12 @@ from numpy.typing import NDArray
 Vectors = NDArray[Any]  # shape (texts, dim)
 
 
+# What a text is for, in the words of OpenAI-like services, Cohere, Voyage and Jina; those of a line mean the same.
+QUERY = ("query", "search_query", "retrieval.query")
+DOCUMENT = ("document", "passage", "search_document", "retrieval.passage")
+INPUT_TYPES = (*QUERY, *DOCUMENT, "classification", "clustering", "separation", "text-matching")
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class EmbedOptions:
     """Options of one request; None means the model's own setting. `extra` is passed on to remote services."""
@@ -21,6 +27,7 @@ class EmbedOptions:
     dimensions: int | None = None
     prompt: str | None = None
     prompt_name: str | None = None
+    input_type: str | None = None
     truncate: str | None = None
     precision: str = "float32"
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)

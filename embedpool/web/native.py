@@ -7,7 +7,7 @@ from flask import Blueprint, Request, Response, request
 from embedpool.config.settings import Limits
 from embedpool.errors import InvalidRequest
 from embedpool.pool.pool import Pool
-from embedpool.pool.request import EmbedRequest
+from embedpool.pool.request import EmbedOptions, EmbedRequest, EmbedResult
 from embedpool.web.encoding import NPY, embed_response, npy_response
 from embedpool.web.schemas import EmbedSchema, check_texts, embed_options, read_json
 
@@ -23,20 +23,19 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
     def embed() -> Response:
         body = read_json(request, EmbedSchema, limits)
         options = body["options"]
-        result = pool.submit(
-            EmbedRequest(
-                model=body["model"],
-                texts=check_texts(body["texts"], limits),
-                options=embed_options(options),
-                timeout_s=timeout_s(request),
-                client_gone=request.environ.get("waitress.client_disconnected", _never),
-            )
-        )
+        texts = check_texts(body["texts"], limits)
+        result = submit(pool, request, body["model"], texts, embed_options(options))
         if request.accept_mimetypes.best == NPY:
             return npy_response(result)
         return embed_response(result, options.get("encoding", "float"))
 
     return routes
+
+
+def submit(pool: Pool, http: Request, model: str, texts: list[str], options: EmbedOptions) -> EmbedResult:
+    """What every dialect asks of the pool: the texts' vectors, within the client's deadline and while it listens."""
+    client_gone = http.environ.get("waitress.client_disconnected", _never)
+    return pool.submit(EmbedRequest(model, texts, options, timeout_s(http), client_gone=client_gone))
 
 
 def timeout_s(of: Request) -> float | None:

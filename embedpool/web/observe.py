@@ -58,12 +58,11 @@ def blueprint(pool: Pool, reconciler: Reconciler) -> Blueprint:
 
     @routes.get("/models")
     def models() -> Response:
-        entries = [_entry(served, name) for served in pool.models for name in served.spec.names]
-        return json_response({"object": "list", "data": entries})
+        return json_response(models_document(pool))
 
     @routes.get("/models/<path:name>")
     def model(name: str) -> Response:
-        return json_response(_entry(pool.find(name), name))
+        return json_response(model_document(pool.find(name), name))
 
     @routes.get("/metrics")
     def get_metrics() -> Response:
@@ -73,7 +72,12 @@ def blueprint(pool: Pool, reconciler: Reconciler) -> Blueprint:
     return routes
 
 
-def _entry(served: ServedModel, name: str) -> dict[str, Any]:
+def models_document(pool: Pool) -> dict[str, Any]:
+    """OpenAI's list, each model under its name and again under its alias."""
+    return {"object": "list", "data": [model_document(served, n) for served in pool.models for n in served.spec.names]}
+
+
+def model_document(served: ServedModel, name: str) -> dict[str, Any]:
     """OpenAI's shape of a model, with its spec and state beside."""
     return {
         "id": name,

@@ -17,7 +17,7 @@ from marshmallow import fields, validate
 from embedpool.config.fields import StrictBoolean, StrictInteger, StrictSchema, dotted, faults
 from embedpool.config.settings import Limits
 from embedpool.errors import BadJson, BodyTooLarge, EmptyInput, InvalidRequest, TooManyTexts, UnsupportedMediaType
-from embedpool.pool.request import EmbedOptions
+from embedpool.pool.request import INPUT_TYPES, EmbedOptions
 
 
 class OptionsSchema(StrictSchema):
@@ -34,6 +34,7 @@ class OptionsSchema(StrictSchema):
     dimensions = StrictInteger(validate=validate.Range(min=1))
     prompt = fields.String()
     prompt_name = fields.String()
+    input_type = fields.String(validate=validate.OneOf(INPUT_TYPES))
     truncate = fields.String(validate=validate.OneOf(("error", "left", "right")))
     precision = fields.String(validate=validate.OneOf(("float32", "int8", "uint8", "binary", "ubinary")))
     encoding = fields.String(validate=validate.OneOf(("float", "base64")), load_default="float")

@@ -174,6 +174,7 @@ def test_the_remote_model_is_by_default_the_models_name(remote: Remote, opened: 
         ("openai", {"instruction": "x", "user": "u"}, {"instruction": "x", "user": "u"}),
         ("tei", {"prompt_name": "query"}, {"prompt_name": "query"}),
         ("tei", {"truncate": "error"}, {"truncate": False}),
+        ("openai", {"input_type": "query"}, {"input_type": "query"}),
         ("tei", {"truncate": "left"}, {"truncate": True, "truncation_direction": "Left"}),
     ],
 )
@@ -183,6 +184,12 @@ def test_options_are_passed_on(
     """Options that are not ours reach the service in the form of its protocol."""
     opened(protocol=protocol).embed(["a"], None, options)
     assert {name: remote.seen[0].body[name] for name in sent} == sent
+
+
+def test_tei_is_not_told_what_it_does_not_know(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
+    """A client that always says what its texts are for works with a service that has no such notion."""
+    opened(protocol="tei").embed(["a"], None, {"input_type": "query"})
+    assert set(remote.seen[0].body) == {"inputs", "normalize", "truncate"}
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,9 @@ def test_more_positions_than_the_model_has_are_refused() -> None:
 @pytest.mark.parametrize(("meter", "options", "text"), [
     (Local, {}, "one"), (Local, {"prompt": "x "}, "x one"), (Local, {"prompt_name": "query"}, "q: one"),
     (Local, {"prompt_name": "own"}, "o: one"), (Local, {"prompt_name": "document"}, "D: one"),
+    (Local, {"input_type": "search_query"}, "q: one"), (Local, {"input_type": "passage"}, "D: one"),
+    (Local, {"input_type": "clustering"}, "one"), (Prompted, {"input_type": "clustering"}, "p: one"),
+    (Local, {"input_type": "query", "prompt_name": "own"}, "o: one"),
     (Prompted, {}, "p: one"), (Prompted, {"prompt": ""}, "one"), (Prompted, {"prompt_name": "query"}, "q: one"),
 ])  # fmt: skip
 def test_a_prompt_goes_before_each_text(meter: type[Meter], options: dict, text: str) -> None:
@@ -126,5 +129,9 @@ def test_a_remote_service_gets_the_options_that_are_its_business() -> None:
 
 def test_a_prompt_known_here_is_applied_here_for_a_remote_service_too() -> None:
     """A prompt of pool.yml is put before the text and not passed on."""
-    found = measured("one", config=HTTP, meter=Remote(), prompt_name="query")
-    assert (list(found.texts), found.group) == (["rq: one"], None)
+    for options in ({"prompt_name": "query"}, {"input_type": "search_query"}):
+        found = measured("one", config=HTTP, meter=Remote(), **options)
+        assert (list(found.texts), found.group) == (["rq: one"], None)
+    assert json.loads(measured("one", config=HTTP, meter=Remote(), input_type="document").group) == {
+        "input_type": "document"
+    }

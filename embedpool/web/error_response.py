@@ -1,0 +1,58 @@
+"""Any exception → the answer it gets. Log line and headers are decided here; a dialect only shapes the body."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+from flask import Response, request
+from werkzeug.exceptions import HTTPException
+
+from embedpool.errors import BadRequest, EmbedpoolError, MethodNotAllowed, NotFound, as_document
+from embedpool.web.encoding import json_response
+
+logger = logging.getLogger(__name__)
+
+Shape = Callable[[EmbedpoolError, str], tuple[dict[str, Any], int]]  # error, request id → body, status
+
+
+def native_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], int]:
+    """The contract's own."""
+    return as_document(error, request_id), error.status
+
+
+def error_response(error: Exception, shape: Shape = native_shape) -> Response:
+    """The answer to any exception."""
+    known = as_embedpool_error(error)
+    request_id: str = request.id  # type: ignore[attr-defined]
+    if known.status >= 500:
+        logger.log(
+            logging.ERROR if known.code == "internal_error" else logging.WARNING,
+            "request %s: %s: %s",
+            request_id,
+            known.code,
+            known.message,
+            exc_info=error if known.code == "internal_error" else None,
+        )
+    response = json_response(*shape(known, request_id))
+    if known.retry_after_s is not None:
+        response.headers["Retry-After"] = str(math.ceil(known.retry_after_s))
+    if isinstance(error, HTTPException):
+        response.headers.extend({k: v for k, v in error.get_headers() if k == "Allow"})
+    return response
+
+
+def as_embedpool_error(error: Exception) -> EmbedpoolError:
+    """The error itself, or what stands for it in the contract; nothing of an unexpected one leaks out."""
+    if isinstance(error, EmbedpoolError):
+        return error
+    if isinstance(error, HTTPException):
+        if error.code == 404:
+            return NotFound(f"nothing at {request.path}")
+        if error.code == 405:
+            return MethodNotAllowed(f"{request.method} is not for {request.path}")
+        if error.code is not None and error.code < 500:
+            return BadRequest(error.description or error.name)
+    return EmbedpoolError("an unexpected error; the server's log has it under this request id")

@@ -1,0 +1,109 @@
+"""Real clients of other APIs, given another base URL: the vectors of POST /embed, and their own exceptions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import huggingface_hub
+import ollama
+import openai
+import pytest
+
+from tests.live.conftest import MINILM, Server, fake
+from tests.live.test_main_road import cosines
+
+TEXTS = [f"Sentence number {i} of those that {'every ' * (i % 7)}client is given." for i in range(300)]
+
+
+@pytest.fixture
+def served(server: Server) -> Iterator[Server]:
+    """The real model as `m`."""
+    server.write_pool({"model": MINILM, "alias": "m", "driver": {"type": "local_st"}})
+    server.start()
+    server.wait_ready()
+    yield server
+    server.stop()
+
+
+def assert_same(server: Server, texts: list[str], vectors: object, **options: object) -> None:
+    assert cosines(vectors, server.vectors("m", texts, **options)).min() >= 0.99999
+
+
+def test_openai(served: Server) -> None:
+    """OpenAI's Python SDK, blocking and asynchronous: base64, which it asks for by itself, and float; dimensions."""
+    arguments = {"base_url": f"{served.url}/v1", "api_key": "none", "max_retries": 0}
+
+    async def asynchronous(texts: list[str]) -> list[list[float]]:
+        async with openai.AsyncOpenAI(**arguments) as client:
+            return [entry.embedding for entry in (await client.embeddings.create(model="m", input=texts)).data]
+
+    with openai.OpenAI(**arguments) as client:
+        for texts in (TEXTS[:1], TEXTS):
+            answer = client.embeddings.create(model="m", input=texts)
+            assert_same(served, texts, [entry.embedding for entry in answer.data])
+            assert answer.usage.prompt_tokens == served.embed("m", texts).json()["meta"]["tokens"]
+            answer = client.embeddings.create(model="m", input=texts, encoding_format="float", dimensions=64)
+            assert_same(served, texts, [entry.embedding for entry in answer.data], dimensions=64)
+            assert_same(served, texts, asyncio.run(asynchronous(texts)))
+        assert [model.id for model in client.models.list()] == [MINILM, "m"]
+        with pytest.raises(openai.NotFoundError, match="did you mean"):
+            client.embeddings.create(model="all-MiniLM-L6-v2", input="a")
+        with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length"):
+            client.embeddings.create(model="m", input=[1, 2, 3])
+
+
+def test_openai_waits_as_long_as_it_is_told(server: Server) -> None:
+    """A full queue is its RateLimitError; with retries it is served when there is room."""
+    server.write_pool(fake("m", delay_ms=300, queue={"max_size": 1}))
+    server.start()
+    server.wait_ready()
+
+    async def burst(retries: int) -> list[object]:
+        arguments = {"base_url": f"{server.url}/v1", "api_key": "none", "max_retries": retries}
+        async with openai.AsyncOpenAI(**arguments) as client:
+            calls = [client.embeddings.create(model="m", input=f"text {i}") for i in range(6)]
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    refused = [answer for answer in asyncio.run(burst(0)) if isinstance(answer, Exception)]
+    assert refused
+    assert {type(error) for error in refused} == {openai.RateLimitError}
+    assert not [answer for answer in asyncio.run(burst(20)) if isinstance(answer, Exception)]
+    server.stop()
+
+
+def test_ollama(served: Server) -> None:
+    """Ollama's own client, on its endpoint and the older one."""
+    with ollama.Client(host=served.url) as client:
+        for texts in (TEXTS[:1], TEXTS):
+            answer = client.embed(model="m:latest", input=texts)
+            assert_same(served, texts, answer.embeddings)
+            assert answer.prompt_eval_count == served.embed("m", texts).json()["meta"]["tokens"]
+        assert_same(served, TEXTS[:1], [client.embeddings(model="m", prompt=TEXTS[0]).embedding])
+        assert [model.model for model in client.list().models] == [MINILM, "m"]
+        with pytest.raises(ollama.ResponseError, match="did you mean") as error:
+            client.embed(model="all-MiniLM-L6-v2", input="a")
+        assert error.value.status_code == 404
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The hub's client may speak to a server, which is on no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    huggingface_hub.close_session()  # made for an offline hub
+    yield
+    huggingface_hub.close_session()
+
+
+@pytest.mark.usefixtures("online")
+def test_huggingface_hub(served: Server) -> None:
+    """The hub's InferenceClient, which speaks to text-embeddings-inference."""
+    with huggingface_hub.InferenceClient(model=f"{served.url}/tei/m") as client:
+        assert_same(served, TEXTS[:1], client.feature_extraction(TEXTS[0]))
+        assert_same(served, TEXTS, client.feature_extraction(TEXTS))
+        assert_same(served, TEXTS[:1], client.feature_extraction(TEXTS[0], normalize=False), normalize=False)
+        with pytest.raises(huggingface_hub.errors.HfHubHTTPError, match="422"):
+            client.feature_extraction("word " * 600, truncate=False)
+    with huggingface_hub.InferenceClient(model=f"{served.url}/tei/all-MiniLM-L6-v2") as unknown:
+        with pytest.raises(huggingface_hub.errors.HfHubHTTPError, match="404"):
+            unknown.feature_extraction("a")

@@ -1,0 +1,111 @@
+"""text-embeddings-inference: its paths below a model's name, its shapes, statuses and headers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from werkzeug.test import TestResponse
+
+from embedpool.config.settings import Defaults, Settings
+from tests.web.conftest import MODEL, NAME, MakeWeb, Web, raw, unit
+
+TEXTS = ["Hello, world!", "This is a test sentence."]
+LONG = "word " * 600
+
+
+def ask(web: Web, inputs: Any = TEXTS, at: str = "/tei/m/embed", **fields: Any) -> TestResponse:
+    return web.post(at, {"inputs": inputs, **fields})
+
+
+def vectors(web: Web, inputs: Any = TEXTS, **fields: Any) -> np.ndarray:
+    answer = ask(web, inputs, **fields)
+    assert answer.status_code == 200, answer.text
+    return np.array(answer.json)
+
+
+def refused(answer: TestResponse, status: int, kind: str) -> str:
+    assert answer.status_code == status, answer.text
+    assert set(answer.json) == {"error", "error_type"}
+    assert answer.json["error_type"] == kind
+    return str(answer.json["error"])
+
+
+@pytest.mark.parametrize("at", ["/tei/m", "/tei/m/embed", f"/tei/{NAME}", f"/tei/{NAME}/embed"])
+def test_a_base_url_stands_for_a_server_of_one_model(web: Web, at: str) -> None:
+    """By name or alias, at the URL itself or its /embed: always a list of vectors, normalised, with TEI's headers."""
+    answer = ask(web, at=at)
+    np.testing.assert_allclose(answer.json, unit(raw(*TEXTS)), atol=1e-6)
+    assert answer.headers["x-compute-tokens"] == "11"
+    assert all(answer.headers[f"x-{name}-time"].isdigit() for name in ("total", "queue", "inference"))
+    assert vectors(web, TEXTS[0], at=at).shape == (1, 384)
+
+
+def test_a_whole_name_wins_over_a_suffix(make_web: MakeWeb) -> None:
+    """A model may be called like a path of TEI."""
+    web = make_web("model: org/embed, alias: a")
+    assert ask(web, at="/tei/org/embed").status_code == 200
+    assert ask(web, at="/tei/org/embed/embed").status_code == 200
+    assert "org/embed" in refused(ask(web, at="/tei/org"), 404, "Validation")
+
+
+def test_a_long_text_is_an_error_unless_it_may_be_cut(web: Web) -> None:
+    """`truncate` is false by default; `truncation_direction` says which end goes."""
+    assert "limit" in refused(ask(web, LONG), 422, "Validation")
+    words = " ".join(f"w{i}" for i in range(600))
+    for direction in ("Left", "Right"):
+        cut = vectors(web, words, truncate=True, truncation_direction=direction)
+        np.testing.assert_array_equal(cut, web.vectors(words, truncate=direction.lower()))
+
+
+def test_options(make_web: MakeWeb) -> None:
+    """`normalize` is true unless the client says otherwise, whatever the model's setting."""
+    web = make_web(MODEL + ", driver: {type: fake, config: {normalize: false, prompts: {query: 'find: '}}}")
+    np.testing.assert_allclose(vectors(web), unit(raw(*TEXTS)), atol=1e-6)
+    np.testing.assert_allclose(vectors(web, normalize=False), raw(*TEXTS), atol=1e-6)
+    np.testing.assert_allclose(vectors(web, dimensions=8), unit(raw(*TEXTS)[:, :8]), atol=1e-6)
+    np.testing.assert_allclose(vectors(web, prompt_name="query"), vectors(web, [f"find: {t}" for t in TEXTS]))
+
+
+def test_similarity(web: Web) -> None:
+    """The cosine of the source sentence to each of the others."""
+    inputs = {"source_sentence": TEXTS[0], "sentences": [*TEXTS, "more"]}
+    found = vectors(web, inputs, at="/tei/m/similarity")
+    one = unit(raw(*TEXTS, "more"))
+    np.testing.assert_allclose(found, one @ one[0], atol=1e-5)
+    found = vectors(web, {**inputs, "sentences": [LONG]}, at="/tei/m/similarity", parameters={"truncate": True})
+    assert found.shape == (1,)
+
+
+def test_its_own_openai_route_names_no_model(web: Web) -> None:
+    """Below a base URL the model is that of the URL, whatever the body says."""
+    answer = web.post("/tei/m/v1/embeddings", {"model": "text-embedding-3-small", "input": TEXTS})
+    np.testing.assert_allclose([entry["embedding"] for entry in answer.json["data"]], unit(raw(*TEXTS)), atol=1e-6)
+
+
+def test_info_and_health(web: Web) -> None:
+    """What a client wants to know of such a server before it asks."""
+    info = web.get(f"/tei/{NAME}/info").json
+    assert (info["model_id"], info["max_input_length"], info["auto_truncate"]) == (NAME, 512, False)
+    assert web.get("/tei/m/health").status_code == 200
+    assert web.post("/models/enable", {"model": "m", "enabled": False}).status_code == 200
+    assert "disabled" in refused(web.get("/tei/m/health"), 503, "Unhealthy")
+    refused(web.get("/tei/m"), 405, "Validation")
+
+
+def test_errors_have_teis_shape(make_web: MakeWeb) -> None:
+    """Empty, Validation, Overloaded and Backend, each with the status its clients know."""
+    web = make_web(MODEL + ", driver: {type: fake, config: {fault: raise, fault_text: bad}}", settings=LITTLE)
+    refused(ask(web, []), 400, "Empty")
+    refused(ask(web, [1]), 422, "Validation")
+    refused(ask(web, input="a"), 422, "Validation")
+    refused(ask(web, "bad"), 424, "Backend")
+    assert web.pool._permits.acquire(blocking=False)
+    answer = ask(web)
+    web.pool._permits.release()
+    refused(answer, 429, "Overloaded")
+    assert answer.headers["Retry-After"]
+
+
+LITTLE = Settings(defaults=Defaults(max_inflight_global=1))
