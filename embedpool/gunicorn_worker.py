@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 from gunicorn.workers.base import Worker
 
 from embedpool.loop import Loop
 
+BEAT_S = 1.0
+
 
 class WaitressWorker(Worker):  # type: ignore[misc]
     """SIGTERM and Ctrl-C drain; a second Ctrl-C ends at once."""
 
     _loop: Loop | None = None
+    _next_beat = 0.0
 
     def run(self) -> None:
         """Serve until told to stop, or until the master is gone."""
@@ -25,7 +29,13 @@ class WaitressWorker(Worker):  # type: ignore[misc]
         self._loop.run(self._heartbeat)
 
     def _heartbeat(self) -> bool:
-        self.notify()
+        """Called on each turn of the loop; the file that tells gunicorn of it is touched once a second.
+
+        Touching it lets go of the GIL, which under load another thread then has.
+        """
+        if time.monotonic() >= self._next_beat:
+            self._next_beat = time.monotonic() + BEAT_S
+            self.notify()
         return self.alive and self.ppid == os.getppid()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
