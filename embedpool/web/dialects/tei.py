@@ -12,6 +12,7 @@ from marshmallow import fields, validate
 from embedpool import __version__
 from embedpool.config.fields import StrictBoolean, StrictInteger, StrictSchema
 from embedpool.config.settings import Limits
+from embedpool.config.spec import HttpConfig
 from embedpool.errors import EmbedpoolError, EmptyInput, MethodNotAllowed, ModelFailed
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import EmbedResult
@@ -23,9 +24,9 @@ from embedpool.web.schemas import check_texts, embed_options, read_json
 
 
 class TeiParameters(StrictSchema):
-    """What /embed takes beside its inputs, and /similarity under `parameters`. A long text is an error unless cut."""
+    """What /embed takes beside its inputs, and /similarity under `parameters`."""
 
-    truncate = StrictBoolean(load_default=False, metadata={"also": ("truncate",)})
+    truncate = StrictBoolean(metadata={"also": ("truncate",)})
     truncation_direction = fields.String(
         load_default="Right",
         validate=validate.OneOf(("Left", "Right", "left", "right")),
@@ -53,7 +54,7 @@ class SimilaritySchema(StrictSchema):
     """Body of /similarity."""
 
     inputs = fields.Nested(SentencesSchema, required=True)
-    parameters = fields.Nested(TeiParameters, load_default=lambda: {"truncate": False, "truncation_direction": "Right"})
+    parameters = fields.Nested(TeiParameters, load_default=lambda: {"truncation_direction": "Right"})
 
 
 def blueprint(pool: Pool, limits: Limits) -> Blueprint:
@@ -61,19 +62,28 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
     routes = Blueprint("tei", __name__)
     routes.register_error_handler(Exception, lambda error: error_response(error, tei_shape))
 
+    def options(name: str, body: dict[str, Any]) -> dict[str, Any]:
+        """A long text is an error unless the client lets it be cut; a remote service is left to its own default."""
+        found = options_of(TeiSchema, body)
+        if body.get("truncate"):
+            found["truncate"] = body["truncation_direction"].lower()
+        elif "truncate" in body or not isinstance(pool.find(name).spec.driver.config, HttpConfig):
+            found["truncate"] = "error"
+        return found
+
     def embed(name: str) -> Response:
         body = read_json(request, TeiSchema, limits)
         given = body["inputs"]
         texts = check_texts([given] if isinstance(given, str) else given, limits, "inputs")
-        result = submit(pool, request, name, texts, embed_options(_options(body)))
+        result = submit(pool, request, name, texts, embed_options(options(name, body)))
         return _timed(json_response(result.vectors), result)
 
     def similarity(name: str) -> Response:
         body = read_json(request, SimilaritySchema, limits)
         texts = check_texts(body["inputs"]["sentences"], limits, "inputs.sentences")
-        options = {**_options(body["parameters"]), "normalize": True, "dtype": "float32"}
+        asked = {**options(name, body["parameters"]), "normalize": True, "dtype": "float32"}
         texts = [body["inputs"]["source_sentence"], *texts]
-        result = submit(pool, request, name, texts, embed_options(options))
+        result = submit(pool, request, name, texts, embed_options(asked))
         return _timed(json_response(np.ascontiguousarray(result.vectors[1:] @ result.vectors[0])), result)
 
     def info(name: str) -> Response:
@@ -131,11 +141,6 @@ def _target(pool: Pool, path: str, actions: dict[str, Any]) -> tuple[str, str]:
             if action and path.endswith(f"/{action}"):
                 return path.removesuffix(f"/{action}"), action
     return path, ""
-
-
-def _options(body: dict[str, Any]) -> dict[str, Any]:
-    policy = body["truncation_direction"].lower() if body["truncate"] else "error"
-    return {**options_of(TeiSchema, body), "truncate": policy}
 
 
 def _timed(response: Response, result: EmbedResult) -> Response:

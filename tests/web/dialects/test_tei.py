@@ -9,6 +9,8 @@ import pytest
 from werkzeug.test import TestResponse
 
 from embedpool.config.settings import Defaults, Settings
+from embedpool.errors import Overloaded
+from embedpool.pool.request import EmbedRequest
 from tests.web.conftest import MODEL, NAME, MakeWeb, Web, raw, unit
 
 TEXTS = ["Hello, world!", "This is a test sentence."]
@@ -57,6 +59,21 @@ def test_a_long_text_is_an_error_unless_it_may_be_cut(web: Web) -> None:
     for direction in ("Left", "Right"):
         cut = vectors(web, words, truncate=True, truncation_direction=direction)
         np.testing.assert_array_equal(cut, web.vectors(words, truncate=direction.lower()))
+
+
+def test_a_remote_service_is_left_to_its_own_default(make_web: MakeWeb, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Truncation is asked of a remote model only where the client says something about it; not all can be asked."""
+    web = make_web("model: r, driver: {type: http, config: {base_url: 'http://127.0.0.1:9'}}", wait=False)
+    asked: list[str | None] = []
+
+    def submit(request: EmbedRequest) -> None:
+        asked.append(request.options.truncate)
+        raise Overloaded("enough")
+
+    monkeypatch.setattr(web.pool, "submit", submit)
+    for fields in ({}, {"truncate": None}, {"truncate": False}, {"truncate": True, "truncation_direction": "Left"}):
+        ask(web, at="/tei/r", **fields)
+    assert asked == [None, None, "error", "left"]
 
 
 def test_options(make_web: MakeWeb) -> None:
