@@ -22,7 +22,8 @@ def cut(lengths: Sequence[int], fixed_tokens: float, max_tokens: int, max_texts:
     best = [0.0]
     last_cut = [0]
     for j, length in enumerate(lengths, start=1):
-        low = max(j - min(max_texts, max(max_tokens // max(length, 1), 1)), 0)
+        most = min(max_texts, max(max_tokens // length, 1)) if length else max_texts
+        low = max(j - most, 0)
         cheapest, at = best[j - 1] - (j - 1) * length, j - 1
         for i in range(j - 2, low - 1, -1):  # of equal plans the one with the fuller batches first
             cost = best[i] - i * length

@@ -50,6 +50,7 @@ def test_a_plan_covers_every_text_once_within_the_limits(
 
 @settings(max_examples=400, deadline=None)
 @given(LENGTHS, FIXED, st.integers(1, 4000), st.integers(1, 64))
+@example([0, 0], 1.0, 1, 2)
 @example([3, 3, 21, 45, 69, 86, 99, 108, 116, 125, 171], 271.0, 512, 64)
 def test_no_plan_within_the_limits_is_cheaper(
     lengths: list[int], fixed: float, max_tokens: int, max_texts: int
