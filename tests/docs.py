@@ -70,15 +70,11 @@ def dialect_options() -> str:
     rows = ["| option | " + " | ".join(DIALECTS) + " |", "|---" * (len(DIALECTS) + 1) + "|"]
     for option in OptionsSchema._declared_fields:
         says = [
-            ", ".join(f"`{n}`" for n, f in schema._declared_fields.items() if option in _stands_for(f))
+            ", ".join(f"`{n}`" for n, f in schema._declared_fields.items() if option in f.metadata.get("options", ()))
             for schema in DIALECTS.values()
         ]
         rows.append(f"| `{option}` | {' | '.join(says)} |")
     return "\n".join(rows)
-
-
-def _stands_for(field: Any) -> tuple[str, ...]:
-    return (field.metadata.get("option"), *field.metadata.get("also", ()))
 
 
 def _row(name: str, f: dataclasses.Field[Any]) -> str:

@@ -11,14 +11,29 @@ from typing import Any
 
 import marshmallow as ma
 
-from embedpool.errors import InvalidRequest
+from embedpool.config.settings import Limits
+from embedpool.errors import EmbedpoolError, InvalidRequest
+from embedpool.web.schemas import check_texts
 
 POLICIES = {True: "right", False: "error"}  # where truncation is a yes or no
 
 
 def means(option: str, values: Mapping[Any, Any] | None = None) -> dict[str, Any]:
     """Metadata of a field that stands for `option`; `values` maps what is said to what it means."""
-    return {"option": option, "values": values}
+    return {"options": (option,), "read": lambda said: {option: values[said] if values else said}}
+
+
+def chooses(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Metadata of a field each value of which says which option it stands for."""
+    return {
+        "options": tuple({option: None for meant in values.values() for option in meant}),
+        "read": values.__getitem__,
+    }
+
+
+def part_of(option: str) -> dict[str, Any]:
+    """Metadata of a field that stands for `option` only together with another; its dialect reads them."""
+    return {"options": (option,), "read": lambda said: {}}
 
 
 def options_of(schema: type[ma.Schema], body: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,13 +41,21 @@ def options_of(schema: type[ma.Schema], body: Mapping[str, Any]) -> dict[str, An
     found: dict[str, Any] = {}
     said_by: dict[str, str] = {}
     for name, field in schema._declared_fields.items():
-        option = field.metadata.get("option")
-        if option is None or name not in body:
+        if name not in body or "read" not in field.metadata:
             continue
-        values = field.metadata["values"]
-        value = values[body[name]] if values else body[name]
-        if found.setdefault(option, value) != value:
-            message = f"contradicts {said_by[option]}"
-            raise InvalidRequest(f"{name}: {message}", fields={name: message})
-        said_by[option] = name
+        for option, value in field.metadata["read"](body[name]).items():
+            if found.setdefault(option, value) != value:
+                message = f"contradicts {said_by[option]}"
+                raise InvalidRequest(f"{name}: {message}", fields={name: message})
+            said_by[option] = name
     return found
+
+
+def texts_of(given: Any, limits: Limits, path: str) -> list[str]:
+    """A string is a list of one. Raises as check_texts does."""
+    return check_texts([given] if isinstance(given, str) else given, limits, path)
+
+
+def status_with_400(error: EmbedpoolError) -> int:
+    """For APIs in which whatever is wrong with a body is 400."""
+    return 400 if error.status in (413, 415, 422) else error.status

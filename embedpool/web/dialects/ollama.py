@@ -12,11 +12,11 @@ from embedpool.config.settings import Limits
 from embedpool.errors import EmbedpoolError
 from embedpool.pool.pool import Pool
 from embedpool.pool.served_model import ServedModel
-from embedpool.web.dialects import POLICIES, means, options_of
+from embedpool.web.dialects import POLICIES, means, options_of, status_with_400, texts_of
 from embedpool.web.encoding import json_response
 from embedpool.web.error_response import error_response
 from embedpool.web.native import submit
-from embedpool.web.schemas import check_texts, embed_options, read_json
+from embedpool.web.schemas import embed_options, read_json
 
 LATEST = ":latest"  # the tag that Ollama's clients may add to a name
 LONG_AGO = "1970-01-01T00:00:00Z"
@@ -50,8 +50,7 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
     @routes.post("/api/embed")
     def embed() -> Response:
         body = read_json(request, OllamaSchema, limits)
-        given = body["input"]
-        texts = check_texts([given] if isinstance(given, str) else given, limits, "input")
+        texts = texts_of(body["input"], limits, "input")
         options = embed_options(options_of(OllamaSchema, body))
         result = submit(pool, request, _known(pool, body["model"]), texts, options)
         return json_response(
@@ -67,7 +66,7 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
     @routes.post("/api/embeddings")
     def embeddings() -> Response:
         body = read_json(request, OllamaLegacySchema, limits)
-        texts = check_texts([body["prompt"]], limits, "prompt")
+        texts = texts_of(body["prompt"], limits, "prompt")
         result = submit(pool, request, _known(pool, body["model"]), texts, embed_options({}))
         return json_response({"embedding": result.vectors[0]})
 
@@ -90,4 +89,4 @@ def _tag(served: ServedModel, name: str) -> dict[str, Any]:
 
 def ollama_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], int]:
     """Ollama's error: a sentence; what is wrong with a body is 400 there, whatever it is."""
-    return {"error": error.message}, 400 if error.status in (413, 415, 422) else error.status
+    return {"error": error.message}, status_with_400(error)

@@ -12,14 +12,17 @@ from embedpool.config.settings import Limits
 from embedpool.errors import EmbedpoolError, InvalidRequest
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import INPUT_TYPES, EmbedResult
-from embedpool.web.dialects import POLICIES, means, options_of
+from embedpool.web.dialects import POLICIES, chooses, means, options_of, status_with_400, texts_of
 from embedpool.web.encoding import as_base64, json_response
 from embedpool.web.error_response import error_response
 from embedpool.web.native import submit
 from embedpool.web.observe import model_document, models_document
-from embedpool.web.schemas import check_texts, embed_options, read_json
+from embedpool.web.schemas import embed_options, read_json
 
 PRECISIONS = {"float": "float32", "int8": "int8", "uint8": "uint8", "binary": "binary", "ubinary": "ubinary"}
+EMBEDDING_TYPES = {said: {"precision": meant} for said, meant in PRECISIONS.items()} | {
+    "base64": {"encoding": "base64"}
+}
 NO_IDS = (
     "token ids are refused: they are another tokenizer's. Send strings; with LangChain's OpenAIEmbeddings set "
     "check_embedding_ctx_length=False"
@@ -42,9 +45,7 @@ class OpenAISchema(StrictSchema):
     # Jina
     task = fields.String(validate=validate.OneOf(INPUT_TYPES), metadata=means("input_type"))
     normalized = StrictBoolean(metadata=means("normalize"))
-    embedding_type = fields.String(
-        validate=validate.OneOf((*PRECISIONS, "base64")), metadata={"also": ("precision", "encoding")}
-    )
+    embedding_type = fields.String(validate=validate.OneOf(tuple(EMBEDDING_TYPES)), metadata=chooses(EMBEDDING_TYPES))
     truncate = StrictBoolean(metadata=means("truncate", POLICIES))
     # ours, and what infinity's client sends
     prompt_name = fields.String(metadata=means("prompt_name"))
@@ -76,24 +77,19 @@ def embed(pool: Pool, limits: Limits, model: str | None = None) -> Response:
     """The answer to the request at hand, of the model it names or of a given one."""
     body = read_json(request, OpenAISchema, limits)
     options = options_of(OpenAISchema, body)
-    if (kind := body.get("embedding_type")) == "base64":
-        options["encoding"] = "base64"
-    elif kind is not None:
-        options["precision"] = PRECISIONS[kind]
     encoding = options.pop("encoding", "float")
     if encoding == "base64":
         options["dtype"] = "float32"  # whatever the model's: it is what clients decode
-    texts = check_texts(_texts(body["input"]), limits, "input")
+    _refuse_token_ids(body["input"])
+    texts = texts_of(body["input"], limits, "input")
     return _answer(submit(pool, request, model or body["model"], texts, embed_options(options)), encoding)
 
 
-def _texts(given: Any) -> Any:
-    """A string is a list of one; token ids are refused with a hint."""
+def _refuse_token_ids(given: Any) -> None:
     if isinstance(given, list) and given:
         first = given[0][0] if isinstance(given[0], list) and given[0] else given[0]
         if isinstance(first, int) and not isinstance(first, bool):
             raise InvalidRequest(f"input: {NO_IDS}", fields={"input": NO_IDS})
-    return [given] if isinstance(given, str) else given
 
 
 def _answer(result: EmbedResult, encoding: str) -> Response:
@@ -105,7 +101,7 @@ def _answer(result: EmbedResult, encoding: str) -> Response:
 
 def openai_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], int]:
     """OpenAI's error and status: what is wrong with a body is 400 there, whatever it is."""
-    status = 400 if error.status in (413, 415, 422) else error.status
+    status = status_with_400(error)
     kind = {429: "rate_limit_error"}.get(status, "invalid_request_error" if status < 500 else "server_error")
     param = next(iter(error.fields), None)
     body = {"message": error.message, "type": kind, "param": param, "code": error.code, "request_id": request_id}

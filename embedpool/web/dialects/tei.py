@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 from flask import Blueprint, Response, request
 from marshmallow import fields, validate
 
@@ -16,21 +15,23 @@ from embedpool.config.spec import HttpConfig
 from embedpool.errors import EmbedpoolError, EmptyInput, MethodNotAllowed, ModelFailed
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import EmbedResult
-from embedpool.web.dialects import means, openai, options_of
+from embedpool.web.dialects import means, openai, options_of, part_of, texts_of
 from embedpool.web.encoding import json_response
 from embedpool.web.error_response import error_response
 from embedpool.web.native import submit
 from embedpool.web.schemas import check_texts, embed_options, read_json
 
+Action = Callable[[Pool, Limits, str], Response]
+
 
 class TeiParameters(StrictSchema):
     """What /embed takes beside its inputs, and /similarity under `parameters`."""
 
-    truncate = StrictBoolean(metadata={"also": ("truncate",)})
+    truncate = StrictBoolean(metadata=part_of("truncate"))
     truncation_direction = fields.String(
         load_default="Right",
         validate=validate.OneOf(("Left", "Right", "left", "right")),
-        metadata={"also": ("truncate",)},
+        metadata=part_of("truncate"),
     )
     prompt_name = fields.String(metadata=means("prompt_name"))
     normalize = StrictBoolean(load_default=True, metadata=means("normalize"))
@@ -62,85 +63,90 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
     routes = Blueprint("tei", __name__)
     routes.register_error_handler(Exception, lambda error: error_response(error, tei_shape))
 
-    def options(name: str, body: dict[str, Any]) -> dict[str, Any]:
-        """A long text is an error unless the client lets it be cut; a remote service is left to its own default."""
-        found = options_of(TeiSchema, body)
-        if body.get("truncate"):
-            found["truncate"] = body["truncation_direction"].lower()
-        elif "truncate" in body or not isinstance(pool.find(name).spec.driver.config, HttpConfig):
-            found["truncate"] = "error"
-        return found
-
-    def embed(name: str) -> Response:
-        body = read_json(request, TeiSchema, limits)
-        given = body["inputs"]
-        texts = check_texts([given] if isinstance(given, str) else given, limits, "inputs")
-        result = submit(pool, request, name, texts, embed_options(options(name, body)))
-        return _timed(json_response(result.vectors), result)
-
-    def similarity(name: str) -> Response:
-        body = read_json(request, SimilaritySchema, limits)
-        texts = check_texts(body["inputs"]["sentences"], limits, "inputs.sentences")
-        asked = {**options(name, body["parameters"]), "normalize": True, "dtype": "float32"}
-        texts = [body["inputs"]["source_sentence"], *texts]
-        result = submit(pool, request, name, texts, embed_options(asked))
-        return _timed(json_response(np.ascontiguousarray(result.vectors[1:] @ result.vectors[0])), result)
-
-    def info(name: str) -> Response:
-        served = pool.find(name)
-        meter = served.replicas.meter()
-        limit = getattr(served.spec.driver.config, "max_seq_length", None) or meter.default_max_tokens
-        runs_on: Any = served.replicas.counts()["runs_on"]
-        return json_response(
-            {
-                "model_id": served.spec.model,
-                "model_sha": None,
-                "model_dtype": runs_on.get("compute_dtype"),
-                "model_type": {"embedding": {}},
-                "max_concurrent_requests": pool.max_inflight_global,
-                "max_input_length": limit,
-                "max_client_batch_size": limits.max_texts_per_request,
-                "auto_truncate": False,
-                "version": __version__,
-            }
-        )
-
-    def health(name: str) -> Response:
-        served = pool.find(name)
-        if not served.is_serving or pool.draining:
-            raise ModelFailed(f"{served.spec.model!r} is {served.state}")
-        return Response()
-
-    posts: dict[str, Callable[[str], Response]] = {
-        "": embed,
-        "embed": embed,
-        "similarity": similarity,
-        "v1/embeddings": lambda name: openai.embed(pool, limits, name),
-    }
-    gets: dict[str, Callable[[str], Response]] = {"info": info, "health": health}
-
     @routes.post("/tei/<path:name>")
     def post(name: str) -> Response:
-        name, action = _target(pool, name, posts)
-        return posts[action](name)
+        name, action = _target(pool, name, POSTS)
+        return POSTS[action](pool, limits, name)
 
     @routes.get("/tei/<path:name>")
     def get(name: str) -> Response:
-        name, action = _target(pool, name, gets)
+        name, action = _target(pool, name, GETS)
         if not action:
-            raise MethodNotAllowed(f"GET is for {' and '.join(gets)} below /tei/<model>")
-        return gets[action](name)
+            raise MethodNotAllowed(f"GET is for {' and '.join(GETS)} below /tei/<model>")
+        return GETS[action](pool, limits, name)
 
     return routes
 
 
-def _target(pool: Pool, path: str, actions: dict[str, Any]) -> tuple[str, str]:
+def _target(pool: Pool, path: str, actions: Mapping[str, Action]) -> tuple[str, str]:
     """Model and action of a path; names hold slashes, and a whole name wins over one with a suffix."""
     if not pool.knows(path):
         for action in actions:
             if action and path.endswith(f"/{action}"):
                 return path.removesuffix(f"/{action}"), action
     return path, ""
+
+
+def _embed(pool: Pool, limits: Limits, name: str) -> Response:
+    body = read_json(request, TeiSchema, limits)
+    texts = texts_of(body["inputs"], limits, "inputs")
+    result = submit(pool, request, name, texts, embed_options(_options(pool, name, body)))
+    return _timed(json_response(result.vectors), result)
+
+
+def _similarity(pool: Pool, limits: Limits, name: str) -> Response:
+    body = read_json(request, SimilaritySchema, limits)
+    sentences = check_texts(body["inputs"]["sentences"], limits, "inputs.sentences")
+    options = {**_options(pool, name, body["parameters"]), "normalize": True, "dtype": "float32"}
+    texts = [body["inputs"]["source_sentence"], *sentences]
+    result = submit(pool, request, name, texts, embed_options(options))
+    return _timed(json_response(result.vectors[1:] @ result.vectors[0]), result)
+
+
+def _options(pool: Pool, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """A long text is an error unless the client lets it be cut; a remote service is left to its own default."""
+    options = options_of(TeiSchema, body)
+    if body.get("truncate"):
+        options["truncate"] = body["truncation_direction"].lower()
+    elif "truncate" in body or not isinstance(pool.find(name).spec.driver.config, HttpConfig):
+        options["truncate"] = "error"
+    return options
+
+
+def _info(pool: Pool, limits: Limits, name: str) -> Response:
+    served = pool.find(name)
+    own = served.replicas.meter().default_max_tokens
+    runs_on: Any = served.replicas.counts()["runs_on"]
+    return json_response(
+        {
+            "model_id": served.spec.model,
+            "model_sha": None,
+            "model_dtype": runs_on.get("compute_dtype"),
+            "model_type": {"embedding": {}},
+            "max_concurrent_requests": pool.max_inflight_global,
+            "max_input_length": getattr(served.spec.driver.config, "max_seq_length", None) or own,
+            "max_client_batch_size": limits.max_texts_per_request,
+            "auto_truncate": False,
+            "version": __version__,
+        }
+    )
+
+
+def _health(pool: Pool, limits: Limits, name: str) -> Response:
+    served = pool.find(name)
+    if served.is_serving and not pool.draining:
+        return Response()
+    # Not raised: a probe that asks each second is no event for the log.
+    return json_response(*tei_shape(ModelFailed(f"{served.spec.model!r} is {served.state}"), ""))
+
+
+POSTS: dict[str, Action] = {
+    "": _embed,
+    "embed": _embed,
+    "similarity": _similarity,
+    "v1/embeddings": openai.embed,
+}
+GETS: dict[str, Action] = {"info": _info, "health": _health}
 
 
 def _timed(response: Response, result: EmbedResult) -> Response:

@@ -125,6 +125,9 @@ def test_vectors_need_not_be_normalised(web: Web) -> None:
 def test_two_fields_for_one_thing_must_agree(web: Web) -> None:
     """Synonyms are welcome together unless they contradict each other."""
     assert vectors(web, dimensions=8, output_dimension=8).shape == (2, 8)
+    assert vectors(web, output_dtype="int8", embedding_type="int8").shape == (2, 384)
+    for contradiction in ({"output_dtype": "uint8"}, {"encoding_format": "float", "embedding_type": "base64"}):
+        refused(ask(web, **{"embedding_type": "int8", **contradiction}), 400, "invalid_request_error")
     answer = ask(web, dimensions=8, output_dimension=9)
     assert refused(answer, 400, "invalid_request_error")["param"] == "output_dimension"
 
