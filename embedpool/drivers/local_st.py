@@ -15,18 +15,20 @@ import logging
 import math
 import os
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from embedpool.config.spec import LocalStConfig, ModelSpec
-from embedpool.drivers.base import PROBE_TEXT, Cost, Driver, Embeddings, Ids, Meter, cosine, describe
+from embedpool.drivers.base import PROBE_TEXT, Cost, Driver, Embeddings, Ids, Meter, cosine, describe, fastest_s
 from embedpool.drivers.model_folder import find_model_folder
 from embedpool.drivers.tokenizer import TokenizerMeter, pad
 from embedpool.errors import ModelFailed
+
+if TYPE_CHECKING:
+    from embedpool.drivers.openvino_graph import Pipeline
 
 logger = logging.getLogger(__name__)
 
@@ -104,22 +106,16 @@ class LocalStDriver(Driver):
         for texts, tokens in WARM_UP_SHAPES:
             batch = [self._meter.cut(ids, tokens, "right")] * texts
             padded.append(float(sum(map(len, batch))))
-            seconds.append(self._fastest_s(self._run_beside or self._run, batch))
+            seconds.append(self._seconds(self._run_beside or self._run, batch))
         weights = [1 / s for s in seconds]
         token_s, fixed_s = np.polyfit(padded, seconds, 1, w=weights).tolist()
         return Cost(max(fixed_s, SHORTEST_CALL_S), max(token_s, SHORTEST_CALL_S / 1000))
 
-    def _fastest_s(self, run: Run | None, ids: list[list[int]], tries: int = 3) -> float:
-        """The least time one call takes; without `run` it is one of encode()."""
-        spent_s = []
-        for _ in range(tries):
-            started = time.perf_counter()
-            if run is not None:
-                run(pad(ids, self._meter.pad_id))
-            else:
-                self.embed([PROBE_TEXT] * len(ids), ids, {})
-            spent_s.append(time.perf_counter() - started)
-        return min(spent_s)
+    def _seconds(self, run: Run | None, ids: list[list[int]]) -> float:
+        """What a call takes; without `run` it is one of encode()."""
+        if run is None:
+            return fastest_s(lambda: self.embed([PROBE_TEXT] * len(ids), ids, {}))
+        return fastest_s(lambda: run(pad(ids, self._meter.pad_id)))
 
     def close(self) -> None:
         """Drop the weights and give the memory back to the system."""
@@ -152,20 +148,20 @@ class LocalStDriver(Driver):
 
         graph = openvino_graph.exported(folder, self._cache_dir, lambda: self._sentence_transformer(folder, "torch"))
         gc.collect()  # an export leaves a torch model behind
-        self.parallel = self._cores
         pipeline = openvino_graph.Pipeline(graph, self._dtype, self._cores)
         if self._config.profile == "fast" and self._config.compute_dtype == "auto":
             pipeline = self._faster(pipeline, openvino_graph.Pipeline(graph, "bfloat16", self._cores))
+        self.parallel = self._cores
         self._run, self._run_beside = pipeline, pipeline.beside_others
         self._facts["cores_of_a_lone_batch"] = pipeline.cores_alone
 
-    def _faster(self, exact: Any, lossy: Any) -> Any:
+    def _faster(self, exact: Pipeline, lossy: Pipeline) -> Pipeline:
         """The lossy pipeline if it is faster here and close enough; what it costs is said in /status."""
         texts = [PROBE_TEXT[:end] for end in range(4, len(PROBE_TEXT), 4)] + [PROBE_TEXT * 10]
         inputs = [pad([ids], self._meter.pad_id) for ids in self._meter.measure(texts)]
         worst = min(cosine(exact(i)[0], lossy(i)[0]) for i in inputs)
         batch = [self._meter.cut(self._meter.measure([PROBE_TEXT * 10])[0], 32, "right")] * 8
-        gain = self._fastest_s(exact.beside_others, batch) / self._fastest_s(lossy.beside_others, batch)
+        gain = self._seconds(exact.beside_others, batch) / self._seconds(lossy.beside_others, batch)
         found = f"bfloat16 is {gain:.2f} times as fast here, at a cosine to float32 of {worst:.6f} or more"
         taken = gain >= FAST_LEAST_GAIN and worst >= SAME_VECTOR_COSINE["bfloat16"]
         self._facts["profile"] = f"fast: {found}" if taken else f"fast asked for, float32 kept: {found}"

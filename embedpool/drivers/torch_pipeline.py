@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-import time
 import warnings
 from typing import Any
 
 import numpy as np
+
+from embedpool.drivers.base import fastest_s
 
 PREPACKED_LEAST_GAIN = 1.1
 TRIED_ROWS = 256  # tokens of the call that is timed
@@ -42,7 +43,8 @@ def prepacking_gain(model: Any) -> float:
         return 0.0
     packed = _mkldnn().to_mkldnn(copy.deepcopy(layer))
     x = torch.from_numpy(np.ones((TRIED_ROWS, layer.in_features), np.float32))
-    return _fastest_s(layer, x) / _fastest_s(packed, x)
+    with torch.inference_mode():
+        return fastest_s(lambda: layer(x), tries=5) / fastest_s(lambda: packed(x), tries=5)
 
 
 def prepack(model: Any) -> None:
@@ -56,15 +58,3 @@ def _mkldnn() -> Any:
         warnings.simplefilter("ignore", DeprecationWarning)
         from torch.utils import mkldnn
     return mkldnn
-
-
-def _fastest_s(layer: Any, x: Any, tries: int = 5) -> float:
-    import torch
-
-    spent_s = []
-    with torch.inference_mode():
-        for _ in range(tries):
-            started = time.perf_counter()
-            layer(x)
-            spent_s.append(time.perf_counter() - started)
-    return min(spent_s)

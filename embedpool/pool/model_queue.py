@@ -107,7 +107,8 @@ class ModelQueue(queue.Queue[Job]):
             if not self._fits(job, self.maxsize):
                 raise queue.Full
             self._put(job)
-            self.not_empty.notify()
+            if self._waiting:  # else all of it has joined what runs
+                self.not_empty.notify()
 
     def feed(self, job: Job, timeout_s: float) -> None:
         """Put a further job of an admitted request as room appears.
@@ -127,7 +128,8 @@ class ModelQueue(queue.Queue[Job]):
             if self._stopped:
                 raise QueueClosed
             self._put(job)
-            self.not_empty.notify()
+            if self._waiting:  # else all of it has joined what runs
+                self.not_empty.notify()
 
     def _has_room_to_feed(self, job: Job) -> bool:
         return self._fits(job, self.maxsize if job.flow.waiting == 0 else self.maxsize // 2)

@@ -8,6 +8,7 @@ import json
 import socket
 from collections import Counter
 from collections.abc import Callable
+from typing import BinaryIO
 
 from tests.live.conftest import Server, fake, wait_until
 
@@ -83,15 +84,44 @@ def test_slow_and_idle_clients_hold_no_thread(make_server: Callable[..., Server]
         connection.close()
 
 
+def test_requests_sent_at_once_on_one_connection_are_all_answered(server: Server, kind: str) -> None:
+    """A client need not wait for an answer before it sends its next request; one that says Expect is told to go on."""
+    server.write_pool(fake("m"))
+    server.start(kind)
+    server.wait_ready()
+    bodies = [json.dumps({"model": "m", "texts": [f"text {i}"]}).encode() for i in range(20)]
+    head = "POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with contextlib.closing(socket.create_connection(address(server))) as connection:
+        connection.sendall(b"".join(f"{head}Content-Length: {len(b)}\r\n\r\n".encode() + b for b in bodies))
+        answers = connection.makefile("rb")
+        assert [status_of(answers) for _ in bodies] == [200] * 20
+        connection.sendall(f"{head}Expect: 100-continue\r\nContent-Length: {len(bodies[0])}\r\n\r\n".encode())
+        assert status_of(answers) == 100
+        connection.sendall(bodies[0])
+        assert status_of(answers) == 200
+        answers.close()
+
+
+def status_of(answers: BinaryIO) -> int:
+    """Read one answer to its end."""
+    status, length = int(answers.readline().split()[1]), 0
+    while line := answers.readline().strip():
+        if line.lower().startswith(b"content-length:"):
+            length = int(line.split(b":")[1])
+    answers.read(length)
+    return status
+
+
 def test_a_client_that_goes_away_costs_no_compute(server: Server, kind: str) -> None:
     """Its waiting texts are dropped before they reach the model."""
     server.write_pool(fake("m", delay_ms=300))
     server.start(kind)
     server.wait_ready()
-    head = "POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 32\r\n\r\n"
 
     def ask(connection: socket.socket, number: int) -> None:
-        connection.sendall(head.encode() + b'{"model": "m", "texts": ["x %d"]}' % number)
+        body = json.dumps({"model": "m", "texts": [f"x {number}"]}).encode()
+        head = "POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
 
     first = socket.create_connection(address(server))
     ask(first, 0)
