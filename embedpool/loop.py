@@ -83,6 +83,13 @@ class _Channel(HTTPChannel):  # type: ignore[misc]
         """No request begun, running or half answered."""
         return not (self.requests or self.request or self.total_outbufs_len)
 
+    def _flush_some(self, do_close: bool = True) -> bool:
+        """Under the lock always: a request's thread may send `100 Continue` while the I/O thread, which takes no lock
+        where no request runs, would send the same bytes again."""
+        with self.outbuf_lock:
+            sent: bool = super()._flush_some(do_close)
+        return sent
+
 
 class _Quiet:
     """The server as a channel sees it: the I/O thread is woken only where there is something to do for it.
