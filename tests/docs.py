@@ -11,6 +11,7 @@ import embedpool.cli
 from embedpool import errors
 from embedpool.config.settings import SECTIONS
 from embedpool.config.spec import DRIVER_CONFIGS, ModelSpec, QueueSpec, Scaling
+from embedpool.web.dialects.cohere import CohereSchema
 from embedpool.web.dialects.ollama import OllamaSchema
 from embedpool.web.dialects.openai import OpenAISchema
 from embedpool.web.dialects.tei import TeiSchema
@@ -92,7 +93,12 @@ def _default(f: dataclasses.Field[Any]) -> str:
     return f"`{str(f.default).lower() if isinstance(f.default, bool) else f.default}`"
 
 
-DIALECTS = {"OpenAI, Voyage, Jina, infinity": OpenAISchema, "TEI": TeiSchema, "Ollama": OllamaSchema}
+DIALECTS = {
+    "OpenAI, Voyage, Jina, infinity": OpenAISchema,
+    "TEI": TeiSchema,
+    "Cohere": CohereSchema,
+    "Ollama": OllamaSchema,
+}
 
 PARTS = {
     "manual": manual,

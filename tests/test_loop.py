@@ -10,7 +10,7 @@ from embedpool.loop import _Channel
 
 
 def test_two_threads_cannot_send_the_same_bytes() -> None:
-    """Where no request runs the I/O thread sends what is left; a request's thread that just ended may be sending, too."""
+    """The I/O thread sends what is left; a request's thread that has just ended may be sending, too."""
     channel = _Channel.__new__(_Channel)
     channel.outbuf_lock = threading.Condition()
     channel.outbufs = [OverflowableBuffer(1000)]

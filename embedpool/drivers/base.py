@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,16 @@ class Cost:
 
     fixed_s: float
     token_s: float
+
+
+class Token(NamedTuple):
+    """A token of a text: `start` and `stop` count characters, None for a special token."""
+
+    id: int
+    text: str
+    special: bool
+    start: int | None
+    stop: int | None
 
 
 class Driver(abc.ABC):
@@ -84,6 +94,14 @@ class Meter(abc.ABC):
 
     def cut(self, ids: list[int], limit: int, side: str) -> list[int]:
         """Ids of at most `limit` tokens, special tokens kept; `side` says where the surplus goes: left or right."""
+        raise NotImplementedError
+
+    def tokens(self, texts: Sequence[str], *, special: bool) -> list[list[Token]]:
+        """The tokens of each text, with or without the special ones, for a client to look at."""
+        raise NotImplementedError
+
+    def decode(self, ids: Sequence[Ids], *, skip_special: bool) -> list[str]:
+        """The texts of token ids."""
         raise NotImplementedError
 
     @staticmethod

@@ -5,6 +5,7 @@ Equal token ids give equal vectors; delays and faults are set in driver.config.
 
 from __future__ import annotations
 
+import re
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from embedpool.config.spec import FakeConfig, ModelSpec
-from embedpool.drivers.base import PROBE_TEXT, Driver, Embeddings, Ids, Meter, describe
+from embedpool.drivers.base import PROBE_TEXT, Driver, Embeddings, Ids, Meter, Token, describe
 
 START, END = 1, 2  # its special tokens
 POSITIONS = 512
@@ -29,13 +30,30 @@ class FakeMeter(Meter):
 
     def measure(self, texts: Sequence[str]) -> list[list[int]]:
         """See Meter."""
-        return [[START, *(zlib.crc32(w.encode()) % 30000 + 3 for w in text.split()), END] for text in texts]
+        return [[START, *(_id_of(word) for word in text.split()), END] for text in texts]
 
     def cut(self, ids: list[int], limit: int, side: str) -> list[int]:
         """See Meter."""
         room = max(limit - 2, 0)
         words = ids[1:-1]
         return [START, *(words[:room] if side == "right" else words[len(words) - room :]), END]
+
+    def tokens(self, texts: Sequence[str], *, special: bool) -> list[list[Token]]:
+        """See Meter."""
+        head = [Token(START, "<s>", True, None, None)] if special else []
+        tail = [Token(END, "</s>", True, None, None)] if special else []
+        words = [
+            [Token(_id_of(word[0]), word[0], False, *word.span()) for word in re.finditer(r"\S+", t)] for t in texts
+        ]
+        return [[*head, *found, *tail] for found in words]
+
+    def decode(self, ids: Sequence[Ids], *, skip_special: bool) -> list[str]:
+        """Words are not remembered: their ids stand for them."""
+        return [" ".join(str(i) for i in row if not (skip_special and i in (START, END))) for row in ids]
+
+
+def _id_of(word: str) -> int:
+    return zlib.crc32(word.encode()) % 30000 + 3
 
 
 class FakeDriver(Driver):

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from embedpool.drivers.base import Meter
+from embedpool.drivers.base import Ids, Meter, Token
 from embedpool.errors import ModelFailed
 
 # Position 0 of these is behind the padding index, so they hold fewer tokens than positions.
@@ -43,8 +43,7 @@ class TokenizerMeter(Meter):
 
     def measure(self, texts: Sequence[str]) -> list[list[int]]:
         """See Meter."""
-        given = [text.lower() for text in texts] if self._lower else list(texts)
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(given)]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(self._given(texts))]
 
     def cut(self, ids: list[int], limit: int, side: str) -> list[int]:
         """See Meter."""
@@ -52,6 +51,27 @@ class TokenizerMeter(Meter):
         words = ids[len(head) : len(ids) - len(tail)]
         room = max(limit - len(head) - len(tail), 0)
         return [*head, *(words[:room] if side == "right" else words[len(words) - room :]), *tail]
+
+    def tokens(self, texts: Sequence[str], *, special: bool) -> list[list[Token]]:
+        """See Meter."""
+        given = self._given(texts)
+        encodings = self._tokenizer.encode_batch(given, add_special_tokens=special)
+        return [
+            [
+                Token(id_, token, True, None, None) if is_special else Token(id_, text[start:stop], False, start, stop)
+                for id_, token, is_special, (start, stop) in zip(
+                    encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets, strict=True
+                )
+            ]
+            for text, encoding in zip(given, encodings, strict=True)
+        ]
+
+    def decode(self, ids: Sequence[Ids], *, skip_special: bool) -> list[str]:
+        """See Meter."""
+        return list(self._tokenizer.decode_batch([list(i) for i in ids], skip_special_tokens=skip_special))
+
+    def _given(self, texts: Sequence[str]) -> list[str]:
+        return [text.lower() for text in texts] if self._lower else list(texts)
 
     def _special_ids(self, bare: list[int]) -> tuple[list[int], list[int]]:
         """The special tokens before and after a text."""

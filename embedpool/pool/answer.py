@@ -18,6 +18,7 @@ def gather(
     spec: ModelSpec,
     *,
     arrived_at: float,
+    measured_at: float,
     now: float,
 ) -> EmbedResult:
     """The answer of a request whose jobs are all done. Times are of the pool's clock, in seconds."""
@@ -32,6 +33,7 @@ def gather(
         dim=options.dimensions or raw.shape[1],
         tokens=round(counted) if counted else sum(measured.tokens),
         truncated=measured.truncated or [job.offset + i for job in jobs for i in sorted(job.truncated)],
+        measure_ms=1000 * (measured_at - arrived_at),
         queue_ms=1000 * max(flow.started_at - arrived_at, 0),
         compute_ms=1000 * flow.compute_s,
         total_ms=1000 * (now - arrived_at),

@@ -34,8 +34,7 @@ def measure(request: EmbedRequest, config: DriverConfig, meter: Meter) -> Measur
     Raises InvalidRequest, TextTooLong (truncate: error) and UnsupportedOption.
     """
     options = request.options
-    prefix, passed_on = _prompt_of(options, config, meter)
-    texts = [prefix + text for text in request.texts] if prefix else request.texts
+    texts, passed_on = prompted(request.texts, options, config, meter)
     if not meter.tokenizes:
         for name in ("max_seq_length", "truncate"):
             if (value := getattr(options, name)) is not None:
@@ -65,6 +64,14 @@ def measure(request: EmbedRequest, config: DriverConfig, meter: Meter) -> Measur
             ids[i] = meter.cut(ids[i], limit, policy)
             tokens[i] = len(ids[i])
     return Measured(texts, ids, tokens, truncated, (limit, policy), None)
+
+
+def prompted(
+    texts: Sequence[str], options: EmbedOptions, config: DriverConfig, meter: Meter
+) -> tuple[Sequence[str], dict[str, object]]:
+    """The texts behind their prompt, and what a remote service is asked to do instead. Raises InvalidRequest."""
+    prefix, passed_on = _prompt_of(options, config, meter)
+    return [prefix + text for text in texts] if prefix else texts, passed_on
 
 
 def _prompt_of(options: EmbedOptions, config: DriverConfig, meter: Meter) -> tuple[str, dict[str, object]]:

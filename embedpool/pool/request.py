@@ -54,6 +54,7 @@ class EmbedResult:
     dim: int
     tokens: int
     truncated: list[int]
+    measure_ms: float  # spent at the door, on token counts
     queue_ms: float
     compute_ms: float
     total_ms: float

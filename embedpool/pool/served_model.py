@@ -6,9 +6,9 @@ import dataclasses
 import math
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embedpool.config.spec import ModelSpec
 from embedpool.errors import (
@@ -20,14 +20,18 @@ from embedpool.errors import (
     ModelLoading,
     Overloaded,
     ShuttingDown,
+    UnsupportedOption,
 )
 from embedpool.pool.answer import gather
-from embedpool.pool.door import Measured, limit_fault, measure
-from embedpool.pool.job import Flow, Job, split
+from embedpool.pool.door import Measured, limit_fault, measure, prompted
+from embedpool.pool.job import Flow, Ids, Job, split
 from embedpool.pool.model_queue import ModelQueue, QueueClosed
 from embedpool.pool.replica_set import Engine, ReplicaSet
-from embedpool.pool.request import EmbedRequest, EmbedResult
+from embedpool.pool.request import EmbedOptions, EmbedRequest, EmbedResult
 from embedpool.pool.stats import ModelStats
+
+if TYPE_CHECKING:
+    from embedpool.drivers.base import Meter, Token
 
 
 class ServedModel:
@@ -108,6 +112,7 @@ class ServedModel:
             raise self._overloaded()  # before its texts are measured
         meter = self.replicas.meter(max(flow.deadline - clock(), 0))
         measured = measure(request, spec.driver.config, meter)
+        measured_at = clock()
         try:
             for job in self._split(flow, measured):
                 if flow.error is not None:
@@ -117,7 +122,23 @@ class ServedModel:
                 job.future.result(max(flow.deadline - clock(), 0))
         except (FutureTimeout, queue.Full):
             raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
-        return gather(flow, measured, request.options, spec, arrived_at=arrived, now=clock())
+        return gather(flow, measured, request.options, spec, arrived_at=arrived, measured_at=measured_at, now=clock())
+
+    def tokens(self, texts: Sequence[str], options: EmbedOptions, *, special: bool) -> list[list[Token]]:
+        """The tokens of the texts behind their prompt. Raises UnsupportedOption for a remote model."""
+        meter = self._tokenizer()
+        behind_prompt, _ = prompted(texts, options, self.spec.driver.config, meter)
+        return meter.tokens(behind_prompt, special=special)
+
+    def decode(self, ids: Sequence[Ids], *, skip_special: bool) -> list[str]:
+        """The texts of token ids. Raises UnsupportedOption for a remote model."""
+        return self._tokenizer().decode(ids, skip_special=skip_special)
+
+    def _tokenizer(self) -> Meter:
+        meter = self.replicas.meter(self._engine.request_timeout_s)
+        if not meter.tokenizes:
+            raise UnsupportedOption(f"{self.spec.model!r} is remote: its tokens are known only there")
+        return meter
 
     def _split(self, flow: Flow, measured: Measured) -> Iterator[Job]:
         return split(

@@ -11,7 +11,7 @@ from flask import Flask, Request, Response, request
 from embedpool.config.settings import Settings
 from embedpool.pool.pool import Pool
 from embedpool.web import manage, native, observe
-from embedpool.web.dialects import ollama, openai, tei
+from embedpool.web.dialects import cohere, ollama, openai, tei
 from embedpool.web.error_response import error_response
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings) -> Flask:
     app.request_class = EmbedpoolRequest
     app.url_map.strict_slashes = False
     app.register_blueprint(native.blueprint(pool, settings.limits))
-    for dialect in (openai, tei, ollama):
+    for dialect in (openai, tei, cohere, ollama):
         app.register_blueprint(dialect.blueprint(pool, settings.limits))
     app.register_blueprint(observe.blueprint(pool, reconciler))
     app.register_blueprint(manage.blueprint(pool, reconciler, settings))

@@ -169,3 +169,21 @@ def test_pad_is_what_transformers_pads(meter: TokenizerMeter, transformers_token
     ours = pad(meter.measure(TEXTS[:12]), meter.pad_id)
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_tokens_have_their_place_in_the_text(meter: TokenizerMeter) -> None:
+    """Each is what stands between its start and stop; together they are the ids that are embedded."""
+    text = "Tokenizers don't pad: ünïcode!"
+    (tokens,) = meter.tokens([text], special=True)
+    assert [token.id for token in tokens] == meter.measure([text])[0]
+    assert [token.text for token in (tokens[0], tokens[-1])] == ["[CLS]", "[SEP]"]
+    inner = tokens[1:-1]
+    assert [token.text for token in inner] == [text[token.start : token.stop] for token in inner]
+    assert meter.tokens([text], special=False) == [inner]
+
+
+def test_ids_are_decoded(meter: TokenizerMeter) -> None:
+    """What was tokenized comes back, as far as the tokenizer kept it."""
+    ids = meter.measure(["hello world"])
+    assert meter.decode(ids, skip_special=True) == ["hello world"]
+    assert meter.decode(ids, skip_special=False) == ["[CLS] hello world [SEP]"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import cohere
 import huggingface_hub
 import ollama
 import openai
@@ -84,6 +86,28 @@ def test_ollama(served: Server) -> None:
         with pytest.raises(ollama.ResponseError, match="did you mean") as error:
             client.embed(model="all-MiniLM-L6-v2", input="a")
         assert error.value.status_code == 404
+
+
+def test_cohere(served: Server) -> None:
+    """Cohere's SDK, in its second version and the first; its own exceptions."""
+    with (
+        ThreadPoolExecutor(4) as threads,
+        cohere.ClientV2(api_key="none", base_url=served.url, thread_pool_executor=threads) as client,
+    ):
+        for texts in (TEXTS[:1], TEXTS):
+            types = ["float", "int8"]
+            answer = client.embed(model="m", texts=texts, input_type="search_document", embedding_types=types)
+            assert_same(served, texts, answer.embeddings.float_)
+            assert answer.embeddings.int8 == served.embed("m", texts, precision="int8").json()["vectors"]
+        with pytest.raises(cohere.NotFoundError, match="did you mean"):
+            client.embed(model="all-MiniLM-L6-v2", texts=["a"], input_type="search_query")
+        with pytest.raises(cohere.BadRequestError, match="truncate"):
+            client.embed(model="m", texts=["a"], input_type="search_query", truncate="MIDDLE")
+    with (
+        ThreadPoolExecutor(4) as threads,
+        cohere.Client(api_key="none", base_url=served.url, thread_pool_executor=threads) as older,
+    ):
+        assert_same(served, TEXTS, older.embed(model="m", texts=TEXTS).embeddings)
 
 
 @pytest.fixture

@@ -31,9 +31,9 @@ def chooses(values: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def part_of(option: str) -> dict[str, Any]:
-    """Metadata of a field that stands for `option` only together with another; its dialect reads them."""
-    return {"options": (option,), "read": lambda said: {}}
+def part_of(*options: str) -> dict[str, Any]:
+    """Metadata of a field that has to do with `options` in a way that its dialect reads itself."""
+    return {"options": options, "read": lambda said: {}}
 
 
 def options_of(schema: type[ma.Schema], body: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from embedpool import __version__
 from embedpool.config.fields import StrictBoolean, StrictInteger, StrictSchema
 from embedpool.config.settings import Limits
 from embedpool.config.spec import HttpConfig
-from embedpool.errors import EmbedpoolError, EmptyInput, MethodNotAllowed, ModelFailed
+from embedpool.errors import EmbedpoolError, EmptyInput, InvalidRequest, MethodNotAllowed, ModelFailed, TooManyTexts
 from embedpool.pool.pool import Pool
-from embedpool.pool.request import EmbedResult
+from embedpool.pool.request import EmbedOptions, EmbedResult
 from embedpool.web.dialects import means, openai, options_of, part_of, texts_of
 from embedpool.web.encoding import json_response
-from embedpool.web.error_response import error_response
+from embedpool.web.error_response import Shape, error_response
 from embedpool.web.native import submit
 from embedpool.web.schemas import check_texts, embed_options, read_json
 
@@ -58,10 +58,25 @@ class SimilaritySchema(StrictSchema):
     parameters = fields.Nested(TeiParameters, load_default=lambda: {"truncation_direction": "Right"})
 
 
+class TokenizeSchema(StrictSchema):
+    """Body of /tokenize."""
+
+    inputs = fields.Raw(required=True)
+    add_special_tokens = StrictBoolean(load_default=True)
+    prompt_name = fields.String()
+
+
+class DecodeSchema(StrictSchema):
+    """Body of /decode."""
+
+    ids = fields.Raw(required=True)
+    skip_special_tokens = StrictBoolean(load_default=True)
+
+
 def blueprint(pool: Pool, limits: Limits) -> Blueprint:
-    """POST to the base URL, to its /embed, /similarity and /v1/embeddings; GET its /info and /health."""
+    """POST to the base URL and to its POSTS, GET its GETS."""
     routes = Blueprint("tei", __name__)
-    routes.register_error_handler(Exception, lambda error: error_response(error, tei_shape))
+    routes.register_error_handler(Exception, lambda error: error_response(error, _shape()))
 
     @routes.post("/tei/<path:name>")
     def post(name: str) -> Response:
@@ -113,6 +128,33 @@ def _options(pool: Pool, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
+def _tokenize(pool: Pool, limits: Limits, name: str) -> Response:
+    body = read_json(request, TokenizeSchema, limits)
+    texts = texts_of(body["inputs"], limits, "inputs")
+    options = EmbedOptions(prompt_name=body.get("prompt_name"))
+    found = pool.find(name).tokens(texts, options, special=body["add_special_tokens"])
+    return json_response([[token._asdict() for token in tokens] for tokens in found])
+
+
+def _decode(pool: Pool, limits: Limits, name: str) -> Response:
+    body = read_json(request, DecodeSchema, limits)
+    ids = _ids_of(body["ids"], limits)
+    return json_response(pool.find(name).decode(ids, skip_special=body["skip_special_tokens"]))
+
+
+def _ids_of(given: Any, limits: Limits) -> list[list[int]]:
+    """A list of token ids, or of such lists."""
+    rows = given if isinstance(given, list) and given and isinstance(given[0], list) else [given]
+    if len(rows) > limits.max_texts_per_request:
+        raise TooManyTexts(f"ids: {len(rows)} lists, the limit of a request is {limits.max_texts_per_request}")
+    for row in rows:
+        if not isinstance(row, list) or not all(type(i) is int and 0 <= i < 1 << 32 for i in row):
+            raise InvalidRequest(
+                "ids: must be token ids", fields={"ids": "must be a list of token ids, or of such lists"}
+            )
+    return rows
+
+
 def _info(pool: Pool, limits: Limits, name: str) -> Response:
     served = pool.find(name)
     own = served.replicas.meter().default_max_tokens
@@ -144,6 +186,8 @@ POSTS: dict[str, Action] = {
     "": _embed,
     "embed": _embed,
     "similarity": _similarity,
+    "tokenize": _tokenize,
+    "decode": _decode,
     "v1/embeddings": openai.embed,
 }
 GETS: dict[str, Action] = {"info": _info, "health": _health}
@@ -151,11 +195,21 @@ GETS: dict[str, Action] = {"info": _info, "health": _health}
 
 def _timed(response: Response, result: EmbedResult) -> Response:
     """TEI's headers: milliseconds, and the tokens that were computed."""
-    times = {"total": result.total_ms, "queue": result.queue_ms, "inference": result.compute_ms}
+    times = {
+        "total": result.total_ms,
+        "tokenization": result.measure_ms,
+        "queue": result.queue_ms,
+        "inference": result.compute_ms,
+    }
     for name, spent_ms in times.items():
         response.headers[f"x-{name}-time"] = str(round(spent_ms))
     response.headers["x-compute-tokens"] = str(result.tokens)
     return response
+
+
+def _shape() -> Shape:
+    """An OpenAI client below a model's URL is answered as one."""
+    return openai.openai_shape if request.path.endswith("/v1/embeddings") else tei_shape
 
 
 def tei_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], int]:

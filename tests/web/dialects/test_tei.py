@@ -40,7 +40,7 @@ def test_a_base_url_stands_for_a_server_of_one_model(web: Web, at: str) -> None:
     answer = ask(web, at=at)
     np.testing.assert_allclose(answer.json, unit(raw(*TEXTS)), atol=1e-6)
     assert answer.headers["x-compute-tokens"] == "11"
-    assert all(answer.headers[f"x-{name}-time"].isdigit() for name in ("total", "queue", "inference"))
+    assert all(answer.headers[f"x-{name}-time"].isdigit() for name in ("total", "tokenization", "queue", "inference"))
     assert vectors(web, TEXTS[0], at=at).shape == (1, 384)
 
 
@@ -126,3 +126,42 @@ def test_errors_have_teis_shape(make_web: MakeWeb) -> None:
 
 
 LITTLE = Settings(defaults=Defaults(max_inflight_global=1))
+
+
+def test_tokenize(web: Web) -> None:
+    """The tokens of each text with their place in it, behind the prompt that is named; special ones have no place."""
+    answer = web.post("/tei/m/tokenize", {"inputs": ["Hello, world!", "a"]}).json
+    assert [[token["text"] for token in tokens] for tokens in answer] == [
+        ["<s>", "Hello,", "world!", "</s>"],
+        ["<s>", "a", "</s>"],
+    ]
+    assert set(answer[0][0]) == {"id", "text", "special", "start", "stop"}
+    assert [(t["special"], t["start"], t["stop"]) for t in answer[0][:2]] == [(True, None, None), (False, 0, 6)]
+    bare = web.post("/tei/m/tokenize", {"inputs": "a", "add_special_tokens": False, "prompt_name": "query"}).json
+    assert [token["text"] for token in bare[0]] == ["find:", "a"]
+    assert "limit" not in refused(web.post("/tei/m/tokenize", {"inputs": "a", "prompt_name": "x"}), 422, "Validation")
+
+
+def test_decode(web: Web) -> None:
+    """Token ids, one list or several, become texts."""
+    tokens = web.post("/tei/m/tokenize", {"inputs": "a b"}).json[0]
+    ids = [token["id"] for token in tokens]
+    assert web.post("/tei/m/decode", {"ids": ids}).json == [f"{ids[1]} {ids[2]}"]
+    both = web.post("/tei/m/decode", {"ids": [ids, ids], "skip_special_tokens": False}).json
+    assert both == [" ".join(map(str, ids))] * 2
+    for bad in ("a", [["a"]], [True], [-1], [[1], 2], [1 << 40]):
+        refused(web.post("/tei/m/decode", {"ids": bad}), 422, "Validation")
+
+
+def test_the_tokens_of_a_remote_model_are_known_only_there(make_web: MakeWeb) -> None:
+    """They are refused with a sentence."""
+    web = make_web("model: r, driver: {type: http, config: {base_url: 'http://127.0.0.1:9'}}", wait=False)
+    assert "remote" in refused(web.post("/tei/r/tokenize", {"inputs": "a"}), 422, "Validation")
+    assert "remote" in refused(web.post("/tei/r/decode", {"ids": [1]}), 422, "Validation")
+
+
+def test_an_openai_client_below_a_models_url_is_answered_as_one(web: Web) -> None:
+    """Its errors have OpenAI's shape and status."""
+    answer = web.post("/tei/m/v1/embeddings", {"model": "x", "input": []})
+    assert answer.status_code == 400
+    assert answer.json["error"]["code"] == "empty_input"

@@ -1,0 +1,124 @@
+"""Cohere's embeddings: several types of vector from one computation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flask import Blueprint, Response, request
+from marshmallow import fields, validate
+
+from embedpool.config.fields import StrictInteger, StrictSchema
+from embedpool.config.settings import Limits
+from embedpool.errors import EmbedpoolError, InvalidRequest
+from embedpool.pool.answer import finish
+from embedpool.pool.pool import Pool
+from embedpool.pool.request import INPUT_TYPES, EmbedOptions, EmbedResult, Vectors
+from embedpool.web.dialects import means, options_of, part_of, status_with_400
+from embedpool.web.encoding import as_base64, json_response
+from embedpool.web.error_response import error_response
+from embedpool.web.native import submit
+from embedpool.web.schemas import check_texts, embed_options, read_json
+
+TRUNCATE = {"NONE": "error", "START": "left", "END": "right"}
+
+
+def _as(precision: str) -> Callable[[Vectors], Vectors]:
+    """Float vectors in another precision, packed as POST /embed does."""
+    return lambda vectors: finish(vectors, EmbedOptions(precision=precision), normalize=False, dtype="float32")
+
+
+TYPES: dict[str, Callable[[Vectors], Any]] = {
+    "float": lambda vectors: vectors,
+    **{name: _as(name) for name in ("int8", "uint8", "binary", "ubinary")},
+    "base64": as_base64,
+}
+
+
+class ContentSchema(StrictSchema):
+    """A part of an input; only texts are embedded here."""
+
+    type = fields.String(required=True, validate=validate.Equal("text"))
+    text = fields.String(required=True)
+
+
+class InputSchema(StrictSchema):
+    """An entry of `inputs`."""
+
+    content = fields.List(fields.Nested(ContentSchema), required=True, validate=validate.Length(min=1))
+
+
+class CohereSchema(StrictSchema):
+    """Body of POST /v2/embed and /v1/embed."""
+
+    model = fields.String(required=True)
+    texts = fields.Raw()
+    inputs = fields.List(fields.Nested(InputSchema))
+    input_type = fields.String(validate=validate.OneOf(INPUT_TYPES), metadata=means("input_type"))
+    embedding_types = fields.List(
+        fields.String(validate=validate.OneOf(tuple(TYPES))),
+        validate=validate.Length(min=1),
+        metadata=part_of("precision", "encoding"),
+    )
+    output_dimension = StrictInteger(validate=validate.Range(min=1), metadata=means("dimensions"))
+    max_tokens = StrictInteger(validate=validate.Range(min=1), metadata=means("max_seq_length"))
+    truncate = fields.String(validate=validate.OneOf(tuple(TRUNCATE)), metadata=means("truncate", TRUNCATE))
+    priority = StrictInteger()  # of Cohere's own queue
+
+
+def blueprint(pool: Pool, limits: Limits) -> Blueprint:
+    """POST /v2/embed and the older POST /v1/embed."""
+    routes = Blueprint("cohere", __name__)
+    routes.register_error_handler(Exception, lambda error: error_response(error, cohere_shape))
+
+    @routes.post("/v2/embed")
+    def embed_v2() -> Response:
+        body, texts, result = _embed(pool, limits)
+        vectors = _by_type(result, body.get("embedding_types", ["float"]))
+        return json_response({**_beside(texts, result, "2"), "embeddings": vectors})
+
+    @routes.post("/v1/embed")
+    def embed_v1() -> Response:
+        body, texts, result = _embed(pool, limits)
+        answer = _beside(texts, result, "1")
+        if "embedding_types" not in body:
+            return json_response({**answer, "response_type": "embeddings_floats", "embeddings": result.vectors})
+        vectors = _by_type(result, body["embedding_types"])
+        return json_response({**answer, "response_type": "embeddings_by_type", "embeddings": vectors})
+
+    return routes
+
+
+def _embed(pool: Pool, limits: Limits) -> tuple[dict[str, Any], list[str], EmbedResult]:
+    """Body, texts and their float vectors."""
+    body = read_json(request, CohereSchema, limits)
+    texts = _texts(body, limits)
+    options = embed_options({**options_of(CohereSchema, body), "dtype": "float32"})
+    return body, texts, submit(pool, request, body["model"], texts, options)
+
+
+def _texts(body: dict[str, Any], limits: Limits) -> list[str]:
+    """`texts`, or the text parts of each of `inputs`, joined."""
+    if ("texts" in body) == ("inputs" in body):
+        message = "give either texts or inputs"
+        raise InvalidRequest(f"texts: {message}", fields={"texts": message})
+    if "texts" in body:
+        return check_texts(body["texts"], limits)
+    joined = ["\n".join(part["text"] for part in entry["content"]) for entry in body["inputs"]]
+    return check_texts(joined, limits, "inputs")
+
+
+def _by_type(result: EmbedResult, types: Sequence[str]) -> dict[str, Any]:
+    return {name: TYPES[name](result.vectors) for name in types}
+
+
+def _beside(texts: list[str], result: EmbedResult, version: str) -> dict[str, Any]:
+    """What stands beside the vectors."""
+    request_id: str = request.id  # type: ignore[attr-defined]
+    meta = {"api_version": {"version": version}, "billed_units": {"input_tokens": result.tokens}}
+    return {"id": request_id, "texts": texts, "meta": meta}
+
+
+def cohere_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], int]:
+    """Cohere's error: a sentence; what is wrong with a body is 400 there, whatever it is."""
+    return {"id": request_id, "message": error.message}, status_with_400(error)
