@@ -18,4 +18,19 @@ Beside the road: config/ (config.yml and pool.yml), reconcile.py (the file becom
 parts meet and run), process.py (pid file, detach, stop), client.py and cli/ (the operator's hands).
 """
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+__all__ = ["Client", "__version__"]
+
+if TYPE_CHECKING:
+    from embedpool.client import Client
+
+
+def __getattr__(name: str) -> Any:
+    """`embedpool.Client`, imported on use: the server needs no requests, the command line no numpy."""
+    if name == "Client":
+        from embedpool.client import Client
+
+        return Client
+    raise AttributeError(f"module 'embedpool' has no attribute {name!r}")

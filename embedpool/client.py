@@ -2,26 +2,89 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import time
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+import numpy as np
 import requests
+from numpy.typing import NDArray
 
 from embedpool.errors import EmbedpoolError, ServerUnreachable
 
+logger = logging.getLogger(__name__)
+
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+TEXTS_PER_CALL = 1000
+BUSY = (429, 503)
 
 
 class Client:
-    """Speaks to the server at `base_url`. Raises EmbedpoolError with the server's status and code."""
+    """Speaks to the server at `base_url`. Raises EmbedpoolError with the server's status and code.
 
-    def __init__(self, base_url: str, *, api_key: str | None = None, timeout_s: float = 120.0) -> None:
+    For one thread at a time. `timeout_s` is the longest wait for one answer. A server that is busy or still loading
+    (429, 503) is asked again when it says, for up to `retry_s` seconds in all.
+    """
+
+    def __init__(
+        self, base_url: str, *, api_key: str | None = None, timeout_s: float = 120.0, retry_s: float = 60.0
+    ) -> None:
         self._base_url = base_url.rstrip("/")
         self._timeout_s = timeout_s
+        self._retry_s = retry_s
+        self._session = requests.Session()
         # A proxy has no way to this machine's loopback, and management refuses what came through one.
         local = urlsplit(self._base_url).hostname in LOOPBACK_NAMES
         self._proxies = {"http": "", "https": ""} if local else None
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._session.close()
+
+    def embed(self, texts: Sequence[str], *, model: str, **options: Any) -> NDArray[Any]:
+        """The vectors of the texts, of shape (texts, dim), in order; `options` are those of POST /embed.
+
+        Any number of texts, which go in calls of 1,000. How many the server had to truncate is logged as a warning.
+        """
+        if isinstance(texts, str):
+            raise TypeError("texts must be a list of strings, not one string")
+        give_up_at = time.monotonic() + self._retry_s
+        starts = range(0, max(len(texts), 1), TEXTS_PER_CALL)
+        parts = [self._vectors(texts[i : i + TEXTS_PER_CALL], model, options, i, give_up_at) for i in starts]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _vectors(
+        self, texts: Sequence[str], model: str, options: dict[str, Any], first: int, give_up_at: float
+    ) -> NDArray[Any]:
+        """Of texts number `first` and those that follow."""
+        body = {"model": model, "texts": list(texts), "options": options}
+        while True:
+            try:
+                response = self._send("POST", "/embed", body, accept="application/x-npy")
+                break
+            except EmbedpoolError as error:
+                wait_s = error.retry_after_s
+                if error.status in BUSY and wait_s is not None and time.monotonic() + wait_s <= give_up_at:
+                    time.sleep(wait_s)
+                    continue
+                if first:
+                    error.args = (f"{error.message} (of the texts from number {first})",)
+                    error.message = error.args[0]
+                raise
+        if truncated := int(response.headers["X-Embedpool-Truncated"]):
+            logger.warning("%d of %d texts were truncated; truncate='error' refuses them", truncated, len(texts))
+        vectors: NDArray[Any] = np.load(io.BytesIO(response.content), allow_pickle=False)
+        return vectors
 
     def health(self) -> dict[str, Any]:
         """GET /health."""
@@ -53,31 +116,51 @@ class Client:
     def _call(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None
     ) -> dict[str, Any]:
+        document = self._document(self._send(method, path, body, timeout_s=timeout_s))
+        if not isinstance(document, dict):
+            raise ServerUnreachable("the answer is not one of embedpool")
+        return document
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        *,
+        accept: str = "application/json",
+        timeout_s: float | None = None,
+    ) -> requests.Response:
+        """The answer, if it is a good one."""
         try:
-            response = requests.request(
+            response = self._session.request(
                 method,
                 self._base_url + path,
                 json=body,
-                headers=self._headers,
+                headers={**self._headers, "Accept": accept},
                 timeout=timeout_s or self._timeout_s,
                 allow_redirects=False,
                 proxies=self._proxies,
             )
-            document = response.json()
-        except requests.JSONDecodeError:
-            raise ServerUnreachable(f"what answers at {self._base_url} is not embedpool") from None
         except requests.RequestException as error:
             raise ServerUnreachable(f"no answer from {self._base_url} ({type(error).__name__})") from None
-        if response.ok and isinstance(document, dict):
-            return document
-        raise _as_error(document, response.status_code)
+        if response.status_code < 300 and response.headers.get("Content-Type") == accept:
+            return response
+        raise _as_error(self._document(response), response)
+
+    def _document(self, response: requests.Response) -> Any:
+        try:
+            return response.json()
+        except requests.JSONDecodeError:
+            raise ServerUnreachable(f"what answers at {self._base_url} is not embedpool") from None
 
 
-def _as_error(document: Any, status: int) -> EmbedpoolError:
+def _as_error(document: Any, response: requests.Response) -> EmbedpoolError:
     """The server's error, with its status and code."""
     error = document.get("error") if isinstance(document, dict) else None
     if not isinstance(error, dict):
         return ServerUnreachable("the answer is not one of embedpool")
-    found = EmbedpoolError(str(error.get("message")), fields=error.get("fields"))
-    found.status, found.code = status, str(error.get("code"))
+    told = response.headers.get("Retry-After", "")
+    wait_s = float(told) if told.isascii() and told.isdigit() else None
+    found = EmbedpoolError(str(error.get("message")), fields=error.get("fields"), retry_after_s=wait_s)
+    found.status, found.code = response.status_code, str(error.get("code"))
     return found

@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
 from flask import Flask, request
 from werkzeug.serving import make_server
 
-from embedpool.client import Client
+import embedpool
+from embedpool.client import TEXTS_PER_CALL, Client
 from embedpool.errors import EmbedpoolError, ServerUnreachable
 from embedpool.pool.replica_set import Engine
 from tests.conftest import settle
-from tests.web.conftest import MODEL, NAME, Web, serving
+from tests.web.conftest import MODEL, NAME, Web, raw, serving, unit
 
 
 class Served:
@@ -44,7 +46,8 @@ def web(tmp_path: Path, engine: Engine) -> Iterator[Web]:
 @pytest.fixture
 def client(web: Web) -> Iterator[Client]:
     served = Served(web.app)
-    yield Client(served.url + "/", timeout_s=20)
+    with Client(served.url + "/", timeout_s=20) as client:
+        yield client
     served.close()
 
 
@@ -135,7 +138,8 @@ def test_another_server_at_the_address_is_recognised(answer: dict[str, Any]) -> 
     served = stub(**answer)
     try:
         with pytest.raises(ServerUnreachable, match="embedpool"):
-            Client(served.url).health()
+            with Client(served.url) as client:
+                client.health()
     finally:
         served.close()
 
@@ -156,7 +160,7 @@ def test_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(timeout)
         raise requests.ReadTimeout
 
-    monkeypatch.setattr(requests, "request", hang)
+    monkeypatch.setattr(requests.Session, "request", hang)
     client = Client("http://x", timeout_s=7)
     for call in (client.health, lambda: client.register(NEW, timeout_s=900)):
         with pytest.raises(ServerUnreachable, match="Timeout"):
@@ -177,7 +181,86 @@ def test_the_admin_key_is_sent(key: str | None, sent: str | None) -> None:
 
     served = Served(app)
     try:
-        Client(served.url, api_key=key).health()
+        with Client(served.url, api_key=key) as client:
+            client.health()
     finally:
         served.close()
     assert seen == [sent]
+
+
+def test_embed(client: Client) -> None:
+    """Vectors in order, as numpy, with the options of POST /embed; no text gives none."""
+    assert embedpool.Client is Client
+    np.testing.assert_allclose(client.embed(["a b", "c"], model="m"), unit(raw("a b", "c")), atol=1e-6)
+    packed = client.embed(["a b"], model="m", precision="ubinary", dimensions=16)
+    assert (packed.shape, packed.dtype) == ((1, 2), np.uint8)
+    with pytest.raises(EmbedpoolError) as caught:
+        client.embed([], model="m")
+    assert caught.value.code == "empty_input"
+    with pytest.raises(TypeError, match="list"):
+        client.embed("a", model="m")
+
+
+def test_any_number_of_texts(client: Client, web: Web) -> None:
+    """More texts than go in a call are split and gathered."""
+    texts = [f"text {i}" for i in range(TEXTS_PER_CALL + 3)]
+    before = web.status("m")["counters"]["requests"]
+    np.testing.assert_allclose(client.embed(texts, model="m"), unit(raw(*texts)), atol=1e-6)
+    assert web.status("m")["counters"]["requests"] == before + 2
+
+
+def test_truncation_is_told(client: Client, caplog: pytest.LogCaptureFixture) -> None:
+    """How many texts lost something is a warning."""
+    client.embed(["a", "b c d"], model="m", max_seq_length=3)
+    assert "1 of 2 texts were truncated" in caplog.text
+
+
+class Busy:
+    """A server that refuses some times before it serves."""
+
+    def __init__(self, web: Web, *refusals: tuple[int, str | None]) -> None:
+        self._left = list(refusals)
+        self._web = web
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        if not self._left:
+            return self._web.app(environ, start_response)
+        status, wait = self._left.pop(0)
+        headers = [("Content-Type", "application/json"), *([("Retry-After", wait)] if wait else [])]
+        start_response(f"{status} Busy", headers)
+        return [b'{"error": {"code": "overloaded", "message": "busy", "request_id": "1"}}']
+
+
+@pytest.mark.parametrize(
+    ("refusals", "waited", "served"),
+    [
+        ([(429, "2"), (503, "3")], [2.0, 3.0], True),
+        ([(429, "61")], [], False),  # longer than the client is to wait
+        ([(503, None)], [], False),  # the server does not say that it gets better
+        ([(403, "1")], [], False),
+    ],
+)
+def test_a_busy_server_is_asked_again_when_it_says(
+    web: Web, monkeypatch: pytest.MonkeyPatch, refusals: list[Any], waited: list[float], served: bool
+) -> None:
+    """429 and 503 are waited out as Retry-After tells, within the client's patience; nothing else is."""
+    slept: list[float] = []
+    monkeypatch.setattr("embedpool.client.time.sleep", slept.append)
+    server = Served(Busy(web, *refusals))
+    try:
+        with Client(server.url) as client:
+            if served:
+                np.testing.assert_allclose(client.embed(["a"], model="m"), unit(raw("a")), atol=1e-6)
+            else:
+                with pytest.raises(EmbedpoolError, match="busy"):
+                    client.embed(["a"], model="m")
+    finally:
+        server.close()
+    assert [wait_s for wait_s in slept if wait_s] == waited  # the fake driver sleeps for 0 s
+
+
+def test_an_error_says_which_texts(client: Client) -> None:
+    """Where texts go in several calls, an error names the first of its call."""
+    texts = ["a"] * TEXTS_PER_CALL + ["b c d"]
+    with pytest.raises(EmbedpoolError, match=f"from number {TEXTS_PER_CALL}"):
+        client.embed(texts, model="m", max_seq_length=3, truncate="error")

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "cli": {"client", "server", "process", "config", "errors"},
     "errors": set(),
     "__main__": {"cli"},
-    "__init__": set(),
+    "__init__": {"client"},
 }
 MAY_IMPORT_THIRD_PARTY = {
     "pool": {"numpy"},

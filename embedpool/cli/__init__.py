@@ -15,6 +15,7 @@ Usage:
   embedpool enable --model M [--json] [--config FILE]
   embedpool disable --model M [--json] [--config FILE]
   embedpool unregister --model M [--json] [--config FILE]
+  embedpool embed [--model M] [--set KEY=VALUE]... [--config FILE] [--] TEXT...
   embedpool --help
   embedpool --version
 
@@ -29,6 +30,7 @@ Commands:
   enable        Switch a model on and wait until it is ready.
   disable       Switch a model off; it keeps its place.
   unregister    Remove a model.
+  embed         Print the vectors of texts, a JSON list a line; with - the texts are the lines of standard input.
 
   Without a running server, register, set-alias, enable, disable and unregister edit pool.yml.
 
@@ -41,6 +43,7 @@ Options:
   --port P            Port to bind; default server.port.
   --threads N         Request threads; default server.threads.
   --model M           Name of a model, for a local one its Hugging Face id; where it exists already, or its alias.
+                      embed needs none where there is only one.
   --type T            local_st, http or fake.
   --alias A           Second name of the model.
   --max-seq-length N  Tokens kept of a text (local_st, fake).
@@ -58,7 +61,7 @@ Options:
   --inflight N        Batches at once in a replica.
   --disabled          Register without serving it.
   --replace           Replace a model registered with a different spec.
-  --set KEY=VALUE     Any other key of driver.config; the value is read as YAML.
+  --set KEY=VALUE     Any other key of driver.config, with embed an option of it; the value is read as YAML.
   --json              Machine-readable output.
   -h --help           Show this text.
   --version           Show the version.
@@ -79,7 +82,7 @@ from collections.abc import Callable
 from docopt import DocoptExit, docopt
 
 from embedpool import __version__
-from embedpool.cli import models, server
+from embedpool.cli import embed, models, server
 from embedpool.cli.common import FAILED, NO_SUCH_MODEL, OK, USAGE, Arguments, UsageError
 from embedpool.errors import EmbedpoolError, near_names
 
@@ -121,6 +124,7 @@ def _command_of(arguments: Arguments) -> Callable[[Arguments], int]:
         "enable": models.enable,
         "disable": models.disable,
         "unregister": models.unregister,
+        "embed": embed.embed,
     }
     return next(function for name, function in commands.items() if arguments[name])
 
@@ -148,4 +152,4 @@ def _wrong_usage(argv: list[str]) -> str:
     missing = [option for option in needed if option not in given]
     if missing:
         return f"embedpool: {name} needs {' and '.join(missing)}\n{known[name]}"
-    return f"embedpool: the options of {name} do not go together, or one has no value\n{known[name]}"
+    return f"embedpool: {name} lacks something, or its options do not go together\n{known[name]}"

@@ -90,3 +90,19 @@ def converted(option: str, text: str, convert: Callable[[str], Any]) -> Any:
         return convert(text)
     except ValueError:
         raise UsageError(f"{option} must be a number, not {text!r}") from None
+
+
+def assignments(arguments: Arguments) -> dict[str, Any]:
+    """What --set KEY=VALUE says, each value read as YAML. Raises UsageError."""
+    import yaml
+
+    found = {}
+    for text in arguments["--set"]:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--set takes KEY=VALUE, not {text!r}")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UsageError(f"--set {key}: {value!r} is not a YAML value") from None
+    return found

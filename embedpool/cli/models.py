@@ -6,7 +6,17 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from embedpool.cli.common import OK, Arguments, UsageError, client_of, converted, pool_file, progress, read_settings
+from embedpool.cli.common import (
+    OK,
+    Arguments,
+    UsageError,
+    assignments,
+    client_of,
+    converted,
+    pool_file,
+    progress,
+    read_settings,
+)
 
 if TYPE_CHECKING:
     from embedpool.client import Client
@@ -132,23 +142,10 @@ def _registration(arguments: Arguments) -> dict[str, Any]:
             config[key] = converted(option, arguments[option], convert)
     if arguments["--normalize"] or arguments["--no-normalize"]:
         config["normalize"] = bool(arguments["--normalize"])
-    for assignment in arguments["--set"]:
-        config.update([_assignment(assignment)])
+    config.update(assignments(arguments))
     flat = {
         key: converted(option, arguments[option], convert)
         for option, (key, convert) in OTHER_OPTIONS.items()
         if arguments[option] is not None
     }
     return {**flat, "driver_config": config, "enabled": not arguments["--disabled"]}
-
-
-def _assignment(text: str) -> tuple[str, Any]:
-    import yaml
-
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise UsageError(f"--set takes KEY=VALUE, not {text!r}")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UsageError(f"--set {key}: {value!r} is not a YAML value") from None

@@ -37,14 +37,16 @@ class Server:
         self.log = folder / ".config" / "logs" / "embedpool.log"
         self.pid_file = folder / ".config" / "state" / "pool.pid"
 
-    def cli(self, *arguments: str, code: int = 0, **environment: str) -> str:
+    def cli(self, *arguments: str, code: int = 0, stdin: str | None = None, **environment: str) -> str:
         """Run `embedpool …`; gives what it printed."""
         done = subprocess.run(
             [str(COMMAND), *arguments],
             cwd=self.folder,
             env={**self.environment, **environment},
+            input=stdin,
             capture_output=True,
             text=True,
+            errors="surrogateescape",
             timeout=180,
             check=False,
         )

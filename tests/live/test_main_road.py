@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from tests.live.conftest import MINILM, Server
+from tests.live.conftest import MINILM, Server, fake, wait_until
 
 TEXTS = ["Hello, world!", "This is a test sentence."]
 
@@ -118,3 +119,24 @@ def reference(server: Server, code: str, texts: list[str]) -> np.ndarray:
     given.write_text(json.dumps(texts))
     subprocess.run([sys.executable, "-c", code, str(given), str(made)], check=True, capture_output=True)
     return np.load(made)
+
+
+def test_vectors_on_the_command_line(server: Server) -> None:
+    """`embedpool embed` prints a vector a line, of its arguments or of the lines of standard input."""
+    assert "not running" in server.cli("embed", "a", code=3)
+    server.write_pool(fake("m", dim=8))
+    server.start()
+    server.wait_ready()
+    said = server.cli("embed", "--set", "normalize=false", "--", "a", "-b", "")
+    printed = [json.loads(line) for line in said.splitlines()]
+    np.testing.assert_allclose(printed, server.vectors("m", ["a", "-b", ""], normalize=False), atol=1e-6)
+    lines = [f"line {i}" for i in range(1200)]
+    done = server.cli("embed", "-", stdin="\n".join(lines) + "\n")
+    np.testing.assert_allclose([json.loads(v) for v in done.splitlines()], server.vectors("m", lines), atol=1e-6)
+    assert "1 of 1 texts were truncated" in server.cli("embed", "a b", "--set", "max_seq_length=3")
+    assert "limit is 3" in server.cli("embed", "a b", "--set", "max_seq_length=3", "--set", "truncate=error", code=1)
+    assert "UTF-8" in server.cli("embed", "-", stdin="\udcff\n", code=2)
+    server.write_pool(fake("m"), fake("n"))
+    wait_until(lambda: len(server.get("/status").json()["models"]) == 2)
+    assert "--model: m, n" in server.cli("embed", "a", code=2)
+    server.stop()
