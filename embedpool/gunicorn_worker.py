@@ -1,4 +1,4 @@
-"""gunicorn's worker class that runs embedpool's loop: gunicorn supervises, waitress reads and answers."""
+"""gunicorn's worker class that runs embedpool's loop: gunicorn supervises, waitress reads and answers. And its log."""
 
 from __future__ import annotations
 
@@ -8,11 +8,23 @@ import sys
 import time
 from typing import Any
 
+from gunicorn.config import Config
+from gunicorn.glogging import Logger
 from gunicorn.workers.base import Worker
 
 from embedpool.loop import Loop
 
 BEAT_S = 1.0
+
+
+class GunicornLogger(Logger):  # type: ignore[misc]
+    """What gunicorn has to say goes to our log, in its format."""
+
+    def setup(self, cfg: Config) -> None:
+        """See gunicorn."""
+        super().setup(cfg)
+        self.error_log.handlers.clear()
+        self.error_log.propagate = True
 
 
 class WaitressWorker(Worker):  # type: ignore[misc]
@@ -36,6 +48,7 @@ class WaitressWorker(Worker):  # type: ignore[misc]
         if time.monotonic() >= self._next_beat:
             self._next_beat = time.monotonic() + BEAT_S
             self.notify()
+            self.wsgi.beat()
         return self.alive and self.ppid == os.getppid()
 
     def handle_exit(self, sig: int, frame: Any) -> None:

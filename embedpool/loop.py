@@ -119,6 +119,9 @@ class App(Protocol):
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         """WSGI."""
 
+    def beat(self) -> None:
+        """Under gunicorn, once a second."""
+
     def begin_to_stop(self) -> None:
         """Nothing changes the pool any more, and /ready says so; requests are still served."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,11 +20,13 @@ from embedpool.config.watch import Watch
 from embedpool.drivers import make_driver, open_meter
 from embedpool.drivers.base import Driver
 from embedpool.errors import ConfigError, PoolFileInvalid
+from embedpool.logs import configure_logging
 from embedpool.loop import LISTEN_BACKLOG, Loop
 from embedpool.pool.pool import Pool
 from embedpool.pool.replica_set import Engine
 from embedpool.process import PidFile
 from embedpool.reconcile import Reconciler
+from embedpool.web import metrics
 from embedpool.web.app import create_app
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class EmbedpoolApp:
             driver.open()
             return driver
 
+        self.metrics = metrics.Metrics()
         batching = settings.batching
         engine = Engine(
             open_driver,
@@ -55,10 +57,11 @@ class EmbedpoolApp:
             max_batch_tokens=batching.max_batch_tokens,
             max_batch_s=batching.max_batch_ms / 1000 or None,
             max_wait_s=batching.max_wait_ms / 1000,
+            observer=self.metrics,
         )
         self.pool = Pool(engine, max_inflight_global=settings.defaults.max_inflight_global)
         self.reconciler = Reconciler(PoolFile(settings.file(settings.paths.pool_yml)), self.pool)
-        self.flask: Flask = create_app(self.pool, self.reconciler, settings)
+        self.flask: Flask = create_app(self.pool, self.reconciler, settings, self.metrics)
         self._watch: Watch | None = None
         if settings.hot_reload.enabled:
             self._watch = Watch(
@@ -82,6 +85,11 @@ class EmbedpoolApp:
         if self._watch:
             self._watch.start()
 
+    def beat(self) -> None:
+        """See App. Other workers may answer a scrape."""
+        if self.metrics.is_shared:
+            self.metrics.refresh(self.pool, self.reconciler)
+
     def begin_to_stop(self) -> None:
         """See App."""
         self.pool.draining = True
@@ -101,19 +109,6 @@ def wsgi() -> EmbedpoolApp:
     app = EmbedpoolApp(settings)
     app.start()
     return app
-
-
-def configure_logging(settings: Settings) -> None:
-    """To standard error, once."""
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        level=settings.logging.level.upper(),
-        stream=sys.stderr,
-    )
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # admission is ours; its queue is only a hand-over
-    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)  # its deprecations are not the operator's
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # a remote's retries; what comes of them is answered
 
 
 # --- running it
@@ -180,7 +175,17 @@ def gunicorn_settings() -> dict[str, Any]:
         logger.error("config.yml is not followed: %s", error.message)
     settings = _last_good
     server = settings.server
+    configure_logging(settings)
     pid_file = PidFile(settings)
+
+    def begin(arbiter: Any) -> None:
+        if server.workers > 1:
+            metrics.share()
+
+    def end(arbiter: Any) -> None:
+        metrics.unshare()
+        pid_file.remove()
+
     return {
         "bind": f"{_shown(server.host)}:{server.port}",
         "worker_class": "embedpool.gunicorn_worker.WaitressWorker",
@@ -191,9 +196,12 @@ def gunicorn_settings() -> dict[str, Any]:
         "timeout": 60,  # for the I/O loop's heartbeat; deadlines of requests are ours
         "graceful_timeout": server.graceful_timeout_s + STOP_MARGIN_S,
         "loglevel": settings.logging.level,
+        "logger_class": "embedpool.gunicorn_worker.GunicornLogger",
         "control_socket_disable": True,
         "when_ready": lambda arbiter: pid_file.write(_address(arbiter.LISTENERS[0].sock)),
-        "on_exit": lambda arbiter: pid_file.remove(),
+        "on_starting": begin,
+        "child_exit": lambda arbiter, worker: metrics.forget_worker(worker.pid),
+        "on_exit": end,
     }
 
 

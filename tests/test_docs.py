@@ -14,6 +14,7 @@ from embedpool.config.settings import Settings
 from embedpool.pool.pool import Pool
 from embedpool.reconcile import Reconciler
 from embedpool.web.app import create_app
+from embedpool.web.metrics import Metrics
 from embedpool.web.schemas import OptionsSchema
 from tests.docs import README, written
 
@@ -28,7 +29,7 @@ def test_the_generated_parts_are_current() -> None:
 
 def test_every_route_is_documented(pool: Pool) -> None:
     """A path that is not in the README does not exist for a user."""
-    app = create_app(pool, Reconciler.__new__(Reconciler), Settings())
+    app = create_app(pool, Reconciler.__new__(Reconciler), Settings(), Metrics())
     for rule in app.url_map.iter_rules():
         path = re.sub(r"<(?:\w+:)?(\w+)>", "<name>", rule.rule)
         for method in rule.methods - {"HEAD", "OPTIONS"}:

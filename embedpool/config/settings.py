@@ -72,6 +72,8 @@ class Logging:
     """What the server logs, to standard error."""
 
     level: str = option("info", "least severe level logged", choices=("debug", "info", "warning", "error"))
+    format: str = option("text", "lines for people, or JSON objects", choices=("text", "json"))
+    requests: bool = option(True, "a line for each request, at level info")
 
 
 @dataclasses.dataclass(frozen=True)

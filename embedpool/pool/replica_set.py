@@ -15,7 +15,7 @@ from embedpool.errors import DeadlineExceeded
 from embedpool.pool.batcher import Batcher
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.replica import Replica
-from embedpool.pool.stats import ModelStats
+from embedpool.pool.stats import ModelStats, Observer
 from embedpool.pool.worker import Worker
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Engine:
     max_batch_s: float | None = None
     max_wait_s: float = 0.0
     clock: Callable[[], float] = time.monotonic
+    observer: Observer = Observer()
 
 
 class ReplicaSet:

@@ -47,7 +47,7 @@ class ServedModel:
         *,
         on_ready: Callable[[ServedModel], None] = lambda served: None,
     ) -> None:
-        self.stats = ModelStats()
+        self.stats = ModelStats(spec.model, engine.observer)
         self.queue = ModelQueue(self._queue_bound(spec, engine), engine.clock)
         self._engine = engine
         self._on_ready = on_ready
@@ -90,7 +90,7 @@ class ServedModel:
             with self._flow_left:
                 self._flows.discard(flow)
                 self._flow_left.notify_all()
-        self.stats.answered(len(request.texts), result.tokens, len(result.truncated))
+        self.stats.answered(result)
         return result
 
     def _refuse_unless_serving(self) -> None:

@@ -7,13 +7,33 @@ import threading
 from collections import Counter
 from typing import Any
 
+from embedpool.pool.request import EmbedResult
+
 RATE_MEMORY_S = 30.0  # compute time after which an observation counts for 1/e
 
 
-class ModelStats:
-    """Thread-safe. `texts`, `tokens` and `truncated` count answered requests; `batches` and `rows` driver calls."""
+class Observer:
+    """Told what happens in a pool, on the threads on which it happens. This one takes no notice."""
 
-    def __init__(self) -> None:
+    def answered(self, model: str, result: EmbedResult) -> None:
+        """A request got its vectors."""
+
+    def refused(self, model: str, code: str) -> None:
+        """A request got an error."""
+
+    def batch(self, model: str, rows: int, tokens: int, padded_tokens: int, compute_s: float) -> None:
+        """A driver call succeeded."""
+
+
+class ModelStats:
+    """Thread-safe; tells an observer, too.
+
+    `texts`, `tokens` and `truncated` count answered requests; `batches` and `rows` driver calls.
+    """
+
+    def __init__(self, model: str = "", observer: Observer = Observer()) -> None:  # noqa: B008  (it keeps nothing)
+        self._model = model
+        self._observer = observer
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
@@ -21,16 +41,19 @@ class ModelStats:
         self._recent_texts = 0.0
         self._recent_s = 0.0
 
-    def answered(self, texts: int, tokens: int, truncated: int) -> None:
+    def answered(self, result: EmbedResult) -> None:
         """A request got its vectors."""
+        texts, truncated = len(result.vectors), len(result.truncated)
         with self._lock:
-            self._counts.update(requests=1, texts=texts, tokens=tokens, truncated=truncated)
+            self._counts.update(requests=1, texts=texts, tokens=result.tokens, truncated=truncated)
+        self._observer.answered(self._model, result)
 
     def refused(self, code: str) -> None:
         """A request got an error."""
         with self._lock:
             self._counts["requests"] += 1
             self._errors[code] += 1
+        self._observer.refused(self._model, code)
 
     def batch(self, rows: int, tokens: int, padded_tokens: int, compute_s: float) -> None:
         """A driver call succeeded."""
@@ -40,6 +63,7 @@ class ModelStats:
             keep = math.exp(-compute_s / RATE_MEMORY_S)
             self._recent_texts = self._recent_texts * keep + rows
             self._recent_s = self._recent_s * keep + compute_s
+        self._observer.batch(self._model, rows, tokens, padded_tokens, compute_s)
 
     def texts_per_busy_s(self) -> float:
         """Recent texts per second of one busy worker; 0 before the first batch."""

@@ -2,53 +2,41 @@
 
 from __future__ import annotations
 
-import re
-import uuid
 from typing import TYPE_CHECKING
 
-from flask import Flask, Request, Response, request
+from flask import Flask, Response
 
 from embedpool.config.settings import Settings
 from embedpool.pool.pool import Pool
 from embedpool.web import manage, native, observe
 from embedpool.web.dialects import cohere, ollama, openai, tei
 from embedpool.web.error_response import error_response
+from embedpool.web.http_request import HttpRequest, here
+from embedpool.web.metrics import Metrics
+from embedpool.web.request_log import log_request
 
 if TYPE_CHECKING:
     from embedpool.reconcile import Reconciler
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
 
-
-class EmbedpoolRequest(Request):
-    """A request with an id: the client's `X-Request-Id` if it is a sane one, else a new one."""
-
-    @property
-    def id(self) -> str:
-        """The id in the answer's `X-Request-Id` header and in errors."""
-        found: str | None = self.environ.get("embedpool.request_id")
-        if found is None:
-            given = self.headers.get("X-Request-Id", "")
-            found = given if REQUEST_ID.match(given) else uuid.uuid4().hex
-            self.environ["embedpool.request_id"] = found
-        return found
-
-
-def create_app(pool: Pool, reconciler: Reconciler, settings: Settings) -> Flask:
-    """The WSGI app over a pool. Building it loads no model and starts no thread."""
+def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: Metrics) -> Flask:
+    """The WSGI app over a pool that `metrics` observes. Building it loads no model and starts no thread."""
     app = Flask("embedpool", static_folder=None)
-    app.request_class = EmbedpoolRequest
+    app.request_class = HttpRequest
     app.url_map.strict_slashes = False
     app.register_blueprint(native.blueprint(pool, settings.limits))
     for dialect in (openai, tei, cohere, ollama):
         app.register_blueprint(dialect.blueprint(pool, settings.limits))
-    app.register_blueprint(observe.blueprint(pool, reconciler))
+    app.register_blueprint(observe.blueprint(pool, reconciler, metrics))
     app.register_blueprint(manage.blueprint(pool, reconciler, settings))
     app.register_error_handler(Exception, error_response)
 
     @app.after_request
-    def add_request_id(response: Response) -> Response:
-        response.headers["X-Request-Id"] = request.id  # type: ignore[attr-defined]
+    def finish(response: Response) -> Response:
+        request = here()
+        response.headers["X-Request-Id"] = request.id
+        metrics.http_requests.labels(request.route, response.status_code, request.error_code).inc()
+        log_request(request, response)
         return response
 
     return app

@@ -12,6 +12,7 @@ from werkzeug.exceptions import HTTPException
 
 from embedpool.errors import BadRequest, EmbedpoolError, MethodNotAllowed, NotFound, as_document
 from embedpool.web.encoding import json_response
+from embedpool.web.http_request import here
 
 logger = logging.getLogger(__name__)
 
@@ -26,17 +27,18 @@ def native_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any]
 def error_response(error: Exception, shape: Shape = native_shape) -> Response:
     """The answer to any exception."""
     known = as_embedpool_error(error)
-    request_id: str = request.id  # type: ignore[attr-defined]
+    http = here()
+    http.error_code = known.code
     if known.status >= 500:
         logger.log(
             logging.ERROR if known.code == "internal_error" else logging.WARNING,
             "request %s: %s: %s",
-            request_id,
+            http.id,
             known.code,
             known.message,
             exc_info=error if known.code == "internal_error" else None,
         )
-    response = json_response(*shape(known, request_id))
+    response = json_response(*shape(known, http.id))
     if known.retry_after_s is not None:
         response.headers["Retry-After"] = str(math.ceil(known.retry_after_s))
     if isinstance(error, HTTPException):

@@ -1,77 +1,170 @@
-"""The pool's counters in Prometheus' text format. A model label is only ever the name of a registered model."""
+"""What happens in the pool, in Prometheus' terms. A model label is only ever the name of a registered model.
+
+With several gunicorn workers each keeps its numbers in files that all of them read, so any of them answers for all.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+import threading
+from collections import Counter as Counts
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
+from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
 from embedpool.pool.pool import Pool
+from embedpool.pool.request import EmbedResult
+from embedpool.pool.stats import Observer
 
 if TYPE_CHECKING:
     from embedpool.reconcile import Reconciler
 
-COUNTERS = {
-    "requests": "Requests that reached the model, answered or refused.",
-    "texts": "Texts answered.",
-    "tokens": "Tokens answered, special tokens included, after truncation.",
-    "truncated": "Texts truncated.",
-    "batches": "Driver calls.",
-    "rows": "Texts in driver calls.",
-    "batch_tokens": "Tokens in driver calls.",
-    "padded_tokens": "Tokens in driver calls, padding included.",
-    "compute_s": "Seconds spent in driver calls.",
-}
-RENAMED = {"compute_s": "compute_seconds"}
+SHARED_DIR = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own
 STATES = ("idle", "loading", "ready", "failed", "disabled", "draining")
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
-class _PoolCollector(Collector):
-    """Reads the pool's snapshot at each scrape; keeps nothing."""
+class Metrics(Observer):
+    """The series of one app. Counters and histograms follow the pool's events, gauges are read at each `refresh`."""
 
-    def __init__(self, pool: Pool, reconciler: Reconciler) -> None:
-        self._pool = pool
-        self._reconciler = reconciler
+    def __init__(self) -> None:
+        values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]  # files or memory, as the environment says by now
+        self._lock = threading.Lock()
+        self._counted: Counts[str] = Counts()  # reloads
+        self._own = registry = CollectorRegistry(auto_describe=False)
+
+        def counter(name: str, doc: str, *labels: str) -> Counter:
+            return Counter(f"embedpool_{name}", doc, labels, registry=registry)
+
+        def gauge(name: str, doc: str, *labels: str) -> Gauge:
+            return Gauge(f"embedpool_{name}", doc, labels, registry=registry, multiprocess_mode="livesum")
+
+        def histogram(name: str, doc: str, buckets: Iterable[float]) -> Histogram:
+            return Histogram(f"embedpool_{name}", doc, ["model"], registry=registry, buckets=tuple(buckets))
+
+        self.http_requests = counter(
+            "http_requests", "Answers, by route and status; the code of an error.", "route", "status", "code"
+        )
+        self.requests = counter("requests", "Requests that reached the model, answered or refused.", "model")
+        self.texts = counter("texts", "Texts answered.", "model")
+        self.tokens = counter("tokens", "Tokens answered, special tokens included, after truncation.", "model")
+        self.truncated = counter("truncated", "Texts truncated.", "model")
+        self.errors = counter("errors", "Requests to the model refused, by code.", "model", "code")
+        self.batch_tokens = counter("batch_tokens", "Tokens in driver calls.", "model")
+        self.padded_tokens = counter("padded_tokens", "Tokens in driver calls, padding included.", "model")
+        self.reloads = counter("reloads", "Reloads of pool.yml, by outcome.", "outcome")
+        self.request_seconds = histogram("request_seconds", "From the request's arrival to its vectors.", SECONDS)
+        self.queue_seconds = histogram("queue_seconds", "Wait of a request until its first batch.", SECONDS)
+        self.batch_seconds = histogram("batch_seconds", "Compute time of a driver call.", SECONDS)
+        self.batch_texts = histogram("batch_texts", "Texts in a driver call.", TEXTS)
+        self.state = gauge("model_state", "1 for the model's state, a worker.", "model", "state")
+        self.queue_texts = gauge("queue_texts", "Texts waiting.", "model")
+        self.queue_bound = gauge("queue_bound_texts", "Texts that may wait.", "model")
+        self.replicas = gauge("replicas", "Replicas, by state.", "model", "state")
+        self._per_model = (
+            self.requests, self.texts, self.tokens, self.truncated, self.batch_tokens, self.padded_tokens,
+            self.request_seconds, self.queue_seconds, self.batch_seconds, self.batch_texts,
+        )  # fmt: skip
+
+    # --- what the pool tells
+
+    def answered(self, model: str, result: EmbedResult) -> None:
+        """See Observer."""
+        self.requests.labels(model).inc()
+        self.texts.labels(model).inc(len(result.vectors))
+        self.tokens.labels(model).inc(result.tokens)
+        self.truncated.labels(model).inc(len(result.truncated))
+        self.request_seconds.labels(model).observe(result.total_ms / 1000)
+        self.queue_seconds.labels(model).observe(result.queue_ms / 1000)
+
+    def refused(self, model: str, code: str) -> None:
+        """See Observer."""
+        self.requests.labels(model).inc()
+        self.errors.labels(model, code).inc()
+
+    def batch(self, model: str, rows: int, tokens: int, padded_tokens: int, compute_s: float) -> None:
+        """See Observer."""
+        self.batch_tokens.labels(model).inc(tokens)
+        self.padded_tokens.labels(model).inc(padded_tokens)
+        self.batch_seconds.labels(model).observe(compute_s)
+        self.batch_texts.labels(model).observe(rows)
+
+    # --- a scrape
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes show these numbers, too."""
+        return SHARED_DIR in os.environ
+
+    def refresh(self, pool: Pool, reconciler: Reconciler) -> None:
+        """Read what is no event: states, queues, replicas. Every known model has every series."""
+        with self._lock:
+            for entry in pool.snapshot():
+                model = entry["model"]
+                for metric in self._per_model:
+                    metric.labels(model)
+                for name in STATES:
+                    self.state.labels(model, name).set(entry["state"] == name)
+                self.queue_texts.labels(model).set(entry["queue_len"])
+                self.queue_bound.labels(model).set(entry["queue_max"])
+                idle, busy = entry["replicas_idle"], entry["replicas_busy"]
+                not_ready = entry["replicas"] - idle - busy
+                for state, count in (("idle", idle), ("busy", busy), ("not_ready", not_ready)):
+                    self.replicas.labels(model, state).set(count)
+            for outcome, count in reconciler.reloads.items():
+                self.reloads.labels(outcome).inc(count - self._counted[outcome])
+                self._counted[outcome] = count
+
+    def render(self, pool: Pool, reconciler: Reconciler) -> tuple[bytes, str]:
+        """Body and content type of a scrape."""
+        self.refresh(pool, reconciler)
+        source = MultiProcessCollector(None) if self.is_shared else self._own  # type: ignore[no-untyped-call]
+        known = CollectorRegistry(auto_describe=False)
+        known.register(_Known(source, {served.spec.model for served in pool.models}))
+        return generate_latest(known), CONTENT_TYPE_PLAIN_0_0_4
+
+
+class _Known(Collector):
+    """Leaves out the series of models that are registered no more."""
+
+    def __init__(self, source: CollectorRegistry | MultiProcessCollector, models: set[str]) -> None:
+        self._source = source
+        self._models = models
 
     def collect(self) -> Iterable[Metric]:
-        models = self._pool.snapshot()
-        for name, doc in COUNTERS.items():
-            counter = CounterMetricFamily(f"embedpool_{RENAMED.get(name, name)}", doc, labels=["model"])
-            for entry in models:
-                counter.add_metric([entry["model"]], entry["counters"][name])
-            yield counter
-        errors = CounterMetricFamily("embedpool_errors", "Requests refused, by code.", labels=["model", "code"])
-        state = GaugeMetricFamily("embedpool_model_state", "1 for the model's state.", labels=["model", "state"])
-        waiting = GaugeMetricFamily("embedpool_queue_texts", "Texts waiting.", labels=["model"])
-        replicas = GaugeMetricFamily("embedpool_replicas", "Replicas, by activity.", labels=["model", "activity"])
-        for entry in models:
-            model = entry["model"]
-            for code, count in entry["counters"]["errors"].items():
-                errors.add_metric([model, code], count)
-            for name in STATES:
-                state.add_metric([model, name], float(entry["state"] == name))
-            waiting.add_metric([model], entry["queue_len"])
-            idle, busy = entry["replicas_idle"], entry["replicas_busy"]
-            for activity, count in (("idle", idle), ("busy", busy), ("other", entry["replicas"] - idle - busy)):
-                replicas.add_metric([model, activity], count)
-        yield from (errors, state, waiting, replicas)
-        reloads = CounterMetricFamily("embedpool_reloads", "Reloads of pool.yml, by outcome.", labels=["outcome"])
-        for outcome, count in self._reconciler.reloads.items():
-            reloads.add_metric([outcome], count)
-        yield reloads
+        for metric in self._source.collect():
+            metric.samples = [s for s in metric.samples if s.labels.get("model") in {None, *self._models}]
+            yield metric
 
 
-def registry(pool: Pool, reconciler: Reconciler) -> CollectorRegistry:
-    """A registry of this app alone, so that several apps in one process do not meet."""
-    found = CollectorRegistry(auto_describe=False)
-    found.register(_PoolCollector(pool, reconciler))
-    return found
+# --- several workers; called in gunicorn's master
 
 
-def render(found: CollectorRegistry) -> tuple[bytes, str]:
-    """Body and content type of a scrape."""
-    return generate_latest(found), CONTENT_TYPE_PLAIN_0_0_4
+def share() -> None:
+    """Before the first worker: let the workers keep their numbers in files, in memory where the system has such."""
+    in_memory = "/dev/shm"  # noqa: S108  (a folder of an unguessable name is made there)
+    folder = in_memory if os.access(in_memory, os.W_OK) else None
+    os.environ[SHARED_DIR] = tempfile.mkdtemp(prefix="embedpool-metrics-", dir=folder)
+
+
+def unshare() -> None:
+    """After the last worker."""
+    if folder := os.environ.pop(SHARED_DIR, None):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def forget_worker(pid: int) -> None:
+    """A worker is gone: what it counted stays, what it held does not."""
+    if SHARED_DIR in os.environ:
+        mark_process_dead(pid)  # type: ignore[no-untyped-call]

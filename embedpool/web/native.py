@@ -9,6 +9,7 @@ from embedpool.errors import InvalidRequest
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import EmbedOptions, EmbedRequest, EmbedResult
 from embedpool.web.encoding import NPY, embed_response, npy_response
+from embedpool.web.http_request import here
 from embedpool.web.schemas import EmbedSchema, check_texts, embed_options, read_json
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
@@ -24,7 +25,7 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
         body = read_json(request, EmbedSchema, limits)
         options = body["options"]
         texts = check_texts(body["texts"], limits)
-        result = submit(pool, request, body["model"], texts, embed_options(options))
+        result = submit(pool, body["model"], texts, embed_options(options))
         if request.accept_mimetypes.best == NPY:
             return npy_response(result)
         return embed_response(result, options.get("encoding", "float"))
@@ -32,10 +33,13 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
     return routes
 
 
-def submit(pool: Pool, http: Request, model: str, texts: list[str], options: EmbedOptions) -> EmbedResult:
+def submit(pool: Pool, model: str, texts: list[str], options: EmbedOptions) -> EmbedResult:
     """What every dialect asks of the pool: the texts' vectors, within the client's deadline and while it listens."""
+    http = here()
+    http.model, http.texts = model, len(texts)
     client_gone = http.environ.get("waitress.client_disconnected", _never)
-    return pool.submit(EmbedRequest(model, texts, options, timeout_s(http), client_gone=client_gone))
+    http.result = pool.submit(EmbedRequest(model, texts, options, timeout_s(http), client_gone=client_gone))
+    return http.result
 
 
 def timeout_s(of: Request) -> float | None:

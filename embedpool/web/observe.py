@@ -11,17 +11,16 @@ from embedpool import __version__
 from embedpool.config.pool_yml import as_document
 from embedpool.pool.pool import Pool
 from embedpool.pool.served_model import ServedModel
-from embedpool.web import metrics
 from embedpool.web.encoding import json_response
+from embedpool.web.metrics import Metrics
 
 if TYPE_CHECKING:
     from embedpool.reconcile import Reconciler
 
 
-def blueprint(pool: Pool, reconciler: Reconciler) -> Blueprint:
+def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics) -> Blueprint:
     """The routes that only look."""
     routes = Blueprint("observe", __name__)
-    prometheus = metrics.registry(pool, reconciler)
 
     @routes.get("/health")
     def health() -> Response:
@@ -66,7 +65,7 @@ def blueprint(pool: Pool, reconciler: Reconciler) -> Blueprint:
 
     @routes.get("/metrics")
     def get_metrics() -> Response:
-        body, content_type = metrics.render(prometheus)
+        body, content_type = metrics.render(pool, reconciler)
         return Response(body, content_type=content_type)
 
     return routes

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import requests
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.live.conftest import Server, fake, wait_until
 
@@ -124,7 +127,8 @@ def test_polling_finds_changes_too(make_server: Callable[..., Server]) -> None:
 
 
 def test_two_workers_converge(make_server: Callable[..., Server]) -> None:
-    """A change through either worker is followed by both."""
+    """A change through either worker is followed by both, and any of them shows what all have counted."""
+    folders = shared_folders()
     server = make_server(EMBEDPOOL_SERVER__WORKERS="2")
     server.write_pool(fake("a"))
     server.start()
@@ -141,3 +145,21 @@ def test_two_workers_converge(make_server: Callable[..., Server]) -> None:
 
     wait_until(both_know)
     assert np.asarray(server.vectors("b", ["x"])).shape == (1, 384)
+    before = {series: total(server, series) for series in ("embedpool_requests_total", "embedpool_batch_texts_sum")}
+    for i in range(20):
+        server.vectors("b", [f"text {i}"])
+    for _ in range(6):  # whichever worker answers
+        assert {series: total(server, series) - value for series, value in before.items()} == dict.fromkeys(before, 20)
+    wait_until(lambda: total(server, "embedpool_replicas") == 4)
+    server.stop()
+    assert shared_folders() == folders
+
+
+def shared_folders() -> set[Path]:
+    return {f for place in ("/dev/shm", tempfile.gettempdir()) for f in Path(place).glob("embedpool-metrics-*")}
+
+
+def total(server: Server, series: str) -> float:
+    """The sum over all labels, as one worker shows it."""
+    families = text_string_to_metric_families(server.get("/metrics").text)
+    return sum(sample.value for family in families for sample in family.samples if sample.name == series)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
+from embedpool.pool.request import EmbedResult
 from embedpool.pool.stats import ModelStats
+
+
+def answer(texts: int, tokens: int, truncated: list[int]) -> EmbedResult:
+    return EmbedResult("m", np.zeros((texts, 2)), 2, tokens, truncated, 0.0, 0.0, 0.0, 0.0, [])
 
 
 def test_counters_tell_requests_batches_and_errors_apart() -> None:
     """What was answered, what was refused and why, and what the driver did are counted separately."""
     stats = ModelStats()
-    stats.answered(3, 30, 1)
-    stats.answered(1, 5, 0)
+    stats.answered(answer(3, 30, [1]))
+    stats.answered(answer(1, 5, []))
     stats.refused("overloaded")
     stats.refused("overloaded")
     stats.refused("deadline_exceeded")

@@ -22,6 +22,7 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.replica_set import Engine
 from embedpool.reconcile import Reconciler
 from embedpool.web.app import create_app
+from embedpool.web.metrics import Metrics
 from tests.conftest import fake_pool_yml, open_fake, settle
 
 NAME = "org/team/m"
@@ -67,11 +68,13 @@ def serving(folder: Path, engine: Engine, *models: str, settings: Settings = DEF
     """An app whose models (see fake_pool_yml) have begun to load."""
     pool_yml = folder / "pool.yml"
     pool_yml.write_text(fake_pool_yml(*models))
+    metrics = Metrics()
+    engine = dataclasses.replace(engine, observer=metrics)
     pool = Pool(engine, max_inflight_global=settings.defaults.max_inflight_global)
     reconciler = Reconciler(PoolFile(pool_yml), pool, load_timeout_s=20)
     try:
         reconciler.reload("start")
-        yield Web(pool, reconciler, pool_yml, create_app(pool, reconciler, settings))
+        yield Web(pool, reconciler, pool_yml, create_app(pool, reconciler, settings, metrics))
     finally:
         pool.stop()
 

@@ -10,6 +10,7 @@ import pytest
 from embedpool.config.settings import Settings
 from embedpool.errors import Overloaded, ShuttingDown, UpstreamError
 from embedpool.web.app import create_app
+from embedpool.web.metrics import Metrics
 from tests.web.conftest import NAME, Web, refused
 
 PATHS = ("/health", "/ready", "/status", "/models", "/metrics", f"/models/{NAME}", f"/ready/{NAME}")
@@ -109,12 +110,12 @@ def test_an_unexpected_error_leaks_nothing(
 def test_building_the_app_starts_nothing(web: Web) -> None:
     """An app is built before a fork: it starts no thread and leaves the pool alone."""
     before = threading.active_count()
-    app = create_app(web.pool, web.reconciler, Settings())
+    app = create_app(web.pool, web.reconciler, Settings(), Metrics())
     assert threading.active_count() == before
     assert app.test_client().get("/health").json == {"ok": True, "booted": True, "models": 1}
 
 
 def test_two_apps_in_one_process_do_not_meet(web: Web) -> None:
     """Several apps can live in one process, each with its own metrics."""
-    other = create_app(web.pool, web.reconciler, Settings())
+    other = create_app(web.pool, web.reconciler, Settings(), Metrics())
     assert other.test_client().get("/metrics").status_code == web.get("/metrics").status_code == 200

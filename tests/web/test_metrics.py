@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from embedpool.web.metrics import SHARED_DIR, forget_worker, share, unshare
 from tests.web.conftest import MODEL, NAME, MakeWeb, Web
+
+CONF = Path(__file__).parents[2] / "conf"
 
 
 def samples(web: Web) -> dict[tuple[str, ...], float]:
@@ -19,7 +30,7 @@ def samples(web: Web) -> dict[tuple[str, ...], float]:
             key = (sample.name, *(v for _, v in sorted(sample.labels.items())))
             assert key not in found
             found[key] = sample.value
-            if family.name != "embedpool_reloads":
+            if family.name not in ("embedpool_reloads", "embedpool_http_requests"):
                 assert "model" in sample.labels
     return found
 
@@ -35,9 +46,32 @@ def test_requests_are_counted(web: Web) -> None:
     assert found["embedpool_tokens_total", NAME] == 4 + 3 + 4
     assert found["embedpool_truncated_total", NAME] == 1
     assert found["embedpool_errors_total", "unsupported_option", NAME] == 1
-    assert found["embedpool_batches_total", NAME] >= 2
+    assert found["embedpool_batch_texts_count", NAME] >= 2
+    assert found["embedpool_batch_texts_sum", NAME] == 3
+    assert found["embedpool_batch_seconds_count", NAME] == found["embedpool_batch_texts_count", NAME]
     assert found["embedpool_padded_tokens_total", NAME] >= found["embedpool_batch_tokens_total", NAME] == 11
-    assert found["embedpool_compute_seconds_total", NAME] >= 0
+    assert found["embedpool_request_seconds_count", NAME] == found["embedpool_queue_seconds_count", NAME] == 2
+
+
+def test_answers_are_counted_by_route(web: Web) -> None:
+    """Every answer appears under its route, status and error code; paths that are none are all one."""
+    web.embed("a")
+    web.embed("a", model="invented")
+    web.get("/invented")
+    web.get(f"/models/{NAME}")
+    found = samples(web)
+    assert found["embedpool_http_requests_total", "", "POST /embed", "200"] == 1
+    assert found["embedpool_http_requests_total", "model_not_found", "POST /embed", "404"] == 1
+    assert found["embedpool_http_requests_total", "not_found", "unknown", "404"] == 1
+    assert found["embedpool_http_requests_total", "", "GET /models/<path:name>", "200"] == 1
+
+
+def test_a_known_model_has_every_series_from_the_start(web: Web) -> None:
+    """A rate needs a first value, and an alert a series to look at."""
+    found = samples(web)
+    assert found["embedpool_requests_total", NAME] == 0
+    assert found["embedpool_request_seconds_count", NAME] == 0
+    assert found["embedpool_truncated_total", NAME] == 0
 
 
 def test_state_replicas_queue_and_reloads(make_web: MakeWeb) -> None:
@@ -47,8 +81,9 @@ def test_state_replicas_queue_and_reloads(make_web: MakeWeb) -> None:
     states = {key: value for key, value in found.items() if key[0] == "embedpool_model_state"}
     assert {key[1:] for key, value in states.items() if value == 1} == {(NAME, "ready"), ("off", "disabled")}
     assert {key[2] for key in states} == {"idle", "loading", "ready", "failed", "disabled", "draining"}
-    assert found["embedpool_replicas", "idle", NAME] == 1
+    assert found["embedpool_replicas", NAME, "idle"] == 1
     assert found["embedpool_queue_texts", NAME] == 0
+    assert found["embedpool_queue_bound_texts", NAME] == 1000
     assert found["embedpool_reloads_total", "ok"] == 1
 
 
@@ -68,3 +103,56 @@ def test_only_known_models_become_labels(web: Web) -> None:
 def test_an_empty_pool_has_metrics(make_web: MakeWeb) -> None:
     """A scrape of a pool without models works."""
     assert samples(make_web()) == {("embedpool_reloads_total", "ok"): 1}
+
+
+@pytest.mark.parametrize("name", ["alerts.yml", "grafana-dashboard.json"])
+def test_conf_names_no_metric_that_is_not_there(web: Web, name: str) -> None:
+    """Every series of the dashboard and of the alert rules exists, with the labels by which it is chosen."""
+    web.embed("a", whatever=1)
+    labels: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(web.get("/metrics").text):
+        for sample in family.samples:
+            labels.setdefault(sample.name, set()).update(sample.labels)
+    text = (CONF / name).read_text()
+    named = re.findall(r"\b(embedpool_\w+)(?:\{(\w+)=)?", text)
+    assert len(named) >= 7
+    for series, label in named:
+        assert series in labels
+        assert not label or label in labels[series]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
+def test_prometheus_accepts_the_alert_rules() -> None:
+    """Its own tool checks them."""
+    subprocess.run(["promtool", "check", "rules", str(CONF / "alerts.yml")], check=True, capture_output=True)
+
+
+def test_workers_share_their_numbers(make_web: MakeWeb) -> None:
+    """Where several processes serve, each shows what all of them counted; the gauges of one that is gone go."""
+    share()
+    try:
+        web = make_web(MODEL)
+        web.embed("a")
+        other = [sys.executable, "-c", OTHER_WORKER.format(name=NAME)]
+        pid = int(subprocess.run(other, check=True, capture_output=True, text=True).stdout)
+        found = samples(web)
+        assert found["embedpool_requests_total", NAME] == 1 + 2
+        assert found["embedpool_queue_texts", NAME] == 5
+        forget_worker(pid)
+        assert samples(web)["embedpool_queue_texts", NAME] == 0
+        assert samples(web)["embedpool_requests_total", NAME] == 1 + 2
+    finally:
+        unshare()
+    assert SHARED_DIR not in os.environ
+
+
+OTHER_WORKER = """
+import os
+from embedpool.web.metrics import Metrics
+metrics = Metrics()
+metrics.refused("{name}", "overloaded")
+metrics.refused("{name}", "overloaded")
+metrics.refused("invented", "overloaded")
+metrics.queue_texts.labels("{name}").set(5)
+print(os.getpid())
+"""

@@ -17,6 +17,7 @@ from embedpool.pool.request import INPUT_TYPES, EmbedOptions, EmbedResult, Vecto
 from embedpool.web.dialects import means, options_of, part_of, status_with_400
 from embedpool.web.encoding import as_base64, json_response
 from embedpool.web.error_response import error_response
+from embedpool.web.http_request import here
 from embedpool.web.native import submit
 from embedpool.web.schemas import check_texts, embed_options, read_json
 
@@ -94,7 +95,7 @@ def _embed(pool: Pool, limits: Limits) -> tuple[dict[str, Any], list[str], Embed
     body = read_json(request, CohereSchema, limits)
     texts = _texts(body, limits)
     options = embed_options({**options_of(CohereSchema, body), "dtype": "float32"})
-    return body, texts, submit(pool, request, body["model"], texts, options)
+    return body, texts, submit(pool, body["model"], texts, options)
 
 
 def _texts(body: dict[str, Any], limits: Limits) -> list[str]:
@@ -114,9 +115,8 @@ def _by_type(result: EmbedResult, types: Sequence[str]) -> dict[str, Any]:
 
 def _beside(texts: list[str], result: EmbedResult, version: str) -> dict[str, Any]:
     """What stands beside the vectors."""
-    request_id: str = request.id  # type: ignore[attr-defined]
     meta = {"api_version": {"version": version}, "billed_units": {"input_tokens": result.tokens}}
-    return {"id": request_id, "texts": texts, "meta": meta}
+    return {"id": here().id, "texts": texts, "meta": meta}
 
 
 def cohere_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], int]:

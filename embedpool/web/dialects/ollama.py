@@ -52,7 +52,7 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
         body = read_json(request, OllamaSchema, limits)
         texts = texts_of(body["input"], limits, "input")
         options = embed_options(options_of(OllamaSchema, body))
-        result = submit(pool, request, _known(pool, body["model"]), texts, options)
+        result = submit(pool, _known(pool, body["model"]), texts, options)
         return json_response(
             {
                 "model": body["model"],
@@ -67,7 +67,7 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
     def embeddings() -> Response:
         body = read_json(request, OllamaLegacySchema, limits)
         texts = texts_of(body["prompt"], limits, "prompt")
-        result = submit(pool, request, _known(pool, body["model"]), texts, embed_options({}))
+        result = submit(pool, _known(pool, body["model"]), texts, embed_options({}))
         return json_response({"embedding": result.vectors[0]})
 
     @routes.get("/api/tags")

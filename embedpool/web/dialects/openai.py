@@ -82,7 +82,7 @@ def embed(pool: Pool, limits: Limits, model: str | None = None) -> Response:
         options["dtype"] = "float32"  # whatever the model's: it is what clients decode
     _refuse_token_ids(body["input"])
     texts = texts_of(body["input"], limits, "input")
-    return _answer(submit(pool, request, model or body["model"], texts, embed_options(options)), encoding)
+    return _answer(submit(pool, model or body["model"], texts, embed_options(options)), encoding)
 
 
 def _refuse_token_ids(given: Any) -> None:

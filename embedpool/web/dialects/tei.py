@@ -105,7 +105,7 @@ def _target(pool: Pool, path: str, actions: Mapping[str, Action]) -> tuple[str, 
 def _embed(pool: Pool, limits: Limits, name: str) -> Response:
     body = read_json(request, TeiSchema, limits)
     texts = texts_of(body["inputs"], limits, "inputs")
-    result = submit(pool, request, name, texts, embed_options(_options(pool, name, body)))
+    result = submit(pool, name, texts, embed_options(_options(pool, name, body)))
     return _timed(json_response(result.vectors), result)
 
 
@@ -114,7 +114,7 @@ def _similarity(pool: Pool, limits: Limits, name: str) -> Response:
     sentences = check_texts(body["inputs"]["sentences"], limits, "inputs.sentences")
     options = {**_options(pool, name, body["parameters"]), "normalize": True, "dtype": "float32"}
     texts = [body["inputs"]["source_sentence"], *sentences]
-    result = submit(pool, request, name, texts, embed_options(options))
+    result = submit(pool, name, texts, embed_options(options))
     return _timed(json_response(result.vectors[1:] @ result.vectors[0]), result)
 
 

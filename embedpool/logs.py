@@ -1,0 +1,62 @@
+"""The server's log: to standard error, as text or as one JSON object a line."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import time
+from typing import Any
+
+import orjson
+
+from embedpool.config.settings import Settings
+
+PLAIN = re.compile(r"[\w./:@#<>+-]+\Z")  # written as it is; anything else in quotes
+
+
+class TextFormatter(logging.Formatter):
+    """A line a person reads; a record's `fields` follow as key=value."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (its name there)
+        """See logging.Formatter."""
+        fields = getattr(record, "fields", {})
+        return " ".join([super().formatMessage(record), *(f"{k}={_shown(v)}" for k, v in fields.items())])
+
+
+class JsonFormatter(logging.Formatter):
+    """An object a line: time, level, logger, message, the record's `fields`, and the traceback of an exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See logging.Formatter."""
+        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line: dict[str, Any] = {
+            "time": f"{at}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(line, default=str).decode()
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if PLAIN.match(text) else orjson.dumps(text).decode()
+
+
+def configure_logging(settings: Settings) -> None:
+    """To standard error, once."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if settings.logging.format == "json" else TextFormatter())
+    logging.basicConfig(level=settings.logging.level.upper(), handlers=[handler])
+    logging.getLogger("embedpool.web.request_log").disabled = not settings.logging.requests
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # admission is ours; its queue is only a hand-over
+    logging.getLogger("sentence_transformers").setLevel(logging.ERROR)  # its deprecations are not the operator's
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # a remote's retries; what comes of them is answered

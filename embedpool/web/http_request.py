@@ -1,0 +1,38 @@
+"""A request as Flask gives it, with its id and what became of it, for the log and the metrics."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+from typing import Any, cast
+
+from flask import Request, request
+
+from embedpool.pool.request import EmbedResult
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
+
+
+class HttpRequest(Request):
+    """`model` and `texts` are what it asks for, `result` what it got, `error_code` why it was refused."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.began_at = time.perf_counter()
+        self.model: str | None = None
+        self.texts = 0
+        self.result: EmbedResult | None = None
+        self.error_code = ""
+        given = self.headers.get("X-Request-Id", "")
+        self.id = given if REQUEST_ID.match(given) else uuid.uuid4().hex
+
+    @property
+    def route(self) -> str:
+        """Method and rule, of which there are few; "unknown" for paths and methods that are none."""
+        return f"{self.method} {self.url_rule.rule}" if self.url_rule else "unknown"
+
+
+def here() -> HttpRequest:
+    """The request at hand."""
+    return cast(HttpRequest, request)

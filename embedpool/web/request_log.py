@@ -1,0 +1,46 @@
+"""One line a request: what was asked, what it took, what became of it. Never a text, never a key."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from flask import Response
+
+from embedpool.errors import LONGEST_NAME
+from embedpool.web.http_request import HttpRequest
+
+logger = logging.getLogger(__name__)
+
+PROBES = ("GET /health", "GET /ready", "GET /ready/<path:name>", "GET /metrics", "GET /tei/<path:name>")
+
+
+def log_request(request: HttpRequest, response: Response) -> None:
+    """At level info; probes that went well at level debug, since they come every few seconds."""
+    level = logging.DEBUG if request.route in PROBES and response.status_code < 400 else logging.INFO
+    if logger.isEnabledFor(level):
+        logger.log(level, "request", extra={"fields": _fields(request, response)})
+
+
+def _fields(request: HttpRequest, response: Response) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "request_id": request.id,
+        "method": request.method,
+        "path": request.path[:LONGEST_NAME],
+        "status": response.status_code,
+    }
+    if request.error_code:
+        fields["code"] = request.error_code
+    if request.model is not None:
+        fields.update(model=request.model[:LONGEST_NAME], texts=request.texts)
+    if (result := request.result) is not None:
+        fields.update(
+            model=result.model,
+            tokens=result.tokens,
+            truncated=len(result.truncated),
+            queue_ms=round(result.queue_ms, 1),
+            compute_ms=round(result.compute_ms, 1),
+        )
+    fields["total_ms"] = round(1000 * (time.perf_counter() - request.began_at), 1)
+    return fields

@@ -1,0 +1,44 @@
+"""The log's two formats."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from embedpool.logs import JsonFormatter, TextFormatter
+
+
+def record(**fields: object) -> logging.LogRecord:
+    made = logging.LogRecord("embedpool.x", logging.WARNING, "x.py", 1, "hello %s", ("world",), None)
+    made.created, made.msecs = 1.5, 500.0
+    made.fields = fields
+    return made
+
+
+def test_text() -> None:
+    """Fields follow the message; what has spaces or control characters is quoted, so that a line stays a line."""
+    line = TextFormatter().format(record(status=200, path="/a b\nc", ms=0.5))
+    assert line.endswith('WARNING embedpool.x: hello world status=200 path="/a b\\nc" ms=0.5')
+    assert "\n" not in line
+
+
+def test_json() -> None:
+    """An object a line, with time, level and the fields."""
+    assert json.loads(JsonFormatter().format(record(status=200, path="a\nb"))) == {
+        "time": "1970-01-01T00:00:01.500Z", "level": "warning", "logger": "embedpool.x", "message": "hello world",
+        "status": 200, "path": "a\nb",
+    }  # fmt: skip
+
+
+def test_an_exception_is_told_in_both() -> None:
+    """With its traceback; in JSON still in one line."""
+    told = record()
+    with pytest.raises(ValueError, match="no") as caught:
+        raise ValueError("no")
+    told.exc_info = (caught.type, caught.value, caught.tb)
+    assert "ValueError: no" in TextFormatter().format(told)
+    line = JsonFormatter().format(told)
+    assert "ValueError: no" in json.loads(line)["exception"]
+    assert "\n" not in line
