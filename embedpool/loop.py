@@ -6,6 +6,7 @@ hold none.
 
 from __future__ import annotations
 
+import copy
 import logging
 import select
 import socket
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 import orjson
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser
 from waitress.server import BaseWSGIServer, create_server
 from waitress.task import ErrorTask, WSGITask
 
@@ -27,6 +29,7 @@ from embedpool.errors import BadRequest, BodyTooLarge, EmbedpoolError, as_docume
 logger = logging.getLogger(__name__)
 
 LISTEN_BACKLOG = 2048
+LINES_PATH, LINES_TYPE = "/embed", "application/x-ndjson"
 LARGEST_JOINED_BYTES = 1 << 16  # above it copying costs more than a second packet
 
 
@@ -58,7 +61,7 @@ class _ErrorTask(ErrorTask):  # type: ignore[misc]
     def execute(self) -> None:
         reason = self.request.error
         error: EmbedpoolError = (
-            BodyTooLarge(f"the body is over the limit of {self.channel.adj.max_request_body_size} bytes")
+            BodyTooLarge(f"the body is over the limit of {self.request.adj.max_request_body_size} bytes")
             if reason.code == 413
             else BadRequest(f"{reason.reason}: {reason.body}")
         )
@@ -71,7 +74,19 @@ class _ErrorTask(ErrorTask):  # type: ignore[misc]
         self.write(body)
 
 
+class _Parser(HTTPRequestParser):  # type: ignore[misc]
+    """A body of lines, which is answered line by line, has a limit of its own."""
+
+    adj: Any
+
+    def parse_header(self, header_plus: bytes) -> None:
+        super().parse_header(header_plus)
+        if self.path.rstrip("/") == LINES_PATH and self.headers.get("CONTENT_TYPE", "").startswith(LINES_TYPE):
+            self.adj = self.adj.for_lines
+
+
 class _Channel(HTTPChannel):  # type: ignore[misc]
+    parser_class = _Parser
     task_class = _Task
     error_task_class = _ErrorTask
 
@@ -154,6 +169,8 @@ class Loop:
         self._listeners = [d for d in self._map.values() if isinstance(d, BaseWSGIServer)]
         for listener in self._listeners:
             listener.channel_class = _Channel
+            listener.adj.for_lines = copy.copy(listener.adj)
+            listener.adj.for_lines.max_request_body_size = settings.limits.max_stream_body_bytes
             listener.is_stopping = False
         self._poll = wasyncore.poll2 if hasattr(select, "poll") else wasyncore.poll  # select ends at 1,024 files
 

@@ -115,6 +115,7 @@ class Limits:
     """What a request may hold."""
 
     max_body_bytes: int = option(67_108_864, "size of a request body", minimum=1)
+    max_stream_body_bytes: int = option(1_073_741_824, "size of a request body of lines (NDJSON)", minimum=1)
     max_texts_per_request: int = option(20_000, "texts in a request", minimum=1)
     max_chars_per_text: int = option(1_000_000, "characters in a text", minimum=1)
 

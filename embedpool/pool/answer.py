@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
 from embedpool.config.spec import ModelSpec
-from embedpool.errors import InferenceFailed, InvalidRequest
+from embedpool.errors import EmbedpoolError, InferenceFailed, InvalidRequest
 from embedpool.pool.door import Measured
-from embedpool.pool.job import Flow
+from embedpool.pool.job import Flow, Job
 from embedpool.pool.request import EmbedOptions, EmbedResult, Vectors
 
 
@@ -24,21 +26,44 @@ def gather(
     """The answer of a request whose jobs are all done. Times are of the pool's clock, in seconds."""
     jobs = flow.jobs
     parts = [job.vectors for job in jobs if job.vectors is not None]
-    raw = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    errors = {job.offset + row: error for job in jobs for row, error in job.lost.items()} if flow.partial else {}
+    if errors or measured.refused:
+        raw, errors = _around_gaps(jobs, measured, errors)
+    else:
+        raw = parts[0] if len(parts) == 1 else np.concatenate(parts)
     config = spec.driver.config
     counted = sum(job.counted for job in jobs)
     return EmbedResult(
         model=spec.model,
-        vectors=finish(raw, options, normalize=config.normalize, dtype=config.dtype),
+        vectors=finish(raw, options, normalize=config.normalize, dtype=config.dtype) if raw.shape[1] else raw,
         dim=options.dimensions or raw.shape[1],
-        tokens=round(counted) if counted else sum(measured.tokens),
+        tokens=round(counted) if counted else sum(count for i, count in enumerate(measured.tokens) if i not in errors),
         truncated=measured.truncated or [job.offset + i for job in jobs for i in sorted(job.truncated)],
         measure_ms=1000 * (measured_at - arrived_at),
         queue_ms=1000 * max(flow.started_at - arrived_at, 0),
         compute_ms=1000 * flow.compute_s,
         total_ms=1000 * (now - arrived_at),
         replicas=sorted(flow.replicas),
+        errors=errors,
     )
+
+
+def _around_gaps(
+    jobs: Sequence[Job], measured: Measured, lost: Mapping[int, EmbedpoolError]
+) -> tuple[Vectors, dict[int, EmbedpoolError]]:
+    """Vectors of all texts, zeros for those that failed, and why these did; `lost` counts among the texts that went on.
+
+    Where all failed the vectors have no dimension.
+    """
+    kept = measured.kept
+    errors = {**measured.refused, **{kept[i]: error for i, error in lost.items()}}
+    dim = next((job.vectors.shape[1] for job in jobs if job.vectors is not None), 0)
+    raw = np.zeros((len(measured.texts), dim), dtype=np.float32)
+    for job in jobs:
+        for row in range(len(job)):
+            if job.vectors is not None and row not in job.lost:
+                raw[kept[job.offset + row]] = job.vectors[row]
+    return raw, dict(sorted(errors.items()))
 
 
 def finish(vectors: Vectors, options: EmbedOptions, *, normalize: bool, dtype: str) -> Vectors:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from embedpool.config.spec import DriverConfig
-from embedpool.errors import InvalidRequest, TextTooLong, UnsupportedOption
+from embedpool.errors import EmbedpoolError, InvalidRequest, TextTooLong, UnsupportedOption
 from embedpool.pool.job import Ids
 from embedpool.pool.request import DOCUMENT, QUERY, EmbedOptions, EmbedRequest
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Measured:
-    """Texts ready to be split: `ids` and `tokens` after truncation, `truncated` as indices into the texts."""
+    """Texts ready to be split: `ids` and `tokens` after truncation, `truncated` as indices into the texts.
+
+    `refused` are those that go no further, where the request goes on without them.
+    """
 
     texts: Sequence[str]
     ids: Sequence[Ids] | None
@@ -26,6 +29,12 @@ class Measured:
     truncated: list[int]
     variant: tuple[object, ...] | None  # what a text's vector depends on beside the text and the group
     group: str | None  # JSON of the options passed on to a remote service: only equal ones may share a call
+    refused: Mapping[int, EmbedpoolError] = dataclasses.field(default_factory=dict)
+
+    @property
+    def kept(self) -> Sequence[int]:
+        """Indices of the texts that go on."""
+        return [i for i in range(len(self.texts)) if i not in self.refused]
 
 
 def measure(request: EmbedRequest, config: DriverConfig, meter: Meter) -> Measured:
@@ -55,6 +64,9 @@ def measure(request: EmbedRequest, config: DriverConfig, meter: Meter) -> Measur
     truncated = [i for i, count in enumerate(tokens) if limit is not None and count > limit]
     policy = options.truncate or "right"
     if truncated and limit is not None:
+        if policy == "error" and options.on_error == "partial":
+            refused = {i: TextTooLong(f"{tokens[i]} tokens, the limit is {limit}") for i in truncated}
+            return Measured(texts, ids, tokens, [], (limit, policy), None, refused)
         if policy == "error":
             raise TextTooLong(
                 f"texts[{truncated[0]}] has {tokens[truncated[0]]} tokens, the limit is {limit}",

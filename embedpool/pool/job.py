@@ -19,14 +19,17 @@ class Flow:
     """What the jobs of one request share. `finish` and `waiting` belong to the queue and its lock."""
 
     __slots__ = (
-        "_lock", "abandoned", "client_gone", "compute_s", "deadline", "error", "finish", "jobs", "replicas",
+        "_lock", "abandoned", "client_gone", "compute_s", "deadline", "error", "finish", "jobs", "partial", "replicas",
         "started_at", "waiting", "weight",
     )  # fmt: skip
 
-    def __init__(self, deadline: float, weight: float, client_gone: Callable[[], bool]) -> None:
+    def __init__(
+        self, deadline: float, weight: float, client_gone: Callable[[], bool], *, partial: bool = False
+    ) -> None:
         self.deadline = deadline
         self.weight = weight
         self.client_gone = client_gone
+        self.partial = partial  # a text that fails takes no other with it
         self.abandoned = False
         self.jobs: list[Job] = []
         self.error: EmbedpoolError | None = None  # the first one; no further job is worth computing
@@ -53,8 +56,8 @@ class Job:
     """
 
     __slots__ = (
-        "_lock", "_missing", "counted", "flow", "future", "group", "ids", "offset", "texts", "tokens", "truncated",
-        "variant", "vectors",
+        "_lock", "_missing", "counted", "flow", "future", "group", "ids", "lost", "offset", "texts", "tokens",
+        "truncated", "variant", "vectors",
     )  # fmt: skip
 
     def __init__(
@@ -79,6 +82,7 @@ class Job:
         self.vectors: Vectors | None = None
         self.counted = 0.0  # tokens as counted by a remote service
         self.truncated: list[int] = []  # rows cut by a remote service
+        self.lost: dict[int, EmbedpoolError] = {}  # rows that failed, where the request goes on without them
         self._missing = len(texts)
         self._lock = threading.Lock()
 
@@ -94,8 +98,25 @@ class Job:
             self._missing -= 1
             complete = not self._missing
         if complete:
-            with contextlib.suppress(InvalidStateError):  # given up in this very moment
-                self.future.set_result(self)
+            self._resolve()
+
+    def lose(self, row: int, error: EmbedpoolError) -> None:
+        """A text failed: its request fails, or goes on without it. Saying so twice is saying it once."""
+        if not self.flow.partial:
+            self.fail(error)
+            return
+        with self._lock:
+            if row in self.lost:
+                return
+            self.lost[row] = error
+            self._missing -= 1
+            complete = not self._missing
+        if complete:
+            self._resolve()
+
+    def _resolve(self) -> None:
+        with contextlib.suppress(InvalidStateError):  # given up in this very moment
+            self.future.set_result(self)
 
     def fail(self, error: EmbedpoolError) -> None:
         """Resolve the future with an error, unless it is resolved."""

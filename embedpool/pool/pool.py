@@ -27,6 +27,7 @@ class Pool:
 
     def __init__(self, engine: Engine, *, max_inflight_global: int = 256) -> None:
         self.max_inflight_global = max_inflight_global
+        self.request_timeout_s = engine.request_timeout_s
         self.draining = False  # set by the server when it begins to stop: not ready any more, but serving
         self.stopping = False
         self._engine = engine

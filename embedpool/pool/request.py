@@ -8,6 +8,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from embedpool.errors import EmbedpoolError
+
 Vectors = NDArray[Any]  # shape (texts, dim)
 
 
@@ -30,6 +32,7 @@ class EmbedOptions:
     input_type: str | None = None
     truncate: str | None = None
     precision: str = "float32"
+    on_error: str = "fail"  # partial: a text that fails takes no other with it
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -47,7 +50,10 @@ class EmbedRequest:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EmbedResult:
-    """`vectors` has shape (texts, dim) in the order of the request; times are in milliseconds."""
+    """`vectors` has shape (texts, dim) in the order of the request; times are in milliseconds.
+
+    `errors` holds, by their indices, the texts that failed where on_error is partial; their vectors are zeros.
+    """
 
     model: str
     vectors: Vectors
@@ -59,3 +65,4 @@ class EmbedResult:
     compute_ms: float
     total_ms: float
     replicas: list[str]
+    errors: Mapping[int, EmbedpoolError] = dataclasses.field(default_factory=dict)

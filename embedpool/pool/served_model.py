@@ -77,7 +77,8 @@ class ServedModel:
         """
         self._refuse_unless_serving()
         timeout_s = min(request.timeout_s or math.inf, self._engine.request_timeout_s)
-        flow = Flow(self._engine.clock() + timeout_s, request.weight, request.client_gone)
+        partial = request.options.on_error == "partial"
+        flow = Flow(self._engine.clock() + timeout_s, request.weight, request.client_gone, partial=partial)
         with self._flow_left:
             self._flows.add(flow)
         try:
@@ -141,11 +142,18 @@ class ServedModel:
         return meter
 
     def _split(self, flow: Flow, measured: Measured) -> Iterator[Job]:
+        texts, ids, tokens = measured.texts, measured.ids, measured.tokens
+        if measured.refused:
+            kept = measured.kept
+            if not kept:
+                return iter(())
+            texts, tokens = [texts[i] for i in kept], [tokens[i] for i in kept]
+            ids = None if ids is None else [ids[i] for i in kept]
         return split(
             flow,
-            measured.texts,
-            measured.ids,
-            measured.tokens,
+            texts,
+            ids,
+            tokens,
             group=measured.group,
             variant=measured.variant,
             max_texts=min(self._engine.max_batch_texts, self.queue.maxsize),

@@ -43,7 +43,7 @@ class ModelStats:
 
     def answered(self, result: EmbedResult) -> None:
         """A request got its vectors."""
-        texts, truncated = len(result.vectors), len(result.truncated)
+        texts, truncated = len(result.vectors) - len(result.errors), len(result.truncated)
         with self._lock:
             self._counts.update(requests=1, texts=texts, tokens=result.tokens, truncated=truncated)
         self._observer.answered(self._model, result)

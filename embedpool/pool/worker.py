@@ -153,7 +153,7 @@ class Worker:
         try:
             self._run(rows[:middle])
         except DriverBroken:
-            _fail(rows, InferenceFailed("the model failed on another part of the batch"))
+            _fail(rows[middle:], InferenceFailed("the model failed on another part of the batch"))
             raise
         self._run(rows[middle:])
 
@@ -202,11 +202,14 @@ def _report(rows: list[Row], answer: Embeddings) -> None:
 def _fail(rows: list[Row], error: EmbedpoolError) -> None:
     for row in rows:
         for equal in (row, *row.twins):
-            equal.job.fail(error)
+            equal.job.lose(equal.at, error)
 
 
 def _fail_text(row: Row, message: str) -> None:
     """Fail the requests of one text, naming it by its place in each."""
     for equal in (row, *row.twins):
+        if equal.job.flow.partial:
+            equal.job.lose(equal.at, InferenceFailed(message))  # the answer says which
+            continue
         where = f"texts[{equal.job.offset + equal.at}]"
-        equal.job.fail(InferenceFailed(f"{where}: {message}", fields={where: message}))
+        equal.job.lose(equal.at, InferenceFailed(f"{where}: {message}", fields={where: message}))

@@ -35,8 +35,15 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
     def finish(response: Response) -> Response:
         request = here()
         response.headers["X-Request-Id"] = request.id
-        metrics.http_requests.labels(request.route, response.status_code, request.error_code).inc()
-        log_request(request, response)
+
+        def note() -> None:
+            metrics.http_requests.labels(request.route, response.status_code, request.error_code).inc()
+            log_request(request, response)
+
+        if response.is_streamed:
+            response.call_on_close(note)
+        else:
+            note()
         return response
 
     return app

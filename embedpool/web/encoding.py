@@ -27,13 +27,13 @@ def as_base64(vectors: Vectors) -> list[str]:
     return [base64.b64encode(row).decode("ascii") for row in little]
 
 
-def embed_response(result: EmbedResult, encoding: str) -> Response:
+def embed_response(result: EmbedResult, encoding: str, *, partial: bool = False) -> Response:
     """The answer of POST /embed."""
     return json_response(
         {
             "model": result.model,
             "dim": result.dim,
-            "vectors": as_base64(result.vectors) if encoding == "base64" else result.vectors,
+            **_vectors(result, encoding, partial=partial),
             "meta": {
                 "count": len(result.vectors),
                 "tokens": result.tokens,
@@ -45,6 +45,15 @@ def embed_response(result: EmbedResult, encoding: str) -> Response:
             },
         }
     )
+
+
+def _vectors(result: EmbedResult, encoding: str, *, partial: bool) -> dict[str, Any]:
+    """With `partial`, null for each text that failed, and why it did."""
+    vectors: Any = as_base64(result.vectors) if encoding == "base64" else result.vectors
+    if not partial:
+        return {"vectors": vectors}
+    errors = [{"index": i, "code": e.code, "message": e.message} for i, e in result.errors.items()]
+    return {"vectors": [None if i in result.errors else v for i, v in enumerate(vectors)], "errors": errors}
 
 
 def npy_response(result: EmbedResult) -> Response:

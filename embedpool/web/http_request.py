@@ -32,7 +32,12 @@ class HttpRequest(Request):
         """Method and rule, of which there are few; "unknown" for paths and methods that are none."""
         return f"{self.method} {self.url_rule.rule}" if self.url_rule else "unknown"
 
+    def client_gone(self) -> bool:
+        """Whether nobody waits for the answer any more. From any thread."""
+        ask = self.environ.get("waitress.client_disconnected")
+        return bool(ask and ask())
+
 
 def here() -> HttpRequest:
-    """The request at hand."""
-    return cast(HttpRequest, request)
+    """The request at hand; itself, not Flask's stand-in, so that it outlives the view."""
+    return cast(HttpRequest, request._get_current_object())  # type: ignore[attr-defined]

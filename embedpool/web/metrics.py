@@ -60,7 +60,7 @@ class Metrics(Observer):
         self.texts = counter("texts", "Texts answered.", "model")
         self.tokens = counter("tokens", "Tokens answered, special tokens included, after truncation.", "model")
         self.truncated = counter("truncated", "Texts truncated.", "model")
-        self.errors = counter("errors", "Requests to the model refused, by code.", "model", "code")
+        self.errors = counter("errors", "Requests to the model refused, or texts of them, by code.", "model", "code")
         self.batch_tokens = counter("batch_tokens", "Tokens in driver calls.", "model")
         self.padded_tokens = counter("padded_tokens", "Tokens in driver calls, padding included.", "model")
         self.reloads = counter("reloads", "Reloads of pool.yml, by outcome.", "outcome")
@@ -82,9 +82,11 @@ class Metrics(Observer):
     def answered(self, model: str, result: EmbedResult) -> None:
         """See Observer."""
         self.requests.labels(model).inc()
-        self.texts.labels(model).inc(len(result.vectors))
+        self.texts.labels(model).inc(len(result.vectors) - len(result.errors))
         self.tokens.labels(model).inc(result.tokens)
         self.truncated.labels(model).inc(len(result.truncated))
+        for error in result.errors.values():
+            self.errors.labels(model, error.code).inc()
         self.request_seconds.labels(model).observe(result.total_ms / 1000)
         self.queue_seconds.labels(model).observe(result.queue_ms / 1000)
 

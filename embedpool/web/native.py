@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from flask import Blueprint, Request, Response, request
+from flask import Blueprint, Response, request
 
 from embedpool.config.settings import Limits
 from embedpool.errors import InvalidRequest
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import EmbedOptions, EmbedRequest, EmbedResult
+from embedpool.web import ndjson
 from embedpool.web.encoding import NPY, embed_response, npy_response
 from embedpool.web.http_request import here
-from embedpool.web.schemas import EmbedSchema, check_texts, embed_options, read_json
-
-TIMEOUT_HEADER = "X-Request-Timeout-Ms"
-LONGEST_TIMEOUT_DIGITS = 12
+from embedpool.web.ndjson import NDJSON
+from embedpool.web.schemas import EmbedSchema, check_texts, embed_options, read_json, timeout_s
 
 
 def blueprint(pool: Pool, limits: Limits) -> Blueprint:
@@ -22,13 +21,20 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
 
     @routes.post("/embed")
     def embed() -> Response:
+        if request.mimetype == NDJSON:
+            return ndjson.embed(pool, limits)
         body = read_json(request, EmbedSchema, limits)
         options = body["options"]
         texts = check_texts(body["texts"], limits)
+        partial = options.get("on_error") == "partial"
+        wants_npy = request.accept_mimetypes.best == NPY
+        if partial and wants_npy:
+            message = "partial needs an answer in JSON: an array has no place for errors"
+            raise InvalidRequest(f"options.on_error: {message}", fields={"options.on_error": message})
         result = submit(pool, body["model"], texts, embed_options(options))
-        if request.accept_mimetypes.best == NPY:
+        if wants_npy:
             return npy_response(result)
-        return embed_response(result, options.get("encoding", "float"))
+        return embed_response(result, options.get("encoding", "float"), partial=partial)
 
     return routes
 
@@ -37,21 +43,5 @@ def submit(pool: Pool, model: str, texts: list[str], options: EmbedOptions) -> E
     """What every dialect asks of the pool: the texts' vectors, within the client's deadline and while it listens."""
     http = here()
     http.model, http.texts = model, len(texts)
-    client_gone = http.environ.get("waitress.client_disconnected", _never)
-    http.result = pool.submit(EmbedRequest(model, texts, options, timeout_s(http), client_gone=client_gone))
+    http.result = pool.submit(EmbedRequest(model, texts, options, timeout_s(http), client_gone=http.client_gone))
     return http.result
-
-
-def timeout_s(of: Request) -> float | None:
-    """The deadline the client asks for, in seconds. Raises InvalidRequest."""
-    given = of.headers.get(TIMEOUT_HEADER)
-    if given is None:
-        return None
-    if not given.isascii() or not given.isdigit() or len(given) > LONGEST_TIMEOUT_DIGITS or int(given) == 0:
-        says = f"must be a positive whole number of milliseconds, of at most {LONGEST_TIMEOUT_DIGITS} digits"
-        raise InvalidRequest(f"{TIMEOUT_HEADER}: {says}", fields={TIMEOUT_HEADER: says})
-    return int(given) / 1000
-
-
-def _never() -> bool:
-    return False

@@ -19,6 +19,9 @@ from embedpool.config.settings import Limits
 from embedpool.errors import BadJson, BodyTooLarge, EmptyInput, InvalidRequest, TooManyTexts, UnsupportedMediaType
 from embedpool.pool.request import INPUT_TYPES, EmbedOptions
 
+TIMEOUT_HEADER = "X-Request-Timeout-Ms"
+LONGEST_TIMEOUT_DIGITS = 12
+
 
 class OptionsSchema(StrictSchema):
     """`options` of POST /embed. Unknown ones are kept: remote services get them, local models refuse them."""
@@ -38,6 +41,7 @@ class OptionsSchema(StrictSchema):
     truncate = fields.String(validate=validate.OneOf(("error", "left", "right")))
     precision = fields.String(validate=validate.OneOf(("float32", "int8", "uint8", "binary", "ubinary")))
     encoding = fields.String(validate=validate.OneOf(("float", "base64")), load_default="float")
+    on_error = fields.String(validate=validate.OneOf(("fail", "partial")))
 
 
 class EmbedSchema(StrictSchema):
@@ -150,3 +154,14 @@ def embed_options(loaded: Mapping[str, Any]) -> EmbedOptions:
 
 
 _POOL_OPTIONS = set(OptionsSchema._declared_fields) - {"encoding"}
+
+
+def timeout_s(of: Request) -> float | None:
+    """The deadline the client asks for, in seconds. Raises InvalidRequest."""
+    given = of.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return None
+    if not given.isascii() or not given.isdigit() or len(given) > LONGEST_TIMEOUT_DIGITS or int(given) == 0:
+        says = f"must be a positive whole number of milliseconds, of at most {LONGEST_TIMEOUT_DIGITS} digits"
+        raise InvalidRequest(f"{TIMEOUT_HEADER}: {says}", fields={TIMEOUT_HEADER: says})
+    return int(given) / 1000

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import BinaryIO
 
+import orjson
+
 from tests.live.conftest import Server, fake, wait_until
 
 
@@ -149,3 +151,51 @@ def test_replicas_grow_under_load_and_go_when_idle(server: Server) -> None:
     assert "m#3" in server.log.read_text()
     wait_until(lambda: server.status("m")["state"] == "idle")
     assert server.embed("m", ["x"]).status_code == 200
+
+
+LINES = 200_000
+
+
+def test_any_number_of_lines_streams_through(server: Server, kind: str) -> None:
+    """200,000 lines, sent whole before anything is read: all are answered, in order, and the server hardly grows."""
+    server.write_pool(fake("m", dim=64))
+    server.start(kind)
+    server.wait_ready()
+    serving = [server.process, *server.process.children(recursive=True)]
+
+    def resident_bytes() -> int:
+        return sum(process.memory_info().rss for process in serving)
+
+    body = server.folder / "lines.ndjson"
+    with body.open("w") as file:
+        file.writelines(json.dumps({"id": i, "text": f"line {i} {'word ' * 30}"}) + "\n" for i in range(LINES))
+    before = resident_bytes()
+    with body.open("rb") as file:
+        answer = server.post("/embed?model=m", data=file, headers={"Content-Type": "application/x-ndjson"}, stream=True)
+        assert answer.status_code == 200
+        ids = []
+        largest = before
+        for line in answer.iter_lines():
+            ids.append(orjson.loads(line)["id"])
+            if len(ids) % 5000 == 0:
+                largest = max(largest, resident_bytes())
+    assert ids == list(range(LINES))
+    assert largest - before < 200_000_000
+    server.stop()
+
+
+def test_a_reader_that_goes_away_stops_the_work(server: Server, kind: str) -> None:
+    """Of the lines it will not read no more than those under way are computed."""
+    server.write_pool(fake("m", dim=8, delay_ms_per_text=1))
+    server.start(kind)
+    server.wait_ready()
+    body = b"".join(json.dumps({"text": f"line {i}"}).encode() + b"\n" for i in range(20_000))
+    answer = server.post("/embed?model=m", data=body, headers={"Content-Type": "application/x-ndjson"}, stream=True)
+    next(answer.iter_lines())
+    answer.close()
+    wait_until(lambda: server.status("m")["queue_len"] == 0 and server.status("m")["replicas_busy"] == 0)
+    computed = server.status("m")["counters"]["rows"]
+    assert computed < 5_000
+    assert server.vectors("m", ["still here"])
+    assert server.status("m")["counters"]["rows"] == computed + 1
+    server.stop()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedpool.errors import InferenceFailed
-from embedpool.pool.job import Row, split
+from embedpool.pool.job import Flow, Row, split
 from tests.pool.scripted import PATIENCE_S, flow_of, in_thread, job_of, vector_of
 
 
@@ -93,3 +95,23 @@ def test_several_workers_may_fill_a_job_at_once() -> None:
     for filler in fillers:
         filler.result(PATIENCE_S)
     assert np.array_equal(job.future.result(0).vectors, [vector_of(text) for text in texts])
+
+
+@settings(max_examples=100, deadline=None, database=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_a_job_that_goes_on_without_texts_resolves_when_each_is_filled_or_lost(fates: list[bool], random: Any) -> None:
+    """In any order; a text that is said to be lost twice is lost once."""
+    flow = Flow(1e9, 1.0, lambda: False, partial=True)
+    (job,) = split(flow, ["t"] * len(fates), None, [1] * len(fates), group=None, max_texts=9, max_tokens=99)
+    rows = list(enumerate(fates))
+    random.shuffle(rows)
+    for row, is_lost in rows:
+        assert not job.future.done()
+        if is_lost:
+            job.lose(row, InferenceFailed("no"))
+            job.lose(row, InferenceFailed("no"))
+        else:
+            job.fill(row, np.ones(2, dtype=np.float32))
+    assert job.future.result(0) is job
+    assert set(job.lost) == {row for row, is_lost in rows if is_lost}
+    assert flow.error is None

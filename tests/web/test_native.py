@@ -377,3 +377,39 @@ def test_more_requests_than_may_run_at_once_are_refused(make_web: MakeWeb, gate:
     refused(answer, 429, "overloaded")
     assert int(answer.headers["Retry-After"]) >= 1
     assert web.embed("third").status_code == 200
+
+
+def test_a_text_that_fails_may_leave_the_others(make_web: MakeWeb) -> None:
+    """With `on_error: partial` it is null and has an entry in `errors`; the others are as ever."""
+    web = make_web(MODEL + ", driver: {type: fake, config: {fault: raise, fault_text: bad}}")
+    texts = ["good", "w w w", "bad", "last", "bad"]
+    options = {"on_error": "partial", "max_seq_length": 4, "truncate": "error"}
+    answer = web.embed(*texts, **options).json
+    np.testing.assert_allclose([answer["vectors"][i] for i in (0, 3)], unit(raw("good", "last")), atol=1e-6)
+    assert [i for i, vector in enumerate(answer["vectors"]) if vector is None] == [1, 2, 4]
+    assert [(e["index"], e["code"]) for e in answer["errors"]] == [
+        (1, "text_too_long"), (2, "inference_failed"), (4, "inference_failed"),
+    ]  # fmt: skip
+    assert (answer["meta"]["count"], answer["meta"]["tokens"]) == (5, 6)
+    assert web.embed("good", on_error="partial").json["errors"] == []
+    assert "errors" not in web.embed("good", on_error="fail").json
+    counters = web.status("m")["counters"]
+    assert (counters["requests"], counters["texts"]) == (3, 4)
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+def test_all_texts_may_fail(make_web: MakeWeb, encoding: str) -> None:
+    """Then the answer has no vector, whatever was asked of them."""
+    web = make_web(MODEL + ", driver: {type: fake, config: {fault: raise, fault_text: bad}}")
+    for texts, options in ((["bad"], {}), (["w w w"], {"max_seq_length": 4, "truncate": "error"})):
+        answer = web.embed(*texts, on_error="partial", dimensions=8, encoding=encoding, **options)
+        assert (answer.status_code, answer.json["vectors"]) == (200, [None])
+        assert len(answer.json["errors"]) == 1
+
+
+def test_an_array_has_no_place_for_errors(web: Web) -> None:
+    """`on_error: partial` is refused where the answer is to be .npy."""
+    error = refused(
+        web.embed("a", on_error="partial", headers={"Accept": "application/x-npy"}), 422, "validation_error"
+    )
+    assert "options.on_error" in error["fields"]

@@ -1,0 +1,252 @@
+"""POST /embed with a body of lines (NDJSON): any number of texts, answered line by line, in bounded memory.
+
+The WSGI server has spooled the body to a file by now. Its lines go to the pool in chunks, of which two are on their way
+at a time, so that the model does not wait while one is being answered; together they weigh as much as one request. A
+line that fails is answered with its error. What is wrong with the request as a whole shows with the first chunk, before
+anything is answered, and gets the status of its own.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import threading
+import time
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import orjson
+from flask import Response
+from marshmallow import fields, validate
+
+from embedpool.config.settings import Limits
+from embedpool.errors import BadJson, BodyTooLarge, ClientGone, EmbedpoolError, EmptyInput, InvalidRequest, ShuttingDown
+from embedpool.pool.pool import Pool
+from embedpool.pool.request import EmbedOptions, EmbedRequest, EmbedResult
+from embedpool.web.encoding import as_base64
+from embedpool.web.http_request import HttpRequest, here
+from embedpool.web.schemas import OptionsSchema, check_texts, embed_options, load, timeout_s
+
+NDJSON = "application/x-ndjson"
+CHUNK_TEXTS = 256
+CHUNK_CHARS = 1 << 22
+CHUNKS_AT_ONCE = 2
+BUSY_WAIT_S = 1.0  # where a busy pool names no time
+BYTES_PER_CHAR = 6  # at most, of a JSON string: \u0000
+
+
+class StreamSchema(OptionsSchema):
+    """The query string of POST /embed with lines."""
+
+    model = fields.String(required=True)
+    order = fields.String(validate=validate.OneOf(("input", "done")), load_default="input")
+    on_error = fields.String(validate=validate.Equal("partial"))
+
+
+@dataclasses.dataclass(slots=True)
+class _Line:
+    """A line to be answered; `error` if it is not worth asking for."""
+
+    index: int
+    id: Any = None
+    text: str = ""
+    error: EmbedpoolError | None = None
+
+
+def embed(pool: Pool, limits: Limits) -> Response:
+    """The answer to the request at hand, whose first lines are computed."""
+    http = here()
+    if (http.content_length or 0) > limits.max_stream_body_bytes:
+        raise BodyTooLarge(f"the body has {http.content_length} bytes, the limit is {limits.max_stream_body_bytes}")
+    stream = _Stream(pool, limits, http, load(StreamSchema, _typed(http.args)))
+    answers = stream.answers()
+    first = next(answers, b"")
+    if not first:
+        raise EmptyInput("the body has no line")
+
+    def rest() -> Iterator[bytes]:
+        yield first
+        yield from answers
+
+    response = Response(rest(), mimetype=NDJSON)
+    response.call_on_close(answers.close)
+    return response
+
+
+def _typed(arguments: Mapping[str, str]) -> dict[str, Any]:
+    """A query string's options: true, false and numbers where a string is not what is asked for."""
+    found: dict[str, Any] = {}
+    for name, text in arguments.items():
+        found[name] = text
+        field = StreamSchema._declared_fields.get(name)
+        if field is not None and not isinstance(field, fields.String):
+            try:
+                found[name] = orjson.loads(text)
+            except orjson.JSONDecodeError:
+                continue  # the schema says what is wrong
+    return found
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Answer:
+    """The lines that answer a chunk of so many texts; what the pool gave, if it was asked."""
+
+    body: bytes
+    texts: int
+    result: EmbedResult | None
+
+
+class _Stream:
+    """One such request. `answers` runs in its thread; the chunks wait for the pool in threads of their own."""
+
+    def __init__(self, pool: Pool, limits: Limits, http: HttpRequest, query: dict[str, Any]) -> None:
+        self._pool = pool
+        self._limits = limits
+        self._http = http
+        self._keeps_order = query.pop("order") == "input"
+        self._encoding = query.pop("encoding")
+        http.model = self._model = query.pop("model")
+        self._options: EmbedOptions = embed_options({**query, "on_error": "partial"})
+        self._timeout_s = min(timeout_s(http) or pool.request_timeout_s, pool.request_timeout_s)
+        self._client_gone = http.client_gone
+        self._over = threading.Event()  # nobody reads on
+        self._has_begun = False
+
+    def answers(self) -> Generator[bytes, None, None]:
+        """The answers of a chunk at a time."""
+        under_way: collections.deque[Future[_Answer]] = collections.deque()
+        with ThreadPoolExecutor(CHUNKS_AT_ONCE, "ndjson") as threads:
+            try:
+                for chunk in self._chunks():
+                    under_way.append(threads.submit(self._answer, chunk))
+                    if len(under_way) == CHUNKS_AT_ONCE or not self._has_begun:
+                        yield self._next(under_way)
+                while under_way:
+                    yield self._next(under_way)
+            finally:
+                self._over.set()
+
+    def _next(self, under_way: collections.deque[Future[_Answer]]) -> bytes:
+        if self._keeps_order:
+            found = under_way.popleft()
+        else:
+            found = next(iter(wait(under_way, return_when=FIRST_COMPLETED).done))
+            under_way.remove(found)
+        answer = found.result()
+        self._has_begun = True
+        self._http.texts += answer.texts
+        if answer.result is not None:
+            self._note(answer.result)
+        return answer.body
+
+    # --- lines in
+
+    def _chunks(self) -> Iterator[list[_Line]]:
+        chunk: list[_Line] = []
+        chars = 0
+        for line in self._lines():
+            if chunk and (len(chunk) == CHUNK_TEXTS or chars + len(line.text) > CHUNK_CHARS):
+                yield chunk
+                chunk, chars = [], 0
+            chunk.append(line)
+            chars += len(line.text)
+        if chunk:
+            yield chunk
+
+    def _lines(self) -> Iterator[_Line]:
+        """The lines that are not blank, counted from 0."""
+        body = io.BufferedReader(self._http.stream)  # type: ignore[type-var]
+        longest = BYTES_PER_CHAR * self._limits.max_chars_per_text + (1 << 16)
+        index = 0
+        while raw := body.readline(longest):
+            is_cut = len(raw) == longest and not raw.endswith(b"\n")
+            while is_cut and (more := body.readline(longest)) and not more.endswith(b"\n"):
+                pass
+            if not raw.strip():
+                continue
+            yield _Line(index, error=InvalidRequest("the line is too long")) if is_cut else self._line(index, raw)
+            index += 1
+
+    def _line(self, index: int, raw: bytes) -> _Line:
+        try:
+            document = orjson.loads(raw)
+        except orjson.JSONDecodeError as error:
+            return _Line(index, error=BadJson(f"the line is not JSON: {error}"))
+        if not isinstance(document, dict) or not {"text"} <= set(document) <= {"id", "text"}:
+            return _Line(index, error=InvalidRequest('a line must be an object of "text" and, if wanted, "id"'))
+        line = _Line(index, document.get("id"))
+        try:
+            (line.text,) = check_texts([document["text"]], self._limits, "text")
+        except EmbedpoolError as error:
+            line.error = error
+        return line
+
+    # --- answers out
+
+    def _answer(self, chunk: list[_Line]) -> _Answer:
+        result: EmbedResult | None = None
+        asked = [line for line in chunk if line.error is None]
+        vectors: Any = []
+        truncated: set[int] = set()
+        if asked:
+            try:
+                result = self._result([line.text for line in asked])
+            except EmbedpoolError as error:
+                if not self._has_begun or self._over.is_set() or isinstance(error, ClientGone):
+                    raise
+                for line in asked:
+                    line.error = error
+            else:
+                for i, lost in result.errors.items():
+                    asked[i].error = lost
+                truncated = {asked[i].index for i in result.truncated}
+                vectors = as_base64(result.vectors) if self._encoding == "base64" else result.vectors
+        by_index = dict(zip((line.index for line in asked), vectors, strict=bool(len(vectors))))
+        body = b"".join(_encoded(line, by_index.get(line.index), line.index in truncated) for line in chunk)
+        return _Answer(body, len(chunk), result)
+
+    def _result(self, texts: list[str]) -> EmbedResult:
+        """A pool that is busy or loading is asked again, once the answer has begun, until the lines' deadline."""
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            left_s = max(deadline - time.monotonic(), 0.001)
+            request = EmbedRequest(
+                self._model, texts, self._options, left_s, weight=1 / CHUNKS_AT_ONCE, client_gone=self._is_over
+            )
+            try:
+                return self._pool.submit(request)
+            except EmbedpoolError as error:
+                wait_s = error.retry_after_s or BUSY_WAIT_S
+                is_busy = error.status in (429, 503) and not isinstance(error, ShuttingDown)
+                if not (self._has_begun and is_busy) or time.monotonic() + wait_s >= deadline:
+                    raise
+                if self._over.wait(wait_s):
+                    raise
+
+    def _is_over(self) -> bool:
+        return self._over.is_set() or self._client_gone()
+
+    def _note(self, result: EmbedResult) -> None:
+        """For the log: the sums so far."""
+        before = self._http.result
+        if before is not None:
+            result = dataclasses.replace(
+                before,
+                tokens=before.tokens + result.tokens,
+                truncated=before.truncated + result.truncated,
+                compute_ms=before.compute_ms + result.compute_ms,
+            )
+        self._http.result = result
+
+
+def _encoded(line: _Line, vector: Any, was_truncated: bool) -> bytes:
+    found: dict[str, Any] = {"index": line.index}
+    if line.id is not None:
+        found["id"] = line.id
+    if line.error is not None:
+        found["error"] = {"code": line.error.code, "message": line.error.message}
+    else:
+        found.update(vector=vector, truncated=was_truncated)
+    return orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
