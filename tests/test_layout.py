@@ -32,7 +32,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT_THIRD_PARTY = {
     "pool": {"numpy"},
-    "web": {"flask", "werkzeug", "marshmallow", "orjson", "numpy", "prometheus_client"},
+    "web": {"flask", "werkzeug", "marshmallow", "orjson", "numpy", "prometheus_client", "apispec", "markupsafe"},
     "errors": set(),
     "reconcile": set(),
 }

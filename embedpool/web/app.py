@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flask import Flask, Response
+from flask import Flask, Response, request
 
 from embedpool.config.settings import Settings
 from embedpool.pool.pool import Pool
-from embedpool.web import manage, native, observe
+from embedpool.web import manage, native, observe, openapi
 from embedpool.web.dialects import cohere, ollama, openai, tei
-from embedpool.web.error_response import error_response
+from embedpool.web.error_response import Shape, error_response, native_shape
 from embedpool.web.http_request import HttpRequest, here
 from embedpool.web.metrics import Metrics
 from embedpool.web.request_log import log_request
@@ -19,26 +19,37 @@ if TYPE_CHECKING:
     from embedpool.reconcile import Reconciler
 
 
+DIALECTS = (openai, tei, cohere, ollama)
+
+
+def shape_at(path: str) -> Shape:
+    """The shape of an error at a path: that of the longest prefix a dialect claims, else our own."""
+    claimed = {prefix: shape for dialect in DIALECTS for prefix, shape in dialect.SHAPES.items()}
+    prefix = max((p for p in claimed if path.startswith(p)), key=len, default=None)
+    return claimed[prefix] if prefix else native_shape
+
+
 def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: Metrics) -> Flask:
     """The WSGI app over a pool that `metrics` observes. Building it loads no model and starts no thread."""
     app = Flask("embedpool", static_folder=None)
     app.request_class = HttpRequest
     app.url_map.strict_slashes = False
     app.register_blueprint(native.blueprint(pool, settings.limits))
-    for dialect in (openai, tei, cohere, ollama):
+    for dialect in DIALECTS:
         app.register_blueprint(dialect.blueprint(pool, settings.limits))
     app.register_blueprint(observe.blueprint(pool, reconciler, metrics))
     app.register_blueprint(manage.blueprint(pool, reconciler, settings))
-    app.register_error_handler(Exception, error_response)
+    app.register_blueprint(openapi.blueprint())
+    app.register_error_handler(Exception, lambda error: error_response(error, shape_at(request.path)))
 
     @app.after_request
     def finish(response: Response) -> Response:
-        request = here()
-        response.headers["X-Request-Id"] = request.id
+        http = here()
+        response.headers["X-Request-Id"] = http.id
 
         def note() -> None:
-            metrics.http_requests.labels(request.route, response.status_code, request.error_code).inc()
-            log_request(request, response)
+            metrics.http_requests.labels(http.route, response.status_code, http.error_code).inc()
+            log_request(http, response)
 
         if response.is_streamed:
             response.call_on_close(note)

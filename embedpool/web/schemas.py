@@ -16,11 +16,17 @@ from marshmallow import fields, validate
 
 from embedpool.config.fields import StrictBoolean, StrictInteger, StrictSchema, dotted, faults
 from embedpool.config.settings import Limits
+from embedpool.config.spec import DRIVER_CONFIGS
 from embedpool.errors import BadJson, BodyTooLarge, EmptyInput, InvalidRequest, TooManyTexts, UnsupportedMediaType
 from embedpool.pool.request import INPUT_TYPES, EmbedOptions
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 LONGEST_TIMEOUT_DIGITS = 12
+
+
+# For the API's document: fields that are checked by hand
+TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+TEXT_OR_TEXTS = {"oneOf": [{"type": "string"}, TEXTS]}
 
 
 class OptionsSchema(StrictSchema):
@@ -48,7 +54,7 @@ class EmbedSchema(StrictSchema):
     """Body of POST /embed."""
 
     model = fields.String(required=True)
-    texts = fields.Raw(required=True)
+    texts = fields.Raw(required=True, metadata=TEXTS)
     options = fields.Nested(OptionsSchema, load_default=dict)
 
 
@@ -75,16 +81,16 @@ class ReloadSchema(StrictSchema):
 class RegisterSchema(StrictSchema):
     """Body of POST /models/register; edit.parse_registration checks the values, with the schemas of pool.yml."""
 
-    model = fields.Raw(required=True)
-    alias = fields.Raw()
-    enabled = fields.Raw()
-    driver_type = fields.Raw(required=True)
+    model = fields.Raw(required=True, metadata={"type": "string"})
+    alias = fields.Raw(metadata={"type": "string"})
+    enabled = fields.Raw(metadata={"type": "boolean"})
+    driver_type = fields.Raw(required=True, metadata={"type": "string", "enum": list(DRIVER_CONFIGS)})
     driver_config = fields.Dict()
-    min = fields.Raw()
-    max = fields.Raw()
-    idle_ttl_s = fields.Raw()
-    queue_max_size = fields.Raw()
-    max_inflight_per_replica = fields.Raw()
+    min = fields.Raw(metadata={"type": "integer", "minimum": 0})
+    max = fields.Raw(metadata={"type": "integer", "minimum": 1})
+    idle_ttl_s = fields.Raw(metadata={"type": "number", "minimum": 0})
+    queue_max_size = fields.Raw(metadata={"type": "integer", "minimum": 1})
+    max_inflight_per_replica = fields.Raw(metadata={"type": "integer", "minimum": 1})
 
 
 def read_json(request: Request, schema: type[StrictSchema], limits: Limits) -> dict[str, Any]:

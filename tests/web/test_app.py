@@ -60,6 +60,27 @@ def test_a_wrong_method_names_the_allowed_ones(web: Web, method: str, path: str,
     assert allowed in answer.headers["Allow"].split(", ")
 
 
+@pytest.mark.parametrize(
+    ("path", "keys"),
+    [
+        ("/v1/completions", {"error"}),
+        ("/embeddings", {"error"}),
+        ("/v2/rerank", {"id", "message"}),
+        ("/v1/embed", {"id", "message"}),
+        ("/tei/m/rerank/\n", {"error", "error_type"}),
+        ("/api/generate", {"error"}),
+    ],
+)
+def test_a_path_that_is_none_has_the_error_of_its_dialect(web: Web, path: str, keys: set[str]) -> None:
+    """A client of another API is told in its own words, whatever it asks for, and by whatever method."""
+    for answer in (web.get(path), web.app.test_client().patch(path)):
+        assert answer.status_code in (404, 405)
+        assert set(answer.json) == keys
+        assert "fields" not in answer.json
+    if path.startswith(("/v1/completions", "/embeddings")):
+        assert "param" in answer.json["error"]
+
+
 def test_a_trailing_slash_is_no_other_path(web: Web) -> None:
     """Clients that end a path with a slash are served."""
     assert web.post("/embed/", {"model": "m", "texts": ["a"]}).status_code == 200

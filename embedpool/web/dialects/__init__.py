@@ -1,7 +1,8 @@
 """What existing clients speak, each a translation: its request → the pool's, the pool's answer and errors → its own.
 
 A field of a dialect's schema that stands for an option of POST /embed says so in its metadata; README's table of what
-each dialect can express is made from that.
+each dialect can express is made from that. `SHAPES` says below which paths a dialect's errors are given, also for paths
+and methods that are none there.
 """
 
 from __future__ import annotations

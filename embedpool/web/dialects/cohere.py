@@ -16,10 +16,9 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.request import INPUT_TYPES, EmbedOptions, EmbedResult, Vectors
 from embedpool.web.dialects import means, options_of, part_of, status_with_400
 from embedpool.web.encoding import as_base64, json_response
-from embedpool.web.error_response import error_response
 from embedpool.web.http_request import here
 from embedpool.web.native import submit
-from embedpool.web.schemas import check_texts, embed_options, read_json
+from embedpool.web.schemas import TEXTS, check_texts, embed_options, read_json
 
 TRUNCATE = {"NONE": "error", "START": "left", "END": "right"}
 
@@ -53,7 +52,7 @@ class CohereSchema(StrictSchema):
     """Body of POST /v2/embed and /v1/embed."""
 
     model = fields.String(required=True)
-    texts = fields.Raw()
+    texts = fields.Raw(metadata=TEXTS)
     inputs = fields.List(fields.Nested(InputSchema))
     input_type = fields.String(validate=validate.OneOf(INPUT_TYPES), metadata=means("input_type"))
     embedding_types = fields.List(
@@ -70,7 +69,6 @@ class CohereSchema(StrictSchema):
 def blueprint(pool: Pool, limits: Limits) -> Blueprint:
     """POST /v2/embed and the older POST /v1/embed."""
     routes = Blueprint("cohere", __name__)
-    routes.register_error_handler(Exception, lambda error: error_response(error, cohere_shape))
 
     @routes.post("/v2/embed")
     def embed_v2() -> Response:
@@ -122,3 +120,6 @@ def _beside(texts: list[str], result: EmbedResult, version: str) -> dict[str, An
 def cohere_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], int]:
     """Cohere's error: a sentence; what is wrong with a body is 400 there, whatever it is."""
     return {"id": request_id, "message": error.message}, status_with_400(error)
+
+
+SHAPES = {"/v2/": cohere_shape, "/v1/embed": cohere_shape}

@@ -14,9 +14,8 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.served_model import ServedModel
 from embedpool.web.dialects import POLICIES, means, options_of, status_with_400, texts_of
 from embedpool.web.encoding import json_response
-from embedpool.web.error_response import error_response
 from embedpool.web.native import submit
-from embedpool.web.schemas import embed_options, read_json
+from embedpool.web.schemas import TEXT_OR_TEXTS, embed_options, read_json
 
 LATEST = ":latest"  # the tag that Ollama's clients may add to a name
 LONG_AGO = "1970-01-01T00:00:00Z"
@@ -26,7 +25,7 @@ class OllamaSchema(StrictSchema):
     """Body of POST /api/embed. `options` and `keep_alive` steer Ollama's own runtime and mean nothing here."""
 
     model = fields.String(required=True)
-    input = fields.Raw(required=True)
+    input = fields.Raw(required=True, metadata=TEXT_OR_TEXTS)
     truncate = StrictBoolean(metadata=means("truncate", POLICIES))
     dimensions = StrictInteger(validate=validate.Range(min=1), metadata=means("dimensions"))
     options = fields.Dict()
@@ -45,7 +44,6 @@ class OllamaLegacySchema(StrictSchema):
 def blueprint(pool: Pool, limits: Limits) -> Blueprint:
     """POST /api/embed, the older POST /api/embeddings, and the list of models."""
     routes = Blueprint("ollama", __name__)
-    routes.register_error_handler(Exception, lambda error: error_response(error, ollama_shape))
 
     @routes.post("/api/embed")
     def embed() -> Response:
@@ -90,3 +88,6 @@ def _tag(served: ServedModel, name: str) -> dict[str, Any]:
 def ollama_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], int]:
     """Ollama's error: a sentence; what is wrong with a body is 400 there, whatever it is."""
     return {"error": error.message}, status_with_400(error)
+
+
+SHAPES = {"/api/": ollama_shape}

@@ -14,10 +14,9 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.request import INPUT_TYPES, EmbedResult
 from embedpool.web.dialects import POLICIES, chooses, means, options_of, status_with_400, texts_of
 from embedpool.web.encoding import as_base64, json_response
-from embedpool.web.error_response import error_response
 from embedpool.web.native import submit
 from embedpool.web.observe import model_document, models_document
-from embedpool.web.schemas import embed_options, read_json
+from embedpool.web.schemas import TEXT_OR_TEXTS, embed_options, read_json
 
 PRECISIONS = {"float": "float32", "int8": "int8", "uint8": "uint8", "binary": "binary", "ubinary": "ubinary"}
 EMBEDDING_TYPES = {said: {"precision": meant} for said, meant in PRECISIONS.items()} | {
@@ -33,7 +32,7 @@ class OpenAISchema(StrictSchema):
     """Body of POST /v1/embeddings."""
 
     model = fields.String(required=True)
-    input = fields.Raw(required=True)
+    input = fields.Raw(required=True, metadata=TEXT_OR_TEXTS)
     encoding_format = fields.String(validate=validate.OneOf(("float", "base64")), metadata=means("encoding"))
     dimensions = StrictInteger(validate=validate.Range(min=1), metadata=means("dimensions"))
     user = fields.String()
@@ -55,7 +54,6 @@ class OpenAISchema(StrictSchema):
 def blueprint(pool: Pool, limits: Limits) -> Blueprint:
     """POST /v1/embeddings, also at /embeddings, and the list of models."""
     routes = Blueprint("openai", __name__)
-    routes.register_error_handler(Exception, lambda error: error_response(error, openai_shape))
 
     @routes.post("/v1/embeddings")
     @routes.post("/embeddings")
@@ -106,3 +104,6 @@ def openai_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any]
     param = next(iter(error.fields), None)
     body = {"message": error.message, "type": kind, "param": param, "code": error.code, "request_id": request_id}
     return {"error": body}, status
+
+
+SHAPES = {"/v1/": openai_shape, "/v1/embeddings": openai_shape, "/embeddings": openai_shape}

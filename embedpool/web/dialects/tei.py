@@ -17,11 +17,13 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.request import EmbedOptions, EmbedResult
 from embedpool.web.dialects import means, openai, options_of, part_of, texts_of
 from embedpool.web.encoding import json_response
-from embedpool.web.error_response import Shape, error_response
 from embedpool.web.native import submit
-from embedpool.web.schemas import check_texts, embed_options, read_json
+from embedpool.web.schemas import TEXT_OR_TEXTS, TEXTS, check_texts, embed_options, read_json
 
 Action = Callable[[Pool, Limits, str], Response]
+
+
+TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": (1 << 32) - 1}}
 
 
 class TeiParameters(StrictSchema):
@@ -41,14 +43,14 @@ class TeiParameters(StrictSchema):
 class TeiSchema(TeiParameters):
     """Body of POST /tei/<model> and of its /embed."""
 
-    inputs = fields.Raw(required=True)
+    inputs = fields.Raw(required=True, metadata=TEXT_OR_TEXTS)
 
 
 class SentencesSchema(StrictSchema):
     """`inputs` of /similarity."""
 
     source_sentence = fields.String(required=True)
-    sentences = fields.Raw(required=True)
+    sentences = fields.Raw(required=True, metadata=TEXTS)
 
 
 class SimilaritySchema(StrictSchema):
@@ -61,7 +63,7 @@ class SimilaritySchema(StrictSchema):
 class TokenizeSchema(StrictSchema):
     """Body of /tokenize."""
 
-    inputs = fields.Raw(required=True)
+    inputs = fields.Raw(required=True, metadata=TEXT_OR_TEXTS)
     add_special_tokens = StrictBoolean(load_default=True)
     prompt_name = fields.String()
 
@@ -69,14 +71,13 @@ class TokenizeSchema(StrictSchema):
 class DecodeSchema(StrictSchema):
     """Body of /decode."""
 
-    ids = fields.Raw(required=True)
+    ids = fields.Raw(required=True, metadata={"oneOf": [TOKEN_IDS, {"type": "array", "items": TOKEN_IDS}]})
     skip_special_tokens = StrictBoolean(load_default=True)
 
 
 def blueprint(pool: Pool, limits: Limits) -> Blueprint:
     """POST to the base URL and to its POSTS, GET its GETS."""
     routes = Blueprint("tei", __name__)
-    routes.register_error_handler(Exception, lambda error: error_response(error, _shape()))
 
     @routes.post("/tei/<path:name>")
     def post(name: str) -> Response:
@@ -207,13 +208,10 @@ def _timed(response: Response, result: EmbedResult) -> Response:
     return response
 
 
-def _shape() -> Shape:
-    """An OpenAI client below a model's URL is answered as one."""
-    return openai.openai_shape if request.path.endswith("/v1/embeddings") else tei_shape
-
-
 def tei_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], int]:
-    """TEI's error and status."""
+    """TEI's error and status; an OpenAI client below a model's URL is answered as one."""
+    if request.path.rstrip("/").endswith("/v1/embeddings"):
+        return openai.openai_shape(error, request_id)
     if isinstance(error, EmptyInput):
         kind, status = "Empty", 400
     elif error.status in (400, 413, 415, 422):
@@ -225,3 +223,6 @@ def tei_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], i
     else:
         kind, status = "Validation", error.status
     return {"error": error.message, "error_type": kind}, status
+
+
+SHAPES = {"/tei/": tei_shape}

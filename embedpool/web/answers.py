@@ -1,0 +1,123 @@
+"""What is answered, as JSON schemas: for the API's document alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Schema = dict[str, Any]
+
+STRING: Schema = {"type": "string"}
+NUMBER: Schema = {"type": "number"}
+COUNT: Schema = {"type": "integer", "minimum": 0}
+BOOLEAN: Schema = {"type": "boolean"}
+ANY: Schema = {}
+
+
+def ref(name: str) -> Schema:
+    """Another of these."""
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def listed(items: Schema) -> Schema:
+    """A list."""
+    return {"type": "array", "items": items}
+
+
+def or_null(schema: Schema) -> Schema:
+    """What may be null."""
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def closed(**properties: Schema) -> Schema:
+    """An object of just these properties."""
+    return {**open_(**properties), "additionalProperties": False}
+
+
+def open_(**properties: Schema) -> Schema:
+    """An object of these properties and others."""
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def maybe(name: str, schema: Schema) -> Schema:
+    """An object that may lack a property."""
+    return {**schema, "required": [other for other in schema["required"] if other != name]}
+
+
+NUMBERS = listed(NUMBER)
+VECTOR: Schema = {"anyOf": [NUMBERS, STRING]}  # of numbers, or base64
+ERROR = maybe("fields", closed(code=STRING, message=STRING, request_id=STRING, fields={"type": "object"}))
+OPENAI_ERROR = closed(message=STRING, type=STRING, param=or_null(STRING), code=STRING, request_id=STRING)
+COHERE_TYPES: Schema = {
+    "type": "object",
+    "properties": {
+        **{name: listed(NUMBERS) for name in ("float", "int8", "uint8", "binary", "ubinary")},
+        "base64": listed(STRING),
+    },
+    "additionalProperties": False,
+}
+COHERE = {"id": STRING, "texts": listed(STRING), "meta": open_(billed_units=closed(input_tokens=COUNT))}
+LAST_RELOAD = or_null(closed(at=STRING, reason=STRING, ok=BOOLEAN, error=or_null(STRING)))
+MODEL_STATUS = {
+    "model": STRING, "alias": or_null(STRING), "enabled": BOOLEAN, "state": STRING, "driver_type": STRING,
+    "replicas": COUNT, "replicas_idle": COUNT, "replicas_busy": COUNT, "runs_on": {"type": "object"},
+    "queue_len": COUNT, "queue_max": COUNT, "scaling": {"type": "object"}, "counters": {"type": "object"},
+    "last_error": or_null(STRING),
+}  # fmt: skip
+
+SCHEMAS: dict[str, Schema] = {
+    "Error": closed(error=ERROR),
+    "EmbedAnswer": maybe("errors", closed(
+        model=STRING,
+        dim=COUNT,
+        vectors=listed(or_null(VECTOR)),
+        errors=listed(closed(index=COUNT, code=STRING, message=STRING)),
+        meta=closed(
+            count=COUNT, tokens=COUNT, truncated=listed(COUNT), queue_ms=NUMBER, compute_ms=NUMBER, total_ms=NUMBER,
+            replicas=listed(STRING),
+        ),
+    )),
+    "OpenAIError": closed(error=OPENAI_ERROR),
+    "OpenAIAnswer": closed(
+        object=STRING,
+        data=listed(closed(object=STRING, index=COUNT, embedding=VECTOR)),
+        model=STRING,
+        usage=closed(prompt_tokens=COUNT, total_tokens=COUNT),
+    ),
+    "Model": closed(
+        id=STRING, object=STRING, created=COUNT, owned_by=STRING, state=STRING, spec={"type": "object"}
+    ),
+    "Models": closed(object=STRING, data=listed(ref("Model"))),
+    "TeiError": closed(error=STRING, error_type=STRING),
+    "TeiAnswer": listed(NUMBERS),
+    "TeiInfo": open_(
+        model_id=STRING, max_input_length=or_null(COUNT), max_client_batch_size=COUNT, max_concurrent_requests=COUNT,
+        version=STRING,
+    ),
+    "Numbers": NUMBERS,
+    "Texts": listed(STRING),
+    "Tokens": listed(
+        listed(closed(id=COUNT, text=STRING, special=BOOLEAN, start=or_null(COUNT), stop=or_null(COUNT)))
+    ),
+    "CohereError": closed(id=STRING, message=STRING),
+    "CohereAnswer": closed(**COHERE, embeddings=COHERE_TYPES),
+    "CohereAnswerV1": closed(
+        **COHERE, response_type=STRING, embeddings={"anyOf": [listed(NUMBERS), COHERE_TYPES]}
+    ),
+    "OllamaError": closed(error=STRING),
+    "OllamaAnswer": closed(
+        model=STRING, embeddings=listed(NUMBERS), total_duration=COUNT, load_duration=COUNT, prompt_eval_count=COUNT
+    ),
+    "OllamaLegacyAnswer": closed(embedding=NUMBERS),
+    "OllamaTags": closed(models=listed(open_(name=STRING, model=STRING))),
+    "Health": closed(ok=BOOLEAN, booted=BOOLEAN, models=COUNT),
+    "Ready": closed(ready=BOOLEAN, stopping=BOOLEAN, loading=listed(STRING), failed=listed(STRING)),
+    "ReadyModel": closed(ready=BOOLEAN, model=STRING, state=STRING),
+    "NotReady": {"anyOf": [ref("ReadyModel"), ref("Error")]},
+    "Status": closed(
+        version=STRING, pid=COUNT, stopping=BOOLEAN, pool_file=STRING, last_reload=LAST_RELOAD,
+        models=listed(open_(**MODEL_STATUS)),
+    ),
+    "Managed": open_(ok=BOOLEAN, **MODEL_STATUS),
+    "Removed": closed(ok=BOOLEAN, model=STRING, removed=BOOLEAN),
+    "Reloaded": closed(ok=BOOLEAN, last_reload=LAST_RELOAD),
+}  # fmt: skip

@@ -1,0 +1,224 @@
+"""The API as an OpenAPI 3.1 document, made from the schemas that check requests, and the page that shows it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from apispec import APISpec
+from apispec.ext.marshmallow import MarshmallowPlugin
+from flask import Blueprint, Response, request
+from markupsafe import escape
+
+from embedpool import __version__
+from embedpool.errors import NotFound
+from embedpool.web import answers
+from embedpool.web.dialects import cohere, ollama, openai, tei
+from embedpool.web.encoding import NPY, json_response
+from embedpool.web.ndjson import NDJSON, StreamSchema
+from embedpool.web.schemas import (
+    TIMEOUT_HEADER,
+    AliasSchema,
+    EmbedSchema,
+    EnableSchema,
+    RegisterSchema,
+    ReloadSchema,
+)
+
+DOCS = Path(__file__).with_name("docs")
+DOCS_FILES = {
+    "swagger-ui.css": "text/css",
+    "swagger-ui-bundle.js": "text/javascript",
+    "start.js": "text/javascript",
+}
+POLICY = "default-src 'none'; script-src 'self'; connect-src 'self'; img-src data:; style-src 'self' 'unsafe-inline'"
+LINES = (
+    f"With `Content-Type: {NDJSON}` each line is a JSON object of `text` and, if wanted, `id`; a line answers it. "
+    f"Model and options stand in the query string: {', '.join(StreamSchema._declared_fields)}."
+)
+
+Operation = Mapping[str, Any]
+
+
+def operation(
+    tag: str,
+    summary: str,
+    answer: str | Mapping[str, Any],
+    body: Any = None,
+    *,
+    error: str = "Error",
+    description: str = "",
+    parameters: tuple[Mapping[str, Any], ...] = (),
+    status: tuple[str, ...] = ("200",),
+) -> Operation:
+    """An operation; `answer` and `error` name schemas of answers.py, or give the content by its type."""
+    content = {"application/json": {"schema": answer}} if isinstance(answer, str) else answer
+    failed = {"description": "What is wrong.", "content": {"application/json": {"schema": error}}}
+    found: dict[str, Any] = {
+        "tags": [tag],
+        "summary": summary,
+        "parameters": list(parameters),
+        "responses": {
+            **{code: {"description": "The answer.", "content": content} for code in status},
+            "4XX": failed,
+            "5XX": failed,
+        },
+    }
+    if description:
+        found["description"] = description
+    if body is not None:
+        content = body if isinstance(body, dict) else {"application/json": {"schema": body}}
+        found["requestBody"] = {"required": True, "content": content}
+    return found
+
+
+def _path(name: str, description: str) -> dict[str, Any]:
+    return {
+        "name": name, "in": "path", "required": True, "description": description,
+        "schema": {"type": "string", "minLength": 1},
+    }  # fmt: skip
+
+
+def _query(name: str, description: str) -> dict[str, Any]:
+    return {"name": name, "in": "query", "description": description, "schema": {"type": "boolean"}}
+
+
+MODEL = _path("name", "Name or alias of a model.")
+TIMEOUT = {
+    "name": TIMEOUT_HEADER, "in": "header", "description": "Deadline below the server's own, in milliseconds.",
+    "schema": {"type": "integer", "minimum": 1, "maximum": 10**9},
+}  # fmt: skip
+TEXT = {"text/plain": {"schema": {"type": "string"}}}
+EMBEDS: dict[str, Any] = {"parameters": (TIMEOUT,)}
+TEI: dict[str, Any] = {"error": "TeiError", "parameters": (MODEL, TIMEOUT)}
+
+OPERATIONS: dict[tuple[str, str], Operation] = {
+    ("post", "/embed"): operation(
+        "embedpool",
+        "Vectors of texts",
+        {
+            "application/json": {"schema": "EmbedAnswer"},
+            NPY: {"schema": {"type": "string", "format": "binary"}},
+            NDJSON: {"schema": {"type": "string"}},
+        },
+        {"application/json": {"schema": EmbedSchema}, NDJSON: {"schema": {"type": "string"}}},
+        description=LINES,
+        **EMBEDS,
+    ),
+    ("post", "/v1/embeddings"): operation(
+        "OpenAI", "Vectors", "OpenAIAnswer", openai.OpenAISchema, error="OpenAIError", **EMBEDS
+    ),
+    ("post", "/embeddings"): operation(
+        "OpenAI", "The same", "OpenAIAnswer", openai.OpenAISchema, error="OpenAIError", **EMBEDS
+    ),
+    ("get", "/v1/models"): operation("OpenAI", "The models", "Models", error="OpenAIError"),
+    ("get", "/v1/models/{name}"): operation(
+        "OpenAI", "One model", "Model", error="OpenAIError", parameters=(MODEL,)
+    ),
+    ("post", "/tei/{name}"): operation("TEI", "Vectors", "TeiAnswer", tei.TeiSchema, **TEI),
+    ("post", "/tei/{name}/embed"): operation("TEI", "Vectors", "TeiAnswer", tei.TeiSchema, **TEI),
+    ("post", "/tei/{name}/similarity"): operation(
+        "TEI", "Cosines of a sentence and others", "Numbers", tei.SimilaritySchema, **TEI
+    ),
+    ("post", "/tei/{name}/tokenize"): operation("TEI", "Tokens of texts", "Tokens", tei.TokenizeSchema, **TEI),
+    ("post", "/tei/{name}/decode"): operation("TEI", "Texts of token ids", "Texts", tei.DecodeSchema, **TEI),
+    ("post", "/tei/{name}/v1/embeddings"): operation(
+        "TEI", "Vectors as OpenAI gives them", "OpenAIAnswer", openai.OpenAISchema,
+        **{**TEI, "error": "OpenAIError"},
+    ),
+    ("get", "/tei/{name}/info"): operation("TEI", "The model", "TeiInfo", **TEI),
+    ("get", "/tei/{name}/health"): operation("TEI", "Whether it is served", {"text/html": {}}, **TEI),
+    ("post", "/v2/embed"): operation(
+        "Cohere", "Vectors of several types", "CohereAnswer", cohere.CohereSchema, error="CohereError", **EMBEDS
+    ),
+    ("post", "/v1/embed"): operation(
+        "Cohere", "The same, older", "CohereAnswerV1", cohere.CohereSchema, error="CohereError", **EMBEDS
+    ),
+    ("post", "/api/embed"): operation(
+        "Ollama", "Vectors", "OllamaAnswer", ollama.OllamaSchema, error="OllamaError", **EMBEDS
+    ),
+    ("post", "/api/embeddings"): operation(
+        "Ollama", "One vector, older", "OllamaLegacyAnswer", ollama.OllamaLegacySchema, error="OllamaError", **EMBEDS
+    ),
+    ("get", "/api/tags"): operation("Ollama", "The models", "OllamaTags", error="OllamaError"),
+    ("get", "/health"): operation("Watching", "The process is up", "Health"),
+    ("get", "/ready"): operation("Watching", "Every model is loaded or has failed", "Ready", error="Ready"),
+    ("get", "/ready/{name}"): operation(
+        "Watching", "A request would be served now", "ReadyModel", error="NotReady", parameters=(MODEL,)
+    ),
+    ("get", "/status"): operation("Watching", "Models, queues, counters, the last reload", "Status"),
+    ("get", "/models"): operation("Watching", "The models, in OpenAI's shape", "Models"),
+    ("get", "/models/{name}"): operation("Watching", "One model", "Model", parameters=(MODEL,)),
+    ("get", "/metrics"): operation("Watching", "Prometheus' text format", TEXT),
+    ("post", "/models/register"): operation(
+        "Management", "Add or replace a model", "Managed", RegisterSchema, status=("200", "202"),
+        parameters=(_query("wait", "Answer when it is ready; the default."), _query("replace", "Also another spec.")),
+    ),
+    ("post", "/models/alias"): operation("Management", "Give or clear an alias", "Managed", AliasSchema),
+    ("post", "/models/enable"): operation("Management", "Switch a model on or off", "Managed", EnableSchema),
+    ("delete", "/models/{name}"): operation("Management", "Remove a model", "Removed", parameters=(MODEL,)),
+    ("post", "/reload"): operation("Management", "Read pool.yml now", "Reloaded", ReloadSchema),
+    ("get", "/openapi.json"): operation("Documentation", "This document", {"application/json": {}}),
+    ("get", "/docs"): operation("Documentation", "This document, to browse", {"text/html": {}}),
+    ("get", "/docs/{file}"): operation(
+        "Documentation", "What that page needs", {"text/css": {}, "text/javascript": {}},
+        parameters=(_path("file", "Name of a file."),),
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def document() -> dict[str, Any]:
+    """The whole API."""
+    spec = APISpec(
+        "embedpool", __version__, "3.1.0", plugins=[MarshmallowPlugin()],
+        info={"description": "One server, many text-embedding models, one address."},
+    )  # fmt: skip
+    for name, schema in answers.SCHEMAS.items():
+        spec.components.schema(name, schema)
+    for (method, path), found in OPERATIONS.items():
+        spec.path(path, operations={method: dict(found)})
+    made: dict[str, Any] = spec.to_dict()
+    for schema in made["components"]["schemas"].values():
+        _let_null_mean_absent(schema)
+    return made
+
+
+def _let_null_mean_absent(schema: dict[str, Any]) -> None:
+    """In requests null is as good as nothing, wherever nothing will do."""
+    for name, field in schema.get("properties", {}).items():
+        if name in schema.get("required", ()):
+            continue
+        if "$ref" in field:
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+        elif isinstance(field.get("type"), str):
+            field["type"] = [field["type"], "null"]
+            if "enum" in field:
+                field["enum"] = [*field["enum"], None]
+        elif "oneOf" in field:
+            field["oneOf"] = [*field["oneOf"], {"type": "null"}]
+
+
+def blueprint() -> Blueprint:
+    """The document and the page."""
+    routes = Blueprint("openapi", __name__)
+
+    @routes.get("/openapi.json")
+    def openapi() -> Response:
+        return json_response(document())
+
+    @routes.get("/docs")
+    def docs() -> Response:
+        page = (DOCS / "index.html").read_text().format(root=escape(request.script_root))
+        return Response(page, mimetype="text/html", headers={"Content-Security-Policy": POLICY})
+
+    @routes.get("/docs/<file>")
+    def docs_file(file: str) -> Response:
+        if file not in DOCS_FILES:
+            raise NotFound(f"nothing at {request.path}")
+        headers = {"Cache-Control": "max-age=3600"}
+        return Response((DOCS / file).read_bytes(), mimetype=DOCS_FILES[file], headers=headers)
+
+    return routes
