@@ -13,6 +13,7 @@ from typing import Any
 
 from flask import Flask
 
+from embedpool import tracing
 from embedpool.config.pool_yml import PoolFile
 from embedpool.config.settings import Settings, find_config_yml, load_settings
 from embedpool.config.spec import ModelSpec
@@ -62,6 +63,7 @@ class EmbedpoolApp:
         self.pool = Pool(engine, max_inflight_global=settings.defaults.max_inflight_global)
         self.reconciler = Reconciler(PoolFile(settings.file(settings.paths.pool_yml)), self.pool)
         self.flask: Flask = create_app(self.pool, self.reconciler, settings, self.metrics)
+        self._spans = tracing.start() if settings.tracing.enabled else None
         self._watch: Watch | None = None
         if settings.hot_reload.enabled:
             self._watch = Watch(
@@ -99,7 +101,9 @@ class EmbedpoolApp:
 
     def stop(self) -> int:
         """See App."""
-        return self.pool.stop()
+        given_up = self.pool.stop()
+        tracing.stop(self._spans)
+        return given_up
 
 
 def wsgi() -> EmbedpoolApp:

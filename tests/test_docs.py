@@ -47,7 +47,7 @@ def test_every_dependency_has_a_reason() -> None:
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
     wanted = {re.split(r"[><=\[]", line)[0] for line in parser["options"]["install_requires"].split()}
-    for extra in ("demo", "openvino"):
+    for extra in ("demo", "openvino", "otel"):
         wanted |= {re.split(r"[><=\[]", line)[0] for line in parser["options.extras_require"][extra].split()}
     table = TEXT[TEXT.index("## Dependencies") :]
     named = set(re.findall(r"^\| `([\w.-]+)`", table[: table.index("\n## ", 5)], flags=re.MULTILINE))

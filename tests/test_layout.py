@@ -14,15 +14,16 @@ PACKAGE = ROOT / "embedpool"
 
 # ring or file → what it may import, beside itself
 MAY_IMPORT = {
-    "web": {"pool", "config", "errors"},
-    "pool": {"config.spec", "errors"},
-    "drivers": {"config.spec", "errors"},
+    "web": {"pool", "config", "errors", "tracing"},
+    "pool": {"config.spec", "errors", "tracing"},
+    "drivers": {"config.spec", "errors", "tracing"},
     "config": {"config", "errors"},
     "reconcile": {"pool", "config", "errors"},
     "process": {"config", "client", "errors"},
     "client": {"errors"},
-    "server": {"web", "pool", "drivers", "config", "reconcile", "process", "loop", "logs", "errors"},
+    "server": {"web", "pool", "drivers", "config", "reconcile", "process", "loop", "logs", "tracing", "errors"},
     "logs": {"config"},
+    "tracing": {"errors"},
     "loop": {"config", "errors"},
     "gunicorn_worker": {"loop"},
     "cli": {"client", "server", "process", "config", "errors"},

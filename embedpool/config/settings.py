@@ -77,6 +77,13 @@ class Logging:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tracing:
+    """Spans by OpenTelemetry; the extra `otel`."""
+
+    enabled: bool = option(False, "export spans, as OpenTelemetry's OTEL_… variables say")
+
+
+@dataclasses.dataclass(frozen=True)
 class Defaults:
     """What holds where a request or a model says nothing else."""
 
@@ -145,6 +152,7 @@ class Settings:
     paths: Paths = dataclasses.field(default_factory=Paths)
     process: Process = dataclasses.field(default_factory=Process)
     logging: Logging = dataclasses.field(default_factory=Logging)
+    tracing: Tracing = dataclasses.field(default_factory=Tracing)
     defaults: Defaults = dataclasses.field(default_factory=Defaults)
     hot_reload: HotReload = dataclasses.field(default_factory=HotReload)
     batching: Batching = dataclasses.field(default_factory=Batching)

@@ -16,6 +16,7 @@ from requests.utils import get_auth_from_url
 from urllib3.exceptions import ReadTimeoutError
 from urllib3.util.retry import Retry
 
+from embedpool import tracing
 from embedpool.config.spec import HttpConfig, ModelSpec
 from embedpool.drivers.base import PROBE_TEXT, Driver, Embeddings, Ids, Meter, describe
 from embedpool.errors import UnsupportedOption, UpstreamError
@@ -144,7 +145,13 @@ class HttpDriver(Driver):
 
     def _post(self, body: dict[str, Any]) -> requests.Response:
         try:
-            response = self._session.post(self._url, json=body, timeout=self._config.timeout_s, allow_redirects=False)
+            response = self._session.post(
+                self._url,
+                json=body,
+                timeout=self._config.timeout_s,
+                allow_redirects=False,
+                headers=dict(tracing.outgoing()),
+            )
         except requests.RequestException as error:
             raise UpstreamError(f"the remote service does not answer: {_reason(error)}") from None
         if response.status_code == 200:

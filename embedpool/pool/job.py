@@ -11,6 +11,7 @@ import numpy as np
 
 from embedpool.errors import EmbedpoolError
 from embedpool.pool.request import Vectors
+from embedpool.tracing import Trace
 
 Ids = Sequence[int]  # token ids of one text, special tokens included
 
@@ -20,16 +21,23 @@ class Flow:
 
     __slots__ = (
         "_lock", "abandoned", "client_gone", "compute_s", "deadline", "error", "finish", "jobs", "partial", "replicas",
-        "started_at", "waiting", "weight",
+        "started_at", "trace", "waiting", "weight",
     )  # fmt: skip
 
     def __init__(
-        self, deadline: float, weight: float, client_gone: Callable[[], bool], *, partial: bool = False
+        self,
+        deadline: float,
+        weight: float,
+        client_gone: Callable[[], bool],
+        *,
+        partial: bool = False,
+        trace: Trace | None = None,
     ) -> None:
         self.deadline = deadline
         self.weight = weight
         self.client_gone = client_gone
         self.partial = partial  # a text that fails takes no other with it
+        self.trace = trace or {}
         self.abandoned = False
         self.jobs: list[Job] = []
         self.error: EmbedpoolError | None = None  # the first one; no further job is worth computing

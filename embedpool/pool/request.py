@@ -9,6 +9,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from embedpool.errors import EmbedpoolError
+from embedpool.tracing import Trace
 
 Vectors = NDArray[Any]  # shape (texts, dim)
 
@@ -46,6 +47,7 @@ class EmbedRequest:
     timeout_s: float | None = None
     weight: float = 1.0
     client_gone: Callable[[], bool] = lambda: False
+    trace: Trace = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

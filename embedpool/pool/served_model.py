@@ -78,7 +78,8 @@ class ServedModel:
         self._refuse_unless_serving()
         timeout_s = min(request.timeout_s or math.inf, self._engine.request_timeout_s)
         partial = request.options.on_error == "partial"
-        flow = Flow(self._engine.clock() + timeout_s, request.weight, request.client_gone, partial=partial)
+        deadline = self._engine.clock() + timeout_s
+        flow = Flow(deadline, request.weight, request.client_gone, partial=partial, trace=request.trace)
         with self._flow_left:
             self._flows.add(flow)
         try:

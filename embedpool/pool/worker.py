@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from embedpool import tracing
 from embedpool.errors import ClientGone, DeadlineExceeded, EmbedpoolError, InferenceFailed, UpstreamError
 from embedpool.pool.batcher import Batcher
 from embedpool.pool.job import Job, Row
@@ -162,7 +163,9 @@ class Worker:
         started = self._clock()
         ids = None if rows[0].ids is None else [row.ids or () for row in rows]
         group = rows[0].job.group
-        with self._queue.joinable(rows):
+        traces = [flow.trace for flow in {row.job.flow: None for row in rows}]
+        facts = {"embedpool.replica": self.name, "embedpool.texts": len(rows)}
+        with self._queue.joinable(rows), tracing.batch("batch", traces, facts):
             answer = self._driver.embed([row.text for row in rows], ids, json.loads(group) if group else {})
         elapsed = self._clock() - started
         vectors = answer.vectors

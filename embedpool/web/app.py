@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from flask import Flask, Response, request
 
+from embedpool import tracing
 from embedpool.config.settings import Settings
 from embedpool.pool.pool import Pool
 from embedpool.web import manage, native, observe, openapi
@@ -13,7 +14,7 @@ from embedpool.web.dialects import cohere, ollama, openai, tei
 from embedpool.web.error_response import Shape, error_response, native_shape
 from embedpool.web.http_request import HttpRequest, here
 from embedpool.web.metrics import Metrics
-from embedpool.web.request_log import log_request
+from embedpool.web.request_log import log_request, span_attributes
 
 if TYPE_CHECKING:
     from embedpool.reconcile import Reconciler
@@ -42,6 +43,11 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
     app.register_blueprint(openapi.blueprint())
     app.register_error_handler(Exception, lambda error: error_response(error, shape_at(request.path)))
 
+    @app.before_request
+    def begin() -> None:
+        http = here()
+        http.span, http.trace = tracing.begin_request(http.route, http.trace)
+
     @app.after_request
     def finish(response: Response) -> Response:
         http = here()
@@ -50,6 +56,8 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
         def note() -> None:
             metrics.http_requests.labels(http.route, response.status_code, http.error_code).inc()
             log_request(http, response)
+            if http.span is not None:
+                tracing.end_request(http.span, span_attributes(http, response), failed=response.status_code >= 500)
 
         if response.is_streamed:
             response.call_on_close(note)

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from flask import Request, request
 
+from embedpool import tracing
 from embedpool.pool.request import EmbedResult
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
@@ -24,6 +25,8 @@ class HttpRequest(Request):
         self.texts = 0
         self.result: EmbedResult | None = None
         self.error_code = ""
+        self.trace = tracing.trace_of(self.headers)
+        self.span: Any = None
         given = self.headers.get("X-Request-Id", "")
         self.id = given if REQUEST_ID.match(given) else uuid.uuid4().hex
 

@@ -43,5 +43,7 @@ def submit(pool: Pool, model: str, texts: list[str], options: EmbedOptions) -> E
     """What every dialect asks of the pool: the texts' vectors, within the client's deadline and while it listens."""
     http = here()
     http.model, http.texts = model, len(texts)
-    http.result = pool.submit(EmbedRequest(model, texts, options, timeout_s(http), client_gone=http.client_gone))
+    http.result = pool.submit(
+        EmbedRequest(model, texts, options, timeout_s(http), client_gone=http.client_gone, trace=http.trace)
+    )
     return http.result

@@ -213,7 +213,13 @@ class _Stream:
         while True:
             left_s = max(deadline - time.monotonic(), 0.001)
             request = EmbedRequest(
-                self._model, texts, self._options, left_s, weight=1 / CHUNKS_AT_ONCE, client_gone=self._is_over
+                self._model,
+                texts,
+                self._options,
+                left_s,
+                weight=1 / CHUNKS_AT_ONCE,
+                client_gone=self._is_over,
+                trace=self._http.trace,
             )
             try:
                 return self._pool.submit(request)

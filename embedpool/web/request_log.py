@@ -23,6 +23,12 @@ def log_request(request: HttpRequest, response: Response) -> None:
         logger.log(level, "request", extra={"fields": _fields(request, response)})
 
 
+def span_attributes(request: HttpRequest, response: Response) -> dict[str, Any]:
+    """The same for a span, in OpenTelemetry's names where it has some."""
+    named = {"method": "http.request.method", "path": "url.path", "status": "http.response.status_code"}
+    return {named.get(name, f"embedpool.{name}"): value for name, value in _fields(request, response).items()}
+
+
 def _fields(request: HttpRequest, response: Response) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "request_id": request.id,
