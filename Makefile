@@ -3,6 +3,7 @@ VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c conf/constraints.txt
+CLIENTS := tests/live/clients
 MODEL := sentence-transformers/all-MiniLM-L6-v2
 
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -15,7 +16,7 @@ run: $(VENV)/run.installed
 		$(BIN)/embedpool register --model $(MODEL) --type local_st --max-seq-length 384 --alias minilm-l6
 	$(BIN)/embedpool pool start
 
-test: $(VENV)/test.installed
+test: $(VENV)/test.installed $(VENV)/clients.installed
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/test.installed
@@ -35,6 +36,15 @@ $(VENV)/run.installed: setup.cfg conf/constraints.txt | $(BIN)/python
 
 $(VENV)/test.installed: setup.cfg conf/constraints.txt | $(BIN)/python
 	$(PIP) -e '.[test]'
+	@touch $@
+
+# Clients of other APIs that the tests drive; some need other versions of what embedpool needs, so they live apart.
+$(VENV)/clients.installed: $(CLIENTS)/requirements.txt $(CLIENTS)/package.json | $(BIN)/python
+	$(PYTHON) -m venv $(VENV)/clients
+	$(VENV)/clients/bin/pip install --quiet --disable-pip-version-check -r $(CLIENTS)/requirements.txt
+	@cp $(CLIENTS)/package.json $(VENV)/clients/
+	@if command -v npm > /dev/null; then cd $(VENV)/clients && npm install --silent --no-audit --no-fund; \
+	else echo "no npm: the test of OpenAI's client for JavaScript is skipped"; fi
 	@touch $@
 
 $(BIN)/python:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import cohere
 import huggingface_hub
+import numpy as np
 import ollama
 import openai
 import pytest
@@ -15,6 +22,8 @@ import pytest
 from tests.live.conftest import MINILM, Server, fake
 from tests.live.test_main_road import cosines
 
+HERE = Path(__file__).parent / "clients"
+APART = Path(sys.prefix) / "clients"  # made by `make test`: their needs and ours do not go together
 TEXTS = [f"Sentence number {i} of those that {'every ' * (i % 7)}client is given." for i in range(300)]
 
 
@@ -71,6 +80,35 @@ def test_openai_waits_as_long_as_it_is_told(server: Server) -> None:
     assert refused
     assert {type(error) for error in refused} == {openai.RateLimitError}
     assert not [answer for answer in asyncio.run(burst(20)) if isinstance(answer, Exception)]
+    server.stop()
+
+
+def test_others_tell_of_a_full_queue(server: Server) -> None:
+    """Cohere's and Ollama's clients raise what they raise for 429; Cohere's, which retries, is served when it may."""
+    server.write_pool(fake("m", delay_ms=300, queue={"max_size": 1}))
+    server.start()
+    server.wait_ready()
+
+    def burst(ask: Callable[[str], object]) -> list[BaseException]:
+        with ThreadPoolExecutor(6) as threads:
+            calls = [threads.submit(ask, f"text {i}") for i in range(6)]
+            return [error for call in calls if (error := call.exception())]
+
+    with (
+        ThreadPoolExecutor(4) as threads,
+        cohere.ClientV2(api_key="none", base_url=server.url, thread_pool_executor=threads) as client,
+    ):
+
+        def ask(text: str, retries: int) -> object:
+            options = {"max_retries": retries}
+            return client.embed(model="m", texts=[text], input_type="search_query", request_options=options)
+
+        assert {type(error) for error in burst(lambda text: ask(text, 0))} == {cohere.TooManyRequestsError}
+        assert burst(lambda text: ask(text, 30)) == []
+    with ollama.Client(host=server.url) as older:
+        refused = burst(lambda text: older.embed(model="m", input=text))
+        assert {type(error) for error in refused} == {ollama.ResponseError}
+        assert {error.status_code for error in refused} == {429}
     server.stop()
 
 
@@ -131,3 +169,46 @@ def test_huggingface_hub(served: Server) -> None:
     with huggingface_hub.InferenceClient(model=f"{served.url}/tei/all-MiniLM-L6-v2") as unknown:
         with pytest.raises(huggingface_hub.errors.HfHubHTTPError, match="404"):
             unknown.feature_extraction("a")
+
+
+def answers(*command: str | Path) -> dict[str, Any]:
+    """What a client's script prints, given the texts."""
+    done = subprocess.run(command, input=json.dumps(TEXTS), capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("client", "errors"),
+    [
+        ("langchain", ["NotFoundError", "BadRequestError"]),
+        ("llama_index", ["NotFoundError", "BadRequestError"]),
+        ("tei", ["KeyError", "KeyError"]),  # it does not look at the status
+        ("infinity", ["UnexpectedStatus", "UnexpectedStatus"]),
+    ],
+)
+def test_a_client_that_lives_apart(served: Server, client: str, errors: list[str]) -> None:
+    """langchain-openai, llama-index with OpenAI's API and with TEI's, infinity's own client."""
+    found = answers(APART / "bin" / "python", HERE / "ask.py", client, served.url)
+    assert_same(served, TEXTS[:1], [found["one"]])
+    assert_same(served, TEXTS, found["all"])
+    assert found["errors"] == errors
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs node and npm")
+def test_openai_for_javascript(server: Server) -> None:
+    """OpenAI's own client for JavaScript: base64, which it asks for by itself, float, dimensions, errors, retries."""
+    minilm = {"model": MINILM, "alias": "m", "driver": {"type": "local_st"}}
+    server.write_pool(minilm, fake("slow", delay_ms=300, queue={"max_size": 1}))
+    server.start()
+    server.wait_ready()
+    found = answers("node", HERE / "openai.mjs", APART, server.url)
+    assert_same(server, TEXTS[:1], [found["one"]])
+    assert_same(server, TEXTS, found["all"])
+    np.testing.assert_allclose(found["float"], found["all"], atol=1e-7)
+    assert_same(server, TEXTS, found["small"], dimensions=64)
+    assert found["errors"] == ["NotFoundError", "BadRequestError"]
+    assert found["refused"] == ["RateLimitError"]
+    assert found["refused_with_retries"] == []
+    server.stop()

@@ -28,13 +28,17 @@ NO_IDS = (
 )
 
 
+# infinity's own client sends 0 for "all of them".
+UNLESS_0 = {"options": ("dimensions",), "read": lambda said: {"dimensions": said} if said else {}}
+
+
 class OpenAISchema(StrictSchema):
     """Body of POST /v1/embeddings."""
 
     model = fields.String(required=True)
     input = fields.Raw(required=True, metadata=TEXT_OR_TEXTS)
     encoding_format = fields.String(validate=validate.OneOf(("float", "base64")), metadata=means("encoding"))
-    dimensions = StrictInteger(validate=validate.Range(min=1), metadata=means("dimensions"))
+    dimensions = StrictInteger(validate=validate.Range(min=0), metadata=UNLESS_0)
     user = fields.String()
     # Voyage
     input_type = fields.String(validate=validate.OneOf(INPUT_TYPES), metadata=means("input_type"))

@@ -178,3 +178,9 @@ def test_models_are_listed_under_name_and_alias(web: Web) -> None:
     assert [entry["id"] for entry in listed["data"]] == [NAME, "m"]
     assert web.get(f"/v1/models/{NAME}").json["id"] == NAME
     refused(web.get("/v1/models/other"), 404, "invalid_request_error")
+
+
+def test_dimensions_0_is_all_of_them(web: Web) -> None:
+    """infinity's own client says so where it means nothing."""
+    body = {"model": "m", "input": "a"}
+    assert web.post("/embeddings", {**body, "dimensions": 0}).json == web.post("/embeddings", body).json
