@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from embedpool.reconcile import Reconciler
 
 
+MOST_TRUNCATED_NAMED = 500
 DIALECTS = (openai, tei, cohere, ollama)
 
 
@@ -28,6 +29,13 @@ def shape_at(path: str) -> Shape:
     claimed = {prefix: shape for dialect in DIALECTS for prefix, shape in dialect.SHAPES.items()}
     prefix = max((p for p in claimed if path.startswith(p)), key=len, default=None)
     return claimed[prefix] if prefix else native_shape
+
+
+def report_truncation(response: Response, truncated: list[int]) -> None:
+    """How many texts were cut and which: other APIs have no place for it in their answers."""
+    named = ",".join(map(str, truncated[:MOST_TRUNCATED_NAMED]))
+    response.headers["X-Embedpool-Truncated"] = str(len(truncated))
+    response.headers["X-Embedpool-Truncated-Texts"] = named + ("" if len(truncated) <= MOST_TRUNCATED_NAMED else ",...")
 
 
 def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: Metrics) -> Flask:
@@ -52,6 +60,8 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
     def finish(response: Response) -> Response:
         http = here()
         response.headers["X-Request-Id"] = http.id
+        if http.result is not None and http.result.truncated and not response.is_streamed:
+            report_truncation(response, http.result.truncated)
 
         def note() -> None:
             metrics.http_requests.labels(http.route, response.status_code, http.error_code).inc()

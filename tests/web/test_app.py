@@ -81,6 +81,31 @@ def test_a_path_that_is_none_has_the_error_of_its_dialect(web: Web, path: str, k
         assert "param" in answer.json["error"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/embed", {"texts": ["a", "b c d e", "f g h i"], "options": {"max_seq_length": 4}}),
+        ("/v2/embed", {"texts": ["a", "b c d e", "f g h i"], "max_tokens": 4}),
+        ("/v1/embeddings", {"input": ["a", "w " * 600, "w " * 700]}),
+        ("/api/embed", {"input": ["a", "w " * 600, "w " * 700]}),
+    ],
+)
+def test_truncation_is_told_in_every_dialect(web: Web, path: str, body: dict[str, object]) -> None:
+    """Which texts were cut stands in a header, also where the API's own answer has no place for it."""
+    answer = web.post(path, {"model": "m", **body})
+    assert (answer.status_code, answer.headers["X-Embedpool-Truncated"]) == (200, "2")
+    assert answer.headers["X-Embedpool-Truncated-Texts"] == "1,2"
+    assert "X-Embedpool-Truncated" not in web.embed("a").headers
+
+
+def test_a_long_list_of_truncated_texts_is_cut(web: Web) -> None:
+    """A header has its limits; the count has not."""
+    answer = web.embed(*["a b c"] * 600, max_seq_length=4)
+    assert answer.headers["X-Embedpool-Truncated"] == "600"
+    assert answer.headers["X-Embedpool-Truncated-Texts"].startswith("0,1,2,")
+    assert answer.headers["X-Embedpool-Truncated-Texts"].endswith(",499,...")
+
+
 def test_a_trailing_slash_is_no_other_path(web: Web) -> None:
     """Clients that end a path with a slash are served."""
     assert web.post("/embed/", {"model": "m", "texts": ["a"]}).status_code == 200
