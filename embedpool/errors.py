@@ -217,6 +217,12 @@ class StorageError(EmbedpoolError):
     status, code = 507, "storage_error"
 
 
+class RateLimited(EmbedpoolError):
+    """This key's own limit is reached; `Retry-After` says when not."""
+
+    status, code = 429, "rate_limited"
+
+
 # --- not answered over HTTP
 
 

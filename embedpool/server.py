@@ -5,6 +5,7 @@ Both servers run the same loop (loop.py); under gunicorn it runs in the worker c
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import signal
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 from flask import Flask
 
 from embedpool import tracing
+from embedpool.config.keys import KeysFile
 from embedpool.config.pool_yml import PoolFile
 from embedpool.config.settings import Settings, find_config_yml, load_settings
 from embedpool.config.spec import ModelSpec
@@ -130,6 +132,7 @@ def run(settings: Settings, kind: str) -> None:
 
 def run_waitress(settings: Settings) -> None:
     """The loop in this process; works on every platform."""
+    refuse_an_open_door(settings)
     listener = bind(settings)
     app = EmbedpoolApp(settings)
     loop = Loop(app, [listener])
@@ -180,6 +183,7 @@ def gunicorn_settings() -> dict[str, Any]:
     settings = _last_good
     server = settings.server
     configure_logging(settings)
+    refuse_an_open_door(settings)
     pid_file = PidFile(settings)
 
     def begin(arbiter: Any) -> None:
@@ -207,6 +211,25 @@ def gunicorn_settings() -> dict[str, Any]:
         "child_exit": lambda arbiter, worker: metrics.forget_worker(worker.pid),
         "on_exit": end,
     }
+
+
+def refuse_an_open_door(settings: Settings) -> None:
+    """Raises ConfigError if other machines could reach a server that asks nobody for a key."""
+    security = settings.security
+    if security.insecure or _is_loopback(settings.server.host):
+        return
+    if not (security.admin_key_env or security.embed_key_env or KeysFile(settings.file(security.keys_file)).read()):
+        raise ConfigError(
+            f"{settings.server.host} is reached from other machines and there is no key: make one with "
+            "`embedpool key create`, or say --insecure"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def bind(settings: Settings) -> socket.socket:

@@ -2,7 +2,8 @@
 
 Usage:
   embedpool init [--root DIR] [--config FILE]
-  embedpool pool start [--detach] [--server NAME] [--host H] [--port P] [--threads N] [--config FILE]
+  embedpool pool start [--detach] [--server NAME] [--host H] [--port P] [--threads N] [--insecure]
+                       [--config FILE]
   embedpool pool stop [--config FILE]
   embedpool pool status [--json] [--config FILE]
   embedpool pool health [--json] [--config FILE]
@@ -16,6 +17,10 @@ Usage:
   embedpool disable --model M [--json] [--config FILE]
   embedpool unregister --model M [--json] [--config FILE]
   embedpool embed [--model M] [--set KEY=VALUE]... [--config FILE] [--] TEXT...
+  embedpool key create [--name NAME] [--scopes NAMES] [--models NAMES] [--weight W] [--requests-per-s N]
+                       [--texts-per-s N] [--concurrent N] [--json] [--config FILE]
+  embedpool key list [--json] [--config FILE]
+  embedpool key revoke --id ID [--json] [--config FILE]
   embedpool --help
   embedpool --version
 
@@ -30,6 +35,10 @@ Commands:
   enable        Switch a model on and wait until it is ready.
   disable       Switch a model off; it keeps its place.
   unregister    Remove a model.
+  key create    Make an API key and print it, this once; the server's file holds its hash. With the first key of
+                scope embed every request needs one, with the first of scope admin management does.
+  key list      The keys, without what is secret.
+  key revoke    Take a key away; a running server knows within a second.
   embed         Print the vectors of texts, a JSON list a line; with - the texts are the lines of standard input.
 
   Without a running server, register, set-alias, enable, disable and unregister edit pool.yml.
@@ -42,6 +51,7 @@ Options:
   --host H            Address to bind; default server.host.
   --port P            Port to bind; default server.port.
   --threads N         Request threads; default server.threads.
+  --insecure          Listen beyond this machine although there is no key.
   --model M           Name of a model, for a local one its Hugging Face id; where it exists already, or its alias.
                       embed needs none where there is only one.
   --type T            local_st, http or fake.
@@ -62,6 +72,14 @@ Options:
   --disabled          Register without serving it.
   --replace           Replace a model registered with a different spec.
   --set KEY=VALUE     Any other key of driver.config, with embed an option of it; the value is read as YAML.
+  --name NAME         Whose key it is.
+  --scopes NAMES      embed, admin or both, with a comma between [default: embed].
+  --models NAMES      Names or aliases the key is for, with commas between; default all.
+  --weight W          Share of the key in the fair queue; default 1.
+  --requests-per-s N  Requests a second that the key may send.
+  --texts-per-s N     Texts a second that the key may send.
+  --concurrent N      Requests at once that the key may have.
+  --id ID             First part of a key, as key list shows it.
   --json              Machine-readable output.
   -h --help           Show this text.
   --version           Show the version.
@@ -82,7 +100,7 @@ from collections.abc import Callable
 from docopt import DocoptExit, docopt
 
 from embedpool import __version__
-from embedpool.cli import embed, models, server
+from embedpool.cli import embed, keys, models, server
 from embedpool.cli.common import FAILED, NO_SUCH_MODEL, OK, USAGE, Arguments, UsageError
 from embedpool.errors import EmbedpoolError, near_names
 
@@ -124,6 +142,9 @@ def _command_of(arguments: Arguments) -> Callable[[Arguments], int]:
         "enable": models.enable,
         "disable": models.disable,
         "unregister": models.unregister,
+        "create": keys.create,
+        "list": keys.show,
+        "revoke": keys.revoke,
         "embed": embed.embed,
     }
     return next(function for name, function in commands.items() if arguments[name])
@@ -133,10 +154,10 @@ def _wrong_usage(argv: list[str]) -> str:
     """What is wrong with a command line that docopt refused, in a sentence, and the usage it should have had."""
     usage = __doc__.split("Usage:\n")[1].split("\n\n")[0]
     commands = [entry.strip() for entry in re.split(r"\n  (?=embedpool )", "\n" + usage) if entry.strip()]
-    names = [re.match(r"embedpool ((?:pool )?\w[\w-]*)", entry) for entry in commands]
+    names = [re.match(r"embedpool ((?:pool |key )?\w[\w-]*)", entry) for entry in commands]
     known = {match[1]: entry for match, entry in zip(names, commands, strict=True) if match}
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    name = " ".join(words[:2] if words[:1] == ["pool"] else words[:1])
+    name = " ".join(words[:2] if words[:1] in (["pool"], ["key"]) else words[:1])
     if name not in known:
         near = near_names(name, known) or [k for k in known if name and k.endswith(f" {name}")]
         hint = f"did you mean {' or '.join(near)}?" if near else f"commands: {', '.join(known)}"

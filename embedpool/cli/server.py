@@ -73,6 +73,8 @@ def start(arguments: Arguments) -> int:
     for option in ("--host", "--port", "--threads", "--server"):
         if arguments[option] is not None:
             os.environ[f"EMBEDPOOL_SERVER__{option.strip('-').upper()}"] = arguments[option]
+    if arguments["--insecure"]:
+        os.environ["EMBEDPOOL_SECURITY__INSECURE"] = "true"
     settings = read_settings(arguments)
     if running := PidFile(settings).read():
         print(f"already running: pid {running.pid}, {running.address}")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,18 +12,16 @@ from urllib.parse import urlsplit, urlunsplit
 
 import marshmallow as ma
 import yaml
-from filelock import FileLock, Timeout
 from marshmallow import fields
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
 
+from embedpool.config import files
 from embedpool.config.fields import StrictInteger, StrictSchema, describe_faults, explicit, schema_of
 from embedpool.config.settings import yaml_fault
 from embedpool.config.spec import ModelSpec, PoolSpec, diff
-from embedpool.errors import PoolFileInvalid, StorageError
-
-LOCK_TIMEOUT_S = 30
+from embedpool.errors import PoolFileInvalid
 
 EMPTY_POOL_YML = """\
 # The models of this pool. Edit by hand or with `embedpool register`; a running server follows within a moment.
@@ -97,50 +92,13 @@ class PoolFile:
         Raises what `change` raises, PoolFileInvalid if the file is broken (it is then left alone) and StorageError if
         it cannot be written (nothing is changed).
         """
-        with self._locked():
+        with files.locked(self.path):
             text = self.content()
             old = parse(text, str(self.path))
             new = change(old)
             if new != old:
-                self._write(edited(text, old, new))
+                files.replace(self.path, edited(text, old, new))
             return new
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        target = self._target()
-        try:
-            lock = FileLock(f"{target}.lock", timeout=LOCK_TIMEOUT_S)
-            lock.acquire()
-        except Timeout:
-            raise StorageError(f"{target} is locked by another process for over {LOCK_TIMEOUT_S} s") from None
-        except OSError as error:
-            raise StorageError(f"{target} cannot be locked: {error}") from None
-        try:
-            yield
-        finally:
-            lock.release()
-
-    def _target(self) -> Path:
-        """The file behind a symlink: replacing the link itself would cut it off from where it points."""
-        return Path(os.path.realpath(self.path))
-
-    def _write(self, text: str) -> None:
-        target = self._target()
-        temporary: str | None = None
-        try:
-            mode = target.stat().st_mode
-            handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, mode & 0o7777)
-            os.replace(temporary, target)
-        except OSError as error:
-            if temporary:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
-            raise StorageError(f"{target} cannot be written: {error}; nothing was changed") from None
 
 
 # --- text surgery, so that comments and order survive: what goes is cut out as lines, the rest goes through ruamel

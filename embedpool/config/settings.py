@@ -137,6 +137,13 @@ class Security:
         "this machine alone",
         check=secret_variable,
     )
+    embed_key_env: str | None = option(
+        None,
+        f"name of the variable ({SECRET_PREFIX}…) with a key for embedding; others stand in `keys_file`",
+        check=secret_variable,
+    )
+    keys_file: str = option(".config/keys.yml", "keys as hashes, with scopes, models and limits; see `embedpool key`")
+    insecure: bool = option(False, "listen on other than loopback addresses although there is no key")
     allowed_hosts: tuple[str, ...] = option(
         (), "further Host names under which management is answered, beside loopback names and `server.host`"
     )

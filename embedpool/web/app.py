@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 from flask import Flask, Response, request
 
 from embedpool import tracing
+from embedpool.config.keys import KeysFile
 from embedpool.config.settings import Settings
 from embedpool.pool.pool import Pool
 from embedpool.web import manage, native, observe, openapi
+from embedpool.web.access import Access
 from embedpool.web.dialects import cohere, ollama, openai, tei
 from embedpool.web.error_response import Shape, error_response, native_shape
 from embedpool.web.http_request import HttpRequest, here
@@ -43,11 +45,12 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
     app = Flask("embedpool", static_folder=None)
     app.request_class = HttpRequest
     app.url_map.strict_slashes = False
+    access = Access(settings.security, KeysFile(settings.file(settings.security.keys_file)))
     app.register_blueprint(native.blueprint(pool, settings.limits))
     for dialect in DIALECTS:
         app.register_blueprint(dialect.blueprint(pool, settings.limits))
     app.register_blueprint(observe.blueprint(pool, reconciler, metrics))
-    app.register_blueprint(manage.blueprint(pool, reconciler, settings))
+    app.register_blueprint(manage.blueprint(pool, reconciler, settings, access))
     app.register_blueprint(openapi.blueprint())
     app.register_error_handler(Exception, lambda error: error_response(error, shape_at(request.path)))
 
@@ -55,6 +58,7 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
     def begin() -> None:
         http = here()
         http.span, http.trace = tracing.begin_request(http.route, http.trace)
+        http.caller = access.caller(http)
 
     @app.after_request
     def finish(response: Response) -> Response:

@@ -11,6 +11,7 @@ from flask import Request, request
 
 from embedpool import tracing
 from embedpool.pool.request import EmbedResult
+from embedpool.web.access import NOBODY
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
 
@@ -27,6 +28,7 @@ class HttpRequest(Request):
         self.error_code = ""
         self.trace = tracing.trace_of(self.headers)
         self.span: Any = None
+        self.caller = NOBODY
         given = self.headers.get("X-Request-Id", "")
         self.id = given if REQUEST_ID.match(given) else uuid.uuid4().hex
 

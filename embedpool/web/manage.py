@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
-import os
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from flask import Blueprint, Request, Response, request
 
 from embedpool.config import edit
+from embedpool.config.keys import ADMIN
 from embedpool.config.settings import Settings
-from embedpool.errors import Forbidden, InvalidRequest, Unauthorized
+from embedpool.errors import Forbidden, InvalidRequest
 from embedpool.pool.pool import Pool
+from embedpool.web.access import Access
 from embedpool.web.encoding import json_response
 from embedpool.web.schemas import AliasSchema, EnableSchema, RegisterSchema, ReloadSchema, read_json
 
@@ -24,7 +24,7 @@ PROXY_HEADERS = ("Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarde
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
-def blueprint(pool: Pool, reconciler: Reconciler, settings: Settings) -> Blueprint:
+def blueprint(pool: Pool, reconciler: Reconciler, settings: Settings, access: Access) -> Blueprint:
     """The routes that change the pool. Each answers with the model's entry of /status."""
     routes = Blueprint("manage", __name__)
     own_hosts = {*LOOPBACK_NAMES, settings.server.host.lower(), *(h.lower() for h in settings.security.allowed_hosts)}
@@ -35,7 +35,7 @@ def blueprint(pool: Pool, reconciler: Reconciler, settings: Settings) -> Bluepri
     @routes.before_request
     def guard() -> None:
         if request.method not in ("GET", "HEAD", "OPTIONS"):
-            refuse_strangers(request, own_hosts, settings.security.admin_key_env)
+            refuse_strangers(request, own_hosts, has_key=access.asks_for_a_key(ADMIN))
 
     @routes.post("/models/register")
     def register() -> Response:
@@ -86,10 +86,10 @@ def flag(name: str, default: bool) -> bool:
     return given == "true"
 
 
-def refuse_strangers(of: Request, own_hosts: set[str], admin_key_env: str | None) -> None:
-    """Let in only a program on this machine, or one that has the admin key, that means this server.
+def refuse_strangers(of: Request, own_hosts: set[str], *, has_key: bool) -> None:
+    """Let in only a program on this machine, or one that has shown the admin key, that means this server.
 
-    Raises Forbidden and Unauthorized. A web page can make a browser send requests to loopback: its Origin or, after DNS
+    Raises Forbidden. A web page can make a browser send requests to loopback: its Origin or, after DNS
     rebinding, its Host tells it apart. What came through a proxy is not a loopback request, whoever connected last.
     """
     if _host_of(f"//{of.host}") not in own_hosts:
@@ -97,22 +97,12 @@ def refuse_strangers(of: Request, own_hosts: set[str], admin_key_env: str | None
     origin = of.headers.get("Origin")
     if origin is not None and origin.partition("://")[2].lower() != of.host.lower():  # another port is another origin
         raise Forbidden("management is closed to other origins")
-    if admin_key_env is not None:
-        _require_key(of, admin_key_env)
+    if has_key:
         return
     if any(header in of.headers for header in PROXY_HEADERS):
         raise Forbidden("management is closed to requests that came through a proxy")
     if not _is_loopback(of.remote_addr):
         raise Forbidden("management is closed to other machines; see security.admin_key_env")
-
-
-def _require_key(of: Request, admin_key_env: str) -> None:
-    key = os.environ.get(admin_key_env)
-    if not key:
-        raise Forbidden(f"management is closed: the variable {admin_key_env} is not set in the server's process")
-    scheme, _, given = of.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
-        raise Unauthorized("management asks for the admin key: Authorization: Bearer …")
 
 
 def _host_of(url: str) -> str:

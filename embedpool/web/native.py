@@ -43,7 +43,16 @@ def submit(pool: Pool, model: str, texts: list[str], options: EmbedOptions) -> E
     """What every dialect asks of the pool: the texts' vectors, within the client's deadline and while it listens."""
     http = here()
     http.model, http.texts = model, len(texts)
-    http.result = pool.submit(
-        EmbedRequest(model, texts, options, timeout_s(http), client_gone=http.client_gone, trace=http.trace)
+    http.caller.require(pool, model)
+    asked = EmbedRequest(
+        model,
+        texts,
+        options,
+        timeout_s(http),
+        weight=http.caller.weight,
+        client_gone=http.client_gone,
+        trace=http.trace,
     )
+    with http.caller.admitted(len(texts)):
+        http.result = pool.submit(asked)
     return http.result

@@ -60,7 +60,9 @@ def embed(pool: Pool, limits: Limits) -> Response:
     http = here()
     if (http.content_length or 0) > limits.max_stream_body_bytes:
         raise BodyTooLarge(f"the body has {http.content_length} bytes, the limit is {limits.max_stream_body_bytes}")
-    stream = _Stream(pool, limits, http, load(StreamSchema, _typed(http.args)))
+    query = load(StreamSchema, _typed(http.args))
+    http.caller.require(pool, query["model"])
+    stream = _Stream(pool, limits, http, query)
     answers = stream.answers()
     first = next(answers, b"")
     if not first:
@@ -217,12 +219,13 @@ class _Stream:
                 texts,
                 self._options,
                 left_s,
-                weight=1 / CHUNKS_AT_ONCE,
+                weight=self._http.caller.weight / CHUNKS_AT_ONCE,
                 client_gone=self._is_over,
                 trace=self._http.trace,
             )
             try:
-                return self._pool.submit(request)
+                with self._http.caller.admitted(len(texts)):
+                    return self._pool.submit(request)
             except EmbedpoolError as error:
                 wait_s = error.retry_after_s or BUSY_WAIT_S
                 is_busy = error.status in (429, 503) and not isinstance(error, ShuttingDown)

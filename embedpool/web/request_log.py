@@ -36,6 +36,8 @@ def _fields(request: HttpRequest, response: Response) -> dict[str, Any]:
         "path": request.path[:LONGEST_NAME],
         "status": response.status_code,
     }
+    if request.caller.key is not None:
+        fields["key"] = request.caller.key.id
     if request.error_code:
         fields["code"] = request.error_code
     if request.model is not None:

@@ -561,7 +561,7 @@ def test_a_file_locked_for_too_long_is_an_error_and_not_a_hang(
     pool_file: PoolFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever holds the lock for ever does not hold us for ever."""
-    monkeypatch.setattr("embedpool.config.pool_yml.LOCK_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("embedpool.config.files.LOCK_TIMEOUT_S", 0.05)
     held, done = threading.Event(), threading.Event()
 
     def hold(pool: PoolSpec) -> PoolSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -149,6 +150,44 @@ def test_management_with_a_key(make_server: Callable[..., Server], kind: str) ->
     server.cli("register", "--model", "m", "--type", "fake")
     assert "admin key" in server.cli("unregister", "--model", "m", code=1, EMBEDPOOL_SECRET_ADMIN="wrong")
     assert "k3y" not in server.log.read_text()
+
+
+def test_the_life_of_a_key(make_server: Callable[..., Server], kind: str) -> None:
+    """Made, used by the command line, listed without what is secret, revoked while the server runs."""
+    server = make_server(EMBEDPOOL_CLIENT__API_KEY_ENV="MY_KEY")
+    server.write_pool(fake("m"))
+    server.start(kind)
+    server.wait_ready()
+    assert server.embed("m", ["x"]).status_code == 200
+    made = json.loads(server.cli("key", "create", "--name", "team a", "--scopes", "embed,admin", "--json"))
+    wait_until(lambda: server.embed("m", ["x"]).status_code == 401)
+    assert server.cli("embed", "hello", MY_KEY=made["key"]).startswith("[")
+    server.cli("set-alias", "--model", "m", "--alias", "n", MY_KEY=made["key"])
+    assert "key" in server.cli("set-alias", "--model", "m", "--alias", "o", code=1, MY_KEY="wrong")
+    listed = server.cli("key", "list")
+    assert made["id"] in listed
+    assert "team a" in listed
+    assert made["key"] not in listed + server.log.read_text()
+    server.cli("key", "create", "--scopes", "admin")
+    server.cli("key", "revoke", "--id", made["id"])
+    assert "no key" in server.cli("key", "revoke", "--id", made["id"], code=2)
+    wait_until(
+        lambda: server.post("/reload", {}, headers={"Authorization": f"Bearer {made['key']}"}).status_code == 401
+    )
+    assert server.embed("m", ["x"]).status_code == 200
+    server.stop()
+
+
+def test_no_server_without_a_key_is_open_to_other_machines(server: Server, kind: str) -> None:
+    """It does not start, unless there is a key or the operator insists."""
+    begin = ("pool", "start", "--detach", "--server", kind, "--port", "0", "--host", "0.0.0.0")
+    assert "key create" in server.cli(*begin, code=1)
+    server.cli(*begin, "--insecure")
+    server.stop()
+    server.cli("key", "create")
+    server.cli(*begin)
+    assert error_of(server.embed("m", ["x"]), 401)["code"] == "unauthorized"
+    server.stop()
 
 
 @pytest.mark.parametrize("request_line", [b"NONSENSE\r\n\r\n", b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n"])

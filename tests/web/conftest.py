@@ -66,6 +66,8 @@ DEFAULTS = Settings()
 @contextlib.contextmanager
 def serving(folder: Path, engine: Engine, *models: str, settings: Settings = DEFAULTS) -> Iterator[Web]:
     """An app whose models (see fake_pool_yml) have begun to load."""
+    settings = dataclasses.replace(settings)
+    object.__setattr__(settings, "base_dir", folder)  # not the developer's
     pool_yml = folder / "pool.yml"
     pool_yml.write_text(fake_pool_yml(*models))
     metrics = Metrics()

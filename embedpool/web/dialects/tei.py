@@ -17,6 +17,7 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.request import EmbedOptions, EmbedResult
 from embedpool.web.dialects import means, openai, options_of, part_of, texts_of
 from embedpool.web.encoding import json_response
+from embedpool.web.http_request import here
 from embedpool.web.native import submit
 from embedpool.web.schemas import TEXT_OR_TEXTS, TEXTS, check_texts, embed_options, read_json
 
@@ -82,6 +83,7 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
     @routes.post("/tei/<path:name>")
     def post(name: str) -> Response:
         name, action = _target(pool, name, POSTS)
+        here().caller.require(pool, name)
         return POSTS[action](pool, limits, name)
 
     @routes.get("/tei/<path:name>")
@@ -89,6 +91,7 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
         name, action = _target(pool, name, GETS)
         if not action:
             raise MethodNotAllowed(f"GET is for {' and '.join(GETS)} below /tei/<model>")
+        here().caller.require(pool, name)
         return GETS[action](pool, limits, name)
 
     return routes

@@ -1,0 +1,57 @@
+"""A file that several processes change: one at a time, and always whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from embedpool.errors import StorageError
+
+LOCK_TIMEOUT_S = 30
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the file's lock. Raises StorageError if it cannot be had."""
+    target = _target(path)
+    try:
+        lock = FileLock(f"{target}.lock", timeout=LOCK_TIMEOUT_S)
+        lock.acquire()
+    except Timeout:
+        raise StorageError(f"{target} is locked by another process for over {LOCK_TIMEOUT_S} s") from None
+    except OSError as error:
+        raise StorageError(f"{target} cannot be locked: {error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def replace(path: Path, text: str, *, new_mode: int | None = None) -> None:
+    """Put new text in the file's place; `new_mode` is for a file that may not exist yet. Raises StorageError."""
+    target = _target(path)
+    temporary: str | None = None
+    try:
+        mode = target.stat().st_mode if new_mode is None or target.exists() else new_mode
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, mode & 0o7777)
+        os.replace(temporary, target)
+    except OSError as error:
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise StorageError(f"{target} cannot be written: {error}; nothing was changed") from None
+
+
+def _target(path: Path) -> Path:
+    """The file behind a symlink: replacing the link itself would cut it off from where it points."""
+    return Path(os.path.realpath(path))

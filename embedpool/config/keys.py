@@ -1,0 +1,157 @@
+"""keys.yml: who may embed and who may manage. It holds hashes; a key itself is shown once, when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import marshmallow as ma
+import yaml
+from marshmallow import fields
+
+from embedpool.config import files
+from embedpool.config.fields import StrictInteger, StrictSchema, describe_faults, option, schema_of
+from embedpool.config.settings import yaml_fault
+from embedpool.errors import ConfigError, InvalidRequest
+
+logger = logging.getLogger(__name__)
+
+EMBED, ADMIN = "embed", "admin"
+PREFIX = "epk"
+ONLY_OWNER = 0o600
+LOOK_EVERY_S = 1.0
+HEAD = "# The keys of this server, as hashes. `embedpool key create` and `revoke` write this file anew.\n"
+
+
+def _scopes(scopes: tuple[str, ...]) -> None:
+    if not scopes or not set(scopes) <= {EMBED, ADMIN}:
+        raise ma.ValidationError(f"must be one or both of {EMBED}, {ADMIN}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ApiKey:
+    """One key. `admin` may do everything, `embed` what concerns vectors."""
+
+    id: str = option(dataclasses.MISSING, "first part of the key, by which it is known", pattern=r"[a-z0-9]{4,32}\Z")
+    sha256: str = option(dataclasses.MISSING, "hash of the whole key", pattern=r"[0-9a-f]{64}\Z")
+    name: str = option("", "whose it is")
+    scopes: tuple[str, ...] = option((EMBED,), "embed, admin", check=_scopes)
+    models: tuple[str, ...] = option((), "names or aliases it is for; none: all")
+    weight: float = option(1, "share in the fair queue", minimum=0.001, maximum=1000)
+    requests_per_s: float = option(0, "requests a second, in each server process; 0 = no limit", minimum=0)
+    texts_per_s: float = option(0, "texts a second, in each server process; 0 = no limit", minimum=0)
+    concurrent: int = option(0, "requests at once, in each server process; 0 = no limit", minimum=0)
+    created: str = option("", "when it was made")
+
+
+def hash_of(key: str) -> str:
+    """SHA-256 of a key. Keys are random, so a slow hash would protect nothing."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def make_key(name: str, **values: object) -> tuple[ApiKey, str]:
+    """A new key: its entry, and the key itself. Raises InvalidRequest for values that are none."""
+    key_id = secrets.token_hex(4)
+    key = f"{PREFIX}_{key_id}_{secrets.token_urlsafe(32)}"
+    created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    entry = {"id": key_id, "sha256": hash_of(key), "name": name, "created": created, **values}
+    try:
+        made: ApiKey = schema_of(ApiKey)().load(entry)
+    except ma.ValidationError as error:
+        raise InvalidRequest(str(error)) from None
+    return made, key
+
+
+def id_of(key: str) -> str:
+    """The id that a key claims."""
+    match = re.match(rf"{PREFIX}_([a-z0-9]+)_", key)
+    return match[1] if match else ""
+
+
+class KeysSchema(StrictSchema):
+    """The document of keys.yml."""
+
+    version = StrictInteger(load_default=1, validate=ma.validate.Equal(1))
+    keys = fields.List(fields.Nested(schema_of(ApiKey)), required=True)
+
+    @ma.validates_schema(skip_on_field_errors=True)
+    def _ids_are_unique(self, data: dict[str, list[ApiKey]], **kwargs: object) -> None:
+        ids = [key.id for key in data["keys"]]
+        if len(set(ids)) < len(ids):
+            raise ma.ValidationError("two keys have the same id", "keys")
+
+
+class KeysFile:
+    """keys.yml, followed while the server runs. Safe to use from several threads."""
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.path = path
+        self._clock = clock
+        self._keys: tuple[ApiKey, ...] | None = None
+        self._stamp: tuple[int, ...] | None = None
+        self._next_look = -1.0
+
+    def read(self) -> tuple[ApiKey, ...]:
+        """What the file says now; no key where there is no file. Raises ConfigError."""
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{self.path} cannot be read: {error}") from None
+        try:
+            document = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(yaml_fault(str(self.path), error)) from None
+        try:
+            return tuple(KeysSchema().load(document if document is not None else {})["keys"])
+        except ma.ValidationError as error:
+            raise ConfigError(describe_faults(str(self.path), text, error.messages)) from None
+
+    def current(self) -> tuple[ApiKey, ...]:
+        """The keys, looked at again once a second. A file that is broken or gone leaves them as they were.
+
+        Raises ConfigError only if there has been no good file yet.
+        """
+        if self._keys is None or self._clock() >= self._next_look:
+            self._next_look = self._clock() + LOOK_EVERY_S
+            stamp = self._stamp_now()
+            if self._keys is None or (stamp != self._stamp and stamp is not None):
+                self._stamp = stamp
+                try:
+                    self._keys = self.read()
+                except ConfigError as error:
+                    if self._keys is None:
+                        raise
+                    logger.error("the keys stay as they were: %s", error.message)
+        return self._keys
+
+    def _stamp_now(self) -> tuple[int, ...] | None:
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+    def edit(self, change: Callable[[tuple[ApiKey, ...]], tuple[ApiKey, ...]]) -> None:
+        """Change the file under its lock. Raises ConfigError, StorageError and what `change` raises."""
+        with files.locked(self.path):
+            entries = [_entry(key) for key in change(self.read())]
+            text = HEAD + yaml.safe_dump({"version": 1, "keys": entries}, sort_keys=False, allow_unicode=True)
+            files.replace(self.path, text, new_mode=ONLY_OWNER)
+
+
+def _entry(key: ApiKey) -> dict[str, object]:
+    """As it is written: what differs from its default."""
+    found: dict[str, object] = {}
+    for field in dataclasses.fields(ApiKey):
+        value = getattr(key, field.name)
+        if field.default is dataclasses.MISSING or value != field.default:
+            found[field.name] = list(value) if isinstance(value, tuple) else value
+    return found

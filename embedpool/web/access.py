@@ -1,0 +1,137 @@
+"""Who calls, and what they may: keys from keys.yml and from the environment, their scopes, models and limits.
+
+With no key of scope embed anywhere, embedding is open; with no key for management it is open to this machine alone (see
+manage.py). Whether the process is up and the API's document are everybody's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import os
+import threading
+from collections.abc import Iterator
+
+from flask import Request
+
+from embedpool.config.keys import ADMIN, EMBED, ApiKey, KeysFile, hash_of, id_of
+from embedpool.config.settings import Security
+from embedpool.errors import Forbidden, RateLimited, Unauthorized
+from embedpool.pool.allowance import Allowance
+from embedpool.pool.pool import Pool
+
+OPEN = "open"
+SCOPES = {"observe": EMBED, "manage": ADMIN, "openapi": OPEN}  # of a blueprint's routes; of the others: embed
+OPEN_ENDPOINTS = ("observe.health", "observe.ready", "observe.ready_model")
+
+
+class Caller:
+    """Whoever sends a request; limits are counted over all requests of a key."""
+
+    def __init__(self, key: ApiKey | None) -> None:
+        self.key = key
+        self.weight = key.weight if key else 1.0
+        self._requests = Allowance(key.requests_per_s) if key and key.requests_per_s else None
+        self._texts = Allowance(key.texts_per_s) if key and key.texts_per_s else None
+        self._inside = 0
+        self._lock = threading.Lock()
+
+    def require(self, pool: Pool, name: str) -> None:
+        """Raises Forbidden if the key is not for this model; whether there is one is not the question here."""
+        if self.key and self.key.models and pool.knows(name):
+            spec = pool.find(name).spec
+            if not set(spec.names) & set(self.key.models):
+                raise Forbidden(f"this key is not for {spec.model!r}")
+
+    @contextlib.contextmanager
+    def admitted(self, texts: int) -> Iterator[None]:
+        """While a request of so many texts is served. Raises RateLimited, before anything is computed."""
+        most = self.key.concurrent if self.key else 0
+        with self._lock:
+            if most and self._inside >= most:
+                raise RateLimited(f"this key may have {most} requests at once", retry_after_s=1.0)
+            self._inside += 1
+        try:
+            for allowance, amount, what in ((self._requests, 1, "requests"), (self._texts, texts, "texts")):
+                if allowance is not None and (wait_s := allowance.take(amount)):
+                    raise RateLimited(f"this key's {what} a second are used up", retry_after_s=wait_s)
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+
+
+NOBODY = Caller(None)
+
+
+class Access:
+    """Tells callers apart, by `Authorization: Bearer` or `X-API-Key`."""
+
+    def __init__(self, security: Security, keys: KeysFile) -> None:
+        self._keys = keys
+        named = {"env-embed": (security.embed_key_env, (EMBED,)), "env-admin": (security.admin_key_env, (ADMIN,))}
+        self._variables = {scopes[0]: variable for variable, scopes in named.values() if variable}
+        self._from_environment = tuple(
+            ApiKey(id=key_id, sha256=hash_of(key), scopes=scopes)
+            for key_id, (variable, scopes) in named.items()
+            if variable and (key := os.environ.get(variable))
+        )
+        self._callers: dict[ApiKey, Caller] = {}
+        self._lock = threading.Lock()
+
+    def asks_for_a_key(self, scope: str) -> bool:
+        """Whether there is a key for it, or should be."""
+        return scope in self._variables or any(scope in key.scopes for key in self._all())
+
+    def caller(self, of: Request) -> Caller:
+        """Who sends the request, if they may. Raises Unauthorized and Forbidden.
+
+        A key that is not asked for means nothing: SDKs want a value for one.
+        """
+        scope = _scope_of(of)
+        if scope == OPEN:
+            return NOBODY
+        known = self._all()
+        key = _find(_given(of), known)
+        if key and {scope, ADMIN} & set(key.scopes):
+            return self._caller_of(key, known)
+        if not self.asks_for_a_key(scope):
+            return NOBODY
+        if key:
+            raise Forbidden(f"this asks for a key of scope {scope}")
+        if not any({scope, ADMIN} & set(other.scopes) for other in known):
+            variable = self._variables[scope]
+            raise Forbidden(f"this is closed: the variable {variable} is not set in the server's process")
+        raise Unauthorized(f"this asks for {'the admin' if scope == ADMIN else 'a'} key: Authorization: Bearer …")
+
+    def _all(self) -> tuple[ApiKey, ...]:
+        return (*self._keys.current(), *self._from_environment)
+
+    def _caller_of(self, key: ApiKey, known: tuple[ApiKey, ...]) -> Caller:
+        """The same for all requests of a key, as long as its entry stays as it is."""
+        caller = self._callers.get(key)
+        if caller is None:
+            with self._lock:
+                self._callers = {k: c for k, c in self._callers.items() if k in known}
+                caller = self._callers.setdefault(key, Caller(key))
+        return caller
+
+
+def _scope_of(of: Request) -> str:
+    if of.endpoint is None or of.blueprint is None or of.endpoint in OPEN_ENDPOINTS:
+        return OPEN
+    return SCOPES.get(of.blueprint, EMBED)
+
+
+def _given(of: Request) -> str:
+    scheme, _, bearer = of.headers.get("Authorization", "").partition(" ")
+    return bearer.strip() if scheme.lower() == "bearer" else of.headers.get("X-API-Key", "").strip()
+
+
+def _find(given: str, known: tuple[ApiKey, ...]) -> ApiKey | None:
+    """The key that this is. A hash is compared in constant time."""
+    if not given:
+        return None
+    digest, claimed = hash_of(given), id_of(given)
+    candidates = [key for key in known if key.id == claimed or key.id.startswith("env-")]
+    return next((key for key in candidates if hmac.compare_digest(key.sha256, digest)), None)

@@ -1,0 +1,255 @@
+"""Who may do what: every endpoint, for every kind of caller."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedpool.config.keys import KeysFile, make_key
+from embedpool.config.settings import Security, Settings
+from embedpool.pool.replica_set import Engine
+from embedpool.web.openapi import document
+from tests.conftest import settle
+from tests.web.conftest import MODEL, NAME, Gate, Web, serving
+
+EMBED_PATHS = {
+    "/embed": {"model": "m", "texts": ["a"]},
+    "/v1/embeddings": {"model": "m", "input": "a"},
+    "/embeddings": {"model": "m", "input": "a"},
+    "/v2/embed": {"model": "m", "texts": ["a"]},
+    "/v1/embed": {"model": "m", "texts": ["a"]},
+    "/api/embed": {"model": "m", "input": "a"},
+    "/api/embeddings": {"model": "m", "prompt": "a"},
+    "/tei/{name}": {"inputs": "a"},
+    "/tei/{name}/embed": {"inputs": "a"},
+    "/tei/{name}/similarity": {"inputs": {"source_sentence": "a", "sentences": ["b"]}},
+    "/tei/{name}/tokenize": {"inputs": "a"},
+    "/tei/{name}/decode": {"ids": [3]},
+    "/tei/{name}/v1/embeddings": {"model": "m", "input": "a"},
+}
+MANAGE_PATHS = {
+    "/models/register": {"model": "new", "driver_type": "fake"},
+    "/models/alias": {"model": "new", "alias": "n"},
+    "/models/enable": {"model": "new", "enabled": True},
+    "/reload": {},
+    "/models/{name}": None,
+}
+OPEN_PATHS = {"/health", "/ready", "/ready/{name}", "/openapi.json", "/docs", "/docs/{file}"}
+
+
+@dataclasses.dataclass
+class Guarded:
+    """An app whose keys are in a file."""
+
+    web: Web
+    file: KeysFile
+    settings: Settings
+
+    def key(self, **values: Any) -> str:
+        entry, key = make_key("", **values)
+        self.file.edit(lambda keys: (*keys, entry))
+        return key
+
+    def ask(self, method: str, path: str, key: str | None = None, name: str = "m", **arguments: Any) -> Any:
+        body = {**EMBED_PATHS, **MANAGE_PATHS}.get(path)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        at = path.replace("{name}", name).replace("{file}", "start.js")
+        sent = {"json": body} if body is not None else {}
+        return self.web.app.test_client().open(at, method=method.upper(), headers=headers, **sent, **arguments)
+
+
+@pytest.fixture
+def guarded(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
+    """No key yet; a new one counts at once."""
+    monkeypatch.setattr("embedpool.config.keys.LOOK_EVERY_S", 0.0)
+    settings = Settings(security=Security(keys_file=str(tmp_path / "keys.yml")))
+    with serving(tmp_path, engine, MODEL, "model: new", settings=settings) as web:
+        settle(web.pool)
+        yield Guarded(web, KeysFile(tmp_path / "keys.yml"), settings)
+
+
+def kind_of(path: str) -> str:
+    if path in OPEN_PATHS:
+        return "open"
+    return "manage" if path in MANAGE_PATHS else "embed"
+
+
+OPERATIONS = [
+    (method, path, kind_of(path) if (method, path) != ("get", "/models/{name}") else "embed")
+    for path, item in document()["paths"].items()
+    for method in item
+]
+
+
+@pytest.mark.parametrize(("method", "path", "kind"), OPERATIONS)
+@pytest.mark.parametrize(
+    ("caller", "open_", "embed", "manage"),
+    [
+        ("nobody", 200, 401, 401),
+        ("a wrong key", 200, 401, 401),
+        ("a revoked key", 200, 401, 401),
+        ("an embed key", 200, 200, 403),
+        ("an admin key", 200, 200, 200),
+    ],
+)
+def test_the_table_of_access(
+    guarded: Guarded, method: str, path: str, kind: str, caller: str, open_: int, embed: int, manage: int
+) -> None:
+    """Each caller at each endpoint, once there are keys of both scopes."""
+    revoked = guarded.key(scopes=["admin"])
+    guarded.file.edit(lambda keys: ())
+    keys = {
+        "nobody": None,
+        "a wrong key": make_key("")[1],
+        "a revoked key": revoked,
+        "an embed key": guarded.key(),
+        "an admin key": guarded.key(scopes=["admin"]),
+    }
+    name = "new" if kind == "manage" else "m"
+    answer = guarded.ask(method, path, keys[caller], name=name)
+    assert answer.status_code == {"open": open_, "embed": embed, "manage": manage}[kind], answer.text
+    assert not any(key in answer.text for key in keys.values() if key)
+
+
+@pytest.mark.parametrize("path", EMBED_PATHS)
+def test_a_key_may_be_for_some_models(guarded: Guarded, path: str) -> None:
+    """By name or alias; another model is forbidden, and an unknown one is unknown."""
+    for named in ("m", NAME):
+        assert guarded.ask("post", path, guarded.key(models=[named])).status_code == 200
+    elsewhere = guarded.key(models=["new"])
+    assert guarded.ask("post", path, elsewhere).status_code == 403
+
+
+def test_lines_ask_for_a_key_too(guarded: Guarded) -> None:
+    """A body of lines is no way round."""
+    key, elsewhere = guarded.key(), guarded.key(models=["new"])
+    for given, status in ((None, 401), (key, 200), (elsewhere, 403)):
+        headers = {"Authorization": f"Bearer {given}"} if given else {}
+        answer = guarded.web.post(
+            "/embed?model=m", data=b'{"text": "a"}\n', content_type="application/x-ndjson", headers=headers
+        )
+        assert answer.status_code == status
+        answer.close()
+
+
+def test_without_keys_all_is_as_ever(guarded: Guarded) -> None:
+    """Embedding is open, management is open to this machine; a key that nobody asks for means nothing."""
+    for key in (None, "sk-whatever"):
+        assert guarded.ask("post", "/embed", key).status_code == 200
+        assert guarded.ask("post", "/reload", key).status_code == 200
+    assert guarded.ask("post", "/reload", environ_overrides={"REMOTE_ADDR": "10.0.0.7"}).status_code == 403
+
+
+def test_an_embed_key_leaves_management_as_it_was(guarded: Guarded) -> None:
+    """It is another door."""
+    guarded.key()
+    assert guarded.ask("post", "/reload").status_code == 200
+    assert guarded.ask("post", "/reload", environ_overrides={"REMOTE_ADDR": "10.0.0.7"}).status_code == 403
+
+
+def test_an_admin_key_leaves_embedding_as_it_was(guarded: Guarded) -> None:
+    """Until there is a key for it."""
+    guarded.key(scopes=["admin"])
+    assert guarded.ask("post", "/embed").status_code == 200
+    assert guarded.ask("post", "/reload").status_code == 401
+
+
+@pytest.mark.parametrize("header", [{"X-API-Key": "{}"}, {"Authorization": "bearer  {}"}])
+def test_a_key_may_come_in_another_header(guarded: Guarded, header: dict[str, str]) -> None:
+    """As other services take it."""
+    key = guarded.key()
+    headers = {name: value.format(key) for name, value in header.items()}
+    assert guarded.web.embed("a", headers=headers).status_code == 200
+
+
+def test_keys_from_the_environment(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for embedding, one for management, by the names of their variables; one that is not set opens nothing."""
+    monkeypatch.setenv("EMBEDPOOL_SECRET_E", "for embedding")
+    monkeypatch.setenv("EMBEDPOOL_SECRET_A", "for management")
+    security = Security(
+        embed_key_env="EMBEDPOOL_SECRET_E", admin_key_env="EMBEDPOOL_SECRET_A", keys_file=str(tmp_path / "none.yml")
+    )
+    expected = {None: (401, 401), "for embedding": (200, 403), "for management": (200, 200)}
+    with serving(tmp_path, engine, MODEL, settings=Settings(security=security)) as web:
+        settle(web.pool)
+        for key, (embed, manage) in expected.items():
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            assert web.embed("a", headers=headers).status_code == embed
+            assert web.post("/reload", {}, headers=headers).status_code == manage
+    monkeypatch.delenv("EMBEDPOOL_SECRET_E")
+    with serving(
+        tmp_path, engine, MODEL, settings=Settings(security=dataclasses.replace(security, admin_key_env=None))
+    ) as web:
+        assert web.embed("a").status_code == 403
+
+
+def test_a_keys_rates_are_its_own(guarded: Guarded) -> None:
+    """429 with the time to wait, before anything is computed; other keys are not concerned."""
+    slow, other = guarded.key(requests_per_s=0.001), guarded.key(texts_per_s=0.001)
+    assert guarded.ask("post", "/embed", slow).status_code == 200
+    answer = guarded.ask("post", "/embed", slow)
+    assert (answer.status_code, answer.json["error"]["code"]) == (429, "rate_limited")
+    assert 900 <= int(answer.headers["Retry-After"]) <= 1001
+    assert guarded.ask("post", "/embed", other).status_code == 200
+    computed = guarded.web.pool.find("m").stats.snapshot()["rows"]
+    assert guarded.ask("post", "/v1/embeddings", other).status_code == 429
+    assert guarded.web.pool.find("m").stats.snapshot()["rows"] == computed
+
+
+def test_a_key_may_have_so_many_requests_at_once(
+    tmp_path: Path, engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next gets 429; when one is answered there is room again."""
+    entry, key = make_key("", concurrent=1)
+    file = KeysFile(tmp_path / "keys.yml")
+    file.edit(lambda keys: (entry,))
+    settings = Settings(security=Security(keys_file=str(file.path)))
+    headers = {"Authorization": f"Bearer {key}"}
+    with serving(tmp_path, dataclasses.replace(engine, open_driver=gate.run), MODEL, settings=settings) as web:
+        settle(web.pool)
+        with ThreadPoolExecutor(1) as threads:
+            first = threads.submit(web.embed, "a", headers=headers)
+            assert gate.reached.wait(20)
+            assert web.embed("b", headers=headers).json["error"]["code"] == "rate_limited"
+            gate.opened.set()
+            assert first.result().status_code == 200
+        assert web.embed("b", headers=headers).status_code == 200
+
+
+def test_a_key_has_its_weight_in_the_queue(guarded: Guarded) -> None:
+    """It belongs to the key, never to the request."""
+    seen = []
+    submit = guarded.web.pool.submit
+
+    def watched(request: Any) -> Any:
+        seen.append(request.weight)
+        return submit(request)
+
+    guarded.web.pool.submit = watched  # type: ignore[method-assign]
+    guarded.ask("post", "/embed", guarded.key(weight=4))
+    assert seen == [4]
+
+
+def test_the_log_names_the_key_and_does_not_tell_it(guarded: Guarded, caplog: pytest.LogCaptureFixture) -> None:
+    """By its id."""
+    caplog.set_level("INFO")
+    key = guarded.key()
+    guarded.ask("post", "/embed", key)
+    fields = [record.fields for record in caplog.records if hasattr(record, "fields")]
+    assert fields[-1]["key"] == key.split("_")[1]
+    assert key not in str([record.__dict__ for record in caplog.records])
+
+
+def test_a_changed_limit_counts_and_an_unchanged_one_goes_on(guarded: Guarded) -> None:
+    """A caller's account is kept as long as its entry is what it was."""
+    key = guarded.key(requests_per_s=0.001)
+    assert guarded.ask("post", "/embed", key).status_code == 200
+    guarded.key()
+    assert guarded.ask("post", "/embed", key).status_code == 429
+    guarded.file.edit(lambda keys: tuple(dataclasses.replace(k, requests_per_s=0) for k in keys))
+    assert guarded.ask("post", "/embed", key).status_code == 200
