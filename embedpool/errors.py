@@ -161,6 +161,12 @@ class Overloaded(EmbedpoolError):
 # --- 5xx: it is the server's, or the remote's
 
 
+class LoopDetected(EmbedpoolError):
+    """The request has come through too many servers of this kind; one of them is a remote model of itself."""
+
+    status, code = 508, "loop_detected"
+
+
 class InferenceFailed(EmbedpoolError):
     """The model failed on a text; `fields` names the culprit."""
 

@@ -15,6 +15,7 @@ from typing import Any
 from flask import Flask
 
 from embedpool import tracing
+from embedpool.config import guard
 from embedpool.config.keys import KeysFile
 from embedpool.config.pool_yml import PoolFile
 from embedpool.config.settings import Settings, find_config_yml, load_settings
@@ -45,6 +46,7 @@ class EmbedpoolApp:
         cache_dir = settings.file(settings.paths.cache_dir)
 
         def open_driver(spec: ModelSpec) -> Driver:
+            guard.check(spec, settings)
             driver = make_driver(spec, cache_dir)
             driver.open()
             return driver

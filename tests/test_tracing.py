@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -137,3 +138,27 @@ def test_a_server_error_is_an_error_of_the_span(web: Web, spans: InMemorySpanExp
     web.get("/health")
     status = {span.name: span.status.is_ok for span in spans.get_finished_spans()}
     assert status == {"POST /embed": True, "GET /health": False}
+
+
+def test_a_server_that_is_its_own_remote_is_found_out(web: Web) -> None:
+    """Each counts itself; a request that has come through too many is refused."""
+    for hops, status in (("4", 200), ("5", 508), ("many", 200)):
+        assert web.embed("a", headers={"X-Embedpool-Hops": hops}).status_code == status
+
+
+def test_a_remote_service_is_told_how_far_a_request_has_come(
+    remote: tuple[Web, list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more than it had come before."""
+    near, _ = remote
+    seen = []
+    session = requests.Session.post
+
+    def watched(self: Any, *arguments: Any, **named: Any) -> Any:
+        seen.append(named["headers"]["X-Embedpool-Hops"])
+        return session(self, *arguments, **named)
+
+    monkeypatch.setattr(requests.Session, "post", watched)
+    near.embed("a", model="r")
+    near.embed("b", model="r", headers={"X-Embedpool-Hops": "3"})
+    assert seen == ["1", "4"]

@@ -143,6 +143,10 @@ class Security:
         check=secret_variable,
     )
     keys_file: str = option(".config/keys.yml", "keys as hashes, with scopes, models and limits; see `embedpool key`")
+    model_roots: tuple[str, ...] = option((), "folders below which `driver.config.path` must be; none: anywhere")
+    remote_hosts: tuple[str, ...] = option(
+        (), "hosts that remote models may be at, with * for a part; none: any, but link-local and metadata addresses"
+    )
     insecure: bool = option(False, "listen on other than loopback addresses although there is no key")
     allowed_hosts: tuple[str, ...] = option(
         (), "further Host names under which management is answered, beside loopback names and `server.host`"

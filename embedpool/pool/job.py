@@ -20,8 +20,8 @@ class Flow:
     """What the jobs of one request share. `finish` and `waiting` belong to the queue and its lock."""
 
     __slots__ = (
-        "_lock", "abandoned", "client_gone", "compute_s", "deadline", "error", "finish", "jobs", "partial", "replicas",
-        "started_at", "trace", "waiting", "weight",
+        "_lock", "abandoned", "client_gone", "compute_s", "deadline", "error", "finish", "hops", "jobs", "partial",
+        "replicas", "started_at", "trace", "waiting", "weight",
     )  # fmt: skip
 
     def __init__(
@@ -32,12 +32,14 @@ class Flow:
         *,
         partial: bool = False,
         trace: Trace | None = None,
+        hops: int = 0,
     ) -> None:
         self.deadline = deadline
         self.weight = weight
         self.client_gone = client_gone
         self.partial = partial  # a text that fails takes no other with it
         self.trace = trace or {}
+        self.hops = hops
         self.abandoned = False
         self.jobs: list[Job] = []
         self.error: EmbedpoolError | None = None  # the first one; no further job is worth computing

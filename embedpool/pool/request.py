@@ -47,6 +47,7 @@ class EmbedRequest:
     timeout_s: float | None = None
     weight: float = 1.0
     client_gone: Callable[[], bool] = lambda: False
+    hops: int = 0  # servers of this kind that it has come through
     trace: Trace = dataclasses.field(default_factory=dict)
 
 

@@ -79,7 +79,9 @@ class ServedModel:
         timeout_s = min(request.timeout_s or math.inf, self._engine.request_timeout_s)
         partial = request.options.on_error == "partial"
         deadline = self._engine.clock() + timeout_s
-        flow = Flow(deadline, request.weight, request.client_gone, partial=partial, trace=request.trace)
+        flow = Flow(
+            deadline, request.weight, request.client_gone, partial=partial, trace=request.trace, hops=request.hops
+        )
         with self._flow_left:
             self._flows.add(flow)
         try:

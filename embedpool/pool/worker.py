@@ -163,9 +163,10 @@ class Worker:
         started = self._clock()
         ids = None if rows[0].ids is None else [row.ids or () for row in rows]
         group = rows[0].job.group
-        traces = [flow.trace for flow in {row.job.flow: None for row in rows}]
+        flows = list({row.job.flow: None for row in rows})
+        hops = max(flow.hops for flow in flows)
         facts = {"embedpool.replica": self.name, "embedpool.texts": len(rows)}
-        with self._queue.joinable(rows), tracing.batch("batch", traces, facts):
+        with self._queue.joinable(rows), tracing.batch("batch", [flow.trace for flow in flows], facts, hops=hops):
             answer = self._driver.embed([row.text for row in rows], ids, json.loads(group) if group else {})
         elapsed = self._clock() - started
         vectors = answer.vectors

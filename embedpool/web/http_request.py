@@ -10,9 +10,11 @@ from typing import Any, cast
 from flask import Request, request
 
 from embedpool import tracing
+from embedpool.errors import LoopDetected
 from embedpool.pool.request import EmbedResult
 from embedpool.web.access import NOBODY
 
+MOST_HOPS = 4
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
 
 
@@ -31,6 +33,17 @@ class HttpRequest(Request):
         self.caller = NOBODY
         given = self.headers.get("X-Request-Id", "")
         self.id = given if REQUEST_ID.match(given) else uuid.uuid4().hex
+
+    @property
+    def hops(self) -> int:
+        """Servers of this kind that the request has come through. Raises LoopDetected beyond a sane number."""
+        told = self.headers.get(tracing.HOPS_HEADER, "")
+        hops = int(told) if told.isascii() and told.isdigit() and len(told) < 4 else 0
+        if hops > MOST_HOPS:
+            raise LoopDetected(
+                f"the request has come through {hops} servers: is a remote model's base_url this server?"
+            )
+        return hops
 
     @property
     def route(self) -> str:

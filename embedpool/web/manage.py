@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from flask import Blueprint, Request, Response, request
 
-from embedpool.config import edit
+from embedpool.config import edit, guard
 from embedpool.config.keys import ADMIN
 from embedpool.config.settings import Settings
 from embedpool.errors import Forbidden, InvalidRequest
@@ -33,7 +33,7 @@ def blueprint(pool: Pool, reconciler: Reconciler, settings: Settings, access: Ac
         return read_json(request, schema, settings.limits)
 
     @routes.before_request
-    def guard() -> None:
+    def let_in() -> None:
         if request.method not in ("GET", "HEAD", "OPTIONS"):
             refuse_strangers(request, own_hosts, has_key=access.asks_for_a_key(ADMIN))
 
@@ -46,6 +46,7 @@ def blueprint(pool: Pool, reconciler: Reconciler, settings: Settings, access: Ac
                 f"driver_config.trust_remote_code: {says}", fields={"driver_config.trust_remote_code": says}
             )
         spec = edit.parse_registration(flat)
+        guard.check(spec, settings)
         wait = flag("wait", True)
         return answer(reconciler.register(spec, replace=flag("replace", False), wait=wait), 200 if wait else 202)
 

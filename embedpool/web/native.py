@@ -51,6 +51,7 @@ def submit(pool: Pool, model: str, texts: list[str], options: EmbedOptions) -> E
         timeout_s(http),
         weight=http.caller.weight,
         client_gone=http.client_gone,
+        hops=http.hops,
         trace=http.trace,
     )
     with http.caller.admitted(len(texts)):

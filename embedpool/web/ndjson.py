@@ -221,6 +221,7 @@ class _Stream:
                 left_s,
                 weight=self._http.caller.weight / CHUNKS_AT_ONCE,
                 client_gone=self._is_over,
+                hops=self._http.hops,
                 trace=self._http.trace,
             )
             try:

@@ -399,3 +399,9 @@ def test_an_admin_key_that_is_not_set_closes_management(make_web) -> None:
     web = make_web("model: m", settings=Settings(security=Security(admin_key_env="EMBEDPOOL_SECRET_NOT_SET")))
     answer = web.post("/reload", {}, headers={"Authorization": "Bearer "})
     assert (answer.status_code, answer.json["error"]["code"]) == (403, "forbidden")
+
+
+def test_a_model_may_not_reach_everything(web: Web) -> None:
+    """What a remote model may be asked for is not what this machine is told as a secret."""
+    body = {"model": "r", "driver_type": "http", "driver_config": {"base_url": "http://169.254.169.254/embed"}}
+    refused(web.post("/models/register", body), 403, "forbidden")

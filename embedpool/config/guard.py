@@ -1,0 +1,51 @@
+"""What a model may reach: folders below the configured roots, remote services at the configured hosts, no metadata."""
+
+from __future__ import annotations
+
+import fnmatch
+import ipaddress
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from embedpool.config.settings import Settings
+from embedpool.config.spec import HttpConfig, LocalStConfig, ModelSpec
+from embedpool.errors import Forbidden
+
+# Where clouds tell a machine its secrets; beside them every link-local address is refused.
+METADATA = {ipaddress.ip_address(address) for address in ("100.100.100.200", "192.0.0.192", "fd00:ec2::254")}
+
+
+def check(spec: ModelSpec, settings: Settings) -> None:
+    """Raises Forbidden with the reason."""
+    config = spec.driver.config
+    if isinstance(config, LocalStConfig) and config.path:
+        _check_folder(spec.model, config.path, [settings.file(root) for root in settings.security.model_roots])
+    if isinstance(config, HttpConfig):
+        _check_host(spec.model, config.base_url, settings.security.remote_hosts)
+
+
+def _check_folder(model: str, path: str, roots: list[Path]) -> None:
+    """Links are followed first: it is where the files are that counts."""
+    folder = Path(path).resolve()
+    if roots and not any(folder.is_relative_to(root.resolve()) for root in roots):
+        raise Forbidden(f"{model!r}: the folder {path} is below none of security.model_roots")
+
+
+def _check_host(model: str, base_url: str, allowed: tuple[str, ...]) -> None:
+    host = urlsplit(base_url).hostname or ""
+    if allowed and not any(fnmatch.fnmatchcase(host, pattern.lower()) for pattern in allowed):
+        raise Forbidden(f"{model!r}: {host} is none of security.remote_hosts")
+    for address in _addresses(host):
+        if address.is_link_local or address in METADATA:
+            raise Forbidden(f"{model!r}: {host} is an address at which machines are told secrets")
+
+
+def _addresses(host: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """All that the name stands for; none if it stands for nothing, which the driver will find out."""
+    try:
+        found = {str(info[4][0]).split("%")[0] for info in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError):
+        return []
+    addresses = [ipaddress.ip_address(text) for text in sorted(found)]
+    return [getattr(address, "ipv4_mapped", None) or address for address in addresses]
