@@ -15,7 +15,7 @@ from opentelemetry.trace import SpanKind
 
 from embedpool import tracing
 from embedpool.pool.replica_set import Engine
-from embedpool.tracing import outgoing, trace_of
+from embedpool.tracing import HOPS_HEADER, outgoing, trace_of
 from tests.conftest import settle
 from tests.test_client import Served
 from tests.web.conftest import MODEL, Web, serving
@@ -49,10 +49,10 @@ def test_only_a_sane_trace_is_taken(headers: dict[str, str], trace: dict[str, st
 def test_a_batch_belongs_to_the_first_trace() -> None:
     """While it runs, and no longer."""
     with tracing.batch("batch", [{}, {"traceparent": PARENT}, {"traceparent": OTHER}], {}):
-        assert outgoing() == {"traceparent": PARENT}
+        assert outgoing() == {"traceparent": PARENT, HOPS_HEADER: "1"}
     assert outgoing() == {}
-    with tracing.batch("batch", [{}, {}], {}):
-        assert outgoing() == {}
+    with tracing.batch("batch", [{}, {}], {}, hops=2):
+        assert outgoing() == {HOPS_HEADER: "3"}
 
 
 @pytest.fixture
