@@ -92,6 +92,8 @@ class Access:
         if scope == OPEN:
             return NOBODY
         known = self._all()
+        if not known and not self._variables:
+            return NOBODY
         key = _find(_given(of), known)
         if key and {scope, ADMIN} & set(key.scopes):
             return self._caller_of(key, known)

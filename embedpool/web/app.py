@@ -73,10 +73,7 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
             if http.span is not None:
                 tracing.end_request(http.span, span_attributes(http, response), failed=response.status_code >= 500)
 
-        if response.is_streamed:
-            response.call_on_close(note)
-        else:
-            note()
+        response.call_on_close(note)  # when the answer has left: nobody waits for the log
         return response
 
     return app

@@ -40,13 +40,14 @@ class Web:
     app: Flask
 
     def get(self, path: str, **arguments: Any) -> TestResponse:
-        return self.app.test_client().get(path, **arguments)
+        return self.app.test_client().get(path, **{"buffered": True, **arguments})
 
     def post(self, path: str, body: Any = None, **arguments: Any) -> TestResponse:
-        return self.app.test_client().post(path, **({"json": body} if body is not None else {}), **arguments)
+        sent = {"json": body} if body is not None else {}
+        return self.app.test_client().post(path, **{"buffered": True, **sent, **arguments})
 
     def delete(self, path: str, **arguments: Any) -> TestResponse:
-        return self.app.test_client().delete(path, **arguments)
+        return self.app.test_client().delete(path, **{"buffered": True, **arguments})
 
     def embed(self, *texts: str, model: str = "m", headers: Any = None, **options: Any) -> TestResponse:
         return self.post("/embed", {"model": model, "texts": list(texts), "options": options}, headers=headers)

@@ -60,7 +60,8 @@ class Guarded:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         at = path.replace("{name}", name).replace("{file}", "start.js")
         sent = {"json": body} if body is not None else {}
-        return self.web.app.test_client().open(at, method=method.upper(), headers=headers, **sent, **arguments)
+        client = self.web.app.test_client()
+        return client.open(at, method=method.upper(), headers=headers, buffered=True, **sent, **arguments)
 
 
 @pytest.fixture
