@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -19,14 +19,16 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 TEXTS_PER_CALL = 1000
+CHARS_PER_CALL = 4_000_000
 BUSY = (429, 503)
+TOO_MUCH = (413, 504)  # for one call; half of it may do
 
 
 class Client:
     """Speaks to the server at `base_url`. Raises EmbedpoolError with the server's status and code.
 
     For one thread at a time. `timeout_s` is the longest wait for one answer. A server that is busy or still loading
-    (429, 503) is asked again when it says, for up to `retry_s` seconds in all.
+    (429, 503) is asked again when it says, for up to `retry_s` seconds for one call.
     """
 
     def __init__(
@@ -54,29 +56,32 @@ class Client:
     def embed(self, texts: Sequence[str], *, model: str, **options: Any) -> NDArray[Any]:
         """The vectors of the texts, of shape (texts, dim), in order; `options` are those of POST /embed.
 
-        Any number of texts, which go in calls of 1,000. How many the server had to truncate is logged as a warning.
+        Any number of texts, which go in calls of up to 1,000, or 4 million characters. How many the server had to
+        truncate is logged as a warning.
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings, not one string")
-        give_up_at = time.monotonic() + self._retry_s
-        starts = range(0, max(len(texts), 1), TEXTS_PER_CALL)
-        parts = [self._vectors(texts[i : i + TEXTS_PER_CALL], model, options, i, give_up_at) for i in starts]
+        parts = [self._vectors(texts[i:j], model, options, i) for i, j in _parts(texts)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _vectors(
-        self, texts: Sequence[str], model: str, options: dict[str, Any], first: int, give_up_at: float
-    ) -> NDArray[Any]:
+    def _vectors(self, texts: Sequence[str], model: str, options: dict[str, Any], first: int) -> NDArray[Any]:
         """Of texts number `first` and those that follow."""
         body = {"model": model, "texts": list(texts), "options": options}
+        patience_s = self._retry_s
         while True:
             try:
                 response = self._send("POST", "/embed", body, accept="application/x-npy")
                 break
             except EmbedpoolError as error:
                 wait_s = error.retry_after_s
-                if error.status in BUSY and wait_s is not None and time.monotonic() + wait_s <= give_up_at:
+                if error.status in BUSY and wait_s is not None and wait_s <= patience_s:
+                    patience_s -= wait_s
                     time.sleep(wait_s)
                     continue
+                if error.status in TOO_MUCH and len(texts) > 1:
+                    middle = len(texts) // 2
+                    halves = ((texts[:middle], first), (texts[middle:], first + middle))
+                    return np.concatenate([self._vectors(half, model, options, at) for half, at in halves])
                 if first:
                     error.args = (f"{error.message} (of the texts from number {first})",)
                     error.message = error.args[0]
@@ -152,6 +157,17 @@ class Client:
             return response.json()
         except requests.JSONDecodeError:
             raise ServerUnreachable(f"what answers at {self._base_url} is not embedpool") from None
+
+
+def _parts(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """From where to where the texts of each call are; one call where there is no text."""
+    start = size = 0
+    for i, text in enumerate(texts):
+        if i > start and (i - start == TEXTS_PER_CALL or size + len(text) > CHARS_PER_CALL):
+            yield start, i
+            start, size = i, 0
+        size += len(text)
+    yield start, len(texts)
 
 
 def _as_error(document: Any, response: requests.Response) -> EmbedpoolError:

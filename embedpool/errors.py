@@ -103,6 +103,12 @@ class AliasConflict(EmbedpoolError):
     status, code = 409, "alias_conflict"
 
 
+class ModelChanged(EmbedpoolError):
+    """Another model took the name while lines were being answered; its vectors would not fit the earlier ones."""
+
+    status, code = 409, "model_changed"
+
+
 class ModelExistsDifferently(EmbedpoolError):
     """A model of this name is registered with a different spec."""
 

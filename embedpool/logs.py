@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -42,12 +43,19 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
+        return _json(line)
+
+
+def _json(value: Any) -> str:
+    try:
+        return orjson.dumps(value, default=str).decode()
+    except TypeError:  # a lone surrogate, as of a file name that is no UTF-8
+        return json.dumps(value, default=str)
 
 
 def _shown(value: Any) -> str:
     text = str(value)
-    return text if PLAIN.match(text) else orjson.dumps(text).decode()
+    return text if PLAIN.match(text) else _json(text)
 
 
 def configure_logging(settings: Settings) -> None:

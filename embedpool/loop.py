@@ -151,6 +151,7 @@ class Loop:
         settings = app.settings
         self._app = app
         self._stopping = False
+        self._look_every_s = min(settings.server.idle_connection_s, 30) / 2
         self._map: dict[int, Any] = {}
         create_server(
             app,
@@ -181,9 +182,21 @@ class Loop:
 
     def run(self, heartbeat: Callable[[], bool] = lambda: True) -> None:
         """Serve until `stop`, or until `heartbeat`, called at least once a second, says False; then drain."""
+        next_look = 0.0
         while not self._stopping and heartbeat():
             self._poll(1.0, self._map)
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + self._look_every_s
+                self._close_stalled()
         self._drain(heartbeat)
+
+    def _close_stalled(self) -> None:
+        """A client that does not read its answer holds a thread; waitress itself would wait for it for ever."""
+        longest_s = self._app.settings.server.idle_connection_s
+        for channel in self._channels():
+            if channel.total_outbufs_len and time.time() - channel.last_activity > longest_s:
+                logger.info("a client that read nothing of its answer for %d s is cut off", longest_s)
+                channel.handle_close()
 
     def _drain(self, heartbeat: Callable[[], bool]) -> None:
         """Watch → listener → drain → pool → threads, in this order and in bounded time."""

@@ -9,6 +9,7 @@ import ipaddress
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,7 @@ from embedpool.web.app import create_app
 
 logger = logging.getLogger(__name__)
 
+SPANS_WAIT_S = 3.0  # for a collector that does not answer
 STOP_MARGIN_S = 20  # beyond the grace period, for replicas to close before gunicorn kills the worker
 
 
@@ -94,7 +96,10 @@ class EmbedpoolApp:
     def beat(self) -> None:
         """See App. Other workers may answer a scrape."""
         if self.metrics.is_shared:
-            self.metrics.refresh(self.pool, self.reconciler)
+            try:
+                self.metrics.refresh(self.pool, self.reconciler)
+            except Exception:
+                logger.exception("the metrics were not refreshed")  # no reason to end the loop, which this runs in
 
     def begin_to_stop(self) -> None:
         """See App."""
@@ -106,7 +111,9 @@ class EmbedpoolApp:
     def stop(self) -> int:
         """See App."""
         given_up = self.pool.stop()
-        tracing.stop(self._spans)
+        ending = threading.Thread(target=tracing.stop, args=(self._spans,), name="stop-tracing", daemon=True)
+        ending.start()
+        ending.join(SPANS_WAIT_S)
         return given_up
 
 
@@ -189,7 +196,7 @@ def gunicorn_settings() -> dict[str, Any]:
     pid_file = PidFile(settings)
 
     def begin(arbiter: Any) -> None:
-        if server.workers > 1:
+        if arbiter.cfg.workers > 1:
             metrics.share()
 
     def end(arbiter: Any) -> None:

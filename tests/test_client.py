@@ -219,13 +219,13 @@ class Busy:
     """A server that refuses some times before it serves."""
 
     def __init__(self, web: Web, *refusals: tuple[int, str | None]) -> None:
-        self._left = list(refusals)
+        self.left = list(refusals)
         self._web = web
 
     def __call__(self, environ: Any, start_response: Any) -> Any:
-        if not self._left:
+        if not self.left:
             return self._web.app(environ, start_response)
-        status, wait = self._left.pop(0)
+        status, wait = self.left.pop(0)
         headers = [("Content-Type", "application/json"), *([("Retry-After", wait)] if wait else [])]
         start_response(f"{status} Busy", headers)
         return [b'{"error": {"code": "overloaded", "message": "busy", "request_id": "1"}}']
@@ -235,6 +235,7 @@ class Busy:
     ("refusals", "waited", "served"),
     [
         ([(429, "2"), (503, "3")], [2.0, 3.0], True),
+        ([(429, "40"), (429, "30")], [40.0], False),  # longer in all
         ([(429, "61")], [], False),  # longer than the client is to wait
         ([(503, None)], [], False),  # the server does not say that it gets better
         ([(403, "1")], [], False),
@@ -264,3 +265,45 @@ def test_an_error_says_which_texts(client: Client) -> None:
     texts = ["a"] * TEXTS_PER_CALL + ["b c d"]
     with pytest.raises(EmbedpoolError, match=f"from number {TEXTS_PER_CALL}"):
         client.embed(texts, model="m", max_seq_length=3, truncate="error")
+
+
+def test_each_call_has_its_own_patience(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bulk job that has gone on for an hour is not given up at its first 429."""
+    slept: list[float] = []
+    monkeypatch.setattr("embedpool.client.time.sleep", slept.append)
+    monkeypatch.setattr("embedpool.client.TEXTS_PER_CALL", 1)
+    busy = Busy(web, (429, "50"))
+    server = Served(busy)
+    try:
+        with Client(server.url) as client:
+            assert client.embed(["a", "b"], model="m").shape == (2, 384)
+            busy.left.append((429, "50"))
+            assert client.embed(["a", "b"], model="m").shape == (2, 384)
+    finally:
+        server.close()
+    assert [wait_s for wait_s in slept if wait_s] == [50.0, 50.0]
+
+
+@pytest.mark.parametrize("status", [413, 504])
+def test_what_is_too_much_for_one_call_goes_in_two(web: Web, status: int) -> None:
+    """As often as it takes; the order is kept. A single text that is too much is an error."""
+    texts = [f"text {i}" for i in range(5)]
+    busy = Busy(web, (status, None), (status, None))
+    server = Served(busy)
+    try:
+        with Client(server.url) as client:
+            np.testing.assert_allclose(client.embed(texts, model="m"), unit(raw(*texts)), atol=1e-6)
+            busy.left.append((status, None))
+            with pytest.raises(EmbedpoolError):
+                client.embed(["a"], model="m")
+    finally:
+        server.close()
+
+
+def test_a_call_is_bounded_in_characters(client: Client, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long texts go in smaller calls, a text that is longer than the bound alone."""
+    monkeypatch.setattr("embedpool.client.CHARS_PER_CALL", 10)
+    texts = ["aaaa", "bbbb", "cccc", "d" * 20, "e"]
+    before = web.status("m")["counters"]["requests"]
+    np.testing.assert_allclose(client.embed(texts, model="m"), unit(raw(*texts)), atol=1e-6)
+    assert web.status("m")["counters"]["requests"] == before + 4

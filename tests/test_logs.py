@@ -42,3 +42,9 @@ def test_an_exception_is_told_in_both() -> None:
     line = JsonFormatter().format(told)
     assert "ValueError: no" in json.loads(line)["exception"]
     assert "\n" not in line
+
+
+def test_a_name_that_is_no_unicode_is_no_reason_to_lose_a_line() -> None:
+    """As a file's may be."""
+    for formatter in (TextFormatter(), JsonFormatter()):
+        assert "udcff" in formatter.format(record(path="\udcff x"))

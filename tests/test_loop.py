@@ -1,12 +1,15 @@
-"""What a connection sends, it sends once."""
+"""The loop's own part of waitress: what a connection sends, it sends once, and it is not waited for without end."""
 
 from __future__ import annotations
 
 import threading
+import time
+from types import SimpleNamespace
 
 from waitress.buffers import OverflowableBuffer
 
-from embedpool.loop import _Channel
+from embedpool.config.settings import Server, Settings
+from embedpool.loop import Loop, _Channel
 
 
 def test_two_threads_cannot_send_the_same_bytes() -> None:
@@ -30,3 +33,23 @@ def test_two_threads_cannot_send_the_same_bytes() -> None:
     channel.handle_write()
     assert others_may_send == [False]
     assert channel.total_outbufs_len == 0
+
+
+def test_a_client_that_reads_nothing_is_cut_off() -> None:
+    """Its answer holds a thread; one that reads slowly, or waits for an answer, is left alone."""
+
+    class Channel(_Channel):
+        closed = False
+
+        def __init__(self, unsent: int, silent_s: float) -> None:
+            self.total_outbufs_len, self.last_activity = unsent, time.time() - silent_s
+
+        def handle_close(self) -> None:
+            self.closed = True
+
+    loop = Loop.__new__(Loop)
+    loop._app = SimpleNamespace(settings=Settings(server=Server(idle_connection_s=100)))
+    channels = [Channel(5, 200), Channel(5, 50), Channel(0, 200)]
+    loop._map = dict(enumerate(channels))
+    loop._close_stalled()
+    assert [channel.closed for channel in channels] == [True, False, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,6 +12,8 @@ from embedpool.errors import EmbedpoolError, InferenceFailed, InvalidRequest
 from embedpool.pool.door import Measured
 from embedpool.pool.job import Flow, Job
 from embedpool.pool.request import EmbedOptions, EmbedResult, Vectors
+
+NO_FLOAT16 = "the vectors do not fit float16; ask for float32 or normalize"
 
 
 def gather(
@@ -32,6 +35,8 @@ def gather(
     else:
         raw = parts[0] if len(parts) == 1 else np.concatenate(parts)
     config = spec.driver.config
+    if flow.partial and raw.shape[1]:
+        raw, errors = _without_what_overflows(raw, errors, options, normalize=config.normalize, dtype=config.dtype)
     counted = sum(job.counted for job in jobs)
     return EmbedResult(
         model=spec.model,
@@ -46,6 +51,21 @@ def gather(
         replicas=sorted(flow.replicas),
         errors=errors,
     )
+
+
+def _without_what_overflows(
+    raw: Vectors, errors: dict[int, EmbedpoolError], options: EmbedOptions, *, normalize: bool, dtype: str
+) -> tuple[Vectors, dict[int, EmbedpoolError]]:
+    """Vectors that do not fit the dtype are errors of their texts alone."""
+    if (options.dtype or dtype) != "float16" or options.precision != "float32":
+        return raw, errors
+    final = finish(raw, dataclasses.replace(options, dtype="float32"), normalize=normalize, dtype="float32")
+    too_large = np.flatnonzero(np.abs(final).max(axis=1, initial=0) > np.finfo(np.float16).max)
+    if not too_large.size:
+        return raw, errors
+    raw = raw.copy()
+    raw[too_large] = 0
+    return raw, {**errors, **{int(i): InferenceFailed(NO_FLOAT16) for i in too_large}}
 
 
 def _around_gaps(
@@ -100,5 +120,5 @@ def _in_dtype(vectors: Vectors, dtype: str) -> Vectors:
     with np.errstate(over="ignore"):
         cast = np.ascontiguousarray(vectors, dtype=np.float16)
     if not np.isfinite(cast).all():
-        raise InferenceFailed("the vectors do not fit float16; ask for float32 or normalize")
+        raise InferenceFailed(NO_FLOAT16)
     return cast

@@ -66,7 +66,7 @@ class Job:
     """
 
     __slots__ = (
-        "_lock", "_missing", "counted", "flow", "future", "group", "ids", "lost", "offset", "texts", "tokens",
+        "_done", "_lock", "_missing", "counted", "flow", "future", "group", "ids", "lost", "offset", "texts", "tokens",
         "truncated", "variant", "vectors",
     )  # fmt: skip
 
@@ -94,6 +94,7 @@ class Job:
         self.truncated: list[int] = []  # rows cut by a remote service
         self.lost: dict[int, EmbedpoolError] = {}  # rows that failed, where the request goes on without them
         self._missing = len(texts)
+        self._done = bytearray(len(texts))  # which rows are filled or lost
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -104,6 +105,9 @@ class Job:
         with self._lock:
             if self.vectors is None:
                 self.vectors = np.empty((len(self.texts), vector.shape[0]), dtype=np.float32)
+            if self._done[row]:
+                return
+            self._done[row] = 1
             self.vectors[row] = vector
             self._missing -= 1
             complete = not self._missing
@@ -116,8 +120,9 @@ class Job:
             self.fail(error)
             return
         with self._lock:
-            if row in self.lost:
+            if self._done[row]:
                 return
+            self._done[row] = 1
             self.lost[row] = error
             self._missing -= 1
             complete = not self._missing

@@ -45,16 +45,26 @@ class Pool:
 
     def submit(self, request: EmbedRequest) -> EmbedResult:
         """Serve one request in the calling thread. Raises the errors of the contract."""
+        with self.permit():
+            while True:
+                try:
+                    return self.find(request.model).embed(request)
+                except (QueueClosed, ModelNotFound) as gone:
+                    if self.stopping:
+                        raise ShuttingDown("the server is stopping") from None
+                    if isinstance(gone, ModelNotFound):
+                        raise
+                    continue  # the model was replaced between look-up and admission; its successor is routed already
+
+    @contextlib.contextmanager
+    def permit(self) -> Iterator[None]:
+        """One of the requests that may be served at once. Raises Overloaded and ShuttingDown."""
         if not self._permits.acquire(blocking=False):
             raise Overloaded(f"{self.max_inflight_global} requests are being served already", retry_after_s=1.0)
         try:
-            while True:
-                if self.stopping:
-                    raise ShuttingDown("the server is stopping")
-                try:
-                    return self.find(request.model).embed(request)
-                except QueueClosed:
-                    continue  # the model was replaced between look-up and admission; its successor is routed already
+            if self.stopping:
+                raise ShuttingDown("the server is stopping")
+            yield
         finally:
             self._permits.release()
 

@@ -47,6 +47,7 @@ class EmbedRequest:
     timeout_s: float | None = None
     weight: float = 1.0
     client_gone: Callable[[], bool] = lambda: False
+    asks_again: bool = False  # a caller that is told of a full queue will wait: it is not refused
     hops: int = 0  # servers of this kind that it has come through
     trace: Trace = dataclasses.field(default_factory=dict)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TYPE_CHECKING, Any
 
-from embedpool.config.spec import ModelSpec
+from embedpool.config.spec import HttpConfig, ModelSpec
 from embedpool.errors import (
     DeadlineExceeded,
     EmbedpoolError,
@@ -87,7 +87,8 @@ class ServedModel:
         try:
             result = self._embed(request, flow, timeout_s)
         except EmbedpoolError as error:
-            self.stats.refused(error.code)
+            if not (request.asks_again and isinstance(error, Overloaded)):
+                self.stats.refused(error.code)
             raise
         finally:
             flow.abandoned = True  # what is still queued is dropped before it costs compute
@@ -139,10 +140,10 @@ class ServedModel:
         return self._tokenizer().decode(ids, skip_special=skip_special)
 
     def _tokenizer(self) -> Meter:
-        meter = self.replicas.meter(self._engine.request_timeout_s)
-        if not meter.tokenizes:
+        if isinstance(self.spec.driver.config, HttpConfig):
             raise UnsupportedOption(f"{self.spec.model!r} is remote: its tokens are known only there")
-        return meter
+        self._refuse_unless_serving()
+        return self.replicas.meter(self._engine.request_timeout_s)
 
     def _split(self, flow: Flow, measured: Measured) -> Iterator[Job]:
         texts, ids, tokens = measured.texts, measured.ids, measured.tokens

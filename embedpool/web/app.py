@@ -9,6 +9,7 @@ from flask import Flask, Response, request
 from embedpool import tracing
 from embedpool.config.keys import KeysFile
 from embedpool.config.settings import Settings
+from embedpool.errors import EmbedpoolError
 from embedpool.pool.pool import Pool
 from embedpool.web import manage, native, observe, openapi
 from embedpool.web.access import Access
@@ -46,7 +47,7 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
     app.request_class = HttpRequest
     app.url_map.strict_slashes = False
     access = Access(settings.security, KeysFile(settings.file(settings.security.keys_file)))
-    app.register_blueprint(native.blueprint(pool, settings.limits))
+    app.register_blueprint(native.blueprint(pool, settings.limits, settings.defaults.max_streams))
     for dialect in DIALECTS:
         app.register_blueprint(dialect.blueprint(pool, settings.limits))
     app.register_blueprint(observe.blueprint(pool, reconciler, metrics))
@@ -71,7 +72,8 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
             metrics.http_requests.labels(http.route, response.status_code, http.error_code).inc()
             log_request(http, response)
             if http.span is not None:
-                tracing.end_request(http.span, span_attributes(http, response), failed=response.status_code >= 500)
+                failed = response.status_code >= 500 or http.error_code == EmbedpoolError.code
+                tracing.end_request(http.span, span_attributes(http, response), failed=failed)
 
         response.call_on_close(note)  # when the answer has left: nobody waits for the log
         return response

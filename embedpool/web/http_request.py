@@ -19,7 +19,10 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
 
 
 class HttpRequest(Request):
-    """`model` and `texts` are what it asks for, `result` what it got, `error_code` why it was refused."""
+    """`model` and `texts` are what it asks for, `result` what it got last, `error_code` why it was refused.
+
+    `tokens`, `truncated`, `queue_ms` and `compute_ms` are sums over all it got.
+    """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -27,12 +30,23 @@ class HttpRequest(Request):
         self.model: str | None = None
         self.texts = 0
         self.result: EmbedResult | None = None
+        self.tokens = self.truncated = 0
+        self.queue_ms = self.compute_ms = 0.0
         self.error_code = ""
         self.trace = tracing.trace_of(self.headers) if "HTTP_TRACEPARENT" in self.environ else {}
         self.span: Any = None
         self.caller = NOBODY
         given = self.environ.get("HTTP_X_REQUEST_ID", "")  # which is cheaper than through `headers`
         self.id = given if REQUEST_ID.match(given) else uuid.uuid4().hex
+
+    def add(self, result: EmbedResult) -> None:
+        """It got this; of lines, this part."""
+        if self.result is None:
+            self.queue_ms = result.queue_ms
+        self.result = result
+        self.tokens += result.tokens
+        self.truncated += len(result.truncated)
+        self.compute_ms += result.compute_ms
 
     @property
     def hops(self) -> int:

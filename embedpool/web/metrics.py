@@ -124,14 +124,16 @@ class Metrics(Observer):
                 not_ready = entry["replicas"] - idle - busy
                 for state, count in (("idle", idle), ("busy", busy), ("not_ready", not_ready)):
                     self.replicas.labels(model, state).set(count)
-            for outcome, count in reconciler.reloads.items():
+            for outcome, count in dict(reconciler.reloads).items():
                 self.reloads.labels(outcome).inc(count - self._counted[outcome])
                 self._counted[outcome] = count
 
     def render(self, pool: Pool, reconciler: Reconciler) -> tuple[bytes, str]:
         """Body and content type of a scrape."""
         self.refresh(pool, reconciler)
-        source = MultiProcessCollector(None) if self.is_shared else self._own  # type: ignore[no-untyped-call]
+        source: CollectorRegistry | MultiProcessCollector = self._own
+        if self.is_shared and os.path.isdir(os.environ[SHARED_DIR]):  # else the system has cleared it away
+            source = MultiProcessCollector(None)  # type: ignore[no-untyped-call]
         known = CollectorRegistry(auto_describe=False)
         known.register(_Known(source, {served.spec.model for served in pool.models}))
         return generate_latest(known), CONTENT_TYPE_PLAIN_0_0_4

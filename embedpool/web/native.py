@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from flask import Blueprint, Response, request
 
 from embedpool.config.settings import Limits
@@ -15,14 +17,15 @@ from embedpool.web.ndjson import NDJSON
 from embedpool.web.schemas import EmbedSchema, check_texts, embed_options, read_json, timeout_s
 
 
-def blueprint(pool: Pool, limits: Limits) -> Blueprint:
+def blueprint(pool: Pool, limits: Limits, max_streams: int) -> Blueprint:
     """The routes that embed."""
+    streams = threading.BoundedSemaphore(max_streams)
     routes = Blueprint("native", __name__)
 
     @routes.post("/embed")
     def embed() -> Response:
         if request.mimetype == NDJSON:
-            return ndjson.embed(pool, limits)
+            return ndjson.embed(pool, limits, streams)
         body = read_json(request, EmbedSchema, limits)
         options = body["options"]
         texts = check_texts(body["texts"], limits)
@@ -55,5 +58,6 @@ def submit(pool: Pool, model: str, texts: list[str], options: EmbedOptions) -> E
         trace=http.trace,
     )
     with http.caller.admitted(len(texts)):
-        http.result = pool.submit(asked)
-    return http.result
+        result = pool.submit(asked)
+    http.add(result)
+    return result

@@ -22,7 +22,18 @@ from flask import Response
 from marshmallow import fields, validate
 
 from embedpool.config.settings import Limits
-from embedpool.errors import BadJson, BodyTooLarge, ClientGone, EmbedpoolError, EmptyInput, InvalidRequest, ShuttingDown
+from embedpool.errors import (
+    BadJson,
+    BodyTooLarge,
+    ClientGone,
+    EmbedpoolError,
+    EmptyInput,
+    InvalidRequest,
+    ModelChanged,
+    Overloaded,
+    ShuttingDown,
+    UpstreamError,
+)
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import EmbedOptions, EmbedRequest, EmbedResult
 from embedpool.web.encoding import as_base64
@@ -33,6 +44,9 @@ NDJSON = "application/x-ndjson"
 CHUNK_TEXTS = 256
 CHUNK_CHARS = 1 << 22
 CHUNKS_AT_ONCE = 2
+ROOM_WAIT_S = 10.0
+LOOK_EVERY_S = 1.0  # while waiting
+LONGEST_ID_BYTES = 1000
 BUSY_WAIT_S = 1.0  # where a busy pool names no time
 BYTES_PER_CHAR = 6  # at most, of a JSON string: \u0000
 
@@ -55,25 +69,37 @@ class _Line:
     error: EmbedpoolError | None = None
 
 
-def embed(pool: Pool, limits: Limits) -> Response:
-    """The answer to the request at hand, whose first lines are computed."""
+def embed(pool: Pool, limits: Limits, room: threading.BoundedSemaphore) -> Response:
+    """The answer to the request at hand, whose first lines are computed. `room` bounds how many there are at once."""
     http = here()
     if (http.content_length or 0) > limits.max_stream_body_bytes:
         raise BodyTooLarge(f"the body has {http.content_length} bytes, the limit is {limits.max_stream_body_bytes}")
     query = load(StreamSchema, _typed(http.args))
     http.caller.require(pool, query["model"])
     stream = _Stream(pool, limits, http, query)
+    if not room.acquire(blocking=False):
+        raise Overloaded("as many requests of lines as may be are being answered", retry_after_s=ROOM_WAIT_S)
     answers = stream.answers()
-    first = next(answers, b"")
-    if not first:
-        raise EmptyInput("the body has no line")
+    try:
+        first = next(answers, b"")
+        if not first:
+            raise EmptyInput("the body has no line")
+    except BaseException:
+        room.release()
+        raise
 
     def rest() -> Iterator[bytes]:
         yield first
         yield from answers
 
+    def end() -> None:
+        answers.close()
+        room.release()
+
     response = Response(rest(), mimetype=NDJSON)
-    response.call_on_close(answers.close)
+    if http.result is not None:
+        response.headers["X-Embedpool-Model"] = http.result.model
+    response.call_on_close(end)
     return response
 
 
@@ -115,10 +141,12 @@ class _Stream:
         self._client_gone = http.client_gone
         self._over = threading.Event()  # nobody reads on
         self._has_begun = False
+        self._load_key: object = None  # of the model that answered first
 
     def answers(self) -> Generator[bytes, None, None]:
         """The answers of a chunk at a time."""
         under_way: collections.deque[Future[_Answer]] = collections.deque()
+        is_whole = False
         with ThreadPoolExecutor(CHUNKS_AT_ONCE, "ndjson") as threads:
             try:
                 for chunk in self._chunks():
@@ -127,8 +155,17 @@ class _Stream:
                         yield self._next(under_way)
                 while under_way:
                     yield self._next(under_way)
+                is_whole = True
+            except ClientGone:
+                if not self._has_begun:
+                    raise
+            except Exception:
+                self._http.error_code = EmbedpoolError.code
+                raise
             finally:
                 self._over.set()
+                if self._has_begun and not is_whole:
+                    self._http.error_code = self._http.error_code or ClientGone.code
 
     def _next(self, under_way: collections.deque[Future[_Answer]]) -> bytes:
         if self._keeps_order:
@@ -140,20 +177,20 @@ class _Stream:
         self._has_begun = True
         self._http.texts += answer.texts
         if answer.result is not None:
-            self._note(answer.result)
+            self._http.add(answer.result)
         return answer.body
 
     # --- lines in
 
     def _chunks(self) -> Iterator[list[_Line]]:
         chunk: list[_Line] = []
-        chars = 0
+        size = 0
         for line in self._lines():
-            if chunk and (len(chunk) == CHUNK_TEXTS or chars + len(line.text) > CHUNK_CHARS):
+            if chunk and (len(chunk) == CHUNK_TEXTS or size + len(line.text) > CHUNK_CHARS):
                 yield chunk
-                chunk, chars = [], 0
+                chunk, size = [], 0
             chunk.append(line)
-            chars += len(line.text)
+            size += len(line.text)
         if chunk:
             yield chunk
 
@@ -178,7 +215,11 @@ class _Stream:
             return _Line(index, error=BadJson(f"the line is not JSON: {error}"))
         if not isinstance(document, dict) or not {"text"} <= set(document) <= {"id", "text"}:
             return _Line(index, error=InvalidRequest('a line must be an object of "text" and, if wanted, "id"'))
-        line = _Line(index, document.get("id"))
+        given = document.get("id")
+        if not isinstance(given, str | int | float | None) or len(str(given)) > LONGEST_ID_BYTES:
+            says = f"id must be a string or a number of at most {LONGEST_ID_BYTES} characters"
+            return _Line(index, error=InvalidRequest(says))
+        line = _Line(index, given)
         try:
             (line.text,) = check_texts([document["text"]], self._limits, "text")
         except EmbedpoolError as error:
@@ -195,12 +236,16 @@ class _Stream:
         if asked:
             try:
                 result = self._result([line.text for line in asked])
+                self._require_the_same_model()
             except EmbedpoolError as error:
                 if not self._has_begun or self._over.is_set() or isinstance(error, ClientGone):
                     raise
+                result = None
                 for line in asked:
                     line.error = error
             else:
+                if len(result.errors) == len(asked) and not self._has_begun:
+                    self._refuse_if_remote_is_down(result)
                 for i, lost in result.errors.items():
                     asked[i].error = lost
                 truncated = {asked[i].index for i in result.truncated}
@@ -221,6 +266,7 @@ class _Stream:
                 left_s,
                 weight=self._http.caller.weight / CHUNKS_AT_ONCE,
                 client_gone=self._is_over,
+                asks_again=self._has_begun,
                 hops=self._http.hops,
                 trace=self._http.trace,
             )
@@ -232,23 +278,35 @@ class _Stream:
                 is_busy = error.status in (429, 503) and not isinstance(error, ShuttingDown)
                 if not (self._has_begun and is_busy) or time.monotonic() + wait_s >= deadline:
                     raise
-                if self._over.wait(wait_s):
+                if not self._wait(wait_s):
                     raise
+
+    def _wait(self, seconds: float) -> bool:
+        """Whether it is worth asking again after that time."""
+        until = time.monotonic() + seconds
+        while (left_s := until - time.monotonic()) > 0:
+            if self._over.wait(min(left_s, LOOK_EVERY_S)) or self._client_gone() or self._pool.stopping:
+                return False
+        return True
+
+    def _require_the_same_model(self) -> None:
+        """Vectors of two models in one answer could not be told apart. Raises ModelChanged."""
+        if not self._pool.knows(self._model):
+            return  # it is gone, and what it was asked before it has answered
+        load_key = self._pool.find(self._model).spec.load_key
+        if self._load_key is None:
+            self._load_key = load_key
+        if load_key != self._load_key:
+            raise ModelChanged(f"{self._model!r} has become another model; ask again for the lines from here on")
+
+    def _refuse_if_remote_is_down(self, result: EmbedResult) -> None:
+        """What is wrong with a remote service as a whole is no matter of single lines. Raises UpstreamError."""
+        first = next(iter(result.errors.values()))
+        if isinstance(first, UpstreamError):
+            raise first
 
     def _is_over(self) -> bool:
         return self._over.is_set() or self._client_gone()
-
-    def _note(self, result: EmbedResult) -> None:
-        """For the log: the sums so far."""
-        before = self._http.result
-        if before is not None:
-            result = dataclasses.replace(
-                before,
-                tokens=before.tokens + result.tokens,
-                truncated=before.truncated + result.truncated,
-                compute_ms=before.compute_ms + result.compute_ms,
-            )
-        self._http.result = result
 
 
 def _encoded(line: _Line, vector: Any, was_truncated: bool) -> bytes:

@@ -44,13 +44,13 @@ def _fields(request: HttpRequest, response: Response) -> dict[str, Any]:
         fields["code"] = request.error_code
     if request.model is not None:
         fields.update(model=request.model[:LONGEST_NAME], texts=request.texts)
-    if (result := request.result) is not None:
+    if request.result is not None:
         fields.update(
-            model=result.model,
-            tokens=result.tokens,
-            truncated=len(result.truncated),
-            queue_ms=round(result.queue_ms, 1),
-            compute_ms=round(result.compute_ms, 1),
+            model=request.result.model,
+            tokens=request.tokens,
+            truncated=request.truncated,
+            queue_ms=round(request.queue_ms, 1),
+            compute_ms=round(request.compute_ms, 1),
         )
     fields["total_ms"] = round(1000 * (time.perf_counter() - request.began_at), 1)
     return fields

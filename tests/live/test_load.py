@@ -199,3 +199,26 @@ def test_a_reader_that_goes_away_stops_the_work(server: Server, kind: str) -> No
     assert server.vectors("m", ["still here"])
     assert server.status("m")["counters"]["rows"] == computed + 1
     server.stop()
+
+
+def test_a_reader_that_stands_still_is_cut_off(make_server: Callable[..., Server], kind: str) -> None:
+    """It holds a thread and room for a stream no longer than an idle connection may; others are served meanwhile."""
+    server = make_server(EMBEDPOOL_SERVER__IDLE_CONNECTION_S="2", EMBEDPOOL_DEFAULTS__MAX_STREAMS="1")
+    server.write_pool(fake("m"))
+    server.start(kind)
+    server.wait_ready()
+    body = b"".join(json.dumps({"text": f"line {i}"}).encode() + b"\n" for i in range(10_000))
+    head = (
+        f"POST /embed?model=m HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-ndjson\r\nContent-Length: {len(body)}"
+    )
+    with contextlib.closing(socket.create_connection(address(server))) as still:
+        still.sendall(head.encode() + b"\r\n\r\n" + body)
+        wait_until(lambda: small_stream(server) == 429)
+        assert server.embed("m", ["x"]).status_code == 200
+        wait_until(lambda: small_stream(server) == 200)
+    server.stop()
+
+
+def small_stream(server: Server) -> int:
+    answer = server.post("/embed?model=m", data=b'{"text": "x"}', headers={"Content-Type": "application/x-ndjson"})
+    return answer.status_code

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from embedpool.config.settings import Defaults, Limits, Settings
+from embedpool.drivers.fake import FakeDriver
 from tests.web.conftest import MODEL, NAME, Gate, MakeWeb, Web, raw, refused, unit
 
 TEXTS = ("Hello, world!", "This is a test sentence.")
@@ -413,3 +414,23 @@ def test_an_array_has_no_place_for_errors(web: Web) -> None:
         web.embed("a", on_error="partial", headers={"Accept": "application/x-npy"}), 422, "validation_error"
     )
     assert "options.on_error" in error["fields"]
+
+
+def test_a_vector_that_does_not_fit_fails_alone(make_web: MakeWeb, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the request goes on without failed texts, float16 may be too small for one of them."""
+    web = make_web(MODEL)
+    embed = FakeDriver.embed
+
+    def huge(self: Any, texts: Any, ids: Any, options: Any) -> Any:
+        answer = embed(self, texts, ids, options)
+        answer.vectors[[i for i, text in enumerate(texts) if text == "huge"]] = 1e6
+        return answer
+
+    monkeypatch.setattr(FakeDriver, "embed", huge)
+    options = {"normalize": False, "dtype": "float16"}
+    refused(web.embed("a", "huge", **options), 500, "inference_failed")
+    answer = web.embed("a", "huge", on_error="partial", **options).json
+    assert answer["vectors"][1] is None
+    assert [error["index"] for error in answer["errors"]] == [1]
+    np.testing.assert_allclose(answer["vectors"][0], raw("a")[0], rtol=1e-2)
+    assert web.embed("a", "huge", on_error="partial", dtype="float16").json["errors"] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 from typing import Any
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 from werkzeug.test import TestResponse
 
-from embedpool.config.settings import Limits, Settings
-from embedpool.errors import Overloaded
+from embedpool.config.settings import Defaults, Limits, Settings
+from embedpool.errors import Overloaded, UpstreamError
 from embedpool.web import ndjson, request_log
 from embedpool.web.ndjson import CHUNK_TEXTS
 from tests.web.conftest import MODEL, NAME, Gate, MakeWeb, Web, raw, refused, unit
@@ -60,10 +61,10 @@ def test_the_query_string_has_the_options(web: Web) -> None:
     np.testing.assert_allclose(vector, unit(raw("find: a"))[0], atol=1e-3)
 
 
-def test_blank_lines_are_none_and_an_id_may_be_anything(web: Web) -> None:
+def test_blank_lines_are_none_and_an_id_is_given_back(web: Web) -> None:
     """A last line needs no end, blank lines are skipped, ids are given back as they came."""
-    found = answers(web, b'\n{"text": "a", "id": 7}\r\n  \n{"text": "b"}\n{"text": "c", "id": {"k": [1]}}')
-    assert [(line["index"], line.get("id")) for line in found] == [(0, 7), (1, None), (2, {"k": [1]})]
+    found = answers(web, b'\n{"text": "a", "id": 7}\r\n  \n{"text": "b"}\n{"text": "c", "id": 1.5}')
+    assert [(line["index"], line.get("id")) for line in found] == [(0, 7), (1, None), (2, 1.5)]
 
 
 def test_a_line_that_fails_takes_no_other_with_it(make_web: MakeWeb) -> None:
@@ -74,14 +75,14 @@ def test_a_line_that_fails_takes_no_other_with_it(make_web: MakeWeb) -> None:
         for line in [
             b'{"text": "good"}', b"{", b"[1]", b'{"id": 1}', b'{"text": 1, "id": 5}', b'{"text": "x", "more": 1}',
             json.dumps({"text": "x" * 101}).encode(), json.dumps({"text": "x" * 200_000}).encode(),
+            b'{"text": "a", "id": [1]}', json.dumps({"text": "a", "id": "x" * 1001}).encode(),
             b'{"text": "bad"}', b'{"text": "w w w"}', b'{"text": "\xff"}', b'{"text": "last"}',
         ]
     )  # fmt: skip
     found = answers(web, body, max_seq_length=4, truncate="error")
     codes = [line["error"]["code"] if "error" in line else "" for line in found]
     assert codes == [
-        "", "bad_json", "validation_error", "validation_error", "validation_error", "validation_error",
-        "validation_error", "validation_error", "inference_failed", "text_too_long", "bad_json", "",
+        "", "bad_json", *["validation_error"] * 8, "inference_failed", "text_too_long", "bad_json", "",
     ]  # fmt: skip
     assert found[4]["id"] == 5
     np.testing.assert_allclose([found[0]["vector"], found[-1]["vector"]], unit(raw("good", "last")), atol=1e-6)
@@ -236,3 +237,77 @@ def test_it_weighs_as_much_as_one_request(web: Web) -> None:
     web.pool.submit = watched  # type: ignore[method-assign]
     answers(web, lines_of("a"))
     assert weights == [1 / ndjson.CHUNKS_AT_ONCE]
+
+
+def test_there_is_room_for_so_many(make_web: MakeWeb) -> None:
+    """Each holds a thread for as long as its client likes; above the bound it is 429, and room comes back."""
+    web = make_web(MODEL, settings=Settings(defaults=Defaults(max_streams=1)))
+    client = web.app.test_client()
+    arguments = {"data": lines_of("a"), "content_type": "application/x-ndjson"}
+    held = client.post("/embed?model=m", buffered=False, **arguments)
+    refused(send(web, lines_of("a")), 429, "overloaded")
+    held.close()
+    refused(send(web, lines_of("a"), model="nope"), 404, "model_not_found")
+    assert len(answers(web, lines_of("a"))) == 1
+
+
+def test_vectors_of_two_models_are_not_mixed(make_web: MakeWeb) -> None:
+    """When another model takes the name, the lines that remain say so; the answer names the model it began with."""
+    web = make_web(MODEL, "model: other, driver: {type: fake, config: {dim: 8}}")
+    submit = web.pool.submit
+    asked = []
+
+    def switching(request: Any) -> Any:
+        asked.append(request)
+        if len(asked) == 2:
+            web.post("/models/alias", {"model": NAME, "alias": None})
+            web.post("/models/alias", {"model": "other", "alias": "m"})
+        return submit(request)
+
+    web.pool.submit = switching  # type: ignore[method-assign]
+    answer = send(web, lines_of(*(f"text {i}" for i in range(3 * CHUNK_TEXTS))))
+    found = [json.loads(line) for line in answer.text.splitlines()]
+    answer.close()
+    assert answer.headers["X-Embedpool-Model"] == NAME
+    assert {len(line["vector"]) for line in found if "vector" in line} == {384}
+    assert {line["error"]["code"] for line in found if "error" in line} == {"model_changed"}
+    assert [line["index"] for line in found] == list(range(3 * CHUNK_TEXTS))
+
+
+def test_a_remote_service_that_is_down_is_no_matter_of_lines(make_web: MakeWeb) -> None:
+    """It is refused as a whole, while nothing has been answered."""
+    web = make_web(MODEL)
+    submit = web.pool.submit
+
+    def down(request: Any) -> Any:
+        result = submit(request)
+        return dataclasses.replace(result, errors=dict.fromkeys(range(len(request.texts)), UpstreamError("no")))
+
+    web.pool.submit = down  # type: ignore[method-assign]
+    refused(send(web, lines_of("a", "b")), 502, "upstream_error")
+
+
+def test_what_broke_off_is_seen(web: Web, caplog: pytest.LogCaptureFixture) -> None:
+    """The status has been sent by then; log and metrics say that the client went."""
+    caplog.set_level("INFO", logger=request_log.__name__)
+    client = web.app.test_client()
+    body = lines_of(*(f"text {i}" for i in range(3 * CHUNK_TEXTS)))
+    response = client.post("/embed?model=m", data=body, content_type="application/x-ndjson", buffered=False)
+    next(iter(response.response))
+    response.close()
+    (line,) = [record.fields for record in caplog.records if record.name == request_log.__name__]
+    assert (line["status"], line["code"]) == (200, "client_gone")
+
+
+def test_waiting_for_room_is_no_refusal(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody was sent a 429, so none is counted."""
+    asked = []
+    submit = web.pool.submit
+
+    def watched(request: Any) -> Any:
+        asked.append(request.asks_again)
+        return submit(request)
+
+    web.pool.submit = watched  # type: ignore[method-assign]
+    answers(web, lines_of(*(f"text {i}" for i in range(2 * CHUNK_TEXTS))))
+    assert asked == [False, True]

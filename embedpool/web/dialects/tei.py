@@ -27,6 +27,9 @@ Action = Callable[[Pool, Limits, str], Response]
 TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": (1 << 32) - 1}}
 
 
+MOST_TOKENIZED = 262_144  # characters, or ids, of a request to /tokenize or /decode
+
+
 class TeiParameters(StrictSchema):
     """What /embed takes beside its inputs, and /similarity under `parameters`."""
 
@@ -135,15 +138,25 @@ def _options(pool: Pool, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
 def _tokenize(pool: Pool, limits: Limits, name: str) -> Response:
     body = read_json(request, TokenizeSchema, limits)
     texts = texts_of(body["inputs"], limits, "inputs")
+    _bound(sum(map(len, texts)), "characters")
     options = EmbedOptions(prompt_name=body.get("prompt_name"))
-    found = pool.find(name).tokens(texts, options, special=body["add_special_tokens"])
-    return json_response([[token._asdict() for token in tokens] for tokens in found])
+    with pool.permit():
+        found = pool.find(name).tokens(texts, options, special=body["add_special_tokens"])
+        return json_response([[token._asdict() for token in tokens] for tokens in found])
 
 
 def _decode(pool: Pool, limits: Limits, name: str) -> Response:
     body = read_json(request, DecodeSchema, limits)
     ids = _ids_of(body["ids"], limits)
-    return json_response(pool.find(name).decode(ids, skip_special=body["skip_special_tokens"]))
+    _bound(sum(map(len, ids)), "ids")
+    with pool.permit():
+        return json_response(pool.find(name).decode(ids, skip_special=body["skip_special_tokens"]))
+
+
+def _bound(count: int, what: str) -> None:
+    """A token takes a hundred times the room of its text."""
+    if count > MOST_TOKENIZED:
+        raise TooManyTexts(f"{count} {what}, the limit of a request for tokens is {MOST_TOKENIZED}")
 
 
 def _ids_of(given: Any, limits: Limits) -> list[list[int]]:

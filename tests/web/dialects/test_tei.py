@@ -165,3 +165,16 @@ def test_an_openai_client_below_a_models_url_is_answered_as_one(web: Web) -> Non
     answer = web.post("/tei/m/v1/embeddings", {"model": "x", "input": []})
     assert answer.status_code == 400
     assert answer.json["error"]["code"] == "empty_input"
+
+
+def test_tokens_are_bounded_and_admitted(make_web: MakeWeb) -> None:
+    """They take far more room than their text, and are served as vectors are."""
+    web = make_web(
+        "model: m", "model: off, enabled: false", settings=Settings(defaults=Defaults(max_inflight_global=1))
+    )
+    for path, body in (("tokenize", {"inputs": "a" * 262_145}), ("decode", {"ids": [3] * 262_145})):
+        assert "limit" in refused(web.post(f"/tei/m/{path}", body), 422, "Validation")
+    for path, body in (("tokenize", {"inputs": "a"}), ("decode", {"ids": [3]})):
+        refused(web.post(f"/tei/off/{path}", body), 403, "Validation")
+        with web.pool.permit():
+            refused(web.post(f"/tei/m/{path}", body), 429, "Overloaded")
