@@ -213,7 +213,8 @@ def test_a_reader_that_stands_still_is_cut_off(make_server: Callable[..., Server
     )
     with contextlib.closing(socket.create_connection(address(server))) as still:
         still.sendall(head.encode() + b"\r\n\r\n" + body)
-        wait_until(lambda: small_stream(server) == 429)
+        assert still.recv(12) == b"HTTP/1.1 200"
+        assert small_stream(server) == 429
         assert server.embed("m", ["x"]).status_code == 200
         wait_until(lambda: small_stream(server) == 200)
     server.stop()
