@@ -223,11 +223,12 @@ def gunicorn_settings() -> dict[str, Any]:
 
 
 def refuse_an_open_door(settings: Settings) -> None:
-    """Raises ConfigError if other machines could reach a server that asks nobody for a key."""
+    """Raises ConfigError if other machines could reach a server that asks nobody for a key, or keys.yml is broken."""
     security = settings.security
+    keys = KeysFile(settings.file(security.keys_file)).read()
     if security.insecure or _is_loopback(settings.server.host):
         return
-    if not (security.admin_key_env or security.embed_key_env or KeysFile(settings.file(security.keys_file)).read()):
+    if not (security.admin_key_env or security.embed_key_env or keys):
         raise ConfigError(
             f"{settings.server.host} is reached from other machines and there is no key: make one with "
             "`embedpool key create`, or say --insecure"

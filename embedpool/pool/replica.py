@@ -72,7 +72,7 @@ class Replica:
         self._leave = threading.Event()  # the driver is broken, or the replica retires or stops
         self._retired = False
         self._lock = threading.Lock()
-        self._busy = 0
+        self._running: dict[int, float] = {}  # the threads in which a batch runs, since when
         self._driver: Driver | None = None  # while it serves
         self._siblings: list[threading.Thread] = []
         self._last_busy = clock()
@@ -81,7 +81,16 @@ class Replica:
     @property
     def busy(self) -> bool:
         """Whether a batch runs."""
-        return self._busy > 0
+        return bool(self._running)
+
+    def stuck_s(self, longest_s: float) -> float:
+        """How long it has been stuck: every thread of it in a batch of more than `longest_s` seconds. Else 0."""
+        with self._lock:
+            threads = 1 + sum(thread.is_alive() for thread in self._siblings)
+            if self.state != "ready" or len(self._running) < threads:
+                return 0.0
+            shortest_s = self._clock() - max(self._running.values())
+        return shortest_s if shortest_s > longest_s else 0.0
 
     def start(self) -> None:
         """Begin to load."""
@@ -204,19 +213,19 @@ class Replica:
 
     def _begin_work(self) -> None:
         with self._lock:
-            self._busy += 1
+            self._running[threading.get_ident()] = self._clock()
         self._owner.grow()
 
     def _end_work(self, *, served: bool) -> None:
         with self._lock:
-            self._busy -= 1
+            self._running.pop(threading.get_ident(), None)
             self._last_busy = self._clock()
             if served:
                 self.failures = 0
 
     def _idle_for(self, idle_s: float) -> bool:
         with self._lock:
-            return self._busy == 0 and self._clock() - self._last_busy >= idle_s
+            return not self._running and self._clock() - self._last_busy >= idle_s
 
     def _become(self, state: str) -> None:
         self.state = state

@@ -85,12 +85,29 @@ class ReplicaSet:
     def state(self) -> str:
         """idle, loading, ready or failed."""
         replicas = self._replicas
-        if any(r.state == "ready" for r in replicas):
-            return "ready"
+        ready = [r for r in replicas if r.state == "ready"]
+        if ready:
+            return "failed" if self.stuck_s else "ready"
         if not replicas:
             return "idle"
         limit = 1 if self.loads_first else FAILURES_BEFORE_FAILED
         return "failed" if all(r.failures >= limit for r in replicas) else "loading"
+
+    @property
+    def stuck_s(self) -> float:
+        """How long every ready replica has been stuck: in batches that have outlived any request. Else 0.
+
+        Its threads cannot be stopped, but nobody need wait for them; when they come back the model is ready again.
+        """
+        stuck = [r.stuck_s(self._engine.request_timeout_s) for r in self._replicas if r.state == "ready"]
+        return min(stuck, default=0.0)
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong, if something is: that it is stuck, else the last error."""
+        if stuck_s := self.stuck_s:
+            return f"it is stuck: its batches have been running for {stuck_s:.0f} s"
+        return self.last_error
 
     @property
     def retry_at(self) -> float:

@@ -105,7 +105,7 @@ class ServedModel:
             raise ModelDisabled(f"{name!r} is disabled")
         if state == "failed":
             wait_s = self.replicas.retry_at - self._engine.clock()
-            raise ModelFailed(f"{name!r} failed: {self.replicas.last_error}", retry_after_s=max(wait_s, 1.0))
+            raise ModelFailed(f"{name!r} failed: {self.replicas.trouble}", retry_after_s=max(wait_s, 1.0))
         if state == "loading" and self.replicas.loads_first:
             raise ModelLoading(f"{name!r} is being loaded", retry_after_s=2.0)
 
@@ -284,5 +284,5 @@ class ServedModel:
             "queue_max": self.queue.maxsize,
             "scaling": dataclasses.asdict(self.spec.scaling),
             "counters": self.stats.snapshot(),
-            "last_error": self.replicas.last_error,
+            "last_error": self.replicas.trouble,
         }

@@ -688,3 +688,55 @@ def test_a_driver_s_new_batch_size_applies_at_once(serve) -> None:
     served.update(model_spec(alias="other"))
     assert_answers(ask(served, "a", "b", "c"), "a", "b", "c")
     assert [len(call) for call in driver.calls] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("inflight", [1, 2])
+def test_a_model_that_is_stuck_says_so(serve, inflight: int) -> None:
+    """When each of its threads is in a batch that has outlived any request, nobody waits for it; when they come back
+    it serves again."""
+    now = 1000.0
+    gate = Gate()
+    engine = {"clock": lambda: now, "request_timeout_s": 20, "max_batch_texts": 1}
+    served, _ = serve(lambda: Scripted(gate), engine=engine, inflight=inflight)
+    settled(served)
+    asking = []
+    for number in range(inflight):
+        asking.append(in_thread(ask, served, f"text {number}"))
+        gate.arrived()
+        assert served.state == "ready"
+    now += 19
+    assert served.state == "ready"
+    now += 2
+    assert served.state == "failed"
+    assert not served.is_serving
+    assert "stuck" in served.snapshot()["last_error"]
+    with pytest.raises(ModelFailed, match="stuck"):
+        ask(served, "another")
+    gate.open()
+    for future in asking:
+        with contextlib.suppress(DeadlineExceeded):
+            future.result(PATIENCE_S)
+    assert any(served.state == "ready" or threading.Event().wait(0.01) for _ in range(2000))  # its batch ends by itself
+    assert served.snapshot()["last_error"] is None
+
+
+def test_a_model_of_which_a_part_is_stuck_serves(serve) -> None:
+    """One thread that is left is enough."""
+    now = 1000.0
+    gate = Gate()
+
+    def hang(texts: list[str]) -> None:
+        if texts == ["hang"]:
+            gate()
+
+    engine = {"clock": lambda: now, "request_timeout_s": 20, "max_batch_texts": 1}
+    served, _ = serve(lambda: Scripted(hang), engine=engine, inflight=2)
+    settled(served)
+    hanging = in_thread(ask, served, "hang")
+    gate.arrived()
+    now += 100
+    assert served.state == "ready"
+    assert_answers(ask(served, "a"), "a")
+    gate.open()
+    with contextlib.suppress(DeadlineExceeded):
+        hanging.result(PATIENCE_S)
