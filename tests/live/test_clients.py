@@ -196,6 +196,18 @@ def test_a_client_that_lives_apart(served: Server, client: str, errors: list[str
     assert found["errors"] == errors
 
 
+def test_langchain_by_default_is_told_what_to_set(server: Server) -> None:
+    """It sends token ids unless told otherwise; the server's error, which names the setting, reaches its user."""
+    server.write_pool(fake("m"))
+    server.start()
+    server.wait_ready()
+    name, message = answers(APART / "bin" / "python", HERE / "ask.py", "langchain_by_default", server.url)["error"]
+    assert name == "BadRequestError"
+    assert "token ids are refused" in message
+    assert "check_embedding_ctx_length=False" in message
+    server.stop()
+
+
 @pytest.mark.skipif(shutil.which("npm") is None, reason="needs node and npm")
 def test_openai_for_javascript(server: Server) -> None:
     """OpenAI's own client for JavaScript: base64, which it asks for by itself, float, dimensions, errors, retries."""

@@ -1,14 +1,17 @@
 """Ask a server through one of the clients of requirements.txt: ask.py CLIENT URL, texts as JSON on standard input.
 
 Writes JSON: `one`, the vector of the first text; `all`, the vectors of all; `errors`, the names of the exceptions that
-an unknown model and a bad request raise.
+an unknown model and a bad request raise. `langchain_by_default` writes `error`, the name and text of what it raises.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 
@@ -27,6 +30,18 @@ def langchain(url: str, texts: list[str]) -> dict[str, Any]:
             lambda: client("nobody", check_embedding_ctx_length=False).embed_query("a"), lambda: small.embed_query("a")
         ),
     }
+
+
+def langchain_by_default(url: str, texts: list[str]) -> dict[str, Any]:
+    """It sends token ids; llama-index brings the tokenizer's file, which tiktoken would fetch."""
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(Path(find_spec("llama_index.core").origin).parent / "_static/tiktoken_cache")
+    from langchain_openai import OpenAIEmbeddings
+
+    try:
+        OpenAIEmbeddings(model="m", base_url=f"{url}/v1", api_key="none", max_retries=0).embed_documents(texts)
+    except Exception as error:
+        return {"error": [type(error).__name__, str(error)]}
+    return {"error": ["none", ""]}
 
 
 def llama_index(url: str, texts: list[str]) -> dict[str, Any]:
