@@ -179,20 +179,21 @@ _last_good: Settings | None = None
 def gunicorn_settings() -> dict[str, Any]:
     """gunicorn's settings from config.yml, for conf/gunicorn.conf.py and `pool start`.
 
-    gunicorn reads them again on SIGHUP, where an error would end its master: a broken config.yml then leaves them as
-    they were.
+    gunicorn reads them again on SIGHUP, where an error would end its master: a broken config.yml or keys.yml then leaves
+    them as they were.
     """
     global _last_good  # noqa: PLW0603  (gunicorn executes its config file anew; only a module survives that)
     try:
-        _last_good = load_settings(find_config_yml(None))
+        settings = load_settings(find_config_yml(None))
+        refuse_an_open_door(settings)
+        _last_good = settings
     except ConfigError as error:
         if _last_good is None:
             raise
-        logger.error("config.yml is not followed: %s", error.message)
+        logger.error("the settings stay as they were: %s", error.message)
     settings = _last_good
     server = settings.server
     configure_logging(settings)
-    refuse_an_open_door(settings)
     pid_file = PidFile(settings)
 
     def begin(arbiter: Any) -> None:

@@ -50,13 +50,14 @@ def test_the_service_unit_runs_the_documented_command() -> None:
     assert int(unit["Service"]["TimeoutStopSec"]) > Settings().server.graceful_timeout_s
 
 
-def test_a_broken_config_on_reload_keeps_the_last_good_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("name", "text"), [("config.yml", "server: {prt: 1}\n"), ("keys.yml", "keys: [\n")])
+def test_a_broken_file_on_reload_keeps_the_last_good_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str
 ) -> None:
     """gunicorn's master would end on an error while it reads its settings again."""
     config = tmp_path / "config.yml"
-    config.write_text("server: {port: 1234}\n")
+    config.write_text("server: {port: 1234}\nsecurity: {keys_file: keys.yml}\n")
     monkeypatch.setenv("EMBEDPOOL_CONFIG", str(config))
     gunicorn_settings()
-    config.write_text("server: {prt: 1}\n")
+    (tmp_path / name).write_text(text)
     assert gunicorn_settings()["bind"] == "127.0.0.1:1234"
