@@ -23,7 +23,7 @@ from embedpool.config.settings import Settings, find_config_yml, load_settings
 from embedpool.config.spec import ModelSpec
 from embedpool.config.watch import Watch
 from embedpool.drivers import make_driver, open_meter
-from embedpool.drivers.base import Driver
+from embedpool.drivers.base import Driver, Meter
 from embedpool.errors import ConfigError, PoolFileInvalid
 from embedpool.logs import configure_logging
 from embedpool.loop import LISTEN_BACKLOG, Loop
@@ -53,11 +53,15 @@ class EmbedpoolApp:
             driver.open()
             return driver
 
+        def open_allowed_meter(spec: ModelSpec) -> Meter:
+            guard.check(spec, settings)
+            return open_meter(spec)
+
         self.metrics = metrics.Metrics()
         batching = settings.batching
         engine = Engine(
             open_driver,
-            open_meter,
+            open_allowed_meter,
             request_timeout_s=settings.defaults.request_timeout_s,
             max_queue_per_model=settings.defaults.max_queue_per_model,
             max_batch_texts=batching.max_batch_texts,
@@ -179,8 +183,8 @@ _last_good: Settings | None = None
 def gunicorn_settings() -> dict[str, Any]:
     """gunicorn's settings from config.yml, for conf/gunicorn.conf.py and `pool start`.
 
-    gunicorn reads them again on SIGHUP, where an error would end its master: a broken config.yml or keys.yml then leaves
-    them as they were.
+    gunicorn reads them again on SIGHUP, where an error would end its master: a broken config.yml or keys.yml then
+    leaves them as they were.
     """
     global _last_good  # noqa: PLW0603  (gunicorn executes its config file anew; only a module survives that)
     try:
