@@ -21,6 +21,7 @@ from embedpool.pool.allowance import Allowance
 from embedpool.pool.pool import Pool
 
 OPEN = "open"
+FROM_ENVIRONMENT = "env-"  # begins an id that none in keys.yml can have
 SCOPES = {"observe": EMBED, "manage": ADMIN, "openapi": OPEN}  # of a blueprint's routes; of the others: embed
 OPEN_ENDPOINTS = ("observe.health", "observe.ready", "observe.ready_model")
 
@@ -33,8 +34,7 @@ class Caller:
         self.weight = key.weight if key else 1.0
         self._requests = Allowance(key.requests_per_s) if key and key.requests_per_s else None
         self._texts = Allowance(key.texts_per_s) if key and key.texts_per_s else None
-        self._inside = 0
-        self._lock = threading.Lock()
+        self._room = threading.BoundedSemaphore(key.concurrent) if key and key.concurrent else None
 
     def require(self, pool: Pool, name: str) -> None:
         """Raises Forbidden if the key is not for this model; whether there is one is not the question here."""
@@ -44,21 +44,25 @@ class Caller:
                 raise Forbidden(f"this key is not for {spec.model!r}")
 
     @contextlib.contextmanager
-    def admitted(self, texts: int) -> Iterator[None]:
-        """While a request of so many texts is served. Raises RateLimited, before anything is computed."""
-        most = self.key.concurrent if self.key else 0
-        with self._lock:
-            if most and self._inside >= most:
-                raise RateLimited(f"this key may have {most} requests at once", retry_after_s=1.0)
-            self._inside += 1
+    def admitted(self) -> Iterator[None]:
+        """While a request is served, however many texts it has. Raises RateLimited."""
+        if self._room and not self._room.acquire(blocking=False):
+            raise RateLimited("this key has as many requests at once as it may", retry_after_s=1.0)
         try:
-            for allowance, amount, what in ((self._requests, 1, "requests"), (self._texts, texts, "texts")):
-                if allowance is not None and (wait_s := allowance.take(amount)):
-                    raise RateLimited(f"this key's {what} a second are used up", retry_after_s=wait_s)
+            _take(self._requests, 1, "requests")
             yield
         finally:
-            with self._lock:
-                self._inside -= 1
+            if self._room:
+                self._room.release()
+
+    def spend(self, texts: int) -> None:
+        """Before so many texts are computed. Raises RateLimited."""
+        _take(self._texts, texts, "texts")
+
+
+def _take(allowance: Allowance | None, amount: int, what: str) -> None:
+    if allowance is not None and (wait_s := allowance.take(amount)):
+        raise RateLimited(f"this key's {what} a second are used up", retry_after_s=wait_s)
 
 
 NOBODY = Caller(None)
@@ -69,12 +73,12 @@ class Access:
 
     def __init__(self, security: Security, keys: KeysFile) -> None:
         self._keys = keys
-        named = {"env-embed": (security.embed_key_env, (EMBED,)), "env-admin": (security.admin_key_env, (ADMIN,))}
-        self._variables = {scopes[0]: variable for variable, scopes in named.values() if variable}
+        named = {EMBED: security.embed_key_env, ADMIN: security.admin_key_env}
+        self._variables = {scope: variable for scope, variable in named.items() if variable}
         self._from_environment = tuple(
-            ApiKey(id=key_id, sha256=hash_of(key), scopes=scopes)
-            for key_id, (variable, scopes) in named.items()
-            if variable and (key := os.environ.get(variable))
+            ApiKey(id=f"{FROM_ENVIRONMENT}{scope}", sha256=hash_of(key), scopes=(scope,))
+            for scope, variable in self._variables.items()
+            if (key := os.environ.get(variable))
         )
         self._callers: dict[ApiKey, Caller] = {}
         self._lock = threading.Lock()
@@ -135,5 +139,5 @@ def _find(given: str, known: tuple[ApiKey, ...]) -> ApiKey | None:
     if not given:
         return None
     digest, claimed = hash_of(given), id_of(given)
-    candidates = [key for key in known if key.id == claimed or key.id.startswith("env-")]
+    candidates = [key for key in known if key.id == claimed or key.id.startswith(FROM_ENVIRONMENT)]
     return next((key for key in candidates if hmac.compare_digest(key.sha256, digest)), None)

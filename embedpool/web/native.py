@@ -57,7 +57,8 @@ def submit(pool: Pool, model: str, texts: list[str], options: EmbedOptions) -> E
         hops=http.hops,
         trace=http.trace,
     )
-    with http.caller.admitted(len(texts)):
+    with http.caller.admitted():
+        http.caller.spend(len(texts))
         result = pool.submit(asked)
     http.add(result)
     return result

@@ -9,6 +9,7 @@ anything is answered, and gets the status of its own.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import io
 import threading
@@ -79,27 +80,23 @@ def embed(pool: Pool, limits: Limits, room: threading.BoundedSemaphore) -> Respo
     stream = _Stream(pool, limits, http, query)
     if not room.acquire(blocking=False):
         raise Overloaded("as many requests of lines as may be are being answered", retry_after_s=ROOM_WAIT_S)
-    answers = stream.answers()
-    try:
+    with contextlib.ExitStack() as until_it_begins:
+        until_it_begins.callback(room.release)
+        until_it_begins.enter_context(http.caller.admitted())
+        answers = until_it_begins.enter_context(contextlib.closing(stream.answers()))
         first = next(answers, b"")
         if not first:
             raise EmptyInput("the body has no line")
-    except BaseException:
-        room.release()
-        raise
+        until_it_ends = until_it_begins.pop_all()
 
     def rest() -> Iterator[bytes]:
         yield first
         yield from answers
 
-    def end() -> None:
-        answers.close()
-        room.release()
-
     response = Response(rest(), mimetype=NDJSON)
     if http.result is not None:
         response.headers["X-Embedpool-Model"] = http.result.model
-    response.call_on_close(end)
+    response.call_on_close(until_it_ends.close)
     return response
 
 
@@ -271,8 +268,8 @@ class _Stream:
                 trace=self._http.trace,
             )
             try:
-                with self._http.caller.admitted(len(texts)):
-                    return self._pool.submit(request)
+                self._http.caller.spend(len(texts))
+                return self._pool.submit(request)
             except EmbedpoolError as error:
                 wait_s = error.retry_after_s or BUSY_WAIT_S
                 is_busy = error.status in (429, 503) and not isinstance(error, ShuttingDown)

@@ -13,6 +13,7 @@ import pytest
 from embedpool.config.keys import KeysFile, make_key
 from embedpool.config.settings import Security, Settings
 from embedpool.pool.replica_set import Engine
+from embedpool.web.ndjson import CHUNK_TEXTS
 from embedpool.web.openapi import document
 from tests.conftest import settle
 from tests.web.conftest import MODEL, NAME, Gate, Web, serving
@@ -220,6 +221,28 @@ def test_a_key_may_have_so_many_requests_at_once(
             gate.opened.set()
             assert first.result().status_code == 200
         assert web.embed("b", headers=headers).status_code == 200
+
+
+def test_lines_are_one_request_and_many_texts(guarded: Guarded) -> None:
+    """Their key may have them at once and send them as one; their texts count as they are computed."""
+    key, poor = guarded.key(concurrent=1, requests_per_s=0.001), guarded.key(texts_per_s=1)
+    body = b'{"text": "a"}\n' * (3 * CHUNK_TEXTS)
+    client = guarded.web.app.test_client()
+
+    def send(key: str, body: bytes) -> Any:
+        headers = {"Authorization": f"Bearer {key}"}
+        return client.post(
+            "/embed?model=m", data=body, content_type="application/x-ndjson", headers=headers, buffered=False
+        )
+
+    answer = send(key, body)
+    assert guarded.ask("post", "/embed", key).json["error"]["code"] == "rate_limited"
+    assert answer.text.count("vector") == 3 * CHUNK_TEXTS
+    answer.close()
+    assert guarded.ask("post", "/embed", key).json["error"]["code"] == "rate_limited"  # its one in a thousand seconds
+    first = send(poor, b'{"text": "a"}\n' * 50)
+    first.close()
+    assert send(poor, b'{"text": "a"}').status_code == 429
 
 
 def test_a_key_has_its_weight_in_the_queue(guarded: Guarded) -> None:
