@@ -24,12 +24,10 @@ from marshmallow import fields, validate
 
 from embedpool.config.settings import Limits
 from embedpool.errors import (
-    BadJson,
     BodyTooLarge,
     ClientGone,
     EmbedpoolError,
     EmptyInput,
-    InvalidRequest,
     ModelChanged,
     Overloaded,
     ShuttingDown,
@@ -39,17 +37,14 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.request import EmbedOptions, EmbedRequest, EmbedResult
 from embedpool.web.encoding import as_base64
 from embedpool.web.http_request import HttpRequest, here
-from embedpool.web.schemas import OptionsSchema, check_texts, embed_options, load, timeout_s
+from embedpool.web.lines import Line, chunks
+from embedpool.web.schemas import OptionsSchema, embed_options, load, timeout_s
 
 NDJSON = "application/x-ndjson"
-CHUNK_TEXTS = 256
-CHUNK_CHARS = 1 << 22
 CHUNKS_AT_ONCE = 2
 ROOM_WAIT_S = 10.0
 LOOK_EVERY_S = 1.0  # while waiting
-LONGEST_ID_BYTES = 1000
 BUSY_WAIT_S = 1.0  # where a busy pool names no time
-BYTES_PER_CHAR = 6  # at most, of a JSON string: \u0000
 
 
 class StreamSchema(OptionsSchema):
@@ -58,16 +53,6 @@ class StreamSchema(OptionsSchema):
     model = fields.String(required=True)
     order = fields.String(validate=validate.OneOf(("input", "done")), load_default="input")
     on_error = fields.String(validate=validate.Equal("partial"))
-
-
-@dataclasses.dataclass(slots=True)
-class _Line:
-    """A line to be answered; `error` if it is not worth asking for."""
-
-    index: int
-    id: Any = None
-    text: str = ""
-    error: EmbedpoolError | None = None
 
 
 def embed(pool: Pool, limits: Limits, room: threading.BoundedSemaphore) -> Response:
@@ -135,6 +120,7 @@ class _Stream:
         http.model = self._model = query.pop("model")
         self._options: EmbedOptions = embed_options({**query, "on_error": "partial"})
         self._timeout_s = min(timeout_s(http) or pool.request_timeout_s, pool.request_timeout_s)
+        self._body = io.BufferedReader(http.stream)  # type: ignore[type-var]
         self._client_gone = http.client_gone
         self._over = threading.Event()  # nobody reads on
         self._has_begun = False
@@ -146,7 +132,7 @@ class _Stream:
         is_whole = False
         with ThreadPoolExecutor(CHUNKS_AT_ONCE, "ndjson") as threads:
             try:
-                for chunk in self._chunks():
+                for chunk in chunks(self._body, self._limits):
                     under_way.append(threads.submit(self._answer, chunk))
                     if len(under_way) == CHUNKS_AT_ONCE or not self._has_begun:
                         yield self._next(under_way)
@@ -177,79 +163,31 @@ class _Stream:
             self._http.add(answer.result)
         return answer.body
 
-    # --- lines in
-
-    def _chunks(self) -> Iterator[list[_Line]]:
-        chunk: list[_Line] = []
-        size = 0
-        for line in self._lines():
-            if chunk and (len(chunk) == CHUNK_TEXTS or size + len(line.text) > CHUNK_CHARS):
-                yield chunk
-                chunk, size = [], 0
-            chunk.append(line)
-            size += len(line.text)
-        if chunk:
-            yield chunk
-
-    def _lines(self) -> Iterator[_Line]:
-        """The lines that are not blank, counted from 0."""
-        body = io.BufferedReader(self._http.stream)  # type: ignore[type-var]
-        longest = BYTES_PER_CHAR * self._limits.max_chars_per_text + (1 << 16)
-        index = 0
-        while raw := body.readline(longest):
-            is_cut = len(raw) == longest and not raw.endswith(b"\n")
-            while is_cut and (more := body.readline(longest)) and not more.endswith(b"\n"):
-                pass
-            if not raw.strip():
-                continue
-            yield _Line(index, error=InvalidRequest("the line is too long")) if is_cut else self._line(index, raw)
-            index += 1
-
-    def _line(self, index: int, raw: bytes) -> _Line:
-        try:
-            document = orjson.loads(raw)
-        except orjson.JSONDecodeError as error:
-            return _Line(index, error=BadJson(f"the line is not JSON: {error}"))
-        if not isinstance(document, dict) or not {"text"} <= set(document) <= {"id", "text"}:
-            return _Line(index, error=InvalidRequest('a line must be an object of "text" and, if wanted, "id"'))
-        given = document.get("id")
-        if not isinstance(given, str | int | float | None) or len(str(given)) > LONGEST_ID_BYTES:
-            says = f"id must be a string or a number of at most {LONGEST_ID_BYTES} characters"
-            return _Line(index, error=InvalidRequest(says))
-        line = _Line(index, given)
-        try:
-            (line.text,) = check_texts([document["text"]], self._limits, "text")
-        except EmbedpoolError as error:
-            line.error = error
-        return line
-
-    # --- answers out
-
-    def _answer(self, chunk: list[_Line]) -> _Answer:
-        result: EmbedResult | None = None
+    def _answer(self, chunk: list[Line]) -> _Answer:
         asked = [line for line in chunk if line.error is None]
-        vectors: Any = []
-        truncated: set[int] = set()
-        if asked:
-            try:
-                result = self._result([line.text for line in asked])
-                self._require_the_same_model()
-            except EmbedpoolError as error:
-                if not self._has_begun or self._over.is_set() or isinstance(error, ClientGone):
-                    raise
-                result = None
-                for line in asked:
-                    line.error = error
-            else:
-                if len(result.errors) == len(asked) and not self._has_begun:
-                    self._refuse_if_remote_is_down(result)
-                for i, lost in result.errors.items():
-                    asked[i].error = lost
-                truncated = {asked[i].index for i in result.truncated}
-                vectors = as_base64(result.vectors) if self._encoding == "base64" else result.vectors
-        by_index = dict(zip((line.index for line in asked), vectors, strict=bool(len(vectors))))
-        body = b"".join(_encoded(line, by_index.get(line.index), line.index in truncated) for line in chunk)
-        return _Answer(body, len(chunk), result)
+        result: EmbedResult | None = None
+        try:
+            result = self._ask(asked) if asked else None
+        except EmbedpoolError as error:
+            if not self._has_begun or self._over.is_set() or isinstance(error, ClientGone):
+                raise
+            for line in asked:
+                line.error = error
+        return _Answer(b"".join(line.encoded() for line in chunk), len(chunk), result)
+
+    def _ask(self, lines: list[Line]) -> EmbedResult:
+        """Give the lines their vectors, or the errors of their own. Raises what concerns them all."""
+        result = self._result([line.text for line in lines])
+        self._require_the_same_model()
+        first = next(iter(result.errors.values()), None)
+        if not self._has_begun and len(result.errors) == len(lines) and isinstance(first, UpstreamError):
+            raise first  # a remote service that is down is no matter of single lines
+        vectors: Any = as_base64(result.vectors) if self._encoding == "base64" else result.vectors
+        for i, (line, vector) in enumerate(zip(lines, vectors, strict=True)):
+            line.vector, line.error = vector, result.errors.get(i)
+        for i in result.truncated:
+            lines[i].truncated = True
+        return result
 
     def _result(self, texts: list[str]) -> EmbedResult:
         """A pool that is busy or loading is asked again, once the answer has begun, until the lines' deadline."""
@@ -296,22 +234,5 @@ class _Stream:
         if load_key != self._load_key:
             raise ModelChanged(f"{self._model!r} has become another model; ask again for the lines from here on")
 
-    def _refuse_if_remote_is_down(self, result: EmbedResult) -> None:
-        """What is wrong with a remote service as a whole is no matter of single lines. Raises UpstreamError."""
-        first = next(iter(result.errors.values()))
-        if isinstance(first, UpstreamError):
-            raise first
-
     def _is_over(self) -> bool:
         return self._over.is_set() or self._client_gone()
-
-
-def _encoded(line: _Line, vector: Any, was_truncated: bool) -> bytes:
-    found: dict[str, Any] = {"index": line.index}
-    if line.id is not None:
-        found["id"] = line.id
-    if line.error is not None:
-        found["error"] = {"code": line.error.code, "message": line.error.message}
-    else:
-        found.update(vector=vector, truncated=was_truncated)
-    return orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)

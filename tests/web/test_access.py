@@ -13,7 +13,7 @@ import pytest
 from embedpool.config.keys import KeysFile, make_key
 from embedpool.config.settings import Security, Settings
 from embedpool.pool.replica_set import Engine
-from embedpool.web.ndjson import CHUNK_TEXTS
+from embedpool.web.lines import CHUNK_TEXTS
 from embedpool.web.openapi import document
 from tests.conftest import settle
 from tests.web.conftest import MODEL, NAME, Gate, Web, serving

@@ -16,7 +16,7 @@ from werkzeug.test import TestResponse
 from embedpool.config.settings import Defaults, Limits, Settings
 from embedpool.errors import Overloaded, UpstreamError
 from embedpool.web import ndjson, request_log
-from embedpool.web.ndjson import CHUNK_TEXTS
+from embedpool.web.lines import CHUNK_TEXTS
 from tests.web.conftest import MODEL, NAME, Gate, MakeWeb, Web, raw, refused, unit
 
 FAULTY = MODEL + ", driver: {type: fake, config: {fault: raise, fault_text: bad}}"
