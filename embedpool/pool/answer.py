@@ -29,7 +29,7 @@ def gather(
     """The answer of a request whose jobs are all done. Times are of the pool's clock, in seconds."""
     jobs = flow.jobs
     parts = [job.vectors for job in jobs if job.vectors is not None]
-    errors = {job.offset + row: error for job in jobs for row, error in job.lost.items()} if flow.partial else {}
+    errors = {job.offset + row: error for job in jobs for row, error in job.lost.items()}
     if errors or measured.refused:
         raw, errors = _around_gaps(jobs, measured, errors)
     else:

@@ -85,8 +85,7 @@ class ReplicaSet:
     def state(self) -> str:
         """idle, loading, ready or failed."""
         replicas = self._replicas
-        ready = [r for r in replicas if r.state == "ready"]
-        if ready:
+        if any(r.state == "ready" for r in replicas):
             return "failed" if self.stuck_s else "ready"
         if not replicas:
             return "idle"

@@ -1,4 +1,4 @@
-"""The Flask app: blueprints, the error handler, request ids."""
+"""The Flask app: blueprints, the shape of errors, what happens before and after each request."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 MOST_TRUNCATED_NAMED = 500
 DIALECTS = (openai, tei, cohere, ollama)
+SHAPES: dict[str, Shape] = {p: shape for dialect in DIALECTS for p, shape in dialect.SHAPES.items()}
 
 
 def shape_at(path: str) -> Shape:
     """The shape of an error at a path: that of the longest prefix a dialect claims, else our own."""
-    claimed = {prefix: shape for dialect in DIALECTS for prefix, shape in dialect.SHAPES.items()}
-    prefix = max((p for p in claimed if path.startswith(p)), key=len, default=None)
-    return claimed[prefix] if prefix else native_shape
+    prefix = max((p for p in SHAPES if path.startswith(p)), key=len, default="")
+    return SHAPES.get(prefix, native_shape)
 
 
 def report_truncation(response: Response, truncated: list[int]) -> None:

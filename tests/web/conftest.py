@@ -61,9 +61,6 @@ class Web:
         return next(m for m in self.get("/status").json["models"] if model in (m["model"], m["alias"]))
 
 
-DEFAULTS = Settings()
-
-
 @contextlib.contextmanager
 def serving(folder: Path, engine: Engine, *models: str, settings: Settings = DEFAULTS) -> Iterator[Web]:
     """An app whose models (see fake_pool_yml) have begun to load."""
