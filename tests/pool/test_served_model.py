@@ -740,3 +740,23 @@ def test_a_model_of_which_a_part_is_stuck_serves(serve) -> None:
     gate.open()
     with contextlib.suppress(DeadlineExceeded):
         hanging.result(PATIENCE_S)
+
+
+def test_a_full_queue_that_will_be_waited_for_is_no_refusal(serve) -> None:
+    """A caller that asks again has been refused nothing; any other has."""
+    gate = Gate()
+    served, _ = serve(lambda: Scripted(gate), engine={"max_batch_texts": 1}, max_size=1, inflight=1)
+    settled(served)
+    puts = puts_of(served)
+    asking = [in_thread(ask, served, "runs")]
+    gate.arrived()
+    asking.append(in_thread(ask, served, "waits"))
+    while served.queue.qsize() == 0:
+        assert puts.acquire(timeout=PATIENCE_S)
+    for asks_again, counted in ((True, {}), (False, {"overloaded": 1})):
+        with pytest.raises(Overloaded):
+            served.embed(EmbedRequest("m", ["more"], asks_again=asks_again))
+        assert served.stats.snapshot()["errors"] == counted
+    gate.open()
+    for future in asking:
+        future.result(PATIENCE_S)
