@@ -5,6 +5,7 @@ Both servers run the same loop (loop.py); under gunicorn it runs in the worker c
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import logging
 import signal
@@ -49,7 +50,9 @@ class EmbedpoolApp:
 
         def open_driver(spec: ModelSpec) -> Driver:
             guard.check(spec, settings)
-            driver = make_driver(spec, cache_dir)
+            driver = make_driver(
+                spec, cache_dir, functools.partial(configure_logging, settings), settings.defaults.request_timeout_s
+            )
             driver.open()
             return driver
 

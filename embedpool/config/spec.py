@@ -35,7 +35,26 @@ def _absolute(path: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class LocalStConfig:
+class Isolation:
+    """The part of a driver.config that says where the model runs."""
+
+    isolation: str = option(
+        "thread",
+        "thread: in the server's process; process: each replica in a child process, whose crash, hang or growth ends "
+        "nothing else",
+        choices=("thread", "process"),
+        loads=True,
+    )
+    max_rss_mb: int | None = option(None, "memory at which a child is ended and replaced", minimum=1)
+    batch_timeout_s: float | None = option(
+        None,
+        "a child whose batch takes longer is ended and replaced; default defaults.request_timeout_s",
+        minimum=0.001,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalStConfig(Isolation):
     """driver.config of a local SentenceTransformer model."""
 
     max_seq_length: int | None = option(None, "tokens kept of a text; default the model's own", minimum=1)
@@ -65,7 +84,6 @@ class LocalStConfig:
     )
     device: str = option("cpu", "torch device", loads=True)
     trust_remote_code: bool = option(False, "run code shipped with the model; only from this file", loads=True)
-    isolation: str = option("thread", "where the model runs", choices=("thread",), loads=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +119,7 @@ class HttpConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class FakeConfig:
+class FakeConfig(Isolation):
     """driver.config of the deterministic stand-in: tests, demos, load tests of everything else."""
 
     dim: int = option(384, "size of its vectors", minimum=1, maximum=65536, loads=True)
@@ -110,8 +128,9 @@ class FakeConfig:
     load_delay_ms: float = option(0, "time loading takes", minimum=0, loads=True)
     fault: str = option(
         "none",
-        "what goes wrong: batches that raise, return NaN or too few vectors, or loading itself",
-        choices=("none", "raise", "nan", "short", "load"),
+        "what goes wrong: batches that raise, return NaN or too few vectors, never end, hold on to memory, or crash "
+        "their process; or loading itself",
+        choices=("none", "raise", "nan", "short", "hang", "grow", "crash", "load"),
         loads=True,
     )
     fault_text: str = option("", "only texts that contain this are at fault", loads=True)

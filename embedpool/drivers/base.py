@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,6 +56,7 @@ class Driver(abc.ABC):
     max_batch_texts: int | None = None  # None: the pool's setting
     cost: Cost | None = None  # fitted at warm-up, where padding costs
     description: Mapping[str, object] = {}  # what runs where, for /status
+    lost: str | None = None  # why it can serve no more, though no text is known to be at fault: its process was killed
 
     @abc.abstractmethod
     def open(self) -> None:
@@ -73,6 +77,9 @@ class Driver(abc.ABC):
 
     def configure(self, config: Any) -> None:  # noqa: B027  (most drivers read nothing that may change)
         """Take over a driver.config in which nothing has changed that loads anew. Called on any thread."""
+
+    def watch(self, on_lost: Callable[[], None]) -> None:  # noqa: B027  (most drivers cannot be lost)
+        """Have `on_lost` called, on any thread, when `lost` is set."""
 
     def close(self) -> None:  # noqa: B027  (most drivers hold nothing)
         """Give everything back."""
@@ -113,6 +120,18 @@ class Meter(abc.ABC):
 def describe(**facts: Any) -> dict[str, object]:
     """The facts that are known."""
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def available_cores() -> int:
+    """Cores this process may use, by affinity and by its cgroup's quota, never the host's count."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass
+    return max(cores, 1)
 
 
 def fastest_s(call: Callable[[], object], tries: int = 3) -> float:

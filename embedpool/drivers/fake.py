@@ -5,7 +5,10 @@ Equal token ids give equal vectors; delays and faults are set in driver.config.
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import threading
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,9 +19,11 @@ import numpy as np
 
 from embedpool.config.spec import FakeConfig, ModelSpec
 from embedpool.drivers.base import PROBE_TEXT, Driver, Embeddings, Ids, Meter, Token, describe
+from embedpool.errors import ModelFailed
 
 START, END = 1, 2  # its special tokens
 POSITIONS = 512
+GROWTH_BYTES = 50_000_000
 
 
 class FakeMeter(Meter):
@@ -56,6 +61,26 @@ def _id_of(word: str) -> int:
     return zlib.crc32(word.encode()) % 30000 + 3
 
 
+def _raise() -> None:
+    raise RuntimeError("fault: raise")
+
+
+def _hang() -> None:
+    threading.Event().wait()
+
+
+def _grow() -> None:
+    _held.append(b"x" * GROWTH_BYTES)
+
+
+def _crash() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+_held: list[bytes] = []
+FAULTS = {"raise": _raise, "hang": _hang, "grow": _grow, "crash": _crash}
+
+
 class FakeDriver(Driver):
     """Vectors drawn from a generator that the token ids seed; entries are about normal, vectors not normalised."""
 
@@ -69,6 +94,8 @@ class FakeDriver(Driver):
         time.sleep(self._config.load_delay_ms / 1000)
         if self._config.fault == "load":
             raise RuntimeError("fault: load")
+        if self._config.fault == "crash" and self._config.isolation != "process":
+            raise ModelFailed("fault: crash would end the server; it needs isolation: process")
         self.probe()
 
     def embed(self, texts: Sequence[str], ids: Sequence[Ids] | None, options: Mapping[str, Any]) -> Embeddings:
@@ -77,8 +104,8 @@ class FakeDriver(Driver):
         time.sleep((config.delay_ms + config.delay_ms_per_text * len(texts)) / 1000)
         vectors = np.stack([self._vector(i) for i in ids or self._meter.measure(texts)])
         at_fault = [i for i, text in enumerate(texts) if config.fault_text in text]
-        if at_fault and config.fault == "raise":
-            raise RuntimeError("fault: raise")
+        if at_fault and config.fault in FAULTS:
+            FAULTS[config.fault]()
         if at_fault and config.fault == "short":
             vectors = vectors[:-1]
         if at_fault and config.fault == "nan":

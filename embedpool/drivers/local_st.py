@@ -12,7 +12,6 @@ import functools
 import gc
 import importlib.util
 import logging
-import math
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embedpool.config.spec import LocalStConfig, ModelSpec
-from embedpool.drivers.base import PROBE_TEXT, Cost, Driver, Embeddings, Ids, Meter, cosine, describe, fastest_s
+from embedpool.drivers.base import (
+    PROBE_TEXT,
+    Cost,
+    Driver,
+    Embeddings,
+    Ids,
+    Meter,
+    available_cores,
+    cosine,
+    describe,
+    fastest_s,
+)
 from embedpool.drivers.model_folder import find_model_folder
 from embedpool.drivers.tokenizer import TokenizerMeter, pad
 from embedpool.errors import ModelFailed
@@ -207,8 +217,10 @@ class LocalStDriver(Driver):
 
     def _sentence_transformer(self, folder: Path, backend: str) -> Any:
         from sentence_transformers import SentenceTransformer
+        from tqdm import tqdm
         from transformers.utils import logging as transformers_logging
 
+        tqdm.set_lock(threading.RLock())  # its own would be a semaphore that outlives a killed child
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         model = SentenceTransformer(
@@ -227,18 +239,6 @@ class LocalStDriver(Driver):
 
 def _encode(model: Any, texts: list[str]) -> Array:
     return np.asarray(model.encode(texts, prompt="", show_progress_bar=False), np.float32)
-
-
-def available_cores() -> int:
-    """Cores this process may use, by affinity and by its cgroup's quota, never the host's count."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):
-        pass
-    return max(cores, 1)
 
 
 def make_driver(spec: ModelSpec, cache_dir: Path) -> Driver:

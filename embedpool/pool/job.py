@@ -142,15 +142,19 @@ class Job:
 
 
 class Row:
-    """Text number `at` of a job, as it waits and travels in a batch. `twins` are equal rows that share its vector."""
+    """Text number `at` of a job, as it waits and travels in a batch. `twins` are equal rows that share its vector.
 
-    __slots__ = ("at", "job", "tokens", "twins")
+    `losses` counts the batches with it in which a driver was lost.
+    """
+
+    __slots__ = ("at", "job", "losses", "tokens", "twins")
 
     def __init__(self, job: Job, at: int) -> None:
         self.job = job
         self.at = at
         self.tokens = job.tokens[at]
         self.twins: list[Row] = []
+        self.losses = 0
 
     @property
     def text(self) -> str:

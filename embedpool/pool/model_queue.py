@@ -10,6 +10,7 @@ already does not wait at all: it shares that one's vector.
 from __future__ import annotations
 
 import bisect
+import collections
 import contextlib
 import itertools
 import queue
@@ -41,12 +42,13 @@ class ModelQueue(queue.Queue[Job]):
         self._waiting: list[_Entry] = []  # in the order of service
         self._equal: dict[Hashable, list[_Entry]] = {}  # the same entries, by what their vector depends on
         self._running: dict[Hashable, tuple[Row, float]] = {}  # likewise; joinable until
+        self._returned: collections.deque[list[Row]] = collections.deque()  # batches that go before all others
         self._sequence = itertools.count()
         self._virtual_time = 0.0
         self._closed = self._stopped = False
 
     def _qsize(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + sum(map(len, self._returned))
 
     def _put(self, item: Job) -> None:
         flow = item.flow
@@ -110,6 +112,15 @@ class ModelQueue(queue.Queue[Job]):
             if self._waiting:  # else all of it has joined what runs
                 self.not_empty.notify()
 
+    def put_back(self, rows: Sequence[Row]) -> None:
+        """Let rows that were taken run again, as a batch of their own and before all others.
+
+        They are let in even where the queue is full by now.
+        """
+        with self.mutex:
+            self._returned.append(list(rows))
+            self.not_empty.notify()
+
     def feed(self, job: Job, timeout_s: float) -> None:
         """Put a further job of an admitted request as room appears.
 
@@ -136,7 +147,7 @@ class ModelQueue(queue.Queue[Job]):
 
     def _fits(self, job: Job, bound: int) -> bool:
         """A job larger than the bound, cut before the queue was made smaller, fits an empty queue."""
-        return not self._waiting or len(self._waiting) + len(job) <= bound
+        return not self._qsize() or self._qsize() + len(job) <= bound
 
     def take(
         self,
@@ -155,11 +166,16 @@ class ModelQueue(queue.Queue[Job]):
         `wake()` after it turned true is not missed.
         """
         with self.mutex:
-            if not self._waiting and not leaving():
+            if not self._qsize() and not leaving():
                 self.not_empty.wait(timeout_s)
             if leaving():
                 self.not_empty.notify()  # what woke this worker is for another
                 return []
+            if self._returned:
+                rows = self._returned.popleft()
+                if self._qsize():
+                    self.not_empty.notify()
+                return rows
             if self._waiting and max_wait_s:
                 until = self._clock() + max_wait_s
                 while 0 < len(self._waiting) < enough_texts and (remaining := until - self._clock()) > 0:
@@ -191,6 +207,8 @@ class ModelQueue(queue.Queue[Job]):
         """Everything that waits, for a model that cannot serve it."""
         with self.mutex:
             rows = self._remove(range(len(self._waiting))) if self._waiting else []
+            rows += itertools.chain.from_iterable(self._returned)
+            self._returned.clear()
             self.not_full.notify_all()
             return rows
 

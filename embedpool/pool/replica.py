@@ -148,7 +148,8 @@ class Replica:
 
     def _failed(self, error: BaseException) -> None:
         self.failures += 1
-        self.last_error = str(error) if isinstance(error, EmbedpoolError) else f"{type(error).__name__}: {error}"
+        is_said = isinstance(error, EmbedpoolError | DriverBroken)
+        self.last_error = str(error) if is_said else f"{type(error).__name__}: {error}"
         self.retry_at = self._clock() + self._backoff_s()
         self._become("failed")
 
@@ -156,6 +157,7 @@ class Replica:
         self._driver = driver
         try:
             self._become("ready")
+            driver.watch(self._owner.queue.wake)
             self.adjust()
             self._loop(driver, 1)
         finally:
@@ -186,15 +188,14 @@ class Replica:
         while not self._leave.is_set() and (lead or number <= self._owner.inflight(driver)):
             worker = self._owner.make_worker(self.name, driver)  # anew: the spec may have changed its limits
             idle_s = self._owner.idle_timeout_s() if lead else None
-            leaving = functools.partial(self._is_stale, idle_s) if lead else self._leave.is_set
+            leaving = functools.partial(self._is_stale, driver, idle_s) if lead else self._leave.is_set
             try:
+                if driver.lost:
+                    raise DriverBroken(driver.lost)
                 served = worker.step(idle_s, on_work=self._begin_work, leaving=leaving)
             except DriverBroken as error:
                 self._end_work(served=False)
-                if not self._leave.is_set():  # the first of its threads to say so is enough
-                    logger.warning("%s is broken and is opened anew: %s", self.name, error)
-                    self._failed(error)
-                    self._leave_loops()
+                self._broke(error)
                 continue
             if served:
                 self._end_work(served=worker.successes > 0)
@@ -203,9 +204,19 @@ class Replica:
                 self._retired = True
                 self._leave_loops()
 
-    def _is_stale(self, idle_s: float | None) -> bool:
+    def _broke(self, error: DriverBroken) -> None:
+        """The first of its threads to say so is enough."""
+        with self._lock:
+            if self._leave.is_set():
+                return
+            self._leave.set()
+        logger.warning("%s is broken and is opened anew: %s", self.name, error)
+        self._failed(error)
+        self._leave_loops()
+
+    def _is_stale(self, driver: Driver, idle_s: float | None) -> bool:
         """Whether the lead must look around instead of waiting for work: to leave, or for another idle time."""
-        return self._leave.is_set() or self._owner.idle_timeout_s() != idle_s
+        return self._leave.is_set() or driver.lost is not None or self._owner.idle_timeout_s() != idle_s
 
     def _leave_loops(self) -> None:
         self._leave.set()

@@ -139,24 +139,52 @@ class Worker:
             self._scatter(rows, vectors)
 
     def _blame(self, rows: list[Row], error: BaseException) -> None:
-        try:
-            self._driver.probe()
-        except BaseException as probe_error:
+        fault = self._fault_of_driver()
+        if self._driver.lost:
+            self._hand_back(rows, self._driver.lost)
+        elif fault:
             _fail(rows, InferenceFailed(f"the model failed: {type(error).__name__}: {error}"))
-            raise DriverBroken(f"{type(probe_error).__name__}: {probe_error}") from error
+        if fault:
+            raise DriverBroken(fault) from error
         if len(rows) > 1:
             self._halve(rows)
             return
         _fail_text(rows[0], f"the model failed on it: {type(error).__name__}: {error}")
+
+    def _fault_of_driver(self) -> str | None:
+        """What is wrong with it whatever the texts are."""
+        if not self._driver.lost:
+            try:
+                self._driver.probe()
+            except BaseException as error:
+                return self._driver.lost or f"{type(error).__name__}: {error}"
+        return self._driver.lost
 
     def _halve(self, rows: list[Row]) -> None:
         middle = len(rows) // 2
         try:
             self._run(rows[:middle])
         except DriverBroken:
-            _fail(rows[middle:], InferenceFailed("the model failed on another part of the batch"))
+            if self._driver.lost:
+                self._queue.put_back(rows[middle:])
+            else:
+                _fail(rows[middle:], InferenceFailed("the model failed on another part of the batch"))
             raise
         self._run(rows[middle:])
+
+    def _hand_back(self, rows: list[Row], reason: str) -> None:
+        """Another replica, or this one when it is open again, runs the halves apart: only what is lost alone, and not
+        for the first time, is at fault itself."""
+        for row in rows:
+            row.losses += 1
+        if len(rows) > 1:
+            middle = len(rows) // 2
+            self._queue.put_back(rows[:middle])
+            self._queue.put_back(rows[middle:])
+        elif rows[0].losses == 1:
+            self._queue.put_back(rows)
+        else:
+            _fail_text(rows[0], f"the model failed on it: {reason}")
 
     def _embed(self, rows: list[Row]) -> Vectors:
         """One driver call; its answer checked for count and shape."""

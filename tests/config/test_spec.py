@@ -89,7 +89,9 @@ OTHER_LOCAL: dict[str, Any] = {
     "profile": "fast",
     "device": "cuda",
     "trust_remote_code": True,
-    "isolation": "other",
+    "isolation": "process",
+    "max_rss_mb": 900,
+    "batch_timeout_s": 5.0,
 }
 LOADS = {"path", "revision", "backend", "compute_dtype", "profile", "device", "trust_remote_code", "isolation"}
 

@@ -15,7 +15,8 @@ import pytest
 
 from embedpool.config.spec import DriverSpec, LocalStConfig, ModelSpec, Scaling
 from embedpool.drivers import local_st, make_driver, open_meter, openvino_graph, torch_pipeline
-from embedpool.drivers.local_st import LocalStDriver, available_cores
+from embedpool.drivers.base import available_cores
+from embedpool.drivers.local_st import LocalStDriver
 from embedpool.drivers.tokenizer import TokenizerMeter
 from embedpool.errors import ModelFailed
 from tests.drivers.conftest import MINILM, TEXTS, cosines

@@ -46,6 +46,7 @@ class Scripted(Driver):
         self.options: list[Mapping[str, Any]] = []
         self.probes = 0
         self.closed = threading.Event()
+        self._on_lost: Callable[[], None] = lambda: None
         self._on_embed, self._on_probe, self._on_close = on_embed, on_probe, on_close
 
     def open(self) -> None:
@@ -62,6 +63,14 @@ class Scripted(Driver):
     def probe(self) -> None:
         self.probes += 1
         self._on_probe()
+
+    def watch(self, on_lost: Callable[[], None]) -> None:
+        self._on_lost = on_lost
+
+    def lose(self, reason: str) -> None:
+        """As if its process had ended."""
+        self.lost = reason
+        self._on_lost()
 
     def close(self) -> None:
         assert not self.closed.is_set(), "a driver is closed once"

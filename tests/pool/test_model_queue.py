@@ -331,3 +331,33 @@ def test_an_admitted_request_outlives_a_smaller_queue() -> None:
     waiting_queue.resize(2)
     waiting_queue.take(first(8), 0)
     waiting_queue.feed(sized(4, flow), 0)
+
+
+def test_what_is_put_back_goes_first_and_as_it_was() -> None:
+    """A batch that comes back is taken again by itself, before all that waits, however full the queue is by then."""
+    waiting_queue = ModelQueue(2)
+    waiting_queue.admit(sized(2, flow_of()))
+    lost = waiting_queue.take(first(2), 0)
+    other = sized(2, flow_of())
+    waiting_queue.admit(other)
+    waiting_queue.put_back(lost[:1])
+    waiting_queue.put_back(lost[1:])
+    assert waiting_queue.qsize() == 4
+    with pytest.raises(queue.Full):
+        waiting_queue.admit(sized(1, flow_of()))
+    assert [waiting_queue.take(first(9), 0) for _ in range(2)] == [lost[:1], lost[1:]]
+    assert jobs_of(waiting_queue.take(first(9), 0)) == [other, other]
+    assert waiting_queue.take(first(9), 0) == []
+
+
+def test_what_is_put_back_wakes_a_waiting_worker() -> None:
+    """Another replica takes over at once, and a model that cannot serve gives all of it up."""
+    waiting_queue = ModelQueue(2)
+    waiting_queue.admit(sized(2, flow_of()))
+    lost = waiting_queue.take(first(2), 0)
+    taken = in_thread(waiting_queue.take, first(2), PATIENCE_S)
+    waiting_queue.put_back(lost)
+    assert taken.result(PATIENCE_S) == lost
+    waiting_queue.put_back(lost)
+    assert waiting_queue.take_all() == lost
+    assert not waiting_queue.qsize()

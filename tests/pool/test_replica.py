@@ -331,3 +331,38 @@ def test_a_panic_in_a_library_ends_no_replica(start, where: str) -> None:
     if where == "embed":
         assert isinstance(done(model.put("bad")), InferenceFailed)
     assert done(model.put("a")) is None
+
+
+def test_a_driver_lost_while_nothing_runs_is_opened_anew_at_once(start) -> None:
+    """Its state says so without a request, and the next request finds another."""
+    replica, model, opener = start()
+    model.wait_for("ready")
+    opener.opened[0].lose("its process was ended by SIGKILL")
+    model.wait_for("ready", "failed", "ready")
+    assert replica.last_error == "its process was ended by SIGKILL"
+    assert opener.opened[0].closed.is_set()
+    assert done(model.put("a")) is None
+    assert replica.failures == 0
+
+
+def test_a_driver_lost_in_its_batches_is_opened_anew_and_serves_them(start) -> None:
+    """All of its threads leave it; it has failed once, not once a thread; nobody gets an error."""
+    gate = Gate()
+
+    def on_embed(texts: list[str]) -> None:
+        gate()
+        if driver.lost:
+            raise ChildProcessError(driver.lost)
+
+    driver = Scripted(on_embed)
+    _, model, opener = start(driver, batches=2)
+    jobs = [model.put("a")]
+    gate.arrived()
+    jobs.append(model.put("b"))
+    gate.arrived()
+    driver.lose("its process was ended by SIGKILL")
+    gate.open()
+    assert [done(job) for job in jobs] == [None, None]
+    assert model.states == ["ready", "failed", "ready"]
+    assert driver.closed.is_set()
+    assert len(opener.opened) == 2

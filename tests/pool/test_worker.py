@@ -326,3 +326,107 @@ def test_a_text_that_arrives_while_its_equal_runs_shares_what_comes_of_it(bad: t
         assert "texts[1]" in str(error_of(late))
     else:
         assert_served(late)
+
+
+class Mortal(Scripted):
+    """A driver whose process some texts end; `revive` is what opening it anew does."""
+
+    def __init__(self, *deadly: str) -> None:
+        super().__init__(self._die_of)
+        self.deadly = deadly
+        self.deaths = 0
+
+    def _die_of(self, texts: list[str]) -> None:
+        if any(text in self.deadly for text in texts):
+            self.deaths += 1
+            self.lost = "its process was ended by SIGSEGV"
+            raise ChildProcessError(self.lost)
+
+    def revive(self) -> None:
+        self.lost = None
+
+
+def serve_reviving(bench: Bench, driver: Mortal, *jobs: Job) -> None:
+    for job in jobs:
+        bench.queue.admit(job)
+    served = True
+    while served:
+        try:
+            served = bench.worker.step()
+        except DriverBroken:
+            driver.revive()
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=5), min_size=1, max_size=6), st.integers(1, 8))
+def test_a_text_that_ends_the_process_hurts_only_its_request(requests: list[list[bool]], max_texts: int) -> None:
+    """What was in a batch with it is run again apart from it, until it is alone; and it is tried twice."""
+    driver = Mortal("deadly")
+    bench = Bench(driver, max_texts)
+    jobs = [
+        job_of(*("deadly" if is_deadly else f"text {n}.{i}" for i, is_deadly in enumerate(request)))
+        for n, request in enumerate(requests)
+    ]
+    serve_reviving(bench, driver, *jobs)
+    for job, request in zip(jobs, requests, strict=True):
+        if any(request):
+            assert isinstance(error_of(job), InferenceFailed)
+            assert "SIGSEGV" in str(error_of(job))
+        else:
+            assert_served(job)
+
+
+def test_a_batch_whose_process_is_killed_from_outside_is_served_by_the_next() -> None:
+    """No text is at fault, so none fails, also one that was alone in its batch."""
+    for texts in (["a"], ["a", "b", "c"]):
+        driver = Mortal("a")
+        bench = Bench(driver)
+        job = job_of(*texts)
+        bench.queue.admit(job)
+        with pytest.raises(DriverBroken):
+            bench.worker.step()
+        assert not job.future.done()
+        driver.revive()
+        driver.deadly = ()
+        bench.serve()
+        assert_served(job)
+
+
+def test_the_other_half_of_a_bisected_batch_is_no_suspect() -> None:
+    """A batch fails on a text, and in its first half the process ends: the second half is run again as it was."""
+    driver = Mortal()
+
+    def on_embed(texts: list[str]) -> None:
+        if len(texts) == 4:
+            raise RuntimeError("cannot bear it")
+        if driver.deaths == 0:
+            driver.deaths += 1
+            driver.lost = "its process was ended by SIGSEGV"
+            raise ChildProcessError(driver.lost)
+
+    driver._on_embed = on_embed
+    bench = Bench(driver)
+    job = job_of("a", "b", "c", "d")
+    serve_reviving(bench, driver, job)
+    assert_served(job)
+    assert driver.calls == [["a", "b", "c", "d"], ["a", "b"], ["a"], ["b"], ["c", "d"]]
+
+
+def test_a_process_that_ends_when_it_is_probed_costs_no_request() -> None:
+    """A batch fails, and before the driver could be asked about it it is gone: the batch is run again."""
+    driver = Mortal()
+
+    def on_probe() -> None:
+        driver.lost = "its process was ended by SIGKILL"
+        raise ChildProcessError(driver.lost)
+
+    driver._on_embed = lambda texts: (_ for _ in ()).throw(RuntimeError("x")) if len(driver.calls) == 1 else None
+    driver._on_probe = on_probe
+    bench = Bench(driver)
+    job = job_of("a", "b")
+    bench.queue.admit(job)
+    with pytest.raises(DriverBroken, match="SIGKILL"):
+        bench.worker.step()
+    driver.revive()
+    bench.serve()
+    assert_served(job)

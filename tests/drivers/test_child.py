@@ -1,0 +1,196 @@
+"""A driver in a process of its own: real children, with the stand-in for a model in them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from embedpool.config.spec import DriverSpec, FakeConfig, ModelSpec, QueueSpec
+from embedpool.drivers import child, make_driver
+from embedpool.drivers.base import Driver, Embeddings
+from embedpool.drivers.fake import FakeDriver
+from embedpool.errors import ModelFailed
+from tests.pool.scripted import PATIENCE_S
+
+
+def spec_of(*, inflight: int | None = None, **config: Any) -> ModelSpec:
+    config = {"isolation": "process", "dim": 8, **config}
+    return ModelSpec("m", DriverSpec("fake", FakeConfig(**config)), queue=QueueSpec(None, inflight))
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., Driver]]:
+    """Open a driver in a child; at the end no child and no open file is left of it."""
+    process = psutil.Process()
+    drivers: list[Driver] = []
+
+    def open_one(**config: Any) -> Driver:
+        driver = make_driver(spec_of(**config), Path())
+        driver.open()
+        drivers.append(driver)
+        return driver
+
+    open_one(inflight=4).close()  # multiprocessing keeps a helper and its shared memory for the next
+    drivers.clear()
+    files = process.num_fds()
+    children = {c.pid for c in process.children()}
+    yield open_one
+    for driver in drivers:
+        driver.close()
+    assert {c.pid for c in process.children()} == children
+    assert process.num_fds() == files
+
+
+def pid_of(driver: Driver) -> int:
+    pid = driver.description["pid"]
+    assert isinstance(pid, int)
+    return pid
+
+
+def test_its_vectors_are_the_drivers_own(opened) -> None:
+    """A child gives what the driver gives in this process, and says where it runs."""
+    texts = ["a", "b c", "", "ü"]
+    driver = opened()
+    np.testing.assert_array_equal(
+        driver.embed(texts, None, {}).vectors, FakeDriver(FakeConfig(dim=8)).embed(texts, None, {}).vectors
+    )
+    driver.probe()
+    assert driver.description["isolation"] == "process"
+    assert driver.description["dim"] == 8
+    assert pid_of(driver) != os.getpid()
+    assert driver.parallel == 1
+
+
+def test_vectors_larger_than_the_shared_memory_come_all_the_same(opened) -> None:
+    """They go through the pipe."""
+    driver = opened(dim=65_536)
+    texts = [f"text {i}" for i in range(child.BLOCK_FLOATS // 65_536 + 1)]
+    vectors = driver.embed(texts, None, {}).vectors
+    assert vectors.size > child.BLOCK_FLOATS
+    np.testing.assert_array_equal(vectors, FakeDriver(FakeConfig(dim=65_536)).embed(texts, None, {}).vectors)
+
+
+def test_batches_at_once_do_not_mix(opened) -> None:
+    """More threads than lanes: each gets the vectors of its own texts."""
+    driver = opened(inflight=3)
+    expected = FakeDriver(FakeConfig(dim=8))
+
+    def ask(number: int) -> bool:
+        texts = [f"{number} {i}" for i in range(number % 5 + 1)]
+        return np.array_equal(driver.embed(texts, None, {}).vectors, expected.embed(texts, None, {}).vectors)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(ask, range(200)))
+
+
+def test_a_fault_of_a_batch_is_told_and_nothing_ends(opened) -> None:
+    """What the driver raises there is raised here."""
+    driver = opened(fault="raise", fault_text="bad")
+    with pytest.raises(RuntimeError, match=r"^fault: raise$"):
+        driver.embed(["bad"], None, {})
+    assert driver.embed(["good"], None, {}).vectors.shape == (1, 8)
+    assert driver.lost is None
+
+
+def test_a_load_that_fails_says_why() -> None:
+    """The child's error is the parent's; a child that ends says how; nothing is left of either."""
+    with pytest.raises(RuntimeError, match=r"^fault: load$"):
+        make_driver(spec_of(fault="load"), Path()).open()
+    with pytest.raises(ModelFailed, match=r"did not load: its process held \d+ MB, more than max_rss_mb 1,"):
+        make_driver(spec_of(max_rss_mb=1), Path()).open()
+    driver = make_driver(spec_of(), Path(), functools.partial(os._exit, 7))
+    with pytest.raises(ModelFailed, match="did not load: its process ended with exit code 7"):
+        driver.open()
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"fault": "crash"}, "was ended by SIGSEGV"),
+        ({"fault": "hang", "batch_timeout_s": 0.2}, r"was ended, because a batch took more than 0\.2 s"),
+        ({"fault": "grow", "max_rss_mb": 300}, r"held \d+ MB, more than max_rss_mb 300,"),
+    ],
+    ids=lambda value: value["fault"] if isinstance(value, dict) else "",
+)
+def test_a_batch_that_ends_its_process_ends_nothing_else(opened, config: dict[str, Any], reason: str) -> None:
+    """A crash, a hang, a growth without end: the parent knows why, and is told at once."""
+    told = threading.Event()
+    driver = opened(fault_text="bad", **config)
+    driver.watch(told.set)
+    assert driver.embed(["good"], None, {}).vectors.shape == (1, 8)
+    while driver.lost is None:  # growth takes a few
+        with contextlib.suppress(ChildProcessError):
+            driver.embed(["bad"], None, {})
+    assert told.wait(PATIENCE_S)
+    with pytest.raises(ChildProcessError, match=reason):
+        driver.embed(["good"], None, {})
+
+
+def test_a_kill_between_batches_is_told_at_once(opened) -> None:
+    """Whoever watches need not send a batch to find out."""
+    told = threading.Event()
+    driver = opened()
+    driver.watch(told.set)
+    os.kill(pid_of(driver), signal.SIGKILL)
+    assert told.wait(PATIENCE_S)
+    assert driver.lost == "its process was ended by SIGKILL"
+    told.clear()
+    driver.watch(told.set)  # too late to see it happen
+    assert told.is_set()
+
+
+def test_signals_meant_for_the_server_do_not_end_a_child(opened) -> None:
+    """Ctrl-C and a service manager's SIGTERM reach every process of the group; the batches under way are finished."""
+    driver = opened()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(pid_of(driver), number)
+    driver.probe()
+    assert driver.lost is None
+
+
+def test_limits_apply_at_once(opened) -> None:
+    """Without a new child."""
+    driver = opened(fault="hang", fault_text="bad", batch_timeout_s=600)
+    driver.configure(FakeConfig(batch_timeout_s=0.1))
+    with pytest.raises(ChildProcessError, match=r"more than 0\.1 s"):
+        driver.embed(["bad"], None, {})
+
+
+class _Odd(FakeDriver):
+    """Fails with an error whose class the parent does not know."""
+
+    def embed(self, *arguments: Any) -> Embeddings:
+        error = type("Strange", (Exception,), {"__module__": "somewhere"})
+        raise error("out of order")
+
+
+def _make_odd() -> Driver:
+    return _Odd(FakeConfig(dim=8))
+
+
+def test_an_error_of_a_class_unknown_here_keeps_its_words() -> None:
+    """The parent needs none of the model's libraries to say what went wrong."""
+    driver = child.ChildDriver(spec_of(), _make_odd, None, 60)
+    driver.open()
+    try:
+        with pytest.raises(RuntimeError, match=r"^Strange: out of order$"):
+            driver.embed(["a"], None, {})
+    finally:
+        driver.close()
+
+
+def test_a_crash_in_the_servers_own_process_is_refused() -> None:
+    """The stand-in's `fault: crash` would end the server."""
+    with pytest.raises(ModelFailed, match="isolation: process"):
+        make_driver(spec_of(fault="crash", isolation="thread"), Path()).open()
