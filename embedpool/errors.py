@@ -182,13 +182,22 @@ class InferenceFailed(EmbedpoolError):
 class UpstreamError(EmbedpoolError):
     """A remote service failed. Its own 400, 413, 422 and 429 keep their status: those the caller can act on.
 
-    `content_may_cause` says whether a text of the batch, and not the service, may be at fault.
+    `content_may_cause` says whether a text of the batch, and not the service, may be at fault, `passing` whether the
+    same call may succeed when it is made again.
     """
 
     status, code = 502, "upstream_error"
 
-    def __init__(self, message: str, *, remote_status: int | None = None, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        remote_status: int | None = None,
+        retry_after_s: float | None = None,
+        passing: bool = False,
+    ) -> None:
         super().__init__(message, retry_after_s=retry_after_s)
+        self.passing = passing
         self.content_may_cause = remote_status in (400, 413, 422)
         if remote_status in (400, 413, 422, 429):
             self.status = remote_status

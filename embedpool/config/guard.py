@@ -22,7 +22,8 @@ def check(spec: ModelSpec, settings: Settings) -> None:
     if isinstance(config, LocalStConfig) and config.path:
         _check_folder(spec.model, config.path, [settings.file(root) for root in settings.security.model_roots])
     if isinstance(config, HttpConfig):
-        _check_host(spec.model, config.base_url, settings.security.remote_hosts)
+        for address in config.addresses:
+            _check_host(spec.model, address, settings.security.remote_hosts)
 
 
 def _check_folder(model: str, path: str, roots: list[Path]) -> None:

@@ -256,6 +256,7 @@ def as_document(spec: ModelSpec) -> dict[str, Any]:
     config = document["driver"]["config"]
     if config.get("base_url"):
         config["base_url"] = without_credentials(config["base_url"])
+        config["base_urls"] = [without_credentials(url) for url in config["base_urls"]]
     return document
 
 

@@ -29,6 +29,11 @@ def _http_url(url: str) -> None:
         raise ma.ValidationError("must be an http:// or https:// URL")
 
 
+def _http_urls(urls: tuple[str, ...]) -> None:
+    for url in urls:
+        _http_url(url)
+
+
 def _absolute(path: str) -> None:
     if not Path(path).is_absolute():
         raise ma.ValidationError("must be an absolute path: the server may run in another folder")
@@ -91,6 +96,12 @@ class HttpConfig:
     """driver.config of a remote embedding service."""
 
     base_url: str = option(dataclasses.MISSING, "address; its form depends on `protocol`", check=_http_url, loads=True)
+    base_urls: tuple[str, ...] = option(
+        (),
+        "further addresses of the same model; one is asked while its vectors are those of the first that answers",
+        check=_http_urls,
+        loads=True,
+    )
     protocol: str = option(
         "embedpool",
         "embedpool: the full URL of /embed; openai: ends in /v1; tei: the server's root",
@@ -99,7 +110,12 @@ class HttpConfig:
     )
     remote_model: str | None = option(None, "the model's name there; default its name here", loads=True)
     timeout_s: float = option(60, "longest wait for one answer", minimum=0.001)
-    retries: int = option(2, "further attempts after a connection error, 429 or 5xx", minimum=0, maximum=20)
+    retries: int = option(
+        2,
+        "further attempts after a connection error, 429 or 5xx, or at another address; together a fifth of the calls",
+        minimum=0,
+        maximum=20,
+    )
     max_batch_texts: int = option(64, "texts in one call", minimum=1)
     api_key: str | None = option(
         None,
@@ -116,6 +132,11 @@ class HttpConfig:
     normalize: bool = option(True, "vectors of length 1")
     dtype: str = option("float32", "type of the vectors given out", choices=("float32", "float16"))
     prompts: dict[str, str] = option({}, "named prompts put before the text here")
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Each once."""
+        return tuple(dict.fromkeys((self.base_url, *self.base_urls)))
 
 
 @dataclasses.dataclass(frozen=True)

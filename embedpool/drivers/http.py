@@ -1,48 +1,30 @@
-"""A remote embedding service, spoken to through requests: pooled connections, time-outs, retries, checked answers."""
+"""A remote embedding service at one address or several: whom to ask, how often, and what counts as an answer."""
 
 from __future__ import annotations
 
-import math
-import os
-import re
+import logging
+import random
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
-import requests
-from requests.adapters import HTTPAdapter
-from requests.utils import get_auth_from_url
-from urllib3.exceptions import ReadTimeoutError
-from urllib3.util.retry import Retry
 
-from embedpool import tracing
 from embedpool.config.spec import HttpConfig, ModelSpec
-from embedpool.drivers.base import PROBE_TEXT, Driver, Embeddings, Ids, Meter, describe
+from embedpool.drivers.base import PROBE_TEXT, Driver, Embeddings, Ids, Meter, cosine, describe
+from embedpool.drivers.upstream import RetryBudget, Upstream, secret
 from embedpool.errors import UnsupportedOption, UpstreamError
 
+logger = logging.getLogger(__name__)
+
 BACKOFF_FACTOR_S = 0.2
-RETRIED_STATUS = (429, 500, 502, 503, 504)
 LONGEST_RETRY_AFTER_S = 30
-LONGEST_QUOTE = 300  # characters of a remote's message that are passed on
+RECHECK_S = 5.0
+PROBE_TEXTS = (PROBE_TEXT, "How much does the train to the coast cost?", "Die Sonne scheint.")
+SAME_SPACE_COSINE = 0.999
 
-
-class _Retry(Retry):
-    """As the library's, but an answer that does not come within `timeout_s` is not waited for again."""
-
-    def increment(  # the library's signature
-        self,
-        method: str | None = None,
-        url: str | None = None,
-        response: Any = None,
-        error: Exception | None = None,
-        _pool: Any = None,
-        _stacktrace: Any = None,
-    ) -> Self:
-        """See Retry."""
-        if isinstance(error, ReadTimeoutError):
-            raise error
-        return super().increment(method, url, response, error, _pool, _stacktrace)
+Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class Protocol(NamedTuple):
@@ -63,60 +45,100 @@ class RemoteMeter(Meter):
 
 
 class HttpDriver(Driver):
-    """Raises UpstreamError with the remote's status and message, never its key."""
+    """Raises UpstreamError with the remote's status and message, never its key.
+
+    An address is asked once it gives the same vectors for PROBE_TEXTS as the first that answered, and left alone after
+    failures in a row until it does so again. When none is left the driver is `lost`.
+    """
 
     parallel = 8
 
     def __init__(self, model: str, config: HttpConfig) -> None:
         self.max_batch_texts = config.max_batch_texts
+        self.description: dict[str, object] = {}
         self._model = config.remote_model or model
         self._config = config
         self._protocol = PROTOCOLS[config.protocol]
-        self._url = config.base_url.rstrip("/") + self._protocol.path
         self._dim: int | None = None
-        self._secrets: list[str] = []
+        self._reference: Array | None = None  # the vectors of PROBE_TEXTS
+        self._upstreams: list[Upstream] = []
+        self._budget = RetryBudget()
+        self._closing = threading.Event()
+        self._checking: threading.Thread | None = None
+        self._on_lost: Callable[[], None] = lambda: None
 
     def open(self) -> None:
-        """Read the secrets, connect, and prove the service with one text."""
-        self._session = requests.Session()
-        self._session.headers["User-Agent"] = "embedpool"
-        in_url = get_auth_from_url(self._config.base_url)
-        # Set in any case, else a ~/.netrc would take the place of our key.
-        self._session.auth = in_url if any(in_url) else lambda request: request
-        headers = {name: _secret(variable) for name, variable in self._config.headers.items()}
+        """Read the secrets, connect, and find an address that answers."""
+        headers = {name: secret(variable) for name, variable in self._config.headers.items()}
         if self._config.api_key:
-            headers["Authorization"] = f"Bearer {_secret(self._config.api_key)}"
-        self._session.headers.update(headers)
-        self._secrets = [value.removeprefix("Bearer ") for value in headers.values()]
-        for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(pool_maxsize=64))
-        self.configure(self._config)
+            headers["Authorization"] = f"Bearer {secret(self._config.api_key)}"
+        self._upstreams = [Upstream(url, self._protocol.path, headers) for url in self._config.addresses]
         try:
-            self.probe()
+            self._find_one()
         except BaseException:
             self.close()
             raise
-        self.description = describe(protocol=self._config.protocol, dim=self._dim)
+        self.description |= describe(protocol=self._config.protocol, dim=self._dim)
+        if len(self._upstreams) > 1:
+            self._checking = threading.Thread(target=self._check, name=f"check-{self._model}", daemon=True)
+            self._checking.start()
 
     def configure(self, config: HttpConfig) -> None:
         """Time-out, retries and batch size apply at once."""
         self._config = config
         self.max_batch_texts = config.max_batch_texts
-        retry = _Retry(
-            total=config.retries,
-            backoff_factor=BACKOFF_FACTOR_S,
-            backoff_jitter=BACKOFF_FACTOR_S,
-            status_forcelist=RETRIED_STATUS,
-            allowed_methods=None,
-            raise_on_status=False,
-            retry_after_max=LONGEST_RETRY_AFTER_S,
-        )
-        for adapter in self._session.adapters.values():
-            adapter.max_retries = retry  # type: ignore[attr-defined]
 
     def embed(self, texts: Sequence[str], ids: Sequence[Ids] | None, options: Mapping[str, Any]) -> Embeddings:
-        """One call. The answer must hold a finite vector of the known dimension for each text."""
-        response = self._post(self._protocol.body(self._model, texts, options))
+        """One call, and where it fails for a reason that may pass, or that another address may not have, a few more."""
+        body = self._protocol.body(self._model, texts, options)
+        tried: list[Upstream] = []
+        upstream = self._least_busy(())
+        self._budget.earn()
+        while True:
+            if upstream is None:
+                raise UpstreamError(self.lost or "the remote service is not asked")
+            try:
+                with upstream.call():
+                    return self._ask(upstream, body, len(texts))
+            except UpstreamError as error:
+                tried.append(upstream)
+                self._note_faults()
+                if error.content_may_cause or len(tried) > self._config.retries:
+                    raise
+                another = self._least_busy(tried)
+                if not (another or (error.passing and not upstream.fault)) or not self._budget.spend():
+                    raise
+                if another is None:
+                    self._closing.wait(_pause_s(error, len(tried)))
+                upstream = another or upstream
+
+    def probe(self) -> None:
+        """See Driver."""
+        if not np.isfinite(self.embed([PROBE_TEXT], None, {}).vectors).all():
+            raise UpstreamError("the remote service gives vectors that are not finite")
+
+    def watch(self, on_lost: Callable[[], None]) -> None:
+        """See Driver."""
+        self._on_lost = on_lost
+        if self.lost:
+            on_lost()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._closing.set()
+        if self._checking:
+            self._checking.join()
+        for upstream in self._upstreams:
+            upstream.close()
+
+    def _least_busy(self, tried: Sequence[Upstream]) -> Upstream | None:
+        """Of the addresses that are asked and not `tried`."""
+        serving = [u for u in self._upstreams if not u.fault and u not in tried]
+        return min(serving, key=lambda u: (u.outstanding, random.random()), default=None)  # noqa: S311  (no secret)
+
+    def _ask(self, upstream: Upstream, body: dict[str, Any], count: int) -> Embeddings:
+        """One attempt. The answer must hold a vector of the known dimension for each of `count` texts."""
+        response = upstream.post(body, self._config.timeout_s)
         try:
             vectors, tokens, truncated = self._protocol.read(response.json())
             with np.errstate(over="ignore"):  # becomes infinite, which the worker refuses
@@ -127,77 +149,70 @@ class HttpDriver(Driver):
             raise UpstreamError(
                 f"the remote service's answer is not one of protocol {self._config.protocol!r} ({type(error).__name__})"
             ) from None
-        if array.ndim != 2 or array.shape[0] != len(texts) or not array.shape[1]:
-            raise UpstreamError(f"the remote service gave vectors of shape {array.shape} for {len(texts)} texts")
+        if array.ndim != 2 or array.shape[0] != count or not array.shape[1]:
+            raise UpstreamError(f"the remote service gave vectors of shape {array.shape} for {count} texts")
         if self._dim is not None and array.shape[1] != self._dim:
             raise UpstreamError(f"the remote service's vectors went from {self._dim} to {array.shape[1]} numbers")
         self._dim = array.shape[1]
-        return Embeddings(array, tokens, [i for i in truncated if 0 <= i < len(texts)])
+        return Embeddings(array, tokens, [i for i in truncated if 0 <= i < count])
 
-    def probe(self) -> None:
-        """See Driver."""
-        if not np.isfinite(self.embed([PROBE_TEXT], None, {}).vectors).all():
+    # --- which addresses are asked
+
+    def _find_one(self) -> None:
+        """The first that answers is the measure of the others. Raises what the first of them says if none does."""
+        faults = []
+        for upstream in self._upstreams:
+            try:
+                self._prove(upstream)
+            except UpstreamError as error:
+                faults.append(error)
+            else:
+                return self._note_faults()
+        raise faults[0]
+
+    def _prove(self, upstream: Upstream) -> None:
+        """Admit an address that gives the vectors of PROBE_TEXTS. Raises UpstreamError."""
+        step, parts = self.max_batch_texts or len(PROBE_TEXTS), []
+        for start in range(0, len(PROBE_TEXTS), step):
+            texts = PROBE_TEXTS[start : start + step]
+            parts.append(self._ask(upstream, self._protocol.body(self._model, texts, {}), len(texts)).vectors)
+        vectors = np.concatenate(parts)
+        if not np.isfinite(vectors).all():
             raise UpstreamError("the remote service gives vectors that are not finite")
+        if self._reference is None:
+            self._reference = vectors
+        worst = min(cosine(a, b) for a, b in zip(vectors, self._reference, strict=True))
+        if worst < SAME_SPACE_COSINE:
+            raise UpstreamError(f"it gives other vectors than {self._upstreams[0].name}: a cosine of {worst:.4f}")
+        upstream.admit()
 
-    def close(self) -> None:
-        """Close the connections."""
-        self._session.close()
+    def _check(self) -> None:
+        """The life of a thread: those that are not asked are given the chance to prove themselves."""
+        while not self._closing.is_set():
+            for upstream in self._upstreams:
+                if upstream.fault and not self._closing.is_set():
+                    try:
+                        self._prove(upstream)
+                        logger.info("%s: %s is asked from now on", self._model, upstream.name)
+                    except UpstreamError as error:
+                        upstream.fault = error.message
+            self._note_faults()
+            self._closing.wait(RECHECK_S)
 
-    def _post(self, body: dict[str, Any]) -> requests.Response:
-        try:
-            response = self._session.post(
-                self._url,
-                json=body,
-                timeout=self._config.timeout_s,
-                allow_redirects=False,
-                headers=dict(tracing.outgoing()),
-            )
-        except requests.RequestException as error:
-            raise UpstreamError(f"the remote service does not answer: {_reason(error)}") from None
-        if response.status_code == 200:
-            return response
-        raise UpstreamError(
-            f"the remote service answered {response.status_code}: {self._message(response)}",
-            remote_status=response.status_code,
-            retry_after_s=_seconds(response.headers.get("Retry-After")),
-        )
-
-    def _message(self, response: requests.Response) -> str:
-        """What the remote says is wrong, shortened and without our keys."""
-        try:
-            document = response.json()
-            error = document.get("error", document) if isinstance(document, dict) else document
-            text = error.get("message") or error.get("detail") if isinstance(error, dict) else error
-            text = str(text or document)
-        except ValueError:
-            text = response.text
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return re.sub(r"\s+", " ", text)[:LONGEST_QUOTE]
+    def _note_faults(self) -> None:
+        """What /status shows, and whether anybody is left to ask."""
+        if len(self._upstreams) > 1:
+            self.description["base_urls"] = {u.name: u.fault or "serves" for u in self._upstreams}
+        if self.lost is None and all(u.fault for u in self._upstreams):
+            self.lost = f"left alone after failures in a row: {self._upstreams[0].fault}"
+            self._on_lost()
 
 
-def _secret(variable: str) -> str:
-    value = os.environ.get(variable)
-    if not value:
-        raise UpstreamError(f"the environment variable {variable} is not set in the server's process")
-    return value
-
-
-def _reason(error: requests.RequestException) -> str:
-    """The kind of failure; the library's own text would show the URL with its credentials."""
-    if isinstance(error, requests.Timeout):
-        return "timed out"
-    if isinstance(error, requests.exceptions.SSLError):
-        return "the TLS handshake failed"
-    return "connection failed" if isinstance(error, requests.ConnectionError) else type(error).__name__
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    try:
-        seconds = float(retry_after or "")
-    except ValueError:
-        return None
-    return seconds if seconds >= 0 and math.isfinite(seconds) else None
+def _pause_s(error: UpstreamError, attempts: int) -> float:
+    """How long to wait before the same address is asked again."""
+    if error.retry_after_s is not None:
+        return min(error.retry_after_s, LONGEST_RETRY_AFTER_S)
+    return BACKOFF_FACTOR_S * (1 << (attempts - 1)) * (1 + random.random())  # noqa: S311  (no secret)
 
 
 # --- the protocols

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
-from embedpool.errors import EmbedpoolError
+from embedpool.errors import EmbedpoolError, UpstreamError
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.worker import DriverBroken, Worker
 
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 BACKOFF_FIRST_S = 0.5
 BACKOFF_LONGEST_S = 60.0
+BACKOFF_LONGEST_CHEAP_S = 5.0
 
 
 class Owner(Protocol):
@@ -65,6 +66,7 @@ class Replica:
         self.failures = 0  # in a row, without a served batch between
         self.last_error: str | None = None
         self.retry_at = 0.0  # on the clock, while failed
+        self._longest_backoff_s = BACKOFF_LONGEST_S
         self.description: Mapping[str, object] = {}
         self._owner = owner
         self._clock = clock
@@ -148,8 +150,10 @@ class Replica:
 
     def _failed(self, error: BaseException) -> None:
         self.failures += 1
+        is_cheap = (DriverBroken, UpstreamError)  # it has loaded before, or only has to be asked
         is_said = isinstance(error, EmbedpoolError | DriverBroken)
         self.last_error = str(error) if is_said else f"{type(error).__name__}: {error}"
+        self._longest_backoff_s = BACKOFF_LONGEST_CHEAP_S if isinstance(error, is_cheap) else BACKOFF_LONGEST_S
         self.retry_at = self._clock() + self._backoff_s()
         self._become("failed")
 
@@ -245,7 +249,7 @@ class Replica:
     def _backoff_s(self) -> float:
         if not self.failures:
             return 0.0
-        return float(min(BACKOFF_FIRST_S * 2 ** min(self.failures - 1, 10), BACKOFF_LONGEST_S))
+        return float(min(BACKOFF_FIRST_S * 2 ** min(self.failures - 1, 10), self._longest_backoff_s))
 
 
 def _close(driver: Driver, name: str) -> None:

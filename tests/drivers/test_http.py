@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from embedpool.config.spec import DriverSpec, HttpConfig, ModelSpec
-from embedpool.drivers import http, make_driver, open_meter
+from embedpool.drivers import http, make_driver, open_meter, upstream
 from embedpool.drivers.http import HttpDriver
-from embedpool.errors import UnsupportedOption, UpstreamError
+from embedpool.errors import ModelFailed, UnsupportedOption, UpstreamError
 from embedpool.pool.pool import Pool
 from embedpool.pool.replica_set import Engine
 from embedpool.pool.request import EmbedOptions, EmbedRequest
@@ -102,6 +102,10 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def remote() -> Iterator[Remote]:
+    yield from serving()
+
+
+def serving() -> Iterator[Remote]:
     server = Remote()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), name="remote")
     thread.start()
@@ -529,10 +533,178 @@ def test_a_key_that_the_remote_echoes_is_not_repeated(
 def test_a_key_at_the_edge_of_a_shortened_message(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
     """Not even a part of a secret is left where a long message is cut."""
     driver = opened(retries=0, **SECRET_CONFIG)
-    remote.script = [Reply(b"x" * (http.LONGEST_QUOTE - 4) + KEY.encode(), 401)]
+    remote.script = [Reply(b"x" * (upstream.LONGEST_QUOTE - 4) + KEY.encode(), 401)]
     with pytest.raises(UpstreamError) as caught:
         driver.embed(["a"], None, {})
     assert KEY[:3] not in caught.value.message
+
+
+@pytest.mark.parametrize("echo", [Reply({"error": {"message": f"no {KEY} here"}}, 401), Reply(KEY.encode(), 500)])
+def test_a_password_in_the_address_is_shown_nowhere(remote: Remote, opened: Callable[..., HttpDriver], echo) -> None:
+    """Not in an error, even if the remote repeats it, and not in what /status shows."""
+    address = remote.url.replace("://", f"://user:{KEY}@")
+    driver = opened(base_url=address, base_urls=(address + "/other",), retries=0)
+    remote.script = [echo]
+    with pytest.raises(UpstreamError) as caught:
+        driver.embed(["a"], None, {})
+    assert KEY not in str(caught.value)
+    assert KEY not in str(driver.description)
+
+
+# --- several addresses, and one that fails for long
+
+
+@pytest.fixture
+def second() -> Iterator[Remote]:
+    yield from serving()
+
+
+def several(first: Remote, second: Remote, **config: Any) -> dict[str, Any]:
+    return {"base_url": first.url, "base_urls": (second.url,), **config}
+
+
+def states(driver: HttpDriver) -> list[str]:
+    found = driver.description["base_urls"]
+    assert isinstance(found, dict)
+    return list(found.values())
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Poll; nothing waits that long when all is well."""
+    for _ in range(1000):
+        if condition():
+            return
+        threading.Event().wait(0.01)
+    pytest.fail("the condition did not come true")
+
+
+@pytest.fixture
+def _quick_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "RECHECK_S", 0.02)
+
+
+@pytest.mark.usefixtures("_quick_checks")
+def test_calls_go_to_the_least_busy_address(remote: Remote, second: Remote, opened: Callable[..., HttpDriver]) -> None:
+    """While one of two holds a call, the other gets the next ones."""
+    driver = opened(**several(remote, second))
+    wait_until(lambda: states(driver) == ["serves", "serves"])
+    second.seen.clear()
+    with driver._upstreams[0].call():
+        for _ in range(5):
+            driver.embed(["a"], None, {})
+    assert (len(remote.seen), len(second.seen)) == (0, 5)
+
+
+@pytest.mark.usefixtures("_quick_checks")
+@pytest.mark.parametrize(
+    "failure", [Reply({}, 503), Reply({}, 401), Reply(b"garbage"), DROP], ids=lambda r: str(r.status)
+)
+def test_another_address_takes_over(
+    remote: Remote, second: Remote, opened: Callable[..., HttpDriver], failure: Reply
+) -> None:
+    """What one address fails at another one does, and nobody notices; one that fails in a row is left alone until it
+    answers again."""
+    driver = opened(**several(remote, second))
+    wait_until(lambda: states(driver) == ["serves", "serves"])
+    remote.answer = lambda seen: failure
+    for _ in range(60):
+        assert driver.embed(["abc"], None, {}).vectors[0, 0] == 3
+        if driver._upstreams[0].fault:
+            break
+    assert states(driver)[0] != "serves"
+    assert driver.lost is None
+    remote.answer = good
+    wait_until(lambda: states(driver) == ["serves", "serves"])
+
+
+@pytest.mark.usefixtures("_quick_checks")
+def test_an_address_with_other_vectors_is_never_asked(
+    remote: Remote, second: Remote, opened: Callable[..., HttpDriver]
+) -> None:
+    """Its vectors could not be compared with the others': no text of a request reaches it."""
+
+    def turned(seen: Seen) -> Reply:
+        reply = good(seen)
+        return Reply({"vectors": [[v[1], v[0], v[2]] for v in reply.document["vectors"]]})
+
+    second.answer = turned
+    driver = opened(**several(remote, second))
+    wait_until(lambda: "a cosine of" in states(driver)[1])
+    for _ in range(10):
+        assert driver.embed(["abc"], None, {}).vectors[0, 0] == 3
+    assert not any("abc" in seen.body["texts"] for seen in second.seen)
+    second.answer = good
+    wait_until(lambda: states(driver) == ["serves", "serves"])
+
+
+@pytest.mark.usefixtures("_quick_checks")
+def test_one_address_is_enough_to_open(remote: Remote, second: Remote, opened: Callable[..., HttpDriver]) -> None:
+    """The first may be away; it joins when it comes."""
+    remote.answer = lambda seen: Reply({}, 500)
+    driver = opened(**several(remote, second))
+    assert driver.embed(["abc"], None, {}).vectors[0, 0] == 3
+    remote.answer = good
+    wait_until(lambda: states(driver) == ["serves", "serves"])
+
+
+def test_a_service_that_fails_in_a_row_is_left_alone(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
+    """It is not asked any more, and whoever watches opens it anew."""
+    told = threading.Event()
+    driver = opened(retries=0)
+    driver.watch(told.set)
+    remote.answer = lambda seen: Reply({}, 500)
+    for _ in range(upstream.FAILURES_TO_OPEN):
+        assert not told.is_set()
+        with pytest.raises(UpstreamError, match="answered 500"):
+            driver.embed(["a"], None, {})
+    assert told.is_set()
+    assert driver.lost is not None
+    with pytest.raises(UpstreamError, match="left alone after failures in a row: the remote service answered 500"):
+        driver.embed(["a"], None, {})
+    assert len(remote.seen) == upstream.FAILURES_TO_OPEN
+
+
+@pytest.mark.parametrize("reply", [Reply({}, 429), Reply({}, 422)], ids=["429", "422"])
+def test_what_a_text_or_a_busy_hour_causes_is_no_failure(
+    remote: Remote, opened: Callable[..., HttpDriver], reply: Reply
+) -> None:
+    """However often: the service answers."""
+    driver = opened(retries=0)
+    remote.answer = lambda seen: reply
+    for _ in range(3 * upstream.FAILURES_TO_OPEN):
+        with pytest.raises(UpstreamError):
+            driver.embed(["a"], None, {})
+    assert driver.lost is None
+
+
+def test_retries_are_a_share_of_the_calls(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
+    """A service in trouble is not given three times the load."""
+    driver = opened(retries=2)
+    remote.answer = lambda seen: Reply({}, 429, {"Retry-After": "0"})
+    for _ in range(100):
+        with pytest.raises(UpstreamError):
+            driver.embed(["a"], None, {})
+    retries = len(remote.seen) - 100
+    assert retries <= upstream.RETRY_RESERVE + 100 * upstream.RETRY_SHARE
+
+
+def test_a_service_that_is_down_says_so_and_serves_when_it_is_back(remote: Remote, pool: Pool) -> None:
+    """The model fails, requests are refused with a time to come back, and no request is needed to notice the end."""
+    pool.apply(fake_spec(f"model: m, driver: {{type: http, config: {{base_url: '{remote.url}', retries: 0}}}}"))
+    settle(pool)
+    served = pool.find("m")
+    request = EmbedRequest("m", ["a"], EmbedOptions())
+    remote.answer = lambda seen: Reply({}, 500)
+    while served.state == "ready":
+        with pytest.raises((UpstreamError, ModelFailed)):
+            pool.submit(request)
+    wait_until(lambda: served.state == "failed")
+    with pytest.raises(ModelFailed, match="answered 500") as caught:
+        pool.submit(request)
+    assert 0 < (caught.value.retry_after_s or 0) <= 5
+    remote.answer = good
+    wait_until(lambda: served.state == "ready")
+    assert len(pool.submit(request).vectors) == 1
 
 
 # --- the rest

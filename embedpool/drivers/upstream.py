@@ -1,0 +1,161 @@
+"""One address of a remote service: its connections, what it answers, and whether it is to be asked at all."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from requests.utils import get_auth_from_url
+
+from embedpool import tracing
+from embedpool.errors import UpstreamError
+
+FAILURES_TO_OPEN = 5  # in a row; an address is then left alone until it has proved itself
+PASSING_STATUS = (429, 500, 502, 503, 504)
+CONNECT_TIMEOUT_S = 10.0
+CONNECTIONS = 64
+LONGEST_QUOTE = 300  # characters of a remote's message that are passed on
+RETRY_SHARE = 0.2
+RETRY_RESERVE = 10.0
+
+
+class Upstream:
+    """A circuit breaker around one address: `fault` says why it is not asked, None while it is. Thread-safe."""
+
+    def __init__(self, base_url: str, path: str, headers: Mapping[str, str]) -> None:
+        parts = urlsplit(base_url)
+        self.name = parts.netloc.rpartition("@")[2] + parts.path.rstrip("/")
+        self.fault: str | None = "not asked yet"
+        self.outstanding = 0  # calls
+        self._failures = 0  # in a row
+        self._lock = threading.Lock()
+        self._url = base_url.rstrip("/") + path
+        self._session = requests.Session()
+        self._session.headers["User-Agent"] = "embedpool"
+        in_url = get_auth_from_url(base_url)
+        # Set in any case, else a ~/.netrc would take the place of our key.
+        self._session.auth = in_url if any(in_url) else lambda request: request
+        self._session.headers.update(headers)
+        self._secrets = [s for s in (*(h.removeprefix("Bearer ") for h in headers.values()), in_url[1]) if s]
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=CONNECTIONS))
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """Count one call and how it ends. A text it does not take, or 429, is no failure of the address."""
+        with self._lock:
+            self.outstanding += 1
+        try:
+            yield
+        except UpstreamError as error:
+            with self._lock:
+                self._failures = 0 if error.content_may_cause or error.status == 429 else self._failures + 1
+                if self._failures >= FAILURES_TO_OPEN:
+                    self.fault = error.message
+            raise
+        else:
+            with self._lock:
+                self._failures = 0
+        finally:
+            with self._lock:
+                self.outstanding -= 1
+
+    def admit(self) -> None:
+        """It has proved itself: ask it from now on."""
+        with self._lock:
+            self._failures = 0
+            self.fault = None
+
+    def post(self, body: dict[str, Any], timeout_s: float) -> requests.Response:
+        """One attempt. Raises UpstreamError with the remote's status and message, never its key."""
+        try:
+            response = self._session.post(
+                self._url,
+                json=body,
+                timeout=(min(CONNECT_TIMEOUT_S, timeout_s), timeout_s),
+                allow_redirects=False,
+                headers=dict(tracing.outgoing()),
+            )
+        except requests.RequestException as error:
+            raise UpstreamError(
+                f"the remote service does not answer: {_reason(error)}", passing=not isinstance(error, requests.Timeout)
+            ) from None
+        if response.status_code == 200:
+            return response
+        raise UpstreamError(
+            f"the remote service answered {response.status_code}: {self._message(response)}",
+            remote_status=response.status_code,
+            retry_after_s=_seconds(response.headers.get("Retry-After")),
+            passing=response.status_code in PASSING_STATUS,
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._session.close()
+
+    def _message(self, response: requests.Response) -> str:
+        """What the remote says is wrong, shortened and without our keys."""
+        try:
+            document = response.json()
+            error = document.get("error", document) if isinstance(document, dict) else document
+            text = error.get("message") or error.get("detail") if isinstance(error, dict) else error
+            text = str(text or document)
+        except ValueError:
+            text = response.text
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return re.sub(r"\s+", " ", text)[:LONGEST_QUOTE]
+
+
+class RetryBudget:
+    """Further attempts are a share of the calls: a service in trouble is not given more of it. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._left = RETRY_RESERVE
+        self._lock = threading.Lock()
+
+    def earn(self) -> None:
+        """A call is made."""
+        with self._lock:
+            self._left = min(self._left + RETRY_SHARE, RETRY_RESERVE)
+
+    def spend(self) -> bool:
+        """Whether one more attempt may be made."""
+        with self._lock:
+            if self._left < 1:
+                return False
+            self._left -= 1
+            return True
+
+
+def secret(variable: str) -> str:
+    """The value of an environment variable. Raises UpstreamError."""
+    value = os.environ.get(variable)
+    if not value:
+        raise UpstreamError(f"the environment variable {variable} is not set in the server's process")
+    return value
+
+
+def _reason(error: requests.RequestException) -> str:
+    """The kind of failure; the library's own text would show the URL with its credentials."""
+    if isinstance(error, requests.Timeout):
+        return "timed out"
+    if isinstance(error, requests.exceptions.SSLError):
+        return "the TLS handshake failed"
+    return "connection failed" if isinstance(error, requests.ConnectionError) else type(error).__name__
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    try:
+        seconds = float(retry_after or "")
+    except ValueError:
+        return None
+    return seconds if seconds >= 0 and math.isfinite(seconds) else None
