@@ -544,7 +544,7 @@ def test_a_password_in_the_address_is_shown_nowhere(remote: Remote, opened: Call
     """Not in an error, even if the remote repeats it, and not in what /status shows."""
     address = remote.url.replace("://", f"://user:{KEY}@")
     driver = opened(base_url=address, base_urls=(address + "/other",), retries=0)
-    remote.script = [echo]
+    remote.answer = lambda seen: echo
     with pytest.raises(UpstreamError) as caught:
         driver.embed(["a"], None, {})
     assert KEY not in str(caught.value)
