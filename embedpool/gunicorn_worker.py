@@ -12,9 +12,7 @@ from gunicorn.config import Config
 from gunicorn.glogging import Logger
 from gunicorn.workers.base import Worker
 
-from embedpool.loop import Loop
-
-BEAT_S = 1.0
+from embedpool.loop import BEAT_S, Loop
 
 
 class GunicornLogger(Logger):  # type: ignore[misc]
@@ -48,7 +46,6 @@ class WaitressWorker(Worker):  # type: ignore[misc]
         if time.monotonic() >= self._next_beat:
             self._next_beat = time.monotonic() + BEAT_S
             self.notify()
-            self.wsgi.beat()
         return self.alive and self.ppid == os.getppid()
 
     def handle_exit(self, sig: int, frame: Any) -> None:

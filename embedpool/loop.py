@@ -28,6 +28,7 @@ from embedpool.errors import BadRequest, BodyTooLarge, EmbedpoolError, as_docume
 
 logger = logging.getLogger(__name__)
 
+BEAT_S = 1.0
 LISTEN_BACKLOG = 2048
 LINES_PATH, LINES_TYPE = "/embed", "application/x-ndjson"
 LARGEST_JOINED_BYTES = 1 << 16  # above it copying costs more than a second packet
@@ -135,7 +136,7 @@ class App(Protocol):
         """WSGI."""
 
     def beat(self) -> None:
-        """Under gunicorn, once a second."""
+        """The loop lives; called once a second."""
 
     def begin_to_stop(self) -> None:
         """Nothing changes the pool any more, and /ready says so; requests are still served."""
@@ -151,6 +152,7 @@ class Loop:
         settings = app.settings
         self._app = app
         self._stopping = False
+        self._next_beat = 0.0
         self._look_every_s = min(settings.server.idle_connection_s, 30) / 2
         self._map: dict[int, Any] = {}
         create_server(
@@ -184,11 +186,18 @@ class Loop:
         """Serve until `stop`, or until `heartbeat`, called at least once a second, says False; then drain."""
         next_look = 0.0
         while not self._stopping and heartbeat():
-            self._poll(1.0, self._map)
+            self._turn(BEAT_S)
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + self._look_every_s
                 self._close_stalled()
         self._drain(heartbeat)
+
+    def _turn(self, longest_s: float) -> None:
+        """What has come and what can leave; waits up to `longest_s` for it."""
+        self._poll(longest_s, self._map)
+        if time.monotonic() >= self._next_beat:
+            self._next_beat = time.monotonic() + BEAT_S
+            self._app.beat()
 
     def _close_stalled(self) -> None:
         """A client that does not read its answer holds a thread; waitress itself would wait for it for ever."""
@@ -240,7 +249,7 @@ class Loop:
         deadline = time.monotonic() + longest_s
         while True:
             heartbeat()
-            self._poll(0.05, self._map)
+            self._turn(0.05)
             for channel in self._channels():
                 if channel.is_idle:
                     channel.will_close = True

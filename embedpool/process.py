@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import psutil
 
 from embedpool.config.settings import Settings
 from embedpool.errors import ConfigError, StorageError
+
+logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60
 STOP_MARGIN_S = 30  # beyond the grace period; longer than the server itself takes at the most
@@ -120,6 +123,14 @@ def stop(running: Running, grace_s: float) -> bool:
         running.process.wait(10)
         return False
     return True
+
+
+def tell_service_manager(state: str) -> None:
+    """sd_notify: a line a variable, for systemd or whoever else set NOTIFY_SOCKET; nothing without one."""
+    if "NOTIFY_SOCKET" in os.environ:
+        from gunicorn.systemd import sd_notify
+
+        sd_notify(state, logger)
 
 
 def _answers(address: str) -> bool:

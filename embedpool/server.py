@@ -30,7 +30,7 @@ from embedpool.logs import configure_logging
 from embedpool.loop import LISTEN_BACKLOG, Loop
 from embedpool.pool.pool import Pool
 from embedpool.pool.replica_set import Engine
-from embedpool.process import PidFile
+from embedpool.process import PidFile, tell_service_manager
 from embedpool.reconcile import Reconciler
 from embedpool.web import metrics
 from embedpool.web.app import create_app
@@ -71,6 +71,7 @@ class EmbedpoolApp:
             max_batch_tokens=batching.max_batch_tokens,
             max_batch_s=batching.max_batch_ms / 1000 or None,
             max_wait_s=batching.max_wait_ms / 1000,
+            probe_idle_s=settings.defaults.probe_idle_s or None,
             observer=self.metrics,
         )
         self.pool = Pool(engine, max_inflight_global=settings.defaults.max_inflight_global)
@@ -101,12 +102,20 @@ class EmbedpoolApp:
             self._watch.start()
 
     def beat(self) -> None:
-        """See App. Other workers may answer a scrape."""
+        """See App. Tells the service manager, and the workers that may answer a scrape for this one."""
+        tell_service_manager(f"WATCHDOG=1\nSTATUS={self._summary()}")
         if self.metrics.is_shared:
             try:
                 self.metrics.refresh(self.pool, self.reconciler)
             except Exception:
                 logger.exception("the metrics were not refreshed")  # no reason to end the loop, which this runs in
+
+    def _summary(self) -> str:
+        """In a line."""
+        states = {served.spec.model: served.state for served in self.pool.models}
+        failed = [model for model, state in states.items() if state == "failed"]
+        serving = sum(served.is_serving for served in self.pool.models)
+        return f"{serving} of {len(states)} models serve" + (f"; failed: {', '.join(failed)}" if failed else "")
 
     def begin_to_stop(self) -> None:
         """See App."""
@@ -157,6 +166,7 @@ def run_waitress(settings: Settings) -> None:
     try:
         app.start()
         pid_file.write(_address(listener))
+        tell_service_manager("READY=1")  # gunicorn does so itself
         logger.info("serving on %s:%s (waitress)", *listener.getsockname()[:2])
         loop.run()
     finally:

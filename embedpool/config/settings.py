@@ -90,6 +90,7 @@ class Defaults:
     request_timeout_s: float = option(120, "deadline of a request", minimum=0.001)
     max_queue_per_model: int = option(1000, "queue bound of a model, in texts", minimum=1)
     max_streams: int = option(32, "requests of lines (NDJSON) being answered at once; above it 429", minimum=1)
+    probe_idle_s: float = option(60, "a replica without work is tried with a text this often; 0: never", minimum=0)
     max_inflight_global: int = option(256, "requests being served at once; above it 429", minimum=1)
 
 

@@ -47,6 +47,10 @@ class Owner(Protocol):
     def idle_timeout_s(self) -> float | None:
         """When an idle replica should ask to retire; None: it stays."""
 
+    @property
+    def probe_idle_s(self) -> float | None:
+        """After how long without work the driver is tried with a text; None: never."""
+
     def may_retire(self, replica: Replica) -> bool:
         """Whether this replica is not needed; if so it is removed already when this returns."""
 
@@ -77,7 +81,7 @@ class Replica:
         self._running: dict[int, float] = {}  # the threads in which a batch runs, since when
         self._driver: Driver | None = None  # while it serves
         self._siblings: list[threading.Thread] = []
-        self._last_busy = clock()
+        self._last_busy = self._proved_at = clock()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     @property
@@ -145,7 +149,7 @@ class Replica:
             return None
         logger.info("%s loaded in %.1f s", self.name, self._clock() - started)
         self.description = driver.description
-        self._last_busy = self._clock()
+        self._last_busy = self._proved_at = self._clock()
         return driver
 
     def _failed(self, error: BaseException) -> None:
@@ -196,7 +200,9 @@ class Replica:
             try:
                 if driver.lost:
                     raise DriverBroken(driver.lost)
-                served = worker.step(idle_s, on_work=self._begin_work, leaving=leaving)
+                served = worker.step(self._wait_s(idle_s) if lead else None, on_work=self._begin_work, leaving=leaving)
+                if lead and not served:
+                    self._probe_if_due(driver)
             except DriverBroken as error:
                 self._end_work(served=False)
                 self._broke(error)
@@ -207,6 +213,31 @@ class Replica:
             if lead and ((idle and self._owner.may_retire(self)) or self._owner.is_surplus(self)):
                 self._retired = True
                 self._leave_loops()
+
+    def _wait_s(self, idle_s: float | None) -> float | None:
+        """How long the lead may wait for work before it looks around."""
+        waits = []
+        for since, whole_s in ((self._last_busy, idle_s), (self._proved_at, self._owner.probe_idle_s)):
+            if whole_s is not None:
+                left_s = since + whole_s - self._clock()
+                waits.append(left_s if left_s > 0 else whole_s)  # it has looked already, and stays
+        return min(waits, default=None)
+
+    def _probe_if_due(self, driver: Driver) -> None:
+        """What no batch has proved for a while a text does. Raises DriverBroken."""
+        probe_s = self._owner.probe_idle_s
+        with self._lock:
+            if probe_s is None or self._running or self._clock() - self._proved_at < probe_s:
+                return
+            self._running[threading.get_ident()] = self._clock()
+        try:
+            driver.probe()
+        except BaseException as error:
+            raise DriverBroken(f"{type(error).__name__}: {error}") from error
+        finally:
+            with self._lock:
+                self._running.pop(threading.get_ident(), None)
+                self._proved_at = self._clock()
 
     def _broke(self, error: DriverBroken) -> None:
         """The first of its threads to say so is enough."""
@@ -236,6 +267,7 @@ class Replica:
             self._running.pop(threading.get_ident(), None)
             self._last_busy = self._clock()
             if served:
+                self._proved_at = self._clock()
                 self.failures = 0
 
     def _idle_for(self, idle_s: float) -> bool:

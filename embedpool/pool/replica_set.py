@@ -40,6 +40,7 @@ class Engine:
     max_batch_tokens: int = 16384
     max_batch_s: float | None = None
     max_wait_s: float = 0.0
+    probe_idle_s: float | None = None
     clock: Callable[[], float] = time.monotonic
     observer: Observer = Observer()
 
@@ -184,6 +185,7 @@ class ReplicaSet:
             "replicas": len(replicas),
             "replicas_idle": max(ready - busy, 0),
             "replicas_busy": busy,
+            "replicas_stuck": sum(r.stuck_s(self._engine.request_timeout_s) > 0 for r in replicas),
             "runs_on": next((dict(r.description) for r in replicas if r.description), {}),
         }
 
@@ -203,6 +205,11 @@ class ReplicaSet:
         """See Owner."""
         scaling = self.spec.scaling
         return max(scaling.idle_ttl_s, SHORTEST_IDLE_S) if len(self) > scaling.min else None
+
+    @property
+    def probe_idle_s(self) -> float | None:
+        """See Owner."""
+        return self._engine.probe_idle_s
 
     def may_retire(self, replica: Replica) -> bool:
         """See Owner."""

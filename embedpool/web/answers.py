@@ -59,7 +59,8 @@ COHERE = {"id": STRING, "texts": listed(STRING), "meta": open_(billed_units=clos
 LAST_RELOAD = or_null(closed(at=STRING, reason=STRING, ok=BOOLEAN, error=or_null(STRING)))
 MODEL_STATUS = {
     "model": STRING, "alias": or_null(STRING), "enabled": BOOLEAN, "state": STRING, "driver_type": STRING,
-    "replicas": COUNT, "replicas_idle": COUNT, "replicas_busy": COUNT, "runs_on": {"type": "object"},
+    "replicas": COUNT, "replicas_idle": COUNT, "replicas_busy": COUNT,
+    "replicas_stuck": COUNT, "runs_on": {"type": "object"},
     "queue_len": COUNT, "queue_max": COUNT, "scaling": {"type": "object"}, "counters": {"type": "object"},
     "last_error": or_null(STRING),
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -253,3 +254,21 @@ def test_the_second_start_loads_no_torch(make_server: Callable[..., Server]) -> 
         server.stop()
     assert any("openvino" in name for name in libraries)
     assert not any("torch" in name for name in libraries)
+
+
+def test_the_service_manager_is_told(make_server: Callable[..., Server], kind: str, tmp_path: Path) -> None:
+    """That it is ready, every second that its loop lives, and in a line how the models are."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        address = tmp_path / "notify"
+        manager.bind(str(address))
+        manager.settimeout(WAIT_S)
+        server = make_server(NOTIFY_SOCKET=str(address))
+        server.write_pool(fake("m"), fake("broken", fault="load"))
+        server.start(kind)
+        said: list[str] = []
+        while not said or said[-1] != "WATCHDOG=1\nSTATUS=1 of 2 models serve; failed: broken":
+            said.append(manager.recv(1000).decode())
+        assert any(line.startswith("READY=1") for line in said)
+        beats = [manager.recv(1000) for _ in range(2)]
+        assert all(beat.startswith(b"WATCHDOG=1") for beat in beats)
+        server.stop()

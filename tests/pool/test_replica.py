@@ -27,6 +27,7 @@ class Model:
     """The owner of one replica, as a replica sees it."""
 
     driver_config = None
+    probe_idle_s: float | None = None
 
     def is_surplus(self, replica: Replica) -> bool:
         return False
@@ -366,3 +367,53 @@ def test_a_driver_lost_in_its_batches_is_opened_anew_and_serves_them(start) -> N
     assert model.states == ["ready", "failed", "ready"]
     assert driver.closed.is_set()
     assert len(opener.opened) == 2
+
+
+def test_a_replica_without_work_is_tried_with_a_text(start) -> None:
+    """A fault that no request has met shows all the same; and what works is left as it is."""
+    probed = threading.Semaphore(0)
+    driver = Scripted(on_probe=probed.release)
+    _, model, _ = start(driver, probe_idle_s=0.005)
+    for _ in range(3):
+        assert probed.acquire(timeout=PATIENCE_S)
+    assert model.states == ["ready"]
+
+    def broken() -> None:
+        raise RuntimeError("out of order")
+
+    driver._on_probe = broken
+    model.wait_for("ready", "failed", "ready")
+    assert driver.closed.is_set()
+    assert done(model.put("a")) is None
+
+
+def test_a_probe_does_not_keep_an_idle_replica(start) -> None:
+    """It is no work."""
+    replica, model, _ = start(probe_idle_s=0.001, idle_s=0.05, keep=False)
+    assert replica.join(PATIENCE_S)
+    assert model.states == ["ready", "closed"]
+
+
+def test_a_probe_that_hangs_is_seen(start) -> None:
+    """A driver that never comes back from a probe is as stuck as one that never comes back from a batch."""
+    gate = Gate()
+    replica, _, _ = start(Scripted(on_probe=gate), probe_idle_s=0.001)
+    gate.arrived()
+    assert replica.busy
+    assert replica.stuck_s(0.0) > 0
+    gate.open()
+
+
+def test_a_replica_at_work_is_not_probed(start) -> None:
+    """Its batches say how it is."""
+    gate = Gate()
+    driver = Scripted(gate, on_probe=lambda: pytest.fail("probed"))
+    replica, model, _ = start(driver, probe_idle_s=0.001, batches=2)
+    job = model.put("a")
+    gate.arrived()
+    for _ in range(20):
+        model.queue.wake()
+    gate.open()
+    replica.stop()
+    assert done(job) is None
+    assert driver.probes == 0
