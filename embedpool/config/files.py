@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,22 +32,24 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def replace(path: Path, text: str, *, new_mode: int | None = None) -> None:
-    """Put new text in the file's place; `new_mode` is for a file that may not exist yet. Raises StorageError."""
+    """Put new text in the place of a file whose lock is held; `new_mode` is for one that may not exist yet.
+
+    Raises StorageError.
+    """
     target = _target(path)
-    temporary: str | None = None
+    temporary = target.with_name(f".{target.name}.tmp")  # one name: what a killed process left goes with the next write
     try:
         mode = target.stat().st_mode if new_mode is None or target.exists() else new_mode
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        temporary.unlink(missing_ok=True)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, mode & 0o7777)
         os.replace(temporary, target)
     except OSError as error:
-        if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise StorageError(f"{target} cannot be written: {error}; nothing was changed") from None
 
 

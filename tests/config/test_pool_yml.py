@@ -4,8 +4,8 @@ import contextlib
 import errno
 import os
 import stat
-import tempfile
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -527,7 +527,7 @@ def test_a_file_that_is_not_there_is_not_an_empty_pool(tmp_path: Path, kind: str
     assert not path.is_file()
 
 
-@pytest.mark.parametrize("where", ["mkstemp", "fsync", "chmod", "replace", "lock"])
+@pytest.mark.parametrize("where", ["open", "fsync", "chmod", "replace", "lock"])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
 def test_a_full_or_read_only_disk_changes_nothing(
     pool_file: PoolFile, monkeypatch: pytest.MonkeyPatch, where: str, number: int
@@ -539,15 +539,13 @@ def test_a_full_or_read_only_disk_changes_nothing(
 
     really_open = os.open
 
-    def fail_on_locks(path: Any, *args: Any, **kwargs: Any) -> int:
-        return fail() if str(path).endswith(".lock") else really_open(path, *args, **kwargs)  # type: ignore[return-value]
+    def fail_on(end: str) -> Callable[..., Any]:
+        return lambda path, *args, **kwargs: (fail if str(path).endswith(end) else really_open)(path, *args, **kwargs)
 
     before = pool_file.path.read_bytes()
     with monkeypatch.context() as patch:
-        if where == "mkstemp":
-            patch.setattr(tempfile, "mkstemp", fail)
-        elif where == "lock":
-            patch.setattr(os, "open", fail_on_locks)
+        if where in ("open", "lock"):
+            patch.setattr(os, "open", fail_on(".tmp" if where == "open" else ".lock"))
         else:
             patch.setattr(os, where, fail)
         with pytest.raises(StorageError, match=r"pool\.yml"):
@@ -555,6 +553,15 @@ def test_a_full_or_read_only_disk_changes_nothing(
     assert pool_file.path.read_bytes() == before
     assert {p.name for p in pool_file.path.parent.iterdir()} <= {"pool.yml", "pool.yml.lock"}
     assert pool_file.edit(lambda p: edit.unregister(p, "b")).names == ["a", "x"]
+
+
+def test_what_a_killed_writer_left_is_written_over(pool_file: PoolFile) -> None:
+    """One temporary file at the most, and after the next edit none; a link in its place is not followed."""
+    leftover = pool_file.path.with_name(".pool.yml.tmp")
+    for alias, leave in (("y", lambda: leftover.write_text("models: [")), ("z", lambda: leftover.symlink_to("there"))):
+        leave()
+        assert pool_file.edit(lambda p, to=alias: edit.set_alias(p, "b", to)).find(alias)
+        assert {p.name for p in pool_file.path.parent.iterdir()} <= {"pool.yml", "pool.yml.lock"}
 
 
 def test_a_file_locked_for_too_long_is_an_error_and_not_a_hang(
