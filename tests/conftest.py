@@ -22,6 +22,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 OF_LIBRARIES = ("tqdm", "TMonitor", "OpenVINO", "pytest_timeout")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="tests/chaos at full length, about an hour")
+
+
 @pytest.fixture(autouse=True)
 def _no_leaked_threads() -> Iterator[None]:
     before = set(threading.enumerate())
