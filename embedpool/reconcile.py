@@ -108,7 +108,8 @@ class Reconciler:
                     self._pool.find(new.model).check(new)
             self._change(change, reason)
             if wait and new.enabled:  # 200 means ready, also for what is in the file already
-                self._pool.find(new.model).require_loaded(self._load_timeout_s)
+                with contextlib.suppress(ModelNotFound):  # removed by somebody else since
+                    self._pool.find(new.model).require_loaded(self._load_timeout_s)
             return
         with self._pool.prepared(new, self._load_timeout_s):
             self._change(change, reason)

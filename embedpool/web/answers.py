@@ -118,7 +118,7 @@ SCHEMAS: dict[str, Schema] = {
         version=STRING, pid=COUNT, stopping=BOOLEAN, pool_file=STRING, last_reload=LAST_RELOAD,
         models=listed(open_(**MODEL_STATUS)),
     ),
-    "Managed": open_(ok=BOOLEAN, **MODEL_STATUS),
+    "Managed": {"anyOf": [open_(ok=BOOLEAN, **MODEL_STATUS), ref("Removed")]},  # by another, at once
     "Removed": closed(ok=BOOLEAN, model=STRING, removed=BOOLEAN),
     "Reloaded": closed(ok=BOOLEAN, last_reload=LAST_RELOAD),
 }  # fmt: skip

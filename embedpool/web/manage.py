@@ -11,7 +11,7 @@ from flask import Blueprint, Request, Response, request
 from embedpool.config import edit, guard
 from embedpool.config.keys import ADMIN
 from embedpool.config.settings import Settings
-from embedpool.errors import Forbidden, InvalidRequest
+from embedpool.errors import Forbidden, InvalidRequest, ModelNotFound
 from embedpool.pool.pool import Pool
 from embedpool.web.access import Access
 from embedpool.web.encoding import json_response
@@ -71,7 +71,10 @@ def blueprint(pool: Pool, reconciler: Reconciler, settings: Settings, access: Ac
         return json_response({"ok": True, "last_reload": reconciler.last_reload})
 
     def answer(model: str, status: int = 200) -> Response:
-        entry = pool.find(model).snapshot()
+        try:
+            entry = pool.find(model).snapshot()
+        except ModelNotFound:  # it was done, and somebody else has removed the model since
+            entry = {"model": model, "removed": True}
         return json_response({"ok": True, **entry}, status)
 
     return routes

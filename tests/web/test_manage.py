@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from embedpool.config import pool_yml
+from embedpool.config import edit, pool_yml
 from embedpool.config.settings import Security, Server, Settings
+from embedpool.config.spec import PoolSpec
 from tests.conftest import settle
 from tests.web.conftest import MODEL, NAME, Gate, MakeWeb, Web, refused
 
@@ -35,6 +36,30 @@ def test_register_serves_the_model_and_writes_it(web: Web) -> None:
     assert (answer.json["ok"], answer.json["model"], answer.json["state"]) == (True, "org/new", "ready")
     assert web.vectors("a", model="new").shape == (1, 8)
     assert names_in_file(web) == [NAME, "m", "org/new", "new"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "model"),
+    [
+        ("/models/register", NEW, "org/new"),
+        ("/models/alias", {"model": "m", "alias": "n"}, NAME),
+        ("/models/enable", {"model": "m", "enabled": False}, NAME),
+        ("/models/enable", {"model": "m", "enabled": True}, NAME),
+    ],
+)
+def test_what_was_done_is_a_success_also_if_another_removes_the_model_at_once(
+    web: Web, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], model: str
+) -> None:
+    """The answer says what was asked of the server, not that there is no such model: that would deny the change."""
+    follow = web.reconciler.reload
+
+    def remove_and_follow(reason: str) -> PoolSpec:
+        web.reconciler.pool_file.edit(lambda pool: edit.unregister(pool, model))
+        return follow(reason)
+
+    monkeypatch.setattr(web.reconciler, "reload", remove_and_follow)
+    answer = web.post(path, body)
+    assert (answer.status_code, answer.json) == (200, {"ok": True, "model": model, "removed": True})
 
 
 def test_every_field_of_a_registration_reaches_the_model(web: Web) -> None:
