@@ -1,0 +1,134 @@
+"""A disk that is full or not to be written: a change is refused in so many words, and nothing else happens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.conftest import Figures, foreground
+from tests.live.conftest import COMMAND, WAIT_S, Server, fake
+
+# Root writes where nobody may; without these capabilities it does not.
+AS_ANYBODY = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+REFUSALS_A_DISK = 5
+
+
+def test_a_full_disk_and_then_a_read_only_one(server: Server, tmp_path: Path, figures: Figures) -> None:
+    """Every change is refused, requests are served, pool.yml keeps its bytes; changes go on when the disk is well."""
+    with small_disk(tmp_path / "disk") as disk:
+        keep_pool_in(disk, server)
+        with foreground(server, "gunicorn"):
+            server.wait_ready()
+            fill(disk / "waste")
+            refuses_changes(server)
+            (disk / "waste").unlink()
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+            refuses_changes(server)
+            subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+            accepts_changes(server)
+        fill(disk / "waste")
+        refuses_offline(server)
+    figures("refusals", 2 * REFUSALS_A_DISK + 1)
+
+
+def test_a_folder_of_another_and_then_a_limit_on_files(server: Server, tmp_path: Path, figures: Figures) -> None:
+    """The same without a disk of one's own: the folder is not to be written; the server's log cannot grow either."""
+    asked = subprocess.run([*AS_ANYBODY, "true"], capture_output=True, text=True, check=False)
+    if asked.returncode:
+        pytest.skip(f"root cannot give up its privilege here: {asked.stderr.strip()}")
+    folder = tmp_path / "pool"
+    keep_pool_in(folder, server)
+    with foreground(server, "waitress", *AS_ANYBODY) as child:
+        server.wait_ready()
+        folder.chmod(0o555)
+        refuses_changes(server)
+        folder.chmod(0o755)
+        unlimited = resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (16, resource.RLIM_INFINITY))
+        refuses_changes(server)
+        resource.prlimit(child.pid, resource.RLIMIT_FSIZE, unlimited)
+        accepts_changes(server)
+    folder.chmod(0o555)
+    refuses_offline(server)
+    figures("refusals", 2 * REFUSALS_A_DISK + 1)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of 64 KB."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    try:
+        subprocess.run(command, capture_output=True, text=True, check=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount here")
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"nothing can be mounted here: {error.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def keep_pool_in(folder: Path, server: Server) -> None:
+    """A folder of its own: pid file and log stay where they can be written."""
+    folder.mkdir(exist_ok=True)
+    server.pool_yml = folder / "pool.yml"
+    server.environment["EMBEDPOOL_PATHS__POOL_YML"] = str(server.pool_yml)
+    server.write_pool(fake("m"))
+
+
+def fill(file: Path) -> None:
+    with file.open("wb", buffering=0) as waste, contextlib.suppress(OSError):
+        while True:
+            waste.write(bytes(512))
+
+
+def refuses_changes(server: Server) -> None:
+    """Over HTTP and by the command line."""
+    content, vectors = server.pool_yml.read_bytes(), server.vectors("m", ["x"])
+    for path, body in (
+        ("/models/register", {"model": "n", "driver_type": "fake"}),
+        ("/models/alias", {"model": "m", "alias": "x"}),
+        ("/models/enable", {"model": "m", "enabled": False}),
+    ):
+        answer = server.post(path, body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (507, "storage_error"), answer.text
+        assert "pool.yml cannot be" in answer.json()["error"]["message"]
+        assert server.vectors("m", ["x"]) == vectors
+        assert server.pool_yml.read_bytes() == content
+    for words in (("register", "--model", "n", "--type", "fake"), ("unregister", "--model", "m")):
+        assert "pool.yml cannot be" in server.cli(*words, code=1)
+        assert server.vectors("m", ["x"]) == vectors
+        assert server.pool_yml.read_bytes() == content
+    assert [model["model"] for model in server.get("/status").json()["models"]] == ["m"]
+
+
+def refuses_offline(server: Server) -> None:
+    """Without a server the command itself meets the disk."""
+    content = server.pool_yml.read_bytes()
+    done = subprocess.run(
+        [*AS_ANYBODY, str(COMMAND), "unregister", "--model", "m"],
+        cwd=server.folder,
+        env=server.environment,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "pool.yml cannot be" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert server.pool_yml.read_bytes() == content
+
+
+def accepts_changes(server: Server) -> None:
+    """With no start between, and with nothing left over from the refusals."""
+    server.cli("set-alias", "--model", "m", "--alias", "x")
+    assert server.vectors("x", ["x"]) == server.vectors("m", ["x"])
+    assert {file.name for file in server.pool_yml.parent.iterdir()} == {"pool.yml", "pool.yml.lock"}
