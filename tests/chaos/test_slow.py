@@ -1,0 +1,117 @@
+"""500 clients that send slowly, send nothing or do not read: the others do not notice."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from tests.chaos.conftest import Figures
+from tests.chaos.http import Connection, address, embed_request, request
+from tests.live.conftest import Server, fake
+
+SLOW = 500
+PARTS = 4  # of those that say nothing, trickle a head, trickle a body, do not read
+TRICKLE_EVERY_S = 0.2
+LARGE_TEXTS = [f"text {i}" for i in range(200)]  # an answer of over a megabyte
+LINES = b'{"text": "x"}\n' * 10_000
+STREAMS = 20  # of those that do not read; each holds a thread until it is cut off
+
+
+class SlowClients:
+    """Connections that are held, and fed a few bytes at a time by a thread."""
+
+    def __init__(self, to: tuple[str, int], rng: random.Random) -> None:
+        self._to = to
+        self._rng = rng
+        self._held: list[socket.socket] = []
+        self._unsent: dict[socket.socket, bytes] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._trickle)
+
+    def __enter__(self) -> SlowClients:
+        for number in range(SLOW // PARTS):
+            self._connect()
+            self._begin(b"POST /embed HTTP/1.1\r\nHost: x\r\nX-Slow: " + b"a" * 10_000)
+            self._begin(embed_request(["word " * 10_000]))
+            self._connect().sendall(
+                request("POST", "/embed?model=m", LINES, "application/x-ndjson")
+                if number < STREAMS
+                else embed_request(LARGE_TEXTS)
+            )
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        for connection in self._held:
+            connection.close()
+
+    def _connect(self) -> socket.socket:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # the answer waits at the server
+        connection.connect(self._to)
+        self._held.append(connection)
+        return connection
+
+    def _begin(self, data: bytes) -> None:
+        """Some bytes at once, the rest in trickles that do not reach the end."""
+        first = self._rng.randrange(1, 200)
+        connection = self._connect()
+        connection.sendall(data[:first])
+        self._unsent[connection] = data[first:]
+
+    def _trickle(self) -> None:
+        while not self._stop.wait(TRICKLE_EVERY_S):
+            for connection, data in self._unsent.items():
+                self._unsent[connection] = data[connection.send(data[:2]) :]
+
+    def still_open(self) -> int:
+        """How many the server holds, too; an answer that is not read may be there in part."""
+        return sum(not is_closed(connection) for connection in self._held)
+
+
+def is_closed(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return connection.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+
+
+def test_slow_clients_do_not_stop_others(
+    make_server: Callable[..., Server], kind: str, rng: random.Random, length: Callable[..., int], figures: Figures
+) -> None:
+    """While all of them hold on, every request is served, /health answers, and management works."""
+    requests = length(short=100, long=20_000)
+    server = make_server(EMBEDPOOL_SERVER__IDLE_CONNECTION_S="600")  # nobody is to be cut off meanwhile
+    server.write_pool(fake("m"), fake("n", dim=8))
+    server.start(kind)
+    server.wait_ready()
+    expected = server.vectors("n", ["x"])
+    latencies_s = []
+    with SlowClients(address(server), rng) as slow, Connection(address(server)) as kept:
+        for number in range(requests):
+            began = time.monotonic()
+            answer = kept.ask(embed_request(["x"], "n"))
+            latencies_s.append(time.monotonic() - began)
+            assert answer.status == 200, answer.body
+            assert answer.json()["vectors"] == expected
+            if number % 20 == 0:
+                assert server.get("/health").status_code == 200
+                assert server.embed("m", [f"text {number}"]).status_code == 200
+        server.cli("set-alias", "--model", "n", "--alias", "x")
+        held = slow.still_open()
+    assert held == SLOW
+    assert server.vectors("x", ["x"]) == expected
+    server.stop()
+    figures("slow clients held to the end", held)
+    figures("requests beside them", f"{requests}, all served")
+    figures("their p50 and p99", "{:.1f} and {:.1f} ms".format(*(1000 * at(latencies_s, p) for p in (0.5, 0.99))))
+
+
+def at(values: list[float], share: float) -> float:
+    return sorted(values)[int(share * (len(values) - 1))]
