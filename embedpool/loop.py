@@ -79,6 +79,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
     """A body of lines, which is answered line by line, has a limit of its own."""
 
     adj: Any
+    path = ""  # waitress logs it when a client leaves, also of what has none because it is not even HTTP
 
     def parse_header(self, header_plus: bytes) -> None:
         super().parse_header(header_plus)

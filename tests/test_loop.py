@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from types import SimpleNamespace
+from typing import NoReturn
 
+from waitress.adjustments import Adjustments
 from waitress.buffers import OverflowableBuffer
+from waitress.channel import ClientDisconnected
 
 from embedpool.config.settings import Server, Settings
 from embedpool.loop import Loop, _Channel
@@ -53,3 +57,29 @@ def test_a_client_that_reads_nothing_is_cut_off() -> None:
     loop._map = dict(enumerate(channels))
     loop._close_stalled()
     assert [channel.closed for channel in channels] == [True, False, False]
+
+
+def test_a_client_may_leave_before_it_is_told_that_this_is_not_http() -> None:
+    """Its connection is done with as any other; nothing is raised in the request's thread."""
+
+    def gone(data: bytes) -> NoReturn:
+        raise ClientDisconnected
+
+    class Listener:
+        adj = Adjustments()
+        active_channels: dict[int, _Channel] = {}  # noqa: RUF012
+        is_stopping = False
+
+        def add_task(self, task: _Channel) -> None: ...
+
+        def pull_trigger(self) -> None: ...
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel = _Channel(Listener(), ours, ("client", 0), Listener.adj, map={})
+        channel.received(b"\0 is no request\r\n\r\n")
+        assert channel.requests[0].error
+        channel.write_soon = gone
+        channel.service()
+    assert channel.requests == []
+    assert channel.close_when_flushed
