@@ -77,6 +77,10 @@ def with_figures(page: str, found: dict[str, str]) -> str:
     return f"{before}{START}{chr(10).join(lines)}\n{END}{after}"
 
 
+def quantile(values: list[float], share: float) -> float:
+    return sorted(values)[int(share * (len(values) - 1))]
+
+
 @contextlib.contextmanager
 def foreground(server: Server, kind: str, *before: str, **arguments: Any) -> Iterator[subprocess.Popen[bytes]]:
     """The server as a child of this process, answering; `before` stands before the command. Killed at the end."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from embedpool.config import pool_yml
 from embedpool.config.spec import PoolSpec
-from tests.chaos.commands import DONE, UNANSWERED, Command, any_command, run, send
+from tests.chaos.commands import DONE, UNANSWERED, Command, any_command, registration, run, send
 from tests.chaos.conftest import Figures, foreground, kill
 from tests.live.conftest import COMMAND, Server, fake
 
@@ -82,6 +82,9 @@ def test_a_killed_command_leaves_pool_yml_as_before_or_after_its_edit(
 ) -> None:
     """Without a server the command edits the file itself; killed, it blocks no later one."""
     rounds = length(short=3, long=100)
+    began = time.monotonic()
+    assert run(server, registration("a", 8)) == DONE
+    usual_s = time.monotonic() - began
     before = pool_yml.parse(server.pool_yml.read_text())
     killed = 0
     for _ in range(rounds):
@@ -92,7 +95,7 @@ def test_a_killed_command_leaves_pool_yml_as_before_or_after_its_edit(
             env=server.environment,
             stdout=subprocess.DEVNULL,
         ) as child:
-            time.sleep(rng.uniform(0.1, 0.6))
+            time.sleep(rng.uniform(0, 1.2 * usual_s))
             child.kill()
         killed += child.returncode != 0
         after, _ = command.applied_to(before)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from tests.chaos.conftest import Figures
+from tests.chaos.conftest import Figures, quantile
 from tests.chaos.http import Connection, address, embed_request, request
 from tests.live.conftest import Server, fake
 
@@ -110,8 +110,4 @@ def test_slow_clients_do_not_stop_others(
     server.stop()
     figures("slow clients held to the end", held)
     figures("requests beside them", f"{requests}, all served")
-    figures("their p50 and p99", "{:.1f} and {:.1f} ms".format(*(1000 * at(latencies_s, p) for p in (0.5, 0.99))))
-
-
-def at(values: list[float], share: float) -> float:
-    return sorted(values)[int(share * (len(values) - 1))]
+    figures("their p50 and p99", "{:.1f} and {:.1f} ms".format(*(1000 * quantile(latencies_s, p) for p in (0.5, 0.99))))
