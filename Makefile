@@ -1,4 +1,5 @@
 # make run: from a fresh clone to a server with a model. make test: every test. Both can be repeated.
+# make chaos: what make test does to a server for a minute, for an hour.
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ MODEL := sentence-transformers/all-MiniLM-L6-v2
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: run test lint docs bench clean
+.PHONY: run test chaos lint docs bench clean
 
 run: $(VENV)/run.installed
 	@$(BIN)/embedpool init > /dev/null
@@ -20,6 +21,9 @@ run: $(VENV)/run.installed
 test: $(VENV)/test.installed $(VENV)/clients.installed $(if $(NPM),$(VENV)/npm.installed)
 	$(if $(NPM),,@echo "no npm: the test of OpenAI's client for JavaScript is skipped")
 	$(BIN)/python -m pytest
+
+chaos: $(VENV)/test.installed
+	$(BIN)/python -m pytest tests/chaos --long -v
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .

@@ -50,7 +50,7 @@ def figures(record_property: Figures) -> Figures:
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest, figures: Figures) -> random.Random:
-    """Follows from the seed that pytest prints and takes: `-p randomly -p no:xdist --randomly-seed=N`."""
+    """Follows from the seed that pytest prints and takes: `--randomly-seed=N`."""
     seed = request.config.getoption("randomly_seed")
     figures("seed", seed)
     return random.Random(f"{seed} {request.node.name}")
