@@ -5,13 +5,15 @@ With several gunicorn workers each keeps its numbers in files that all of them r
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
 import threading
 from collections import Counter as Counts
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from embedpool.reconcile import Reconciler
 
 SHARED_DIR = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own
+SHARED_PREFIX, OWNER = "embedpool-metrics-", "owner"
 STATES = ("idle", "loading", "ready", "failed", "disabled", "draining")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -155,17 +158,37 @@ class _Known(Collector):
 # --- several workers; called in gunicorn's master
 
 
+_owned: list[IO[str]] = []  # open, and so locked, while the folder is in use
+
+
 def share() -> None:
     """Before the first worker: let the workers keep their numbers in files, in memory where the system has such."""
-    in_memory = "/dev/shm"  # noqa: S108  (a folder of an unguessable name is made there)
-    folder = in_memory if os.access(in_memory, os.W_OK) else None
-    os.environ[SHARED_DIR] = tempfile.mkdtemp(prefix="embedpool-metrics-", dir=folder)
+    import fcntl  # gunicorn runs only where there is one
+
+    in_memory = Path("/dev/shm")  # noqa: S108  (a folder of an unguessable name is made there)
+    parent = in_memory if os.access(in_memory, os.W_OK) else Path(tempfile.gettempdir())
+    _remove_abandoned(parent)
+    folder = Path(tempfile.mkdtemp(prefix=SHARED_PREFIX, dir=parent))
+    _owned.append((folder / OWNER).open("w"))
+    fcntl.flock(_owned[-1], fcntl.LOCK_EX)  # held as long as this process or a worker of it lives
+    os.environ[SHARED_DIR] = str(folder)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """The folders of servers that were killed."""
+    import fcntl
+
+    for folder in parent.glob(f"{SHARED_PREFIX}*"):
+        with contextlib.suppress(OSError), (folder / OWNER).open("r+") as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
 
 
 def unshare() -> None:
     """After the last worker."""
     if folder := os.environ.pop(SHARED_DIR, None):
         shutil.rmtree(folder, ignore_errors=True)
+        _owned.pop().close()
 
 
 def forget_worker(pid: int) -> None:

@@ -146,6 +146,27 @@ def test_workers_share_their_numbers(make_web: MakeWeb) -> None:
     assert SHARED_DIR not in os.environ
 
 
+def test_what_a_killed_server_left_goes_at_the_next_start() -> None:
+    """It is memory that nobody else would give back; the folder of a server that lives is left alone."""
+    code = f"import os, time; from embedpool.web.metrics import share; share(); print(os.environ['{SHARED_DIR}']); "
+    killed = subprocess.run([sys.executable, "-c", code + "os._exit(9)"], capture_output=True, text=True, check=False)
+    left = Path(killed.stdout.strip())
+    assert left.is_dir()
+    waiting = [sys.executable, "-uc", code + "input()"]
+    with subprocess.Popen(waiting, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as living:
+        kept = Path(living.stdout.readline().strip())
+        share()
+        try:
+            assert not left.exists()
+            assert kept.is_dir()
+        finally:
+            unshare()
+            living.communicate("\n")
+    share()
+    unshare()
+    assert not kept.exists()
+
+
 OTHER_WORKER = """
 import os
 from embedpool.web.metrics import Metrics
