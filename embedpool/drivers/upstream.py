@@ -39,6 +39,7 @@ class Upstream:
         self._lock = threading.Lock()
         self._url = base_url.rstrip("/") + path
         self._session = requests.Session()
+        self._adapter = HTTPAdapter(pool_maxsize=CONNECTIONS)
         self._session.headers["User-Agent"] = "embedpool"
         in_url = get_auth_from_url(base_url)
         # Set in any case, else a ~/.netrc would take the place of our key.
@@ -46,7 +47,7 @@ class Upstream:
         self._session.headers.update(headers)
         self._secrets = [s for s in (*(h.removeprefix("Bearer ") for h in headers.values()), in_url[1]) if s]
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, HTTPAdapter(pool_maxsize=CONNECTIONS))
+            self._session.mount(scheme, self._adapter)
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
@@ -98,7 +99,10 @@ class Upstream:
         )
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; the library itself does so when the garbage is collected."""
+        pools = self._adapter.poolmanager.pools
+        for key in pools.keys():  # noqa: SIM118  (it is no dict)
+            pools[key].close()
         self._session.close()
 
     def _message(self, response: requests.Response) -> str:

@@ -42,7 +42,8 @@ class ModelQueue(queue.Queue[Job]):
         self._waiting: list[_Entry] = []  # in the order of service
         self._equal: dict[Hashable, list[_Entry]] = {}  # the same entries, by what their vector depends on
         self._running: dict[Hashable, tuple[Row, float]] = {}  # likewise; joinable until
-        self._returned: collections.deque[list[Row]] = collections.deque()  # batches that go before all others
+        self._returned: collections.deque[list[Row]] = collections.deque()  # batches to be run again
+        self._returned_last = False  # such a batch was taken last
         self._sequence = itertools.count()
         self._virtual_time = 0.0
         self._closed = self._stopped = False
@@ -113,9 +114,9 @@ class ModelQueue(queue.Queue[Job]):
                 self.not_empty.notify()
 
     def put_back(self, rows: Sequence[Row]) -> None:
-        """Let rows that were taken run again, as a batch of their own and before all others.
+        """Let rows that were taken run again, as a batch of their own: before all that waits, but in turn with it.
 
-        They are let in even where the queue is full by now.
+        So one that is lost again and again keeps nobody from being served. The queue may be full by now.
         """
         with self.mutex:
             self._returned.append(list(rows))
@@ -171,11 +172,13 @@ class ModelQueue(queue.Queue[Job]):
             if leaving():
                 self.not_empty.notify()  # what woke this worker is for another
                 return []
-            if self._returned:
+            if self._returned and not (self._returned_last and self._waiting):
+                self._returned_last = True
                 rows = self._returned.popleft()
                 if self._qsize():
                     self.not_empty.notify()
                 return rows
+            self._returned_last = False
             if self._waiting and max_wait_s:
                 until = self._clock() + max_wait_s
                 while 0 < len(self._waiting) < enough_texts and (remaining := until - self._clock()) > 0:

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 BACKOFF_FIRST_S = 0.5
 BACKOFF_LONGEST_S = 60.0
-BACKOFF_LONGEST_CHEAP_S = 5.0
+BACKOFF_LONGEST_AFTER_S = ((DriverBroken, 1.0), (UpstreamError, 5.0))  # it does load; it costs little to ask
 
 
 class Owner(Protocol):
@@ -154,10 +154,11 @@ class Replica:
 
     def _failed(self, error: BaseException) -> None:
         self.failures += 1
-        is_cheap = (DriverBroken, UpstreamError)  # it has loaded before, or only has to be asked
         is_said = isinstance(error, EmbedpoolError | DriverBroken)
         self.last_error = str(error) if is_said else f"{type(error).__name__}: {error}"
-        self._longest_backoff_s = BACKOFF_LONGEST_CHEAP_S if isinstance(error, is_cheap) else BACKOFF_LONGEST_S
+        self._longest_backoff_s = next(
+            (s for kind, s in BACKOFF_LONGEST_AFTER_S if isinstance(error, kind)), BACKOFF_LONGEST_S
+        )
         self.retry_at = self._clock() + self._backoff_s()
         self._become("failed")
 

@@ -334,7 +334,8 @@ def test_an_admitted_request_outlives_a_smaller_queue() -> None:
 
 
 def test_what_is_put_back_goes_first_and_as_it_was() -> None:
-    """A batch that comes back is taken again by itself, before all that waits, however full the queue is by then."""
+    """A batch that comes back is taken again by itself, before what waits, however full the queue is by then; the next
+    that came back is taken after a batch of what waits."""
     waiting_queue = ModelQueue(2)
     waiting_queue.admit(sized(2, flow_of()))
     lost = waiting_queue.take(first(2), 0)
@@ -345,8 +346,11 @@ def test_what_is_put_back_goes_first_and_as_it_was() -> None:
     assert waiting_queue.qsize() == 4
     with pytest.raises(queue.Full):
         waiting_queue.admit(sized(1, flow_of()))
-    assert [waiting_queue.take(first(9), 0) for _ in range(2)] == [lost[:1], lost[1:]]
+    assert waiting_queue.take(first(9), 0) == lost[:1]
     assert jobs_of(waiting_queue.take(first(9), 0)) == [other, other]
+    assert waiting_queue.take(first(9), 0) == lost[1:]
+    waiting_queue.put_back(lost[:1])
+    assert waiting_queue.take(first(9), 0) == lost[:1]  # nothing else waits
     assert waiting_queue.take(first(9), 0) == []
 
 
