@@ -21,7 +21,7 @@ from waitress import wasyncore
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
 from waitress.server import BaseWSGIServer, create_server
-from waitress.task import ErrorTask, WSGITask
+from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
 from embedpool.config.settings import Settings
 from embedpool.errors import BadRequest, BodyTooLarge, EmbedpoolError, as_document
@@ -128,6 +128,45 @@ class _Quiet:
             self._server.pull_trigger()
 
 
+class _LastInFirstOut:
+    """A condition that wakes the thread which has waited for the shortest time."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+        self._waiting: list[threading.Lock] = []
+
+    def wait(self) -> None:
+        """With the lock held; it is let go meanwhile."""
+        alarm = threading.Lock()
+        alarm.acquire()
+        self._waiting.append(alarm)
+        self._lock.release()
+        alarm.acquire()
+        self._lock.acquire()
+
+    def notify(self) -> None:
+        """With the lock held."""
+        if self._waiting:
+            self._waiting.pop().release()
+
+    def notify_all(self) -> None:
+        """With the lock held."""
+        while self._waiting:
+            self.notify()
+
+
+class _Dispatcher(ThreadedTaskDispatcher):  # type: ignore[misc]
+    """As few request threads are kept busy as the load needs.
+
+    In turns all of them would be, and each keeps memory of its own: its stack, and what malloc holds back for it.
+    """
+
+    def __init__(self, threads: int) -> None:
+        super().__init__()
+        self.queue_cv = _LastInFirstOut(self.lock)
+        self.set_thread_count(threads)
+
+
 class App(Protocol):
     """What the loop asks of the WSGI app it serves."""
 
@@ -160,7 +199,7 @@ class Loop:
             app,
             map=self._map,
             sockets=list(sockets),
-            threads=settings.threads,
+            _dispatcher=_Dispatcher(settings.threads),
             connection_limit=settings.server.connection_limit,
             channel_timeout=settings.server.idle_connection_s,
             cleanup_interval=min(settings.server.idle_connection_s, 30),

@@ -13,7 +13,7 @@ from waitress.buffers import OverflowableBuffer
 from waitress.channel import ClientDisconnected
 
 from embedpool.config.settings import Server, Settings
-from embedpool.loop import Loop, _Channel
+from embedpool.loop import Loop, _Channel, _Dispatcher
 
 
 def test_two_threads_cannot_send_the_same_bytes() -> None:
@@ -83,3 +83,54 @@ def test_a_client_may_leave_before_it_is_told_that_this_is_not_http() -> None:
         channel.service()
     assert channel.requests == []
     assert channel.close_when_flushed
+
+
+class Tasks:
+    """A dispatcher of three threads, and which of them served what."""
+
+    def __init__(self) -> None:
+        self.dispatcher = _Dispatcher(3)
+        self.served_by: list[int] = []
+
+    def add(self, until: threading.Event | None = None) -> None:
+        def service() -> None:
+            if until:
+                until.wait(20)
+            self.served_by.append(threading.get_ident())
+
+        self.dispatcher.add_task(SimpleNamespace(service=service))
+
+    def wait_idle(self) -> None:
+        deadline = time.monotonic() + 20
+        while self.dispatcher.queue or self.dispatcher.active_count:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+
+def test_one_request_after_the_other_keeps_one_thread_busy() -> None:
+    """The memory of the others stays cold."""
+    tasks = Tasks()
+    for _ in range(10):
+        tasks.wait_idle()
+        tasks.add()
+    tasks.wait_idle()
+    assert len(tasks.served_by) == 10
+    assert len(set(tasks.served_by)) == 1
+    tasks.dispatcher.shutdown(timeout=20)
+
+
+def test_requests_that_come_together_have_a_thread_each() -> None:
+    """No thread sleeps while a request waits."""
+    tasks, gate = Tasks(), threading.Event()
+    tasks.wait_idle()
+    tasks.add(gate)
+    tasks.add(gate)
+    tasks.add()
+    deadline = time.monotonic() + 20
+    while not tasks.served_by:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    gate.set()
+    tasks.wait_idle()
+    assert len(set(tasks.served_by)) == 3
+    tasks.dispatcher.shutdown(timeout=20)
