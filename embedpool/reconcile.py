@@ -34,10 +34,12 @@ class Reconciler:
         self._pool = pool
         self._load_timeout_s = load_timeout_s
         self._lock = threading.Lock()
+        self._followed: tuple[int, ...] | None = None  # the stamp of the file as it was read last
 
     def reload(self, reason: str) -> PoolSpec:
         """Make the live pool what the file says. Raises PoolFileInvalid; the old pool then goes on."""
         with self._lock:
+            self._followed = self.pool_file.stamp()
             try:
                 spec = self.pool_file.read()
             except PoolFileInvalid as error:
@@ -53,6 +55,18 @@ class Reconciler:
         """For the watch: a broken file is noted, in last_reload and in the log, and changes nothing."""
         with contextlib.suppress(PoolFileInvalid):
             self.reload("pool.yml changed")
+
+    def catch_up(self, name: str) -> bool:
+        """For a name that no model has: whether one has it once the file, changed a moment ago, is followed.
+
+        Another worker of this server may have answered the registration before this one was told.
+        """
+        if self.pool_file.stamp() in (None, self._followed):
+            return False
+        with contextlib.suppress(PoolFileInvalid):  # the watch will tell
+            if self.pool_file.read().find(name):
+                self.reload("a name was not known")
+        return self._pool.knows(name)
 
     # --- management: each edits the file, follows it and gives the model's name.
     # All raise PoolFileInvalid and StorageError, and what their function of config/edit.py raises.

@@ -76,6 +76,7 @@ class EmbedpoolApp:
         )
         self.pool = Pool(engine, max_inflight_global=settings.defaults.max_inflight_global)
         self.reconciler = Reconciler(PoolFile(settings.file(settings.paths.pool_yml)), self.pool)
+        self.pool.catch_up = self.reconciler.catch_up
         self.flask: Flask = create_app(self.pool, self.reconciler, settings, self.metrics)
         self._spans = tracing.start() if settings.tracing.enabled else None
         self._watch: Watch | None = None

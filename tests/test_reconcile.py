@@ -446,3 +446,30 @@ def test_requests_never_fail_while_the_pool_is_changed(reconciler: Reconciler, p
         finally:
             stop.set()
         assert all(a.result(WAIT_S) for a in asking)
+
+
+def test_a_name_is_known_as_soon_as_the_file_has_it(reconciler: Reconciler, pool: Pool) -> None:
+    """Another process has registered it and said so: a request here does not get 404 until the watch wakes up."""
+    pool.catch_up = reconciler.catch_up
+    reconciler.reload("start")
+    with pytest.raises(ModelNotFound):
+        pool.find("new")
+    reconciler.pool_file.path.write_text(fake_pool_yml("model: new"))
+    assert pool.find("new").wait_settled(WAIT_S)
+    assert pool.find("new").state == "ready"
+
+
+def test_an_unknown_name_changes_nothing(reconciler: Reconciler, pool: Pool) -> None:
+    """Whatever the file has become: it is followed when it has come to rest, not because somebody asks for a name."""
+    pool.catch_up = reconciler.catch_up
+    reconciler.pool_file.path.write_text(fake_pool_yml("model: a"))
+    reconciler.reload("start")
+    for text in (fake_pool_yml("model: b"), "models: [", None):
+        if text is None:
+            reconciler.pool_file.path.unlink()
+        else:
+            reconciler.pool_file.path.write_text(text)
+        with pytest.raises(ModelNotFound):
+            pool.find("never")
+        assert pool.find("a")
+    assert reconciler.last_reload["reason"] == "start"

@@ -55,6 +55,7 @@ class Driver(abc.ABC):
     parallel = 1  # batches at once that serve this driver well
     max_batch_texts: int | None = None  # None: the pool's setting
     cost: Cost | None = None  # fitted at warm-up, where padding costs
+    dim: int | None = None  # size of its vectors, known once it is open
     description: Mapping[str, object] = {}  # what runs where, for /status
     lost: str | None = None  # why it can serve no more, though no text is known to be at fault: its process was killed
 

@@ -46,6 +46,7 @@ class _Opened(NamedTuple):
     parallel: int
     max_batch_texts: int | None
     cost: Cost | None
+    dim: int | None
     description: Mapping[str, object]
 
 
@@ -113,7 +114,8 @@ class ChildDriver(Driver):
             if self.lost and isinstance(error, ChildProcessError):
                 raise ModelFailed(f"{self._name!r} did not load: {self.lost}") from None
             raise
-        self.parallel, self.max_batch_texts, self.cost = opened.parallel, opened.max_batch_texts, opened.cost
+        self.parallel, self.max_batch_texts = opened.parallel, opened.max_batch_texts
+        self.cost, self.dim = opened.cost, opened.dim
         self.description = {**opened.description, "isolation": "process", "pid": self._process.pid}
 
     def embed(self, texts: Sequence[str], ids: Sequence[Ids] | None, options: Mapping[str, Any]) -> Embeddings:
@@ -237,7 +239,8 @@ def _serve(
     except BaseException as error:
         connections[0].send(_portable(error))
         os._exit(1)
-    connections[0].send(_Opened(driver.parallel, driver.max_batch_texts, driver.cost, driver.description))
+    facts = driver.parallel, driver.max_batch_texts, driver.cost, driver.dim, driver.description
+    connections[0].send(_Opened(*facts))
     for lane in list(zip(connections, blocks, strict=True))[1:]:
         threading.Thread(target=_run_lane, args=(driver, *lane), daemon=True).start()
     _run_lane(driver, connections[0], blocks[0])  # in the thread that opened the model, which matters to torch

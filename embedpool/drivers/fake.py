@@ -87,7 +87,8 @@ class FakeDriver(Driver):
     def __init__(self, config: FakeConfig) -> None:
         self._config = config
         self._meter = FakeMeter()
-        self.description = describe(dim=config.dim)
+        self.dim = config.dim
+        self.description = describe(dim=self.dim)
 
     def open(self) -> None:
         """See Driver."""

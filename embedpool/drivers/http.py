@@ -59,7 +59,6 @@ class HttpDriver(Driver):
         self._model = config.remote_model or model
         self._config = config
         self._protocol = PROTOCOLS[config.protocol]
-        self._dim: int | None = None
         self._reference: Array | None = None  # the vectors of PROBE_TEXTS
         self._upstreams: list[Upstream] = []
         self._budget = RetryBudget()
@@ -78,7 +77,7 @@ class HttpDriver(Driver):
         except BaseException:
             self.close()
             raise
-        self.description |= describe(protocol=self._config.protocol, dim=self._dim)
+        self.description |= describe(protocol=self._config.protocol, dim=self.dim)
         if len(self._upstreams) > 1:
             self._checking = threading.Thread(target=self._check, name=f"check-{self._model}", daemon=True)
             self._checking.start()
@@ -151,9 +150,9 @@ class HttpDriver(Driver):
             ) from None
         if array.ndim != 2 or array.shape[0] != count or not array.shape[1]:
             raise UpstreamError(f"the remote service gave vectors of shape {array.shape} for {count} texts")
-        if self._dim is not None and array.shape[1] != self._dim:
-            raise UpstreamError(f"the remote service's vectors went from {self._dim} to {array.shape[1]} numbers")
-        self._dim = array.shape[1]
+        if self.dim is not None and array.shape[1] != self.dim:
+            raise UpstreamError(f"the remote service's vectors went from {self.dim} to {array.shape[1]} numbers")
+        self.dim = array.shape[1]
         return Embeddings(array, tokens, [i for i in truncated if 0 <= i < count])
 
     # --- which addresses are asked

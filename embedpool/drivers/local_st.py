@@ -83,6 +83,7 @@ class LocalStDriver(Driver):
             backend, why = self._load(folder)
         self.probe()
         self.cost = self._fit_cost()
+        self.dim = self.embed([PROBE_TEXT], self._meter.measure([PROBE_TEXT]), {}).vectors.shape[1]
         self.description = describe(
             backend=backend,
             why=why,
@@ -92,7 +93,7 @@ class LocalStDriver(Driver):
             fixed_ms=round(self.cost.fixed_s * 1000, 3),
             ms_per_1000_tokens=round(self.cost.token_s * 1e6, 3),
             **self._facts,
-            dim=len(self.embed([PROBE_TEXT], self._meter.measure([PROBE_TEXT]), {}).vectors[0]),
+            dim=self.dim,
         )
         logger.info("%s runs on %s (%s)", self._model, backend, why)
 

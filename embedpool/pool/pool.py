@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -30,6 +30,7 @@ class Pool:
         self.request_timeout_s = engine.request_timeout_s
         self.draining = False  # set by the server when it begins to stop: not ready any more, but serving
         self.stopping = False
+        self.catch_up: Callable[[str], bool] = lambda name: False  # set by the server: see Reconciler
         self._engine = engine
         self._permits = threading.BoundedSemaphore(max_inflight_global)
         self._lock = threading.RLock()
@@ -70,10 +71,11 @@ class Pool:
 
     def find(self, name: str) -> ServedModel:
         """The model of this name or alias. Raises ModelNotFound."""
-        routes = self._routes
-        served = routes.get(name)
+        served = self._routes.get(name)
+        if served is None and self.catch_up(name):
+            served = self._routes.get(name)
         if served is None:
-            raise ModelNotFound(name, routes)
+            raise ModelNotFound(name, self._routes)
         return served
 
     def knows(self, name: str) -> bool:

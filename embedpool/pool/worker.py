@@ -198,8 +198,9 @@ class Worker:
             answer = self._driver.embed([row.text for row in rows], ids, json.loads(group) if group else {})
         elapsed = self._clock() - started
         vectors = answer.vectors
-        if vectors.ndim != 2 or vectors.shape[0] != len(rows):
-            raise ValueError(f"the driver gave vectors of shape {vectors.shape} for {len(rows)} texts")
+        expected = (len(rows), self._driver.dim or vectors.shape[-1])
+        if vectors.shape != expected:
+            raise ValueError(f"the driver gave vectors of shape {vectors.shape}, not {expected}")
         for flow in {equal.job.flow for row in rows for equal in (row, *row.twins)}:
             flow.ran(self.name, started, elapsed)
         if answer.tokens is not None or answer.truncated:

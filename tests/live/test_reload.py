@@ -135,7 +135,9 @@ def test_two_workers_converge(make_server: Callable[..., Server]) -> None:
     server.wait_ready()
     pids: set[int] = set()
     wait_until(lambda: pids.add(server.get("/status").json()["pid"]) or len(pids) == 2)
-    server.cli("register", "--model", "b", "--type", "fake")
+    server.cli("register", "--model", "b", "--type", "fake", "--set", "load_delay_ms=300")
+    answers = {server.embed("b", ["x"]).status_code for _ in range(20)}  # each on a connection of its own
+    assert answers <= {200, 503}
     seen: dict[int, bool] = {}
 
     def both_know() -> bool:

@@ -178,6 +178,16 @@ def test_an_answer_of_the_wrong_shape_is_never_given_out(vectors) -> None:
     assert all(isinstance(error_of(job), InferenceFailed) for job in jobs)
 
 
+def test_vectors_of_another_size_are_never_given_out() -> None:
+    """A driver that changes its mind about the dimension costs its requests an error, not a vector that fits no other."""
+    driver = Scripted(lambda texts: np.ones((len(texts), 7 if "odd" in texts else 8)))
+    driver.dim = 8
+    good, odd = job_of("a"), job_of("odd")
+    Bench(driver).serve(good, odd)
+    assert good.future.result(0).vectors.shape == (1, 8)
+    assert isinstance(error_of(odd), InferenceFailed)
+
+
 @pytest.mark.parametrize(("flow", "error"), [
     (flow_of(deadline=100.0), DeadlineExceeded), (flow_of(deadline=99), DeadlineExceeded),
     (flow_of(client_gone=lambda: True), ClientGone),
