@@ -13,7 +13,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
 from typing import Any, Protocol
 
 import orjson
@@ -22,6 +23,7 @@ from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
 from waitress.server import BaseWSGIServer, create_server
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
+from waitress.utilities import Error
 
 from embedpool.config.settings import Settings
 from embedpool.errors import BadRequest, BodyTooLarge, EmbedpoolError, as_document
@@ -32,6 +34,7 @@ BEAT_S = 1.0
 LISTEN_BACKLOG = 2048
 LINES_PATH, LINES_TYPE = "/embed", "application/x-ndjson"
 LARGEST_JOINED_BYTES = 1 << 16  # above it copying costs more than a second packet
+LARGEST_READ_UNSEEN_BYTES = 1 << 16  # of a body, before its sender is asked for a key
 
 
 class _Task(WSGITask):  # type: ignore[misc]
@@ -61,22 +64,38 @@ class _ErrorTask(ErrorTask):  # type: ignore[misc]
 
     def execute(self) -> None:
         reason = self.request.error
+        if isinstance(reason, _Refused):
+            self._answer(f"{reason.code} {reason.reason}", reason.body)
+            return
         error: EmbedpoolError = (
             BodyTooLarge(f"the body is over the limit of {self.request.adj.max_request_body_size} bytes")
             if reason.code == 413
             else BadRequest(f"{reason.reason}: {reason.body}")
         )
         error.status = reason.code
-        body = orjson.dumps(as_document(error, uuid.uuid4().hex))
-        self.status = f"{reason.code} {reason.reason}"
+        self._answer(f"{reason.code} {reason.reason}", orjson.dumps(as_document(error, uuid.uuid4().hex)))
+
+    def _answer(self, status: str, body: bytes) -> None:
+        self.status = status
         self.response_headers.append(("Content-Type", "application/json"))
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
 
 
+class _Refused(Error):  # type: ignore[misc]
+    """The app's answer to a request that it has seen the head of."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        super().__init__(body)
+        self.code, self.reason = status, HTTPStatus(status).phrase
+
+
 class _Parser(HTTPRequestParser):  # type: ignore[misc]
-    """A body of lines, which is answered line by line, has a limit of its own."""
+    """A body of lines, which is answered line by line, has a limit of its own.
+
+    A large body is not read from somebody who may not send it.
+    """
 
     adj: Any
     path = ""  # waitress logs it when a client leaves, also of what has none because it is not even HTTP
@@ -85,6 +104,12 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         super().parse_header(header_plus)
         if self.path.rstrip("/") == LINES_PATH and self.headers.get("CONTENT_TYPE", "").startswith(LINES_TYPE):
             self.adj = self.adj.for_lines
+        if (self.chunked or self.content_length > LARGEST_READ_UNSEEN_BYTES) and (
+            refusal := self.adj.refusal(self.command, self.path, self.headers)
+        ):
+            self.error = _Refused(*refusal)
+            self.completed = self.connection_close = True
+            self.expect_continue = False
 
 
 class _Channel(HTTPChannel):  # type: ignore[misc]
@@ -178,6 +203,9 @@ class App(Protocol):
     def beat(self) -> None:
         """The loop lives; called once a second."""
 
+    def refusal(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, bytes] | None:
+        """Status and body of the answer to a caller who may not send this; headers as CONTENT_TYPE."""
+
     def begin_to_stop(self) -> None:
         """Nothing changes the pool any more, and /ready says so; requests are still served."""
 
@@ -212,6 +240,7 @@ class Loop:
         self._listeners = [d for d in self._map.values() if isinstance(d, BaseWSGIServer)]
         for listener in self._listeners:
             listener.channel_class = _Channel
+            listener.adj.refusal = app.refusal
             listener.adj.for_lines = copy.copy(listener.adj)
             listener.adj.for_lines.max_request_body_size = settings.limits.max_stream_body_bytes
             listener.is_stopping = False

@@ -11,7 +11,7 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flask import Flask
@@ -33,7 +33,7 @@ from embedpool.pool.replica_set import Engine
 from embedpool.process import PidFile, tell_service_manager
 from embedpool.reconcile import Reconciler
 from embedpool.web import metrics
-from embedpool.web.app import create_app
+from embedpool.web.app import create_app, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +110,14 @@ class EmbedpoolApp:
                 self.metrics.refresh(self.pool, self.reconciler)
             except Exception:
                 logger.exception("the metrics were not refreshed")  # no reason to end the loop, which this runs in
+
+    def refusal(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, bytes] | None:
+        """See App."""
+        try:
+            return refusal(self.flask, method, path, {name.replace("_", "-"): value for name, value in headers.items()})
+        except Exception:
+            logger.exception("a request could not be judged by its head")  # then it is when it is whole
+            return None
 
     def _summary(self) -> str:
         """In a line."""

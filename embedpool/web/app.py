@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from flask import Flask, Response, request
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from embedpool.reconcile import Reconciler
 
 
+ACCESS = "embedpool.access"
 MOST_TRUNCATED_NAMED = 500
 DIALECTS = (openai, tei, cohere, ollama)
 SHAPES: dict[str, Shape] = {p: shape for dialect in DIALECTS for p, shape in dialect.SHAPES.items()}
@@ -41,12 +43,25 @@ def report_truncation(response: Response, truncated: list[int]) -> None:
     response.headers["X-Embedpool-Truncated-Texts"] = named + ("" if len(truncated) <= MOST_TRUNCATED_NAMED else ",...")
 
 
+def refusal(app: Flask, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, bytes] | None:
+    """The answer, status and body, to a request whose caller may not send it, by its head alone."""
+    with app.test_request_context(method=method, headers=dict(headers), environ_overrides={"PATH_INFO": path}):
+        try:
+            app.extensions[ACCESS].caller(here())
+        except EmbedpoolError as error:
+            response = app.finalize_request(app.handle_user_exception(error))
+            body = response.get_data()
+            response.close()
+            return response.status_code, body
+    return None
+
+
 def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: Metrics) -> Flask:
     """The WSGI app over a pool that `metrics` observes. Building it loads no model and starts no thread."""
     app = Flask("embedpool", static_folder=None)
     app.request_class = HttpRequest
     app.url_map.strict_slashes = False
-    access = Access(settings.security, KeysFile(settings.file(settings.security.keys_file)))
+    access = app.extensions[ACCESS] = Access(settings.security, KeysFile(settings.file(settings.security.keys_file)))
     app.register_blueprint(native.blueprint(pool, settings.limits, settings.defaults.max_streams))
     for dialect in DIALECTS:
         app.register_blueprint(dialect.blueprint(pool, settings.limits))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         status = 200 if b"quick brown fox" in body else int(self.path.strip("/"))
-        answer = b'{"vectors": [[1, 0, 0]]}' if status == 200 else b'{"error": {"message": "as asked"}}'
+        vectors = [[1, 0, 0]] * len(json.loads(body)["texts"])
+        answer = json.dumps({"vectors": vectors} if status == 200 else {"error": {"message": "as asked"}}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
@@ -175,6 +177,40 @@ def test_the_life_of_a_key(make_server: Callable[..., Server], kind: str) -> Non
         lambda: server.post("/reload", {}, headers={"Authorization": f"Bearer {made['key']}"}).status_code == 401
     )
     assert server.embed("m", ["x"]).status_code == 200
+    server.stop()
+
+
+LARGE = {
+    "POST /embed HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 60000000": "code",
+    "POST /embed HTTP/1.1\r\nContent-Type: application/x-ndjson\r\nContent-Length: 900000000": "code",
+    "POST /embed HTTP/1.1\r\nTransfer-Encoding: chunked": "code",
+    "POST /v1/embeddings HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 60000000": "type",
+    "POST /tei/m/embed HTTP/1.1\r\nContent-Length: 60000000": "error_type",
+}
+
+
+def test_no_large_body_is_read_from_a_stranger(server: Server, kind: str) -> None:
+    """Who may not send it is told by the head of the request alone, in the shape of its API; who may is asked to go
+    on."""
+    server.write_pool(fake("m"))
+    key = json.loads(server.cli("key", "create", "--name", "a", "--json"))["key"]
+    server.start(kind)
+    server.wait_ready()
+    to = server.url.removeprefix("http://").split(":")
+    for head, name in LARGE.items():
+        with socket.create_connection((to[0], int(to[1])), timeout=WAIT_S) as stranger:
+            stranger.sendall(f"{head}\r\nHost: x\r\n\r\n".encode())
+            answer = b"".join(iter(lambda: stranger.recv(65536), b""))
+            assert answer.startswith(b"HTTP/1.1 401 ")
+            document = json.loads(answer.partition(b"\r\n\r\n")[2])
+            assert name in document.get("error", document) or name in document
+        if "100-continue" in head:
+            with socket.create_connection((to[0], int(to[1])), timeout=WAIT_S) as friend:
+                friend.sendall(f"{head}\r\nHost: x\r\nAuthorization: Bearer {key}\r\n\r\n".encode())
+                assert friend.recv(12) == b"HTTP/1.1 100"
+    large = {"model": "m", "texts": ["word " * 20_000]}
+    assert server.post("/embed", large, headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    assert server.embed("m", ["x"]).status_code == 401
     server.stop()
 
 
