@@ -198,6 +198,7 @@ class UpstreamError(EmbedpoolError):
     ) -> None:
         super().__init__(message, retry_after_s=retry_after_s)
         self.passing = passing
+        self.remote_status = remote_status
         self.content_may_cause = remote_status in (400, 413, 422)
         if remote_status in (400, 413, 422, 429):
             self.status = remote_status

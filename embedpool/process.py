@@ -125,9 +125,14 @@ def stop(running: Running, grace_s: float) -> bool:
     return True
 
 
+def has_service_manager() -> bool:
+    """Whether systemd, or whoever else, has set NOTIFY_SOCKET."""
+    return "NOTIFY_SOCKET" in os.environ
+
+
 def tell_service_manager(state: str) -> None:
-    """sd_notify: a line a variable, for systemd or whoever else set NOTIFY_SOCKET; nothing without one."""
-    if "NOTIFY_SOCKET" in os.environ:
+    """sd_notify, a line a variable; nothing without a service manager."""
+    if has_service_manager():
         from gunicorn.systemd import sd_notify
 
         sd_notify(state, logger)

@@ -30,7 +30,7 @@ from embedpool.logs import configure_logging
 from embedpool.loop import LISTEN_BACKLOG, Loop
 from embedpool.pool.pool import Pool
 from embedpool.pool.replica_set import Engine
-from embedpool.process import PidFile, tell_service_manager
+from embedpool.process import PidFile, has_service_manager, tell_service_manager
 from embedpool.reconcile import Reconciler
 from embedpool.web import metrics
 from embedpool.web.app import create_app, refusal
@@ -48,11 +48,12 @@ class EmbedpoolApp:
         self.settings = settings
         cache_dir = settings.file(settings.paths.cache_dir)
 
-        def open_driver(spec: ModelSpec) -> Driver:
+        def open_driver(spec: ModelSpec, memory: dict[str, Any]) -> Driver:
             guard.check(spec, settings)
             driver = make_driver(
                 spec, cache_dir, functools.partial(configure_logging, settings), settings.defaults.request_timeout_s
             )
+            driver.memory = memory
             driver.open()
             return driver
 
@@ -104,12 +105,13 @@ class EmbedpoolApp:
 
     def beat(self) -> None:
         """See App. Tells the service manager, and the workers that may answer a scrape for this one."""
-        tell_service_manager(f"WATCHDOG=1\nSTATUS={self._summary()}")
-        if self.metrics.is_shared:
-            try:
+        try:
+            if has_service_manager():
+                tell_service_manager(f"WATCHDOG=1\nSTATUS={self._summary()}")
+            if self.metrics.is_shared:
                 self.metrics.refresh(self.pool, self.reconciler)
-            except Exception:
-                logger.exception("the metrics were not refreshed")  # no reason to end the loop, which this runs in
+        except Exception:
+            logger.exception("the state was not told")  # no reason to end the loop, which this runs in
 
     def refusal(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, bytes] | None:
         """See App."""

@@ -47,9 +47,10 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def open_fake(spec):
+def open_fake(spec, memory=None):
     """`open_driver` as the server passes it to the pool."""
     driver = make_driver(spec, Path())
+    driver.memory = {} if memory is None else memory
     driver.open()
     return driver
 

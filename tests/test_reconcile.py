@@ -39,7 +39,7 @@ class Gate:
         self.opened = threading.Event()
         self.loads: list[str] = []
 
-    def open_driver(self, spec: ModelSpec) -> Any:
+    def open_driver(self, spec: ModelSpec, memory: dict[str, Any]) -> Any:
         self.loads.append(spec.model)
         if spec.driver.config.dim in self.held:
             self.entered.set()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +59,7 @@ class Driver(abc.ABC):
     cost: Cost | None = None  # fitted at warm-up, where padding costs
     dim: int | None = None  # size of its vectors, known once it is open
     description: Mapping[str, object] = {}  # what runs where, for /status
+    memory: dict[str, Any]  # of all drivers of a served model, one after the other and at once; set before `open`
     lost: str | None = None  # why it can serve no more, though no text is known to be at fault: its process was killed
 
     @abc.abstractmethod
@@ -78,6 +81,10 @@ class Driver(abc.ABC):
 
     def configure(self, config: Any) -> None:  # noqa: B027  (most drivers read nothing that may change)
         """Take over a driver.config in which nothing has changed that loads anew. Called on any thread."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """While it lasts the caller's batch is the only one: if the driver is lost then, it is by that batch."""
+        return contextlib.nullcontext()
 
     def watch(self, on_lost: Callable[[], None]) -> None:  # noqa: B027  (most drivers cannot be lost)
         """Have `on_lost` called, on any thread, when `lost` is set."""

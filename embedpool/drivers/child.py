@@ -10,10 +10,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import heapq
+import math
 import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from embedpool.config.spec import ModelSpec
 
 BLOCK_FLOATS = 1 << 18  # of a lane; what is larger goes through the pipe
-LOOK_S = 0.25  # between looks at a batch that takes long
+LOOK_S = 0.5  # between looks at what a child takes, in time and memory
 CLOSE_TIMEOUT_S = 5.0
 MB = 1 << 20
 
@@ -61,7 +63,8 @@ class _InBlock(NamedTuple):
 class ChildDriver(Driver):
     """`make` makes the driver that the child opens; `prepare` is called there first. Both must be picklable.
 
-    A batch of more than `batch_timeout_s`, by default `longest_batch_s`, has the child ended.
+    One thread watches the child and is the only one to end it: when it is closed, when a batch has taken more than
+    `batch_timeout_s`, by default `longest_batch_s`, and when it has grown beyond `max_rss_mb`.
     """
 
     def __init__(
@@ -77,9 +80,11 @@ class ChildDriver(Driver):
         self._longest_batch_s = longest_batch_s
         self._lanes = spec.queue.max_inflight_per_replica or available_cores()
         self._free = list(range(self._lanes))  # a heap: a lone batch is always run by the thread that opened the model
-        self._lane_came_free = threading.Condition()
+        self._began: dict[int, float] = {}  # lanes in use, since when
+        self._alone: int | None = None  # the thread whose batch is to be the only one
+        self._lanes_changed = threading.Condition()
+        self._closing = threading.Event()
         self._ended = threading.Event()
-        self._closing = False
         self._on_lost: Callable[[], None] = lambda: None
         assert isinstance(spec.driver.config, Isolation)
         self.configure(spec.driver.config)
@@ -97,22 +102,27 @@ class ChildDriver(Driver):
         theirs = [their for _, their in pipes]
         blocks = [context.RawArray("f", BLOCK_FLOATS) for _ in pipes]
         self._blocks = [np.frombuffer(block, dtype=np.float32) for block in blocks]
-        self._process = context.Process(
-            target=_serve, args=(self._make, self._prepare, theirs, blocks), name=self._name, daemon=True
-        )
+        self._process = context.Process(target=_serve, args=(self._make, self._prepare, theirs, blocks))
+        watcher = threading.Thread(target=self._watch_child, name=f"watch-{self._name}", daemon=True)
         self._process.start()
-        atexit.register(self._kill)
-        for connection in theirs:
-            connection.close()
-        self._watcher = threading.Thread(target=self._wait_for_end, name=f"watch-{self._name}", daemon=True)
-        self._watcher.start()
+        atexit.register(self._process.kill)
+        try:
+            watcher.start()
+        except RuntimeError:  # the system has no thread to give
+            self._watch_child(ending="could not be watched")
+            raise
+        finally:
+            for connection in theirs:
+                connection.close()
         try:
             opened: _Opened = self._receive(0)
-            self._check_size()
+            if too_large := self._too_large():
+                self.lost = self.lost or f"its process {too_large}"
+                raise ChildProcessError(self.lost)
         except BaseException as error:
             self.close()
-            if self.lost and isinstance(error, ChildProcessError):
-                raise ModelFailed(f"{self._name!r} did not load: {self.lost}") from None
+            if isinstance(error, ChildProcessError):
+                raise ModelFailed(f"{self._name!r} did not load: {error}") from None
             raise
         self.parallel, self.max_batch_texts = opened.parallel, opened.max_batch_texts
         self.cost, self.dim = opened.cost, opened.dim
@@ -125,7 +135,6 @@ class ChildDriver(Driver):
             if isinstance(answer, _InBlock):
                 vectors = self._blocks[lane][: int(np.prod(answer.shape))].reshape(answer.shape).copy()
                 answer = Embeddings(vectors, answer.tokens, answer.truncated)
-        self._check_size()
         assert isinstance(answer, Embeddings)
         return answer
 
@@ -133,6 +142,20 @@ class ChildDriver(Driver):
         """See Driver."""
         with self._lane() as lane:
             self._ask(lane, None)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """See Driver."""
+        with self._lanes_changed:
+            self._lanes_changed.wait_for(lambda: self._alone is None)
+            self._alone = threading.get_ident()
+            self._lanes_changed.wait_for(lambda: len(self._free) == self._lanes)
+        try:
+            yield
+        finally:
+            with self._lanes_changed:
+                self._alone = None
+                self._lanes_changed.notify_all()
 
     def watch(self, on_lost: Callable[[], None]) -> None:
         """See Driver."""
@@ -142,43 +165,39 @@ class ChildDriver(Driver):
 
     def close(self) -> None:
         """End the child; what it held is the system's again."""
-        self._closing = True
+        self._closing.set()
         for connection in self._connections:
-            connection.close()  # which the child takes as the end
-        if not self._ended.wait(CLOSE_TIMEOUT_S):
-            self._kill()
-        self._watcher.join()
-        atexit.unregister(self._kill)
+            _shut_down(connection)  # which the child takes as the end
+        self._ended.wait()
+        for connection in self._connections:
+            connection.close()
         self._process.close()
         self._blocks = []
 
     @contextlib.contextmanager
     def _lane(self) -> Iterator[int]:
         """The first free one."""
-        with self._lane_came_free:
-            self._lane_came_free.wait_for(lambda: self._free)
+        with self._lanes_changed:
+            self._lanes_changed.wait_for(lambda: self._free and self._alone in (None, threading.get_ident()))
             lane = heapq.heappop(self._free)
+            self._began[lane] = time.monotonic()
         try:
             yield lane
         finally:
-            with self._lane_came_free:
+            with self._lanes_changed:
+                del self._began[lane]
                 heapq.heappush(self._free, lane)
-                self._lane_came_free.notify()
+                self._lanes_changed.notify_all()
 
     def _ask(self, lane: int, call: _Call | None) -> Any:
-        with contextlib.suppress(BrokenPipeError):  # said better below
+        with contextlib.suppress(OSError):  # said better when there is no answer
             self._connections[lane].send(call)
-        return self._receive(lane, time.monotonic() + self._batch_timeout_s)
+        return self._receive(lane)
 
-    def _receive(self, lane: int, deadline: float | None = None) -> Any:
+    def _receive(self, lane: int) -> Any:
         """What the child answers. Raises it if it is an error, and ChildProcessError if the child ends first."""
-        connection = self._connections[lane]
         try:
-            while not connection.poll(LOOK_S):
-                if deadline is not None and time.monotonic() > deadline:
-                    self._end(f"its process was ended, because a batch took more than {self._batch_timeout_s:g} s")
-                self._check_size()
-            answer = connection.recv()
+            answer = self._connections[lane].recv()
         except (EOFError, OSError):
             self._ended.wait()
             raise ChildProcessError(self.lost) from None
@@ -186,37 +205,58 @@ class ChildDriver(Driver):
             raise answer
         return answer
 
-    def _check_size(self) -> None:
-        """End the child if it has grown too large."""
-        if self._max_rss_mb is None or self.lost:
-            return
-        with contextlib.suppress(psutil.Error):
+    def _watch_child(self, ending: str | None = None) -> None:
+        """The life of the watching thread, as long as the child's; with `ending` the child's ends now."""
+        closing_since: float | None = None
+        while not wait([self._process.sentinel], 0 if ending else LOOK_S):
+            if self._closing.is_set():
+                closing_since = closing_since or time.monotonic()
+                ending = "was closed" if time.monotonic() - closing_since > CLOSE_TIMEOUT_S else None
+            else:
+                ending = ending or self._too_slow() or self._too_large()
+            if ending:
+                self.lost = self.lost or f"its process {ending}"
+                self._process.kill()
+        self._process.join()
+        atexit.unregister(self._process.kill)
+        self.lost = self.lost or f"its process {_how(self._process.exitcode)}"
+        for connection in self._connections:
+            _shut_down(connection)  # a process that the child has started may hold the other end
+        self._ended.set()
+        if not self._closing.is_set():
+            self._on_lost()
+
+    def _too_slow(self) -> str | None:
+        with self._lanes_changed:
+            first = min(self._began.values(), default=math.inf)
+        if time.monotonic() - first <= self._batch_timeout_s:
+            return None
+        return f"was ended, because a batch took more than {self._batch_timeout_s:g} s"
+
+    def _too_large(self) -> str | None:
+        if self._max_rss_mb is None:
+            return None
+        with contextlib.suppress(psutil.Error, OSError):
             rss_mb = psutil.Process(self._process.pid).memory_info().rss // MB
             if rss_mb > self._max_rss_mb:
-                self._end(f"its process held {rss_mb} MB, more than max_rss_mb {self._max_rss_mb},")
+                return f"was ended, because it held {rss_mb} MB, more than max_rss_mb {self._max_rss_mb}"
+        return None
 
-    def _end(self, reason: str) -> None:
-        self.lost = self.lost or reason
-        self._kill()
 
-    def _kill(self) -> None:
-        self._process.kill()
-
-    def _wait_for_end(self) -> None:
-        """The one thread that waits for the child."""
-        wait([self._process.sentinel])
-        self._process.join()
-        self.lost = self.lost or f"its process {_how(self._process.exitcode)}"
-        self._ended.set()
-        if not self._closing:
-            self._on_lost()
+def _shut_down(connection: Connection) -> None:
+    """Let every reader and writer of it, on both sides, find its end."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as pipe:
+        pipe.shutdown(socket.SHUT_RDWR)
 
 
 def _how(exit_code: int | None) -> str:
     """What an exit code says of an end."""
-    if exit_code is not None and exit_code < 0:
+    if exit_code is None or exit_code >= 0:
+        return f"ended with exit code {exit_code}"
+    try:
         return f"was ended by {signal.Signals(-exit_code).name}"
-    return f"ended with exit code {exit_code}"
+    except ValueError:  # a real-time signal
+        return f"was ended by signal {-exit_code}"
 
 
 # --- in the child

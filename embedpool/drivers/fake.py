@@ -5,7 +5,6 @@ Equal token ids give equal vectors; delays and faults are set in driver.config.
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import threading
@@ -74,7 +73,7 @@ def _grow() -> None:
 
 
 def _crash() -> None:
-    os.kill(os.getpid(), signal.SIGSEGV)
+    signal.raise_signal(signal.SIGSEGV)  # in this thread, at once
 
 
 _held: list[bytes] = []

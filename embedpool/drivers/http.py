@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import threading
@@ -13,7 +14,7 @@ import numpy as np
 
 from embedpool.config.spec import HttpConfig, ModelSpec
 from embedpool.drivers.base import PROBE_TEXT, Driver, Embeddings, Ids, Meter, cosine, describe
-from embedpool.drivers.upstream import RetryBudget, Upstream, secret
+from embedpool.drivers.upstream import RetryBudget, Upstream, fault_of, secret
 from embedpool.errors import UnsupportedOption, UpstreamError
 
 logger = logging.getLogger(__name__)
@@ -21,8 +22,11 @@ logger = logging.getLogger(__name__)
 BACKOFF_FACTOR_S = 0.2
 LONGEST_RETRY_AFTER_S = 30
 RECHECK_S = 5.0
+CHECKS_OF_THE_FAULTY = 12  # rounds, of which the last is one of all addresses
+PROOF_TIMEOUT_S = 10.0  # where there are other addresses
 PROBE_TEXTS = (PROBE_TEXT, "How much does the train to the coast cost?", "Die Sonne scheint.")
 SAME_SPACE_COSINE = 0.999
+NOT_FINITE = "the remote service gives vectors that are not finite"
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -47,8 +51,8 @@ class RemoteMeter(Meter):
 class HttpDriver(Driver):
     """Raises UpstreamError with the remote's status and message, never its key.
 
-    An address is asked once it gives the same vectors for PROBE_TEXTS as the first that answered, and left alone after
-    failures in a row until it does so again. When none is left the driver is `lost`.
+    One of several addresses is asked once it gives the same vectors for PROBE_TEXTS as the first that ever answered,
+    and left alone after failures in a row until it does so again. When none is left the driver is `lost`.
     """
 
     parallel = 8
@@ -59,11 +63,10 @@ class HttpDriver(Driver):
         self._model = config.remote_model or model
         self._config = config
         self._protocol = PROTOCOLS[config.protocol]
-        self._reference: Array | None = None  # the vectors of PROBE_TEXTS
+        self.memory = {}
         self._upstreams: list[Upstream] = []
         self._budget = RetryBudget()
-        self._closing = threading.Event()
-        self._checking: threading.Thread | None = None
+        self._over = threading.Event()  # closed or lost
         self._on_lost: Callable[[], None] = lambda: None
 
     def open(self) -> None:
@@ -79,8 +82,7 @@ class HttpDriver(Driver):
             raise
         self.description |= describe(protocol=self._config.protocol, dim=self.dim)
         if len(self._upstreams) > 1:
-            self._checking = threading.Thread(target=self._check, name=f"check-{self._model}", daemon=True)
-            self._checking.start()
+            threading.Thread(target=self._check, name=f"check-{self._model}", daemon=True).start()
 
     def configure(self, config: HttpConfig) -> None:
         """Time-out, retries and batch size apply at once."""
@@ -98,23 +100,29 @@ class HttpDriver(Driver):
                 raise UpstreamError(self.lost or "the remote service is not asked")
             try:
                 with upstream.call():
-                    return self._ask(upstream, body, len(texts))
+                    return self._ask(upstream, body, len(texts), self._config.timeout_s)
             except UpstreamError as error:
                 tried.append(upstream)
-                self._note_faults()
+                self._publish()
                 if error.content_may_cause or len(tried) > self._config.retries:
                     raise
                 another = self._least_busy(tried)
                 if not (another or (error.passing and not upstream.fault)) or not self._budget.spend():
                     raise
                 if another is None:
-                    self._closing.wait(_pause_s(error, len(tried)))
+                    self._over.wait(_pause_s(error, len(tried)))
                 upstream = another or upstream
 
     def probe(self) -> None:
         """See Driver."""
-        if not np.isfinite(self.embed([PROBE_TEXT], None, {}).vectors).all():
-            raise UpstreamError("the remote service gives vectors that are not finite")
+        try:
+            vectors = self.embed([PROBE_TEXT], None, {}).vectors
+        except UpstreamError as error:
+            if error.remote_status != 429:  # it is there, and busy
+                raise
+            return
+        if not np.isfinite(vectors).all():
+            raise UpstreamError(NOT_FINITE)
 
     def watch(self, on_lost: Callable[[], None]) -> None:
         """See Driver."""
@@ -124,9 +132,7 @@ class HttpDriver(Driver):
 
     def close(self) -> None:
         """Close the connections."""
-        self._closing.set()
-        if self._checking:
-            self._checking.join()
+        self._over.set()
         for upstream in self._upstreams:
             upstream.close()
 
@@ -135,16 +141,16 @@ class HttpDriver(Driver):
         serving = [u for u in self._upstreams if not u.fault and u not in tried]
         return min(serving, key=lambda u: (u.outstanding, random.random()), default=None)  # noqa: S311  (no secret)
 
-    def _ask(self, upstream: Upstream, body: dict[str, Any], count: int) -> Embeddings:
+    def _ask(self, upstream: Upstream, body: dict[str, Any], count: int, timeout_s: float) -> Embeddings:
         """One attempt. The answer must hold a vector of the known dimension for each of `count` texts."""
-        response = upstream.post(body, self._config.timeout_s)
+        response = upstream.post(body, timeout_s)
         try:
             vectors, tokens, truncated = self._protocol.read(response.json())
             with np.errstate(over="ignore"):  # becomes infinite, which the worker refuses
                 array = np.asarray(vectors, dtype=np.float32)
             if not isinstance(tokens, int | None) or not all(isinstance(i, int) for i in truncated):
                 raise TypeError("counts must be whole numbers")
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
             raise UpstreamError(
                 f"the remote service's answer is not one of protocol {self._config.protocol!r} ({type(error).__name__})"
             ) from None
@@ -152,58 +158,88 @@ class HttpDriver(Driver):
             raise UpstreamError(f"the remote service gave vectors of shape {array.shape} for {count} texts")
         if self.dim is not None and array.shape[1] != self.dim:
             raise UpstreamError(f"the remote service's vectors went from {self.dim} to {array.shape[1]} numbers")
-        self.dim = array.shape[1]
         return Embeddings(array, tokens, [i for i in truncated if 0 <= i < count])
 
     # --- which addresses are asked
 
     def _find_one(self) -> None:
-        """The first that answers is the measure of the others. Raises what the first of them says if none does."""
-        faults = []
+        """Admit the first that answers as it should. Raises what the first of them says if none does."""
+        errors = []
         for upstream in self._upstreams:
             try:
                 self._prove(upstream)
             except UpstreamError as error:
-                faults.append(error)
+                errors.append(error)
             else:
-                return self._note_faults()
-        raise faults[0]
+                return self._publish()
+        raise errors[0]
 
     def _prove(self, upstream: Upstream) -> None:
-        """Admit an address that gives the vectors of PROBE_TEXTS. Raises UpstreamError."""
+        """Admit an address that gives the vectors of PROBE_TEXTS, or stop asking it. Raises UpstreamError."""
+        several = len(self._upstreams) > 1
+        timeout_s = min(self._config.timeout_s, PROOF_TIMEOUT_S) if several else self._config.timeout_s
         step, parts = self.max_batch_texts or len(PROBE_TEXTS), []
         for start in range(0, len(PROBE_TEXTS), step):
             texts = PROBE_TEXTS[start : start + step]
-            parts.append(self._ask(upstream, self._protocol.body(self._model, texts, {}), len(texts)).vectors)
+            body = self._protocol.body(self._model, texts, {})
+            parts.append(self._ask(upstream, body, len(texts), timeout_s).vectors)
         vectors = np.concatenate(parts)
         if not np.isfinite(vectors).all():
-            raise UpstreamError("the remote service gives vectors that are not finite")
-        if self._reference is None:
-            self._reference = vectors
-        worst = min(cosine(a, b) for a, b in zip(vectors, self._reference, strict=True))
-        if worst < SAME_SPACE_COSINE:
-            raise UpstreamError(f"it gives other vectors than {self._upstreams[0].name}: a cosine of {worst:.4f}")
+            raise UpstreamError(NOT_FINITE)
+        if several and (difference := self._difference(upstream, vectors)):
+            upstream.fault = difference
+            raise UpstreamError(difference)
+        self.dim = vectors.shape[1]
         upstream.admit()
 
-    def _check(self) -> None:
-        """The life of a thread: those that are not asked are given the chance to prove themselves."""
-        while not self._closing.is_set():
-            for upstream in self._upstreams:
-                if upstream.fault and not self._closing.is_set():
-                    try:
-                        self._prove(upstream)
-                        logger.info("%s: %s is asked from now on", self._model, upstream.name)
-                    except UpstreamError as error:
-                        upstream.fault = error.message
-            self._note_faults()
-            self._closing.wait(RECHECK_S)
+    def _difference(self, upstream: Upstream, vectors: Array) -> str | None:
+        """What keeps these vectors of PROBE_TEXTS from standing beside those of the first address that ever answered.
 
-    def _note_faults(self) -> None:
-        """What /status shows, and whether anybody is left to ask."""
+        Whose they are is remembered as long as the model is served: a driver that replaces this one, or another
+        replica's, must not take up with another model.
+        """
+        if not np.linalg.norm(vectors, axis=1).all():
+            return "it gives vectors of length zero"
+        name, reference = self.memory.setdefault("reference", (upstream.name, vectors))
+        worst = 0.0
+        if vectors.shape == reference.shape:
+            worst = min(cosine(a, b) for a, b in zip(vectors, reference, strict=True))
+        if worst >= SAME_SPACE_COSINE:
+            return None
+        return (
+            f"it gives other vectors than {name} did: a cosine of {worst:.4f}; "
+            "if all addresses have changed, switch the model off and on"
+        )
+
+    def _check(self) -> None:
+        """The life of a thread: addresses that are not asked may prove themselves, and those that are must, too."""
+        rounds = itertools.count()
+        while not self._over.is_set():
+            all_of_them = next(rounds) % CHECKS_OF_THE_FAULTY == CHECKS_OF_THE_FAULTY - 1
+            for upstream in self._upstreams:
+                fault = upstream.fault
+                if self._over.is_set() or not (fault or all_of_them):
+                    continue
+                try:
+                    self._prove(upstream)
+                    if fault:
+                        logger.info("%s: %s is asked from now on", self._model, upstream.name)
+                except UpstreamError as error:
+                    if fault:
+                        upstream.fault = fault_of(error)
+                except Exception:  # nobody looks at an address again if this thread dies
+                    logger.exception("%s: %s could not be checked", self._model, upstream.name)
+            self._publish()
+            self._over.wait(RECHECK_S)
+
+    def _publish(self) -> None:
+        """Which addresses are asked, for /status; and that none is left, if so."""
         if len(self._upstreams) > 1:
             self.description["base_urls"] = {u.name: u.fault or "serves" for u in self._upstreams}
-        if self.lost is None and all(u.fault for u in self._upstreams):
-            self.lost = f"left alone after failures in a row: {self._upstreams[0].fault}"
+        if self.lost is None and not self._over.is_set() and all(u.fault for u in self._upstreams):
+            faults = dict.fromkeys(str(u.fault) for u in self._upstreams)
+            self.lost = f"left alone after failures in a row: {'; '.join(faults)}"
+            self._over.set()
             self._on_lost()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import math
 import os
@@ -9,7 +10,7 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -45,7 +46,10 @@ class Upstream:
         # Set in any case, else a ~/.netrc would take the place of our key.
         self._session.auth = in_url if any(in_url) else lambda request: request
         self._session.headers.update(headers)
-        self._secrets = [s for s in (*(h.removeprefix("Bearer ") for h in headers.values()), in_url[1]) if s]
+        self._secrets = [h.removeprefix("Bearer ") for h in headers.values()]
+        if any(in_url):
+            basic = base64.b64encode(":".join(in_url).encode()).decode()
+            self._secrets += [s for s in (basic, in_url[1], quote(in_url[1], safe="")) if s]
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, self._adapter)
 
@@ -60,7 +64,7 @@ class Upstream:
             with self._lock:
                 self._failures = 0 if error.content_may_cause or error.status == 429 else self._failures + 1
                 if self._failures >= FAILURES_TO_OPEN:
-                    self.fault = error.message
+                    self.fault = fault_of(error)
             raise
         else:
             with self._lock:
@@ -117,6 +121,11 @@ class Upstream:
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return re.sub(r"\s+", " ", text)[:LONGEST_QUOTE]
+
+
+def fault_of(error: UpstreamError) -> str:
+    """What everybody may read: the remote's own words are for the caller alone, whose texts may be in them."""
+    return f"the remote service answered {error.remote_status}" if error.remote_status else error.message
 
 
 class RetryBudget:

@@ -144,7 +144,7 @@ class Job:
 class Row:
     """Text number `at` of a job, as it waits and travels in a batch. `twins` are equal rows that share its vector.
 
-    `losses` counts the batches with it in which a driver was lost.
+    `losses` is 1 once a driver was lost in a batch with it, and more by each time it was alone then.
     """
 
     __slots__ = ("at", "job", "losses", "tokens", "twins")

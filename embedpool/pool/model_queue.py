@@ -175,8 +175,7 @@ class ModelQueue(queue.Queue[Job]):
             if self._returned and not (self._returned_last and self._waiting):
                 self._returned_last = True
                 rows = self._returned.popleft()
-                if self._qsize():
-                    self.not_empty.notify()
+                self._let_others_on()
                 return rows
             self._returned_last = False
             if self._waiting and max_wait_s:
@@ -186,10 +185,14 @@ class ModelQueue(queue.Queue[Job]):
             if not self._waiting:
                 return []
             rows = self._remove(choose([entry[2] for entry in self._waiting[:WINDOW]]))
-            self.not_full.notify_all()
-            if self._waiting:
-                self.not_empty.notify()
+            self._let_others_on()
             return rows
+
+    def _let_others_on(self) -> None:
+        """There is room, and perhaps more work."""
+        self.not_full.notify_all()
+        if self._qsize():
+            self.not_empty.notify()
 
     @contextlib.contextmanager
     def joinable(self, rows: Sequence[Row]) -> Iterator[None]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from embedpool.errors import EmbedpoolError, UpstreamError
 from embedpool.pool.model_queue import ModelQueue
-from embedpool.pool.worker import DriverBroken, Worker
+from embedpool.pool.worker import DriverBroken, DriverLost, Worker
 
 if TYPE_CHECKING:
     from embedpool.drivers.base import Driver
@@ -153,7 +153,7 @@ class Replica:
         return driver
 
     def _failed(self, error: BaseException) -> None:
-        self.failures += 1
+        self.failures += not isinstance(error, DriverLost)
         is_said = isinstance(error, EmbedpoolError | DriverBroken)
         self.last_error = str(error) if is_said else f"{type(error).__name__}: {error}"
         self._longest_backoff_s = next(

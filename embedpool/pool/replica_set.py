@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from embedpool.config.spec import ModelSpec
 from embedpool.errors import DeadlineExceeded
@@ -32,7 +32,7 @@ CLOSE_TIMEOUT_S = 5.0  # for a running batch and the driver's close
 class Engine:
     """What every model of a pool shares."""
 
-    open_driver: Callable[[ModelSpec], Driver]
+    open_driver: Callable[[ModelSpec, dict[str, Any]], Driver]  # with what the drivers of a served model remember
     open_meter: Callable[[ModelSpec], Meter]
     request_timeout_s: float = 120.0
     max_queue_per_model: int = 1000
@@ -75,6 +75,7 @@ class ReplicaSet:
         self._replicas: tuple[Replica, ...] = ()
         self._retiring: set[Replica] = set()
         self._number = 0
+        self._memory: dict[str, Any] = {}
         self._meter: Meter | None = None
         self._meter_lock = threading.Lock()  # its own: opening may take as long as a download
         self.stopped = False
@@ -233,7 +234,7 @@ class ReplicaSet:
     def open_driver(self) -> Driver:
         """See Owner."""
         self.meter()  # so that the first request does not pay for it
-        return self._engine.open_driver(self.spec)
+        return self._engine.open_driver(self.spec, self._memory)
 
     @property
     def driver_config(self) -> object:

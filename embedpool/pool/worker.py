@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -23,9 +24,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LOSSES_OF_A_CULPRIT = 2  # the first, in whatever company, and one alone; the next is the last
+
 
 class DriverBroken(Exception):
     """The driver itself is at fault and must be opened anew."""
+
+
+class DriverLost(DriverBroken):
+    """So must one that a batch has ended; the driver is not at fault, and each of the texts has an answer or a turn."""
 
 
 class Worker:
@@ -60,8 +67,9 @@ class Worker:
     ) -> bool:
         """Serve one round of waiting jobs; False if none came within `timeout_s`, or the worker is `leaving`.
 
-        `on_work` is called after jobs were taken and before they run. Every future of a taken job is resolved on
-        return, whatever happens. Raises DriverBroken after that if the driver must be opened anew.
+        `on_work` is called after jobs were taken and before they run. On return each text that was taken has its
+        answer, whatever happens, or is in the queue again. Raises DriverBroken after that if the driver must be opened
+        anew.
         """
         rows = self._queue.take(
             self._choose,
@@ -142,9 +150,9 @@ class Worker:
         fault = self._fault_of_driver()
         if self._driver.lost:
             self._hand_back(rows, self._driver.lost)
-        elif fault:
-            _fail(rows, InferenceFailed(f"the model failed: {type(error).__name__}: {error}"))
+            raise DriverLost(self._driver.lost) from error
         if fault:
+            _fail(rows, InferenceFailed(f"the model failed: {type(error).__name__}: {error}"))
             raise DriverBroken(fault) from error
         if len(rows) > 1:
             self._halve(rows)
@@ -157,31 +165,34 @@ class Worker:
             try:
                 self._driver.probe()
             except BaseException as error:
-                return self._driver.lost or f"{type(error).__name__}: {error}"
-        return self._driver.lost
+                return f"{type(error).__name__}: {error}"
+        return None
 
     def _halve(self, rows: list[Row]) -> None:
         middle = len(rows) // 2
         try:
             self._run(rows[:middle])
+        except DriverLost:
+            self._queue.put_back(rows[middle:])
+            raise
         except DriverBroken:
-            if self._driver.lost:
-                self._queue.put_back(rows[middle:])
-            else:
-                _fail(rows[middle:], InferenceFailed("the model failed on another part of the batch"))
+            _fail(rows[middle:], InferenceFailed("the model failed on another part of the batch"))
             raise
         self._run(rows[middle:])
 
     def _hand_back(self, rows: list[Row], reason: str) -> None:
-        """Another replica, or this one when it is open again, runs the halves apart: only what is lost alone, and not
-        for the first time, is at fault itself."""
-        for row in rows:
-            row.losses += 1
+        """Another replica, or this one when it is open again, runs the halves, each as the only batch of its driver.
+
+        Only a text that is alone when a driver is lost, twice, is at fault itself.
+        """
         if len(rows) > 1:
+            for row in rows:
+                row.losses = 1
             middle = len(rows) // 2
             self._queue.put_back(rows[:middle])
             self._queue.put_back(rows[middle:])
-        elif rows[0].losses == 1:
+        elif rows[0].losses < LOSSES_OF_A_CULPRIT:
+            rows[0].losses += 1
             self._queue.put_back(rows)
         else:
             _fail_text(rows[0], f"the model failed on it: {reason}")
@@ -194,7 +205,12 @@ class Worker:
         flows = list({row.job.flow: None for row in rows})
         hops = max(flow.hops for flow in flows)
         facts = {"embedpool.replica": self.name, "embedpool.texts": len(rows)}
-        with self._queue.joinable(rows), tracing.batch("batch", [flow.trace for flow in flows], facts, hops=hops):
+        apart = self._driver.alone() if rows[0].losses else contextlib.nullcontext()
+        with (
+            apart,
+            self._queue.joinable(rows),
+            tracing.batch("batch", [flow.trace for flow in flows], facts, hops=hops),
+        ):
             answer = self._driver.embed([row.text for row in rows], ids, json.loads(group) if group else {})
         elapsed = self._clock() - started
         vectors = answer.vectors

@@ -158,19 +158,25 @@ class _Known(Collector):
 # --- several workers; called in gunicorn's master
 
 
-_owned: list[IO[str]] = []  # open, and so locked, while the folder is in use
+_owned: tuple[Path, IO[str]] | None = None  # the folder, and the file in it that is locked while it is in use
 
 
 def share() -> None:
     """Before the first worker: let the workers keep their numbers in files, in memory where the system has such."""
     import fcntl  # gunicorn runs only where there is one
 
+    global _owned  # noqa: PLW0603  (gunicorn's master is the process)
     in_memory = Path("/dev/shm")  # noqa: S108  (a folder of an unguessable name is made there)
     parent = in_memory if os.access(in_memory, os.W_OK) else Path(tempfile.gettempdir())
     _remove_abandoned(parent)
-    folder = Path(tempfile.mkdtemp(prefix=SHARED_PREFIX, dir=parent))
-    _owned.append((folder / OWNER).open("w"))
-    fcntl.flock(_owned[-1], fcntl.LOCK_EX)  # held as long as this process or a worker of it lives
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=SHARED_PREFIX, dir=parent))
+        owner = (folder / OWNER).open("w")
+        fcntl.flock(owner, fcntl.LOCK_EX)  # held as long as this process or a worker of it lives
+        if folder.exists():  # not taken for abandoned just before
+            break
+        owner.close()
+    _owned = folder, owner
     os.environ[SHARED_DIR] = str(folder)
 
 
@@ -185,10 +191,14 @@ def _remove_abandoned(parent: Path) -> None:
 
 
 def unshare() -> None:
-    """After the last worker."""
-    if folder := os.environ.pop(SHARED_DIR, None):
+    """After the last worker. A folder that others have named is theirs."""
+    global _owned  # noqa: PLW0603
+    if _owned:
+        folder, owner = _owned
+        os.environ.pop(SHARED_DIR, None)
         shutil.rmtree(folder, ignore_errors=True)
-        _owned.pop().close()
+        owner.close()
+        _owned = None
 
 
 def forget_worker(pid: int) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -107,7 +108,9 @@ def test_a_load_that_fails_says_why() -> None:
     """The child's error is the parent's; a child that ends says how; nothing is left of either."""
     with pytest.raises(RuntimeError, match=r"^fault: load$"):
         make_driver(spec_of(fault="load"), Path()).open()
-    with pytest.raises(ModelFailed, match=r"did not load: its process held \d+ MB, more than max_rss_mb 1,"):
+    with pytest.raises(
+        ModelFailed, match=r"did not load: its process was ended, because it held \d+ MB, more than max_rss_mb 1$"
+    ):
         make_driver(spec_of(max_rss_mb=1), Path()).open()
     driver = make_driver(spec_of(), Path(), functools.partial(os._exit, 7))
     with pytest.raises(ModelFailed, match="did not load: its process ended with exit code 7"):
@@ -119,7 +122,7 @@ def test_a_load_that_fails_says_why() -> None:
     [
         ({"fault": "crash"}, "was ended by SIGSEGV"),
         ({"fault": "hang", "batch_timeout_s": 0.2}, r"was ended, because a batch took more than 0\.2 s"),
-        ({"fault": "grow", "max_rss_mb": 300}, r"held \d+ MB, more than max_rss_mb 300,"),
+        ({"fault": "grow", "max_rss_mb": 300}, r"held \d+ MB, more than max_rss_mb 300$"),
     ],
     ids=lambda value: value["fault"] if isinstance(value, dict) else "",
 )
@@ -165,6 +168,74 @@ def test_limits_apply_at_once(opened) -> None:
     driver.configure(FakeConfig(batch_timeout_s=0.1))
     with pytest.raises(ChildProcessError, match=r"more than 0\.1 s"):
         driver.embed(["bad"], None, {})
+
+
+def test_a_batch_that_is_to_be_alone_is(opened) -> None:
+    """It waits for those that run, and those that come wait for it."""
+    driver = opened(inflight=2, delay_ms=1)
+    running, most = [0], [0]
+    lock = threading.Lock()
+
+    def ask(number: int) -> None:
+        alone = number % 3 == 0
+        with driver.alone() if alone else contextlib.nullcontext():
+            with driver._lane() as lane:
+                with lock:
+                    running[0] += 1
+                    most[0] = max(most[0], running[0])
+                    assert not alone or running[0] == 1
+                driver._ask(lane, child._Call(["a"], None, {}))
+                with lock:
+                    running[0] -= 1
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(ask, range(60)))
+    assert most[0] == 2
+
+
+def test_a_child_that_stops_reading_is_ended_too(opened) -> None:
+    """A text larger than the pipe holds: the time-out counts from when it is sent, not from when it has left."""
+    driver = opened(batch_timeout_s=0.2)
+    os.kill(pid_of(driver), signal.SIGSTOP)
+    with pytest.raises(ChildProcessError, match=r"more than 0\.2 s"):
+        driver.embed(["x" * 2_000_000], None, {})
+
+
+def test_a_process_that_outlives_the_child_keeps_nobody_waiting(opened) -> None:
+    """One that a model has started holds the child's pipes open."""
+    driver = opened(fault="hang", fault_text="bad")
+    pid = pid_of(driver)
+    with ThreadPoolExecutor(1) as threads:
+        hung = threads.submit(driver.embed, ["bad"], None, {})
+        with contextlib.ExitStack() as stack:
+            for connection in driver._connections:  # as if held elsewhere: the pipe stays open in this process
+                stack.enter_context(socket.socket(fileno=os.dup(connection.fileno())))
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(ChildProcessError, match="SIGKILL"):
+                hung.result(PATIENCE_S)
+
+
+def test_no_thread_to_watch_it_no_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system has no thread to give the load fails, and leaves no process behind."""
+    children = set(psutil.Process().children())
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(child.threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="new thread"):
+        make_driver(spec_of(), Path()).open()
+    assert set(psutil.Process().children()) <= children
+
+
+def test_an_end_by_any_signal_is_told(opened) -> None:
+    """Also by one that has no name."""
+    driver = opened()
+    os.kill(pid_of(driver), signal.SIGRTMIN + 1)
+    with contextlib.suppress(ChildProcessError):
+        while driver.lost is None:
+            driver.probe()
+    assert driver.lost == f"its process was ended by signal {signal.SIGRTMIN + 1}"
 
 
 class _Odd(FakeDriver):

@@ -623,11 +623,7 @@ def test_an_address_with_other_vectors_is_never_asked(
 ) -> None:
     """Its vectors could not be compared with the others': no text of a request reaches it."""
 
-    def turned(seen: Seen) -> Reply:
-        reply = good(seen)
-        return Reply({"vectors": [[v[1], v[0], v[2]] for v in reply.document["vectors"]]})
-
-    second.answer = turned
+    second.answer = other_space
     driver = opened(**several(remote, second))
     wait_until(lambda: "a cosine of" in states(driver)[1])
     for _ in range(10):
@@ -645,6 +641,115 @@ def test_one_address_is_enough_to_open(remote: Remote, second: Remote, opened: C
     assert driver.embed(["abc"], None, {}).vectors[0, 0] == 3
     remote.answer = good
     wait_until(lambda: states(driver) == ["serves", "serves"])
+
+
+def other_space(seen: Seen) -> Reply:
+    """As another model of the same dimension would answer."""
+    reply = good(seen)
+    return Reply({"vectors": [[v[1], v[0], v[2]] for v in reply.document["vectors"]]})
+
+
+@pytest.mark.usefixtures("_quick_checks")
+def test_a_model_never_changes_its_vectors_unasked(
+    remote: Remote, second: Remote, opened: Callable[..., HttpDriver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first address gave is remembered by the driver that replaces this one: when the first is away and only
+    one of another model answers, there is no answer."""
+    second.answer = other_space
+    driver = opened(**several(remote, second))
+    remote.answer = lambda seen: Reply({}, 503)
+    following = HttpDriver("org/m", HttpConfig(**several(remote, second)))
+    following.memory = driver.memory
+    with pytest.raises(UpstreamError):
+        following.open()
+    remote.answer = good
+    following.open()
+    following.close()
+    fresh = HttpDriver("org/m", HttpConfig(**several(second, second)))  # a model registered anew
+    fresh.open()
+    fresh.close()
+
+
+@pytest.mark.usefixtures("_quick_checks")
+def test_an_address_that_changes_its_vectors_is_found_out(
+    remote: Remote, second: Remote, opened: Callable[..., HttpDriver]
+) -> None:
+    """Though it never failed: those that serve are proved from time to time."""
+    driver = opened(**several(remote, second))
+    wait_until(lambda: states(driver) == ["serves", "serves"])
+    second.answer = other_space
+    wait_until(lambda: "a cosine of" in states(driver)[1])
+    assert driver.lost is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [lambda n: [[0.0, 0.0, 0.0]] * n, lambda n: [[1.0, 2.0]] * n, lambda n: [[None] * 3] * n],
+    ids=["zero", "another dimension", "NaN"],
+)
+@pytest.mark.usefixtures("_quick_checks")
+def test_vectors_that_prove_nothing_admit_nobody(
+    remote: Remote, second: Remote, opened: Callable[..., HttpDriver], answer: Callable[[int], Any]
+) -> None:
+    """Neither as the first, which would be the measure of the others, nor beside another."""
+    second.answer = lambda seen: Reply({"vectors": answer(len(seen.body["texts"]))})
+    for order in (several(remote, second), several(second, remote)):
+        if order["base_url"] == second.url and "2.0" in str(answer(1)):
+            continue  # as good as any, when it is the first
+        driver = opened(**order)
+        assert driver.embed(["abc"], None, {}).vectors[0, 0] == 3
+        wait_until(lambda driver=driver: "not asked yet" not in states(driver))
+        assert sorted(state == "serves" for state in states(driver)) == [False, True]
+
+
+@pytest.mark.usefixtures("_quick_checks")
+def test_a_hung_address_holds_nothing_up(
+    remote: Remote, second: Remote, opened: Callable[..., HttpDriver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one is found behind it, and closing does not wait for its proof."""
+    monkeypatch.setattr(http, "PROOF_TIMEOUT_S", 0.05)
+    remote.answer = lambda seen: HANG
+    driver = opened(**several(remote, second), timeout_s=600)
+    assert driver.embed(["abc"], None, {}).vectors[0, 0] == 3
+    driver.close()
+
+
+@pytest.mark.usefixtures("_quick_checks")
+def test_any_garbage_leaves_the_checks_running(
+    remote: Remote, second: Remote, opened: Callable[..., HttpDriver]
+) -> None:
+    """An answer that breaks the reader is a fault of its address, and it is looked at again."""
+    second.answer = lambda seen: Reply(b"[" * 200_000)
+    driver = opened(**several(remote, second))
+    wait_until(lambda: "RecursionError" in states(driver)[1] or "ValueError" in states(driver)[1])
+    second.answer = good
+    wait_until(lambda: states(driver) == ["serves", "serves"])
+
+
+def test_a_busy_service_is_not_broken(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
+    """429 to a probe says that somebody is there."""
+    driver = opened(retries=0)
+    remote.answer = lambda seen: Reply({}, 429)
+    driver.probe()
+    remote.answer = lambda seen: Reply({}, 500)
+    with pytest.raises(UpstreamError):
+        driver.probe()
+
+
+@pytest.mark.usefixtures("_quick_checks")
+def test_a_remotes_words_are_for_the_caller_alone(
+    remote: Remote, second: Remote, opened: Callable[..., HttpDriver]
+) -> None:
+    """A service may repeat a text in its error; /status is for everybody."""
+    driver = opened(**several(remote, second), retries=0)
+    wait_until(lambda: states(driver) == ["serves", "serves"])
+    for service in (remote, second):
+        service.answer = lambda seen: Reply({"error": {"message": f"cannot bear {seen.body['texts']}"}}, 500)
+    while driver.lost is None:
+        with pytest.raises(UpstreamError, match="cannot bear"):
+            driver.embed(["private"], None, {})
+    assert "private" not in f"{driver.lost} {driver.description}"
+    assert "answered 500" in driver.lost
 
 
 def test_a_service_that_fails_in_a_row_is_left_alone(remote: Remote, opened: Callable[..., HttpDriver]) -> None:

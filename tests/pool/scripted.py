@@ -108,7 +108,7 @@ class Opener:
         self.specs: list[ModelSpec] = []
         self.opened: list[Scripted] = []
 
-    def __call__(self, spec: ModelSpec) -> Scripted:
+    def __call__(self, spec: ModelSpec, memory: dict[str, Any] | None = None) -> Scripted:
         with self._lock:
             self.specs.append(spec)
             step = self._script.pop(0) if self._script else Scripted
@@ -124,7 +124,7 @@ class Opener:
         assert self.loads.acquire(timeout=PATIENCE_S)
 
 
-def engine_of(open_driver: Callable[[ModelSpec], Driver], **settings: Any) -> Engine:
+def engine_of(open_driver: Callable[..., Driver], **settings: Any) -> Engine:
     return Engine(open_driver, settings.pop("open_meter", open_meter), **{"request_timeout_s": 20, **settings})
 
 

@@ -365,3 +365,21 @@ def test_what_is_put_back_wakes_a_waiting_worker() -> None:
     waiting_queue.put_back(lost)
     assert waiting_queue.take_all() == lost
     assert not waiting_queue.qsize()
+
+
+def test_room_and_work_behind_what_was_put_back_are_noticed() -> None:
+    """Taking such a batch makes room for a request that is fed, and the next worker is told of what is left."""
+    waiting_queue = ModelQueue(4)
+    flow = flow_of()
+    waiting_queue.admit(sized(2, flow))
+    lost = waiting_queue.take(first(2), 0)
+    waiting_queue.put_back(lost[:1])
+    waiting_queue.put_back(lost[1:])
+    waiting_queue.admit(sized(1, flow))
+    fed = in_thread(waiting_queue.feed, sized(2, flow), PATIENCE_S)
+    workers = [in_thread(waiting_queue.take, first(9), PATIENCE_S) for _ in range(3)]
+    taken = [row for worker in workers for row in worker.result(PATIENCE_S)]
+    fed.result(PATIENCE_S)
+    taken += waiting_queue.take(first(9), 0)
+    assert len(taken) == 5
+    assert not waiting_queue.qsize()

@@ -417,3 +417,18 @@ def test_a_replica_at_work_is_not_probed(start) -> None:
     replica.stop()
     assert done(job) is None
     assert driver.probes == 0
+
+
+def test_a_batch_that_ends_driver_after_driver_is_no_failure_of_the_model(start) -> None:
+    """Its texts are tried apart; meanwhile the model neither counts as failed nor waits before it is opened again."""
+
+    def on_embed(texts: list[str]) -> None:
+        if "deadly" in texts:
+            opener.opened[-1].lost = "its process was ended by SIGSEGV"
+            raise ChildProcessError("its process was ended by SIGSEGV")
+
+    replica, model, opener = start(*[Scripted(on_embed) for _ in range(8)])
+    jobs = [model.put(text) for text in ("a", "deadly", "b", "deadly", "c")]
+    errors = [done(job) for job in jobs]
+    assert [type(error) for error in errors] == [type(None), InferenceFailed, type(None), InferenceFailed, type(None)]
+    assert replica.failures == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 
@@ -370,7 +371,7 @@ def serve_reviving(bench: Bench, driver: Mortal, *jobs: Job) -> None:
 @settings(max_examples=60, deadline=None, database=None)
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=5), min_size=1, max_size=6), st.integers(1, 8))
 def test_a_text_that_ends_the_process_hurts_only_its_request(requests: list[list[bool]], max_texts: int) -> None:
-    """What was in a batch with it is run again apart from it, until it is alone; and it is tried twice."""
+    """What was in a batch with it is run again apart from it, until it is alone; and then it has another chance."""
     driver = Mortal("deadly")
     bench = Bench(driver, max_texts)
     jobs = [
@@ -440,3 +441,48 @@ def test_a_process_that_ends_when_it_is_probed_costs_no_request() -> None:
     driver.revive()
     bench.serve()
     assert_served(job)
+
+
+def test_only_a_batch_that_was_alone_is_at_fault() -> None:
+    """A driver of several lanes is lost with all of them: what ran beside the culprit is not taken for it, and what is
+    suspected runs as the only batch."""
+    together: list[bool] = []
+
+    class Lanes(Mortal):
+        @contextlib.contextmanager
+        def alone(self):
+            together.append(True)
+            yield
+
+    driver = Lanes("deadly")
+    bench = Bench(driver, 1)
+    innocent = job_of("innocent")
+    bench.queue.admit(innocent)
+    driver.deadly = ("innocent",)  # its neighbour kills it
+    with pytest.raises(DriverBroken):
+        bench.worker.step()
+    assert together == []
+    driver.revive()
+    driver.deadly = ()
+    bench.serve()
+    assert together == [True]
+    assert_served(innocent)
+
+
+def test_a_driver_lost_by_its_neighbour_between_two_looks_is_asked_once() -> None:
+    """A batch fails by itself, its driver is fine when asked, and lost the next moment: each text has one fate."""
+
+    class Fickle(Scripted):
+        looks = 0
+
+        @property
+        def lost(self) -> str | None:
+            self.looks += 1
+            return None if self.looks == 1 else "its process was ended by SIGKILL"
+
+    bench = Bench(Fickle(failing("a")))
+    job = job_of("a")
+    bench.queue.admit(job)
+    with pytest.raises(DriverBroken):
+        bench.worker.step()
+    assert job.future.done() != bool(bench.queue.qsize())

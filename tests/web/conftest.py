@@ -115,12 +115,12 @@ class Gate:
         self.reached.set()
         assert self.opened.wait(20)
 
-    def load(self, spec: Any) -> Any:
+    def load(self, spec: Any, memory: Any) -> Any:
         """An `open_driver` that waits."""
         self._wait()
         return open_fake(spec)
 
-    def run(self, spec: Any) -> Any:
+    def run(self, spec: Any, memory: Any) -> Any:
         """An `open_driver` whose batches wait."""
         driver = open_fake(spec)
         embed = driver.embed
