@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from embedpool.config import edit
+from embedpool.config import edit, files
 from embedpool.config.pool_yml import PoolFile
 from embedpool.config.spec import ModelSpec, PoolSpec
 from embedpool.errors import ModelNotFound, PoolFileInvalid
@@ -39,7 +39,7 @@ class Reconciler:
     def reload(self, reason: str) -> PoolSpec:
         """Make the live pool what the file says. Raises PoolFileInvalid; the old pool then goes on."""
         with self._lock:
-            self._followed = self.pool_file.stamp()
+            self._followed = files.stamp(self.pool_file.path)
             try:
                 spec = self.pool_file.read()
             except PoolFileInvalid as error:
@@ -61,7 +61,7 @@ class Reconciler:
 
         Another worker of this server may have answered the registration before this one was told.
         """
-        if self.pool_file.stamp() in (None, self._followed):
+        if files.stamp(self.pool_file.path) in (None, self._followed):
             return False
         with contextlib.suppress(PoolFileInvalid):  # the watch will tell
             if self.pool_file.read().find(name):

@@ -31,6 +31,15 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
+def stamp(path: Path) -> tuple[int, ...] | None:
+    """Another one when the file has changed; None if there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
 def replace(path: Path, text: str, *, new_mode: int | None = None) -> None:
     """Put new text in the place of a file whose lock is held; `new_mode` is for one that may not exist yet.
 

@@ -121,7 +121,7 @@ class KeysFile:
         """
         if self._keys is None or self._clock() >= self._next_look:
             self._next_look = self._clock() + LOOK_EVERY_S
-            stamp = self._stamp_now()
+            stamp = files.stamp(self.path)
             if self._keys is None or (stamp != self._stamp and stamp is not None):
                 self._stamp = stamp
                 try:
@@ -131,13 +131,6 @@ class KeysFile:
                         raise
                     logger.error("the keys stay as they were: %s", error.message)
         return self._keys
-
-    def _stamp_now(self) -> tuple[int, ...] | None:
-        try:
-            found = self.path.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
 
     def edit(self, change: Callable[[tuple[ApiKey, ...]], tuple[ApiKey, ...]]) -> None:
         """Change the file under its lock. Raises ConfigError, StorageError and what `change` raises."""

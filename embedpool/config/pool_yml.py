@@ -82,14 +82,6 @@ class PoolFile:
         except (OSError, UnicodeDecodeError) as error:
             raise PoolFileInvalid(f"{self.path} cannot be read: {error}") from None
 
-    def stamp(self) -> tuple[int, ...] | None:
-        """Another one when the file has changed; None if there is no file."""
-        try:
-            found = self.path.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
-
     def read(self) -> PoolSpec:
         """What the file says now. Raises PoolFileInvalid."""
         return parse(self.content(), str(self.path))

@@ -13,21 +13,21 @@ import heapq
 import math
 import multiprocessing
 import os
-import pickle
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 
 from embedpool.config.spec import Isolation
-from embedpool.drivers.base import Cost, Driver, Embeddings, Ids, available_cores
-from embedpool.errors import EmbedpoolError, ModelFailed
+from embedpool.drivers.base import Driver, Embeddings, Ids, available_cores
+from embedpool.drivers.in_child import Call, InBlock, Opened, serve
+from embedpool.errors import ModelFailed
 
 if TYPE_CHECKING:
     from embedpool.config.spec import ModelSpec
@@ -36,28 +36,6 @@ BLOCK_FLOATS = 1 << 18  # of a lane; what is larger goes through the pipe
 LOOK_S = 0.5  # between looks at what a child takes, in time and memory
 CLOSE_TIMEOUT_S = 5.0
 MB = 1 << 20
-
-
-class _Call(NamedTuple):
-    texts: Sequence[str]
-    ids: Sequence[Ids] | None
-    options: Mapping[str, Any]
-
-
-class _Opened(NamedTuple):
-    parallel: int
-    max_batch_texts: int | None
-    cost: Cost | None
-    dim: int | None
-    description: Mapping[str, object]
-
-
-class _InBlock(NamedTuple):
-    """Vectors of this shape lie in the lane's block."""
-
-    shape: tuple[int, ...]
-    tokens: int | None
-    truncated: Sequence[int]
 
 
 class ChildDriver(Driver):
@@ -102,7 +80,7 @@ class ChildDriver(Driver):
         theirs = [their for _, their in pipes]
         blocks = [context.RawArray("f", BLOCK_FLOATS) for _ in pipes]
         self._blocks = [np.frombuffer(block, dtype=np.float32) for block in blocks]
-        self._process = context.Process(target=_serve, args=(self._make, self._prepare, theirs, blocks))
+        self._process = context.Process(target=serve, args=(self._make, self._prepare, theirs, blocks))
         watcher = threading.Thread(target=self._watch_child, name=f"watch-{self._name}", daemon=True)
         self._process.start()
         atexit.register(self._process.kill)
@@ -115,7 +93,7 @@ class ChildDriver(Driver):
             for connection in theirs:
                 connection.close()
         try:
-            opened: _Opened = self._receive(0)
+            opened: Opened = self._receive(0)
             if too_large := self._too_large():
                 self.lost = self.lost or f"its process {too_large}"
                 raise ChildProcessError(self.lost)
@@ -131,8 +109,8 @@ class ChildDriver(Driver):
     def embed(self, texts: Sequence[str], ids: Sequence[Ids] | None, options: Mapping[str, Any]) -> Embeddings:
         """See Driver. Raises what the child's driver raises, and ChildProcessError when the child is `lost`."""
         with self._lane() as lane:
-            answer = self._ask(lane, _Call(texts, ids, options))
-            if isinstance(answer, _InBlock):
+            answer = self._ask(lane, Call(texts, ids, options))
+            if isinstance(answer, InBlock):
                 vectors = self._blocks[lane][: int(np.prod(answer.shape))].reshape(answer.shape).copy()
                 answer = Embeddings(vectors, answer.tokens, answer.truncated)
         assert isinstance(answer, Embeddings)
@@ -189,7 +167,7 @@ class ChildDriver(Driver):
                 heapq.heappush(self._free, lane)
                 self._lanes_changed.notify_all()
 
-    def _ask(self, lane: int, call: _Call | None) -> Any:
+    def _ask(self, lane: int, call: Call | None) -> Any:
         with contextlib.suppress(OSError):  # said better when there is no answer
             self._connections[lane].send(call)
         return self._receive(lane)
@@ -257,70 +235,3 @@ def _how(exit_code: int | None) -> str:
         return f"was ended by {signal.Signals(-exit_code).name}"
     except ValueError:  # a real-time signal
         return f"was ended by signal {-exit_code}"
-
-
-# --- in the child
-
-
-def _serve(
-    make: Callable[[], Driver],
-    prepare: Callable[[], None] | None,
-    connections: Sequence[Connection],
-    blocks: Sequence[Any],
-) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the whole group; the parent decides when this one ends
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if prepare:
-        prepare()
-    driver = make()
-    try:
-        driver.open()
-    except BaseException as error:
-        connections[0].send(_portable(error))
-        os._exit(1)
-    facts = driver.parallel, driver.max_batch_texts, driver.cost, driver.dim, driver.description
-    connections[0].send(_Opened(*facts))
-    for lane in list(zip(connections, blocks, strict=True))[1:]:
-        threading.Thread(target=_run_lane, args=(driver, *lane), daemon=True).start()
-    _run_lane(driver, connections[0], blocks[0])  # in the thread that opened the model, which matters to torch
-    os._exit(0)  # nothing is left worth waiting for
-
-
-def _run_lane(driver: Driver, connection: Connection, block: Any) -> None:
-    """Answer calls until the parent closes its end."""
-    view = np.frombuffer(block, dtype=np.float32)
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            call = connection.recv()
-            try:
-                answer = driver.probe() if call is None else _into_block(driver.embed(*call), view)
-            except BaseException as error:
-                connection.send(_portable(error))
-            else:
-                connection.send(answer)
-
-
-def _into_block(answer: Embeddings, view: Any) -> Embeddings | _InBlock:
-    vectors = np.asarray(answer.vectors, dtype=np.float32)
-    if vectors.size > view.size:
-        return answer
-    view[: vectors.size] = vectors.ravel()
-    return _InBlock(vectors.shape, answer.tokens, answer.truncated)
-
-
-def _portable(error: BaseException) -> Exception:
-    """The error if the parent knows its class without the model's libraries, else one that says the same."""
-    if isinstance(error, EmbedpoolError) or (isinstance(error, Exception) and type(error).__module__ == "builtins"):
-        with contextlib.suppress(Exception):
-            again = pickle.loads(pickle.dumps(error))  # noqa: S301  (our own bytes)
-            assert isinstance(again, Exception)
-            return again
-    return RuntimeError(f"{type(error).__name__}: {error}")
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

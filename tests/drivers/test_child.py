@@ -21,6 +21,7 @@ from embedpool.config.spec import DriverSpec, FakeConfig, ModelSpec, QueueSpec
 from embedpool.drivers import child, make_driver
 from embedpool.drivers.base import Driver, Embeddings
 from embedpool.drivers.fake import FakeDriver
+from embedpool.drivers.in_child import Call
 from embedpool.errors import ModelFailed
 from tests.pool.scripted import PATIENCE_S
 
@@ -184,7 +185,7 @@ def test_a_batch_that_is_to_be_alone_is(opened) -> None:
                     running[0] += 1
                     most[0] = max(most[0], running[0])
                     assert not alone or running[0] == 1
-                driver._ask(lane, child._Call(["a"], None, {}))
+                driver._ask(lane, Call(["a"], None, {}))
                 with lock:
                     running[0] -= 1
 
