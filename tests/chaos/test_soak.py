@@ -16,7 +16,7 @@ from tests.chaos.conftest import Figures
 from tests.chaos.http import Answer, Connection, address, request
 from tests.live.conftest import Server, fake, wait_until
 
-CLIENTS = 8
+CLIENTS = 4  # which keep two cores busy; each further one warms two more request threads, with memory of their own
 KINDS_OF_REQUESTS = 200
 CHECK_EACH = 25  # the vectors of one answer of so many are compared, the status of all
 MOST_GROWTH = 0.05
