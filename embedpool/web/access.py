@@ -16,9 +16,11 @@ from flask import Request
 
 from embedpool.config.keys import ADMIN, EMBED, ApiKey, KeysFile, hash_of, id_of
 from embedpool.config.settings import Security
+from embedpool.config.spec import ModelSpec
 from embedpool.errors import Forbidden, RateLimited, Unauthorized
 from embedpool.pool.allowance import Allowance
 from embedpool.pool.pool import Pool
+from embedpool.pool.served_model import ServedModel
 
 OPEN = "open"
 FROM_ENVIRONMENT = "env-"  # begins an id that none in keys.yml can have
@@ -40,8 +42,15 @@ class Caller:
         """Raises Forbidden if the key is not for this model; whether there is one is not the question here."""
         if self.key and self.key.models and pool.knows(name):
             spec = pool.find(name).spec
-            if not set(spec.names) & set(self.key.models):
+            if not self._is_for(spec):
                 raise Forbidden(f"this key is not for {spec.model!r}")
+
+    def visible(self, pool: Pool) -> list[ServedModel]:
+        """The models that the key is for."""
+        return [served for served in pool.models if self._is_for(served.spec)]
+
+    def _is_for(self, spec: ModelSpec) -> bool:
+        return not (self.key and self.key.models) or bool(set(spec.names) & set(self.key.models))
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:

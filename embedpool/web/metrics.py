@@ -75,6 +75,7 @@ class Metrics(Observer):
         self.queue_texts = gauge("queue_texts", "Texts waiting.", "model")
         self.queue_bound = gauge("queue_bound_texts", "Texts that may wait.", "model")
         self.replicas = gauge("replicas", "Replicas, by state.", "model", "state")
+        self.workers = gauge("worker", "1 for each process that serves and is counted here, by its pid.", "process")
         self._per_model = (
             self.requests, self.texts, self.tokens, self.truncated, self.batch_tokens, self.padded_tokens,
             self.request_seconds, self.queue_seconds, self.batch_seconds, self.batch_texts,
@@ -115,6 +116,7 @@ class Metrics(Observer):
     def refresh(self, pool: Pool, reconciler: Reconciler) -> None:
         """Read what is no event: states, queues, replicas. Every known model has every series."""
         with self._lock:
+            self.workers.labels(os.getpid()).set(1)
             for entry in pool.snapshot():
                 model = entry["model"]
                 for metric in self._per_model:

@@ -12,6 +12,7 @@ from embedpool.config.pool_yml import as_document
 from embedpool.pool.pool import Pool
 from embedpool.pool.served_model import ServedModel
 from embedpool.web.encoding import json_response
+from embedpool.web.http_request import here
 from embedpool.web.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -57,11 +58,11 @@ def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics) -> Blueprint
 
     @routes.get("/models")
     def models() -> Response:
-        return json_response(models_document(pool))
+        return all_models(pool)
 
     @routes.get("/models/<path:name>")
     def model(name: str) -> Response:
-        return json_response(model_document(pool.find(name), name))
+        return one_model(pool, name)
 
     @routes.get("/metrics")
     def get_metrics() -> Response:
@@ -71,9 +72,18 @@ def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics) -> Blueprint
     return routes
 
 
-def models_document(pool: Pool) -> dict[str, Any]:
-    """OpenAI's list, each model under its name and again under its alias."""
-    return {"object": "list", "data": [model_document(served, n) for served in pool.models for n in served.spec.names]}
+def all_models(pool: Pool) -> Response:
+    """OpenAI's list of those that the caller's key is for, each under its name and again under its alias."""
+    visible = here().caller.visible(pool)
+    return json_response(
+        {"object": "list", "data": [model_document(s, name) for s in visible for name in s.spec.names]}
+    )
+
+
+def one_model(pool: Pool, name: str) -> Response:
+    """A model by its name or alias. Raises ModelNotFound, and Forbidden if the caller's key is not for it."""
+    here().caller.require(pool, name)
+    return json_response(model_document(pool.find(name), name))
 
 
 def model_document(served: ServedModel, name: str) -> dict[str, Any]:

@@ -277,3 +277,29 @@ def test_a_changed_limit_counts_and_an_unchanged_one_goes_on(guarded: Guarded) -
     assert guarded.ask("post", "/embed", key).status_code == 429
     guarded.file.edit(lambda keys: tuple(dataclasses.replace(k, requests_per_s=0) for k in keys))
     assert guarded.ask("post", "/embed", key).status_code == 200
+
+
+def test_a_key_sees_the_models_it_is_for(guarded: Guarded) -> None:
+    """Lists name no other; asking for one of those is refused as a request to it would be."""
+    for_m, for_all = guarded.key(models=("m",)), guarded.key()
+    lists = (("/models", "data", "id"), ("/v1/models", "data", "id"), ("/api/tags", "models", "name"))
+    for path, list_name, id_name in lists:
+        names = [{entry[id_name] for entry in guarded.ask("get", path, k).json[list_name]} for k in (for_m, for_all)]
+        assert "new" in names[1] - names[0]
+        assert "m" in names[0]
+    for path in ("/models/new", "/v1/models/new"):
+        assert [guarded.ask("get", path, key).status_code for key in (for_m, for_all)] == [403, 200]
+
+
+def test_no_answer_is_for_pages_of_other_origins(guarded: Guarded) -> None:
+    """No CORS header, whatever is asked: a browser keeps the answer from the page."""
+    client = guarded.web.app.test_client()
+    for method, path in (
+        ("GET", "/models"),
+        ("POST", "/embed"),
+        ("OPTIONS", "/embed"),
+        ("OPTIONS", "/models/register"),
+    ):
+        headers = {"Origin": "http://elsewhere", "Access-Control-Request-Method": "POST"}
+        answer = client.open(path, method=method, headers=headers, buffered=True)
+        assert not [name for name, _ in answer.headers if name.lower().startswith("access-control")]

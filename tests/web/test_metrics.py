@@ -30,7 +30,7 @@ def samples(web: Web) -> dict[tuple[str, ...], float]:
             key = (sample.name, *(v for _, v in sorted(sample.labels.items())))
             assert key not in found
             found[key] = sample.value
-            if family.name not in ("embedpool_reloads", "embedpool_http_requests"):
+            if family.name not in ("embedpool_reloads", "embedpool_http_requests", "embedpool_worker"):
                 assert "model" in sample.labels
     return found
 
@@ -138,6 +138,7 @@ def test_workers_share_their_numbers(make_web: MakeWeb) -> None:
         found = samples(web)
         assert found["embedpool_requests_total", NAME] == 1 + 2
         assert found["embedpool_queue_texts", NAME] == 5
+        assert found["embedpool_worker", str(os.getpid())] == 1
         forget_worker(pid)
         assert samples(web)["embedpool_queue_texts", NAME] == 0
         assert samples(web)["embedpool_requests_total", NAME] == 1 + 2

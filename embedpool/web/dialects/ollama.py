@@ -14,6 +14,7 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.served_model import ServedModel
 from embedpool.web.dialects import POLICIES, means, options_of, status_with_400, texts_of
 from embedpool.web.encoding import json_response
+from embedpool.web.http_request import here
 from embedpool.web.native import submit
 from embedpool.web.schemas import TEXT_OR_TEXTS, embed_options, read_json
 
@@ -70,7 +71,8 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
 
     @routes.get("/api/tags")
     def tags() -> Response:
-        return json_response({"models": [_tag(served, name) for served in pool.models for name in served.spec.names]})
+        visible = here().caller.visible(pool)
+        return json_response({"models": [_tag(served, name) for served in visible for name in served.spec.names]})
 
     return routes
 

@@ -15,7 +15,7 @@ from embedpool.pool.request import INPUT_TYPES, EmbedResult
 from embedpool.web.dialects import POLICIES, chooses, means, options_of, status_with_400, texts_of
 from embedpool.web.encoding import as_base64, json_response
 from embedpool.web.native import submit
-from embedpool.web.observe import model_document, models_document
+from embedpool.web.observe import all_models, one_model
 from embedpool.web.schemas import TEXT_OR_TEXTS, embed_options, read_json
 
 PRECISIONS = {"float": "float32", "int8": "int8", "uint8": "uint8", "binary": "binary", "ubinary": "ubinary"}
@@ -66,11 +66,11 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
 
     @routes.get("/v1/models")
     def models() -> Response:
-        return json_response(models_document(pool))
+        return all_models(pool)
 
     @routes.get("/v1/models/<path:name>")
     def model(name: str) -> Response:
-        return json_response(model_document(pool.find(name), name))
+        return one_model(pool, name)
 
     return routes
 
