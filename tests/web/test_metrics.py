@@ -102,7 +102,7 @@ def test_only_known_models_become_labels(web: Web) -> None:
 
 def test_an_empty_pool_has_metrics(make_web: MakeWeb) -> None:
     """A scrape of a pool without models works."""
-    assert samples(make_web()) == {("embedpool_reloads_total", "ok"): 1}
+    assert samples(make_web()) == {("embedpool_reloads_total", "ok"): 1, ("embedpool_worker", str(os.getpid())): 1}
 
 
 @pytest.mark.parametrize("name", ["alerts.yml", "grafana-dashboard.json"])
