@@ -191,6 +191,7 @@ _ALL = (
     Server("embedpool-default", "exact fp32, backend auto", _embedpool()),
     Server("embedpool-fast", "compute_dtype bfloat16", _embedpool("compute_dtype: bfloat16")),
     Server("embedpool-waitress", "as default, without gunicorn", _embedpool("", "--server", "waitress")),
+    Server("embedpool-process", "as default, the model in a child process", _embedpool("isolation: process")),
     Server("naive", "Flask on gunicorn gthread, encode per request", _naive),
     Server("infinity-torch", "infinity 0.0.78, BetterTransformer", _infinity("torch"), "infinity-torch", **OPENAI),
     Server("infinity-optimum", "infinity 0.0.78, ONNX Runtime", _infinity("optimum"), "infinity-optimum", **OPENAI),
