@@ -142,7 +142,7 @@ def test_four_times_the_capacity_costs_nobody_who_is_accepted(
 
     When the overload is over, so are its effects.
     """
-    seconds = length(short=5, long=60)
+    seconds = length(short=4, long=60)
     bounds = length(short=Bounds(0.7, 1.0, 1.0, 5.0), long=Bounds())
     server = make_server(EMBEDPOOL_BATCHING__MAX_BATCH_TEXTS=str(BATCH))
     server.write_pool(fake("m", dim=8, delay_ms_per_text=TEXT_MS, queue={"max_size": QUEUE}))
@@ -150,7 +150,7 @@ def test_four_times_the_capacity_costs_nobody_who_is_accepted(
     server.wait_ready()
     to = address(server)
     normal_s = max(lone_latency_s(server) for _ in range(20))
-    best = asyncio.run(closed_loop(to, CLIENTS_AT_BEST, length(short=2, long=15)))
+    best = asyncio.run(closed_loop(to, CLIENTS_AT_BEST, length(short=1.5, long=15)))
     assert best.latencies_s.keys() == {200}
 
     health = Health(to)

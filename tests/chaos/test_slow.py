@@ -17,7 +17,7 @@ PARTS = 4  # of those that say nothing, trickle a head, trickle a body, do not r
 TRICKLE_EVERY_S = 0.2
 LARGE_TEXTS = [f"text {i}" for i in range(100)]  # an answer of most of a megabyte
 LINES = b'{"text": "x"}\n' * 10_000
-STREAMS = 8  # of those that do not read; each holds a thread until it is cut off
+STREAMS = 4  # of those that do not read; each holds a thread until it is cut off
 
 
 class SlowClients:
@@ -86,7 +86,7 @@ def test_slow_clients_do_not_stop_others(
     make_server: Callable[..., Server], kind: str, rng: random.Random, length: Callable[..., int], figures: Figures
 ) -> None:
     """While all of them hold on, every request is served, /health answers, and management works."""
-    requests = length(short=100, long=10_000)
+    requests = length(short=60, long=10_000)
     server = make_server(EMBEDPOOL_SERVER__IDLE_CONNECTION_S="600")  # nobody is to be cut off meanwhile
     server.write_pool(fake("m"), fake("n", dim=8))
     server.start(kind)
