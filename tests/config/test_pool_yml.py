@@ -620,9 +620,10 @@ def test_many_threads_editing_lose_nothing(pool_file: PoolFile) -> None:
 )
 def test_credentials_in_a_url_are_not_shown(base_url: str, shown: str) -> None:
     """/models shows where a remote is, not how one logs in there."""
-    flat = {"model": "m", "driver_type": "http", "driver_config": {"base_url": base_url}}
-    document = as_document(edit.parse_registration(flat))
-    assert document["driver"]["config"]["base_url"] == shown
+    addresses = {"base_url": base_url, "base_urls": ["http://other", base_url]}
+    document = as_document(edit.parse_registration({"model": "m", "driver_type": "http", "driver_config": addresses}))
+    config = document["driver"]["config"]
+    assert [config["base_url"], *config["base_urls"]] == [shown, "http://other", shown]
 
 
 @pytest.mark.parametrize(
