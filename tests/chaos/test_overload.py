@@ -29,6 +29,7 @@ class Bounds:
     margin_s: float = 0.25  # beyond what the queue and the batch before it take
     health_p99_s: float = 0.25
     recovery_s: float = 2.0
+    least_sent: float = 0.95  # of what is to be sent: that the test itself keeps up
 
 
 @dataclass
@@ -143,7 +144,7 @@ def test_four_times_the_capacity_costs_nobody_who_is_accepted(
     When the overload is over, so are its effects.
     """
     seconds = length(short=4, long=60)
-    bounds = length(short=Bounds(0.7, 1.0, 1.0, 5.0), long=Bounds())
+    bounds = length(short=Bounds(0.7, 1.0, 1.0, 5.0, 0.5), long=Bounds())
     server = make_server(EMBEDPOOL_BATCHING__MAX_BATCH_TEXTS=str(BATCH))
     server.write_pool(fake("m", dim=8, delay_ms_per_text=TEXT_MS, queue={"max_size": QUEUE}))
     server.start()
@@ -176,7 +177,7 @@ def test_four_times_the_capacity_costs_nobody_who_is_accepted(
     figures("p99 of the refused", f"{1000 * quantile(over.latencies_s[429], 0.99):.0f} ms")
     figures("p99 of /health", f"{1000 * health_p99_s:.0f} ms")
     figures("recovered after", f"{1000 * recovered_s[0]:.0f} ms")
-    assert over.sent_rate >= TIMES * best.rate * 0.95  # the test itself keeps up
+    assert over.sent_rate >= TIMES * best.rate * bounds.least_sent
     assert over.latencies_s.keys() == {200, 429}
     assert over.without_retry_after == 0
     assert over.rate >= bounds.least_of_best * best.rate
