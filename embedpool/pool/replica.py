@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 BACKOFF_FIRST_S = 0.5
 BACKOFF_LONGEST_S = 60.0
+LOSSES_TO_FIND_A_TEXT = 8  # halving a batch of 64, and the text alone
 BACKOFF_LONGEST_AFTER_S = ((DriverBroken, 1.0), (UpstreamError, 5.0))  # it does load; it costs little to ask
 
 
@@ -68,6 +69,7 @@ class Replica:
         self.name = name
         self.state = "loading"
         self.failures = 0  # in a row, without a served batch between
+        self._losses = 0  # likewise, of drivers that a batch has ended
         self.last_error: str | None = None
         self.retry_at = 0.0  # on the clock, while failed
         self._longest_backoff_s = BACKOFF_LONGEST_S
@@ -131,7 +133,7 @@ class Replica:
                     _close(driver, self.name)
                 if self._retired:
                     break
-                if self.failures > 1:
+                if self._setbacks > 1:
                     self._stop.wait(self._backoff_s())
         finally:
             self._become("closed")
@@ -153,7 +155,10 @@ class Replica:
         return driver
 
     def _failed(self, error: BaseException) -> None:
-        self.failures += not isinstance(error, DriverLost)
+        if isinstance(error, DriverLost):
+            self._losses += 1
+        else:
+            self.failures += 1
         is_said = isinstance(error, EmbedpoolError | DriverBroken)
         self.last_error = str(error) if is_said else f"{type(error).__name__}: {error}"
         self._longest_backoff_s = next(
@@ -269,7 +274,7 @@ class Replica:
             self._last_busy = self._clock()
             if served:
                 self._proved_at = self._clock()
-                self.failures = 0
+                self.failures = self._losses = 0
 
     def _idle_for(self, idle_s: float) -> bool:
         with self._lock:
@@ -279,10 +284,15 @@ class Replica:
         self.state = state
         self._owner.replica_changed(self)
 
+    @property
+    def _setbacks(self) -> int:
+        """What there is to wait for: failures, and losses beyond those that it takes to find one culprit."""
+        return self.failures + max(self._losses - LOSSES_TO_FIND_A_TEXT, 0)
+
     def _backoff_s(self) -> float:
-        if not self.failures:
+        if not self._setbacks:
             return 0.0
-        return float(min(BACKOFF_FIRST_S * 2 ** min(self.failures - 1, 10), self._longest_backoff_s))
+        return float(min(BACKOFF_FIRST_S * 2 ** min(self._setbacks - 1, 10), self._longest_backoff_s))
 
 
 def _close(driver: Driver, name: str) -> None:

@@ -15,7 +15,7 @@ from embedpool.pool.job import Job
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.replica import Replica
 from embedpool.pool.stats import ModelStats
-from embedpool.pool.worker import Worker
+from embedpool.pool.worker import DriverLost, Worker
 from tests.pool.scripted import PATIENCE_S, Gate, Opener, Scripted, broken_on, job_of, model_spec
 
 
@@ -136,6 +136,24 @@ def test_the_delay_doubles_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> Non
         replica._open()
         delays.append(replica.retry_at - 1000)
     assert delays == [0.5, 1, 2, 16, 60]
+
+
+def test_finding_a_text_that_ends_drivers_is_not_slowed_down_and_a_model_that_always_ends_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As many losses as it takes to find one text are followed by no pause; more of them in a row are, of up to a
+    second, until a batch is served."""
+    monkeypatch.setattr(replica_module, "BACKOFF_FIRST_S", 0.5)
+    replica = Replica("m#1", Model(Opener()), clock=lambda: 1000.0)
+    pauses = []
+    for _ in range(replica_module.LOSSES_TO_FIND_A_TEXT + 4):
+        replica._failed(DriverLost("its process was ended by SIGSEGV"))
+        pauses.append(replica.retry_at - 1000)
+    assert pauses == [0.0] * replica_module.LOSSES_TO_FIND_A_TEXT + [0.5, 1, 1, 1]
+    assert replica.failures == 0
+    replica._end_work(served=True)
+    replica._failed(DriverLost("its process was ended by SIGSEGV"))
+    assert replica.retry_at == 1000
 
 
 def test_it_goes_on_trying_for_days(start) -> None:
