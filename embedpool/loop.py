@@ -12,184 +12,19 @@ import select
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from http import HTTPStatus
 from typing import Any, Protocol
 
-import orjson
 from waitress import wasyncore
-from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser
 from waitress.server import BaseWSGIServer, create_server
-from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
-from waitress.utilities import Error
 
 from embedpool.config.settings import Settings
-from embedpool.errors import BadRequest, BodyTooLarge, EmbedpoolError, as_document
+from embedpool.connections import Channel, Dispatcher
 
 logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 LISTEN_BACKLOG = 2048
-LINES_PATH, LINES_TYPE = "/embed", "application/x-ndjson"
-LARGEST_JOINED_BYTES = 1 << 16  # above it copying costs more than a second packet
-LARGEST_READ_UNSEEN_BYTES = 1 << 16  # of a body, before its sender is asked for a key
-
-
-class _Task(WSGITask):  # type: ignore[misc]
-    """While the server stops, each answer closes its connection."""
-
-    wrote_header: bool
-
-    def build_response_header(self) -> bytes:
-        if getattr(self.channel.server, "is_stopping", False):
-            self.set_close_on_finish()
-        header: bytes = super().build_response_header()
-        return header
-
-    def write(self, data: bytes) -> None:
-        """As waitress does, but a small answer leaves together with its header: one call, one packet."""
-        whole = self.complete and not self.wrote_header and self.content_length == len(data) <= LARGEST_JOINED_BYTES
-        if not whole or not self.has_body:
-            super().write(data)
-            return
-        self.wrote_header = True
-        self.content_bytes_written = len(data)
-        self.channel.write_soon(self.build_response_header() + data)
-
-
-class _ErrorTask(ErrorTask):  # type: ignore[misc]
-    """What is not even HTTP gets an error in our shape, too."""
-
-    def execute(self) -> None:
-        reason = self.request.error
-        if isinstance(reason, _Refused):
-            self._answer(f"{reason.code} {reason.reason}", reason.body)
-            return
-        error: EmbedpoolError = (
-            BodyTooLarge(f"the body is over the limit of {self.request.adj.max_request_body_size} bytes")
-            if reason.code == 413
-            else BadRequest(f"{reason.reason}: {reason.body}")
-        )
-        error.status = reason.code
-        self._answer(f"{reason.code} {reason.reason}", orjson.dumps(as_document(error, uuid.uuid4().hex)))
-
-    def _answer(self, status: str, body: bytes) -> None:
-        self.status = status
-        self.response_headers.append(("Content-Type", "application/json"))
-        self.set_close_on_finish()
-        self.content_length = len(body)
-        self.write(body)
-
-
-class _Refused(Error):  # type: ignore[misc]
-    """The app's answer to a request that it has seen the head of."""
-
-    def __init__(self, status: int, body: bytes) -> None:
-        super().__init__(body)
-        self.code, self.reason = status, HTTPStatus(status).phrase
-
-
-class _Parser(HTTPRequestParser):  # type: ignore[misc]
-    """A body of lines, which is answered line by line, has a limit of its own.
-
-    A large body is not read from somebody who may not send it.
-    """
-
-    adj: Any
-    path = ""  # waitress logs it when a client leaves, also of what has none because it is not even HTTP
-
-    def parse_header(self, header_plus: bytes) -> None:
-        super().parse_header(header_plus)
-        if self.path.rstrip("/") == LINES_PATH and self.headers.get("CONTENT_TYPE", "").startswith(LINES_TYPE):
-            self.adj = self.adj.for_lines
-        if (self.chunked or self.content_length > LARGEST_READ_UNSEEN_BYTES) and (
-            refusal := self.adj.refusal(self.command, self.path, self.headers)
-        ):
-            self.error = _Refused(*refusal)
-            self.completed = self.connection_close = True
-            self.expect_continue = False
-
-
-class _Channel(HTTPChannel):  # type: ignore[misc]
-    parser_class = _Parser
-    task_class = _Task
-    error_task_class = _ErrorTask
-
-    def __init__(self, server: Any, *arguments: Any, **named: Any) -> None:
-        super().__init__(_Quiet(server, self), *arguments, **named)
-
-    @property
-    def is_idle(self) -> bool:
-        """No request begun, running or half answered."""
-        return not (self.requests or self.request or self.total_outbufs_len)
-
-    def _flush_some(self, do_close: bool = True) -> bool:
-        """Under the lock always: a request's thread may send `100 Continue` while the I/O thread, which takes no lock
-        where no request runs, would send the same bytes again."""
-        with self.outbuf_lock:
-            sent: bool = super()._flush_some(do_close)
-        return sent
-
-
-class _Quiet:
-    """The server as a channel sees it: the I/O thread is woken only where there is something to do for it.
-
-    With a lookahead it reads from a channel while its request runs, so an answer that has left whole needs no wake-up.
-    """
-
-    def __init__(self, server: Any, channel: _Channel) -> None:
-        self._server, self._channel = server, channel
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._server, name)
-
-    def pull_trigger(self) -> None:
-        """From a request's thread, when its answer is written."""
-        channel = self._channel
-        is_left = channel.is_idle and channel.connected and not channel.will_close and not channel.close_when_flushed
-        if not is_left or self._server.is_stopping:
-            self._server.pull_trigger()
-
-
-class _LastInFirstOut:
-    """A condition that wakes the thread which has waited for the shortest time."""
-
-    def __init__(self, lock: threading.Lock) -> None:
-        self._lock = lock
-        self._waiting: list[threading.Lock] = []
-
-    def wait(self) -> None:
-        """With the lock held; it is let go meanwhile."""
-        alarm = threading.Lock()
-        alarm.acquire()
-        self._waiting.append(alarm)
-        self._lock.release()
-        alarm.acquire()
-        self._lock.acquire()
-
-    def notify(self) -> None:
-        """With the lock held."""
-        if self._waiting:
-            self._waiting.pop().release()
-
-    def notify_all(self) -> None:
-        """With the lock held."""
-        while self._waiting:
-            self.notify()
-
-
-class _Dispatcher(ThreadedTaskDispatcher):  # type: ignore[misc]
-    """As few request threads are kept busy as the load needs.
-
-    In turns all of them would be, and each keeps memory of its own: its stack, and what malloc holds back for it.
-    """
-
-    def __init__(self, threads: int) -> None:
-        super().__init__()
-        self.queue_cv = _LastInFirstOut(self.lock)
-        self.set_thread_count(threads)
 
 
 class App(Protocol):
@@ -227,7 +62,7 @@ class Loop:
             app,
             map=self._map,
             sockets=list(sockets),
-            _dispatcher=_Dispatcher(settings.threads),
+            _dispatcher=Dispatcher(settings.threads),
             connection_limit=settings.server.connection_limit,
             channel_timeout=settings.server.idle_connection_s,
             cleanup_interval=min(settings.server.idle_connection_s, 30),
@@ -239,7 +74,7 @@ class Loop:
         )
         self._listeners = [d for d in self._map.values() if isinstance(d, BaseWSGIServer)]
         for listener in self._listeners:
-            listener.channel_class = _Channel
+            listener.channel_class = Channel
             listener.adj.refusal = app.refusal
             listener.adj.for_lines = copy.copy(listener.adj)
             listener.adj.for_lines.max_request_body_size = settings.limits.max_stream_body_bytes
@@ -326,5 +161,5 @@ class Loop:
             if not self._channels() or time.monotonic() >= deadline:
                 return
 
-    def _channels(self) -> list[_Channel]:
-        return [d for d in list(self._map.values()) if isinstance(d, _Channel)]
+    def _channels(self) -> list[Channel]:
+        return [d for d in list(self._map.values()) if isinstance(d, Channel)]

@@ -1,48 +1,19 @@
-"""The loop's own part of waitress: what a connection sends, it sends once, and it is not waited for without end."""
+"""The loop: nobody is waited for without end."""
 
 from __future__ import annotations
 
-import socket
-import threading
 import time
 from types import SimpleNamespace
-from typing import NoReturn
-
-from waitress.adjustments import Adjustments
-from waitress.buffers import OverflowableBuffer
-from waitress.channel import ClientDisconnected
 
 from embedpool.config.settings import Server, Settings
-from embedpool.loop import Loop, _Channel, _Dispatcher
-
-
-def test_two_threads_cannot_send_the_same_bytes() -> None:
-    """The I/O thread sends what is left; a request's thread that has just ended may be sending, too."""
-    channel = _Channel.__new__(_Channel)
-    channel.outbuf_lock = threading.Condition()
-    channel.outbufs = [OverflowableBuffer(1000)]
-    channel.requests, channel.total_outbufs_len, channel.sendbuf_len = [], 0, 1000
-    channel.will_close = channel.close_when_flushed = False
-    channel.outbufs[0].append(b"HTTP/1.1 100 Continue\r\n\r\n")
-    channel.total_outbufs_len = len(channel.outbufs[0])
-    others_may_send: list[bool] = []
-
-    def send(data: bytes, do_close: bool = True) -> int:
-        other = threading.Thread(target=lambda: others_may_send.append(channel.outbuf_lock.acquire(blocking=False)))
-        other.start()
-        other.join()
-        return len(data)
-
-    channel.send = send
-    channel.handle_write()
-    assert others_may_send == [False]
-    assert channel.total_outbufs_len == 0
+from embedpool.connections import Channel
+from embedpool.loop import Loop
 
 
 def test_a_client_that_reads_nothing_is_cut_off() -> None:
     """Its answer holds a thread; one that reads slowly, or waits for an answer, is left alone."""
 
-    class Channel(_Channel):
+    class Silent(Channel):
         closed = False
 
         def __init__(self, unsent: int, silent_s: float) -> None:
@@ -53,84 +24,7 @@ def test_a_client_that_reads_nothing_is_cut_off() -> None:
 
     loop = Loop.__new__(Loop)
     loop._app = SimpleNamespace(settings=Settings(server=Server(idle_connection_s=100)))
-    channels = [Channel(5, 200), Channel(5, 50), Channel(0, 200)]
+    channels = [Silent(5, 200), Silent(5, 50), Silent(0, 200)]
     loop._map = dict(enumerate(channels))
     loop._close_stalled()
     assert [channel.closed for channel in channels] == [True, False, False]
-
-
-def test_a_client_may_leave_before_it_is_told_that_this_is_not_http() -> None:
-    """Its connection is done with as any other; nothing is raised in the request's thread."""
-
-    def gone(data: bytes) -> NoReturn:
-        raise ClientDisconnected
-
-    class Listener:
-        adj = Adjustments()
-        active_channels: dict[int, _Channel] = {}  # noqa: RUF012
-        is_stopping = False
-
-        def add_task(self, task: _Channel) -> None: ...
-
-        def pull_trigger(self) -> None: ...
-
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        channel = _Channel(Listener(), ours, ("client", 0), Listener.adj, map={})
-        channel.received(b"\0 is no request\r\n\r\n")
-        assert channel.requests[0].error
-        channel.write_soon = gone
-        channel.service()
-    assert channel.requests == []
-    assert channel.close_when_flushed
-
-
-class Tasks:
-    """A dispatcher of three threads, and which of them served what."""
-
-    def __init__(self) -> None:
-        self.dispatcher = _Dispatcher(3)
-        self.served_by: list[int] = []
-
-    def add(self, until: threading.Event | None = None) -> None:
-        def service() -> None:
-            if until:
-                until.wait(20)
-            self.served_by.append(threading.get_ident())
-
-        self.dispatcher.add_task(SimpleNamespace(service=service))
-
-    def wait_idle(self) -> None:
-        deadline = time.monotonic() + 20
-        while self.dispatcher.queue or self.dispatcher.active_count:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-
-
-def test_one_request_after_the_other_keeps_one_thread_busy() -> None:
-    """The memory of the others stays cold."""
-    tasks = Tasks()
-    for _ in range(10):
-        tasks.wait_idle()
-        tasks.add()
-    tasks.wait_idle()
-    assert len(tasks.served_by) == 10
-    assert len(set(tasks.served_by)) == 1
-    tasks.dispatcher.shutdown(timeout=20)
-
-
-def test_requests_that_come_together_have_a_thread_each() -> None:
-    """No thread sleeps while a request waits."""
-    tasks, gate = Tasks(), threading.Event()
-    tasks.wait_idle()
-    tasks.add(gate)
-    tasks.add(gate)
-    tasks.add()
-    deadline = time.monotonic() + 20
-    while not tasks.served_by:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    gate.set()
-    tasks.wait_idle()
-    assert len(set(tasks.served_by)) == 3
-    tasks.dispatcher.shutdown(timeout=20)

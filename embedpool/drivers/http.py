@@ -8,14 +8,15 @@ import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from embedpool.config.spec import HttpConfig, ModelSpec
 from embedpool.drivers.base import PROBE_TEXT, Driver, Embeddings, Ids, Meter, cosine, describe
+from embedpool.drivers.protocols import PROTOCOLS
 from embedpool.drivers.upstream import RetryBudget, Upstream, fault_of, secret
-from embedpool.errors import UnsupportedOption, UpstreamError
+from embedpool.errors import UpstreamError
 
 logger = logging.getLogger(__name__)
 
@@ -29,14 +30,6 @@ SAME_SPACE_COSINE = 0.999
 NOT_FINITE = "the remote service gives vectors that are not finite"
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
-
-
-class Protocol(NamedTuple):
-    """How one kind of service is asked and what it answers."""
-
-    path: str
-    body: Callable[[str, Sequence[str], Mapping[str, Any]], dict[str, Any]]
-    read: Callable[[Any], tuple[list[Any], int | None, list[int]]]  # vectors, tokens, truncated
 
 
 class RemoteMeter(Meter):
@@ -248,57 +241,6 @@ def _pause_s(error: UpstreamError, attempts: int) -> float:
     if error.retry_after_s is not None:
         return min(error.retry_after_s, LONGEST_RETRY_AFTER_S)
     return BACKOFF_FACTOR_S * (1 << (attempts - 1)) * (1 + random.random())  # noqa: S311  (no secret)
-
-
-# --- the protocols
-
-
-def _embedpool_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    return {"model": model, "texts": list(texts), "options": dict(options)}
-
-
-def _embedpool_read(document: Any) -> tuple[list[Any], int | None, list[int]]:
-    meta = document.get("meta") or {}
-    return document["vectors"], meta.get("tokens"), list(meta.get("truncated") or [])
-
-
-def _openai_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse("openai", options, "truncate", "max_seq_length", "prompt_name")
-    return {**options, "model": model, "input": list(texts), "encoding_format": "float"}
-
-
-def _openai_read(document: Any) -> tuple[list[Any], int | None, list[int]]:
-    data = sorted(document["data"], key=lambda entry: entry.get("index", 0))
-    return [entry["embedding"] for entry in data], (document.get("usage") or {}).get("prompt_tokens"), []
-
-
-def _tei_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    _refuse("tei", options, "max_seq_length")
-    passed_on = dict(options)
-    policy = passed_on.pop("truncate", "right")
-    passed_on.pop("input_type", None)  # it knows no such thing; `driver.config.prompts` does
-    body = {**passed_on, "inputs": list(texts), "normalize": False, "truncate": policy != "error"}
-    if policy == "left":
-        body["truncation_direction"] = "Left"
-    return body
-
-
-def _tei_read(document: Any) -> tuple[list[Any], int | None, list[int]]:
-    return list(document), None, []
-
-
-def _refuse(protocol: str, options: Mapping[str, Any], *names: str) -> None:
-    for name in names:
-        if name in options:
-            message = f"a remote service of protocol {protocol!r} cannot be asked for it"
-            raise UnsupportedOption(f"options.{name}: {message}", fields={f"options.{name}": message})
-
-
-PROTOCOLS = {
-    "embedpool": Protocol("", _embedpool_body, _embedpool_read),
-    "openai": Protocol("/embeddings", _openai_body, _openai_read),
-    "tei": Protocol("/embed", _tei_body, _tei_read),
-}
 
 
 def make_driver(spec: ModelSpec, cache_dir: Path) -> Driver:
