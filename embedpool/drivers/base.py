@@ -62,6 +62,8 @@ class Driver(abc.ABC):
     memory: dict[str, Any]  # of all drivers of a served model, one after the other and at once; set before `open`
     lost: str | None = None  # why it can serve no more, though no text is known to be at fault: its process was killed
 
+    _on_lost: Callable[[], None] | None = None
+
     @abc.abstractmethod
     def open(self) -> None:
         """Load what is needed and prove it by `probe`. Raises with the reason if it cannot serve."""
@@ -86,8 +88,16 @@ class Driver(abc.ABC):
         """While it lasts the caller's batch is the only one: if the driver is lost then, it is by that batch."""
         return contextlib.nullcontext()
 
-    def watch(self, on_lost: Callable[[], None]) -> None:  # noqa: B027  (most drivers cannot be lost)
-        """Have `on_lost` called, on any thread, when `lost` is set."""
+    def watch(self, on_lost: Callable[[], None]) -> None:
+        """Have `on_lost` called, on any thread, when `lost` is set; at once if it is."""
+        self._on_lost = on_lost
+        if self.lost:
+            on_lost()
+
+    def _tell_lost(self) -> None:
+        """For a driver that has set `lost`. Whoever begins to watch later sees it by itself."""
+        if self._on_lost:
+            self._on_lost()
 
     def close(self) -> None:  # noqa: B027  (most drivers hold nothing)
         """Give everything back."""

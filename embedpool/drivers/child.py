@@ -63,7 +63,6 @@ class ChildDriver(Driver):
         self._lanes_changed = threading.Condition()
         self._closing = threading.Event()
         self._ended = threading.Event()
-        self._on_lost: Callable[[], None] = lambda: None
         assert isinstance(spec.driver.config, Isolation)
         self.configure(spec.driver.config)
 
@@ -135,12 +134,6 @@ class ChildDriver(Driver):
                 self._alone = None
                 self._lanes_changed.notify_all()
 
-    def watch(self, on_lost: Callable[[], None]) -> None:
-        """See Driver."""
-        self._on_lost = on_lost
-        if self.lost:
-            on_lost()
-
     def close(self) -> None:
         """End the child; what it held is the system's again."""
         self._closing.set()
@@ -202,7 +195,7 @@ class ChildDriver(Driver):
             _shut_down(connection)  # a process that the child has started may hold the other end
         self._ended.set()
         if not self._closing.is_set():
-            self._on_lost()
+            self._tell_lost()
 
     def _too_slow(self) -> str | None:
         with self._lanes_changed:

@@ -115,7 +115,7 @@ class FakeDriver(Driver):
     def probe(self) -> None:
         """See Driver. A fault without `fault_text` is the driver's own."""
         if not self._config.fault_text and self._config.fault == "raise":
-            raise RuntimeError("fault: raise")
+            _raise()
         self._vector(self._meter.measure([PROBE_TEXT])[0])
 
     def _vector(self, ids: Ids) -> np.ndarray[Any, np.dtype[np.float32]]:

@@ -6,7 +6,7 @@ import itertools
 import logging
 import random
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,6 @@ class HttpDriver(Driver):
         self._upstreams: list[Upstream] = []
         self._budget = RetryBudget()
         self._over = threading.Event()  # closed or lost
-        self._on_lost: Callable[[], None] = lambda: None
 
     def open(self) -> None:
         """Read the secrets, connect, and find an address that answers."""
@@ -116,12 +115,6 @@ class HttpDriver(Driver):
             return
         if not np.isfinite(vectors).all():
             raise UpstreamError(NOT_FINITE)
-
-    def watch(self, on_lost: Callable[[], None]) -> None:
-        """See Driver."""
-        self._on_lost = on_lost
-        if self.lost:
-            on_lost()
 
     def close(self) -> None:
         """Close the connections."""
@@ -233,7 +226,7 @@ class HttpDriver(Driver):
             faults = dict.fromkeys(str(u.fault) for u in self._upstreams)
             self.lost = f"left alone after failures in a row: {'; '.join(faults)}"
             self._over.set()
-            self._on_lost()
+            self._tell_lost()
 
 
 def _pause_s(error: UpstreamError, attempts: int) -> float:

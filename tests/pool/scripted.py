@@ -46,7 +46,6 @@ class Scripted(Driver):
         self.options: list[Mapping[str, Any]] = []
         self.probes = 0
         self.closed = threading.Event()
-        self._on_lost: Callable[[], None] = lambda: None
         self._on_embed, self._on_probe, self._on_close = on_embed, on_probe, on_close
 
     def open(self) -> None:
@@ -64,13 +63,10 @@ class Scripted(Driver):
         self.probes += 1
         self._on_probe()
 
-    def watch(self, on_lost: Callable[[], None]) -> None:
-        self._on_lost = on_lost
-
     def lose(self, reason: str) -> None:
         """As if its process had ended."""
         self.lost = reason
-        self._on_lost()
+        self._tell_lost()
 
     def close(self) -> None:
         assert not self.closed.is_set(), "a driver is closed once"
