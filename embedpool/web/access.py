@@ -92,6 +92,11 @@ class Access:
         self._callers: dict[ApiKey, Caller] = {}
         self._lock = threading.Lock()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody is asked for a key, as there is none and should be none."""
+        return not (self._variables or self._all())
+
     def asks_for_a_key(self, scope: str) -> bool:
         """Whether there is a key for it, or should be."""
         return scope in self._variables or any(scope in key.scopes for key in self._all())
@@ -102,11 +107,9 @@ class Access:
         A key that is not asked for means nothing: SDKs want a value for one.
         """
         scope = _scope_of(of)
-        if scope == OPEN:
+        if scope == OPEN or self.is_open:
             return NOBODY
         known = self._all()
-        if not known and not self._variables:
-            return NOBODY
         key = _find(_given(of), known)
         if key and {scope, ADMIN} & set(key.scopes):
             return self._caller_of(key, known)

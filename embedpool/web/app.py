@@ -45,9 +45,12 @@ def report_truncation(response: Response, truncated: list[int]) -> None:
 
 def refusal(app: Flask, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, bytes] | None:
     """The answer, status and body, to a request whose caller may not send it, by its head alone."""
+    access: Access = app.extensions[ACCESS]
+    if access.is_open:  # the loop itself asks, and every large body costs the question
+        return None
     with app.test_request_context(method=method, headers=dict(headers), environ_overrides={"PATH_INFO": path}):
         try:
-            app.extensions[ACCESS].caller(here())
+            access.caller(here())
         except EmbedpoolError as error:
             response = app.finalize_request(app.handle_user_exception(error))
             body = response.get_data()

@@ -13,6 +13,7 @@ import pytest
 from embedpool.config.keys import KeysFile, make_key
 from embedpool.config.settings import Security, Settings
 from embedpool.pool.replica_set import Engine
+from embedpool.web.app import refusal
 from embedpool.web.lines import CHUNK_TEXTS
 from embedpool.web.openapi import document
 from tests.conftest import settle
@@ -303,3 +304,19 @@ def test_no_answer_is_for_pages_of_other_origins(guarded: Guarded) -> None:
         headers = {"Origin": "http://elsewhere", "Access-Control-Request-Method": "POST"}
         answer = client.open(path, method=method, headers=headers, buffered=True)
         assert not [name for name, _ in answer.headers if name.lower().startswith("access-control")]
+
+
+def test_the_head_of_a_request_is_judged_as_the_whole(guarded: Guarded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same keys; where none is asked for, it is not even looked at."""
+    app = guarded.web.app
+    with monkeypatch.context() as patch:
+        patch.setattr(app, "test_request_context", lambda *_, **__: pytest.fail("looked at"))
+        assert refusal(app, "POST", "/embed", {}) is None
+    embed, admin = guarded.key(), guarded.key(scopes=("admin",))
+    for path, key, status in (
+        ("/embed", None, 401), ("/embed", "wrong", 401), ("/embed", embed, None), ("/embed", admin, None),
+        ("/models/register", embed, 403), ("/models/register", admin, None), ("/health", None, None),
+        ("/nothing", None, None), ("//nothing", "wrong", None),
+    ):  # fmt: skip
+        refused = refusal(app, "POST", path, {"Authorization": f"Bearer {key}"} if key else {})
+        assert (refused[0] if refused else None) == status, path
