@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ import requests
 from embedpool.config import edit
 from embedpool.config.spec import PoolSpec
 from embedpool.errors import EmbedpoolError, ModelNotFound
-from tests.live.conftest import COMMAND, WAIT_S, Server
+from tests.live.conftest import WAIT_S, Server
 
 DONE, NOT_FOUND = "done", ModelNotFound.code
 REFUSED = "refused"  # the command line's exit code tells no more
@@ -97,15 +96,7 @@ def send(server: Server, command: Command) -> str:
 
 def run(server: Server, command: Command) -> str:
     """By the command line, which edits the file itself if no server runs: DONE, NOT_FOUND, REFUSED or UNANSWERED."""
-    ended = subprocess.run(
-        [str(COMMAND), *command.words],
-        cwd=server.folder,
-        env=server.environment,
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        check=False,
-    )
+    ended = server.run(*command.words)
     assert ended.returncode in (0, 1, 4), ended.stderr
     if "no answer from" in ended.stderr:
         return UNANSWERED

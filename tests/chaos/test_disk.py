@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.conftest import Figures, foreground
-from tests.live.conftest import COMMAND, WAIT_S, Server, fake
+from tests.live.conftest import Server, fake
 
 # Root writes where nobody may; without these capabilities it does not.
 AS_ANYBODY = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
@@ -112,15 +112,7 @@ def refuses_changes(server: Server) -> None:
 def refuses_offline(server: Server) -> None:
     """Without a server the command itself meets the disk."""
     content = server.pool_yml.read_bytes()
-    done = subprocess.run(
-        [*AS_ANYBODY, str(COMMAND), "unregister", "--model", "m"],
-        cwd=server.folder,
-        env=server.environment,
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        check=False,
-    )
+    done = server.run("unregister", "--model", "m", before=AS_ANYBODY)
     assert done.returncode == 1
     assert "pool.yml cannot be" in done.stderr
     assert "Traceback" not in done.stderr

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,12 @@ class Server:
         self.log = folder / ".config" / "logs" / "embedpool.log"
         self.pid_file = folder / ".config" / "state" / "pool.pid"
 
-    def cli(self, *arguments: str, code: int = 0, stdin: str | None = None, **environment: str) -> str:
-        """Run `embedpool …`; gives what it printed."""
-        done = subprocess.run(
-            [str(COMMAND), *arguments],
+    def run(
+        self, *arguments: str, before: Sequence[str] = (), stdin: str | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run `embedpool …` to its end, whatever that is; `before` stands before the command."""
+        return subprocess.run(
+            [*before, str(COMMAND), *arguments],
             cwd=self.folder,
             env={**self.environment, **environment},
             input=stdin,
@@ -50,6 +52,10 @@ class Server:
             timeout=180,
             check=False,
         )
+
+    def cli(self, *arguments: str, code: int = 0, stdin: str | None = None, **environment: str) -> str:
+        """Run `embedpool …` and check its exit code; gives what it printed."""
+        done = self.run(*arguments, stdin=stdin, **environment)
         said = done.stdout + done.stderr
         assert done.returncode == code, f"embedpool {' '.join(arguments)}: {done.returncode}, not {code}\n{said}\n" + (
             self.log.read_text() if self.log.exists() else ""
