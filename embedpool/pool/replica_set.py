@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from embedpool.config.spec import ModelSpec
 from embedpool.errors import DeadlineExceeded
 from embedpool.pool.batcher import Batcher
+from embedpool.pool.culprits import Culprits
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.replica import Replica
 from embedpool.pool.stats import ModelStats, Observer
@@ -76,6 +77,7 @@ class ReplicaSet:
         self._retiring: set[Replica] = set()
         self._number = 0
         self._memory: dict[str, Any] = {}
+        self._culprits = Culprits(engine.clock)
         self._meter: Meter | None = None
         self._meter_lock = threading.Lock()  # its own: opening may take as long as a download
         self.stopped = False
@@ -251,7 +253,16 @@ class ReplicaSet:
             fixed_s=cost.fixed_s if cost else None,
             token_s=cost.token_s if cost else None,
         )
-        return Worker(name, driver, self.queue, batcher, self._stats, max_wait_s=engine.max_wait_s, clock=engine.clock)
+        return Worker(
+            name,
+            driver,
+            self.queue,
+            batcher,
+            self._stats,
+            culprits=self._culprits,
+            max_wait_s=engine.max_wait_s,
+            clock=engine.clock,
+        )
 
     def inflight(self, driver: Driver) -> int:
         """See Owner."""

@@ -14,6 +14,7 @@ import numpy as np
 from embedpool import tracing
 from embedpool.errors import ClientGone, DeadlineExceeded, EmbedpoolError, InferenceFailed, UpstreamError
 from embedpool.pool.batcher import Batcher
+from embedpool.pool.culprits import Culprits
 from embedpool.pool.job import Job, Row
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.request import Vectors
@@ -46,6 +47,7 @@ class Worker:
         batcher: Batcher,
         stats: ModelStats,
         *,
+        culprits: Culprits,
         max_wait_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -54,6 +56,7 @@ class Worker:
         self._queue = queue
         self._batcher = batcher
         self._stats = stats
+        self._culprits = culprits
         self._max_wait_s = max_wait_s
         self._clock = clock
         self.successes = 0  # driver calls
@@ -82,7 +85,7 @@ class Worker:
             return False
         try:
             on_work()
-            if rows := [row for row in rows if self._is_wanted(row)]:
+            if rows := [row for row in rows if self._is_wanted(row) and not self._has_ended_a_driver(row)]:
                 self._run(rows)
         except DriverBroken:
             raise
@@ -110,6 +113,12 @@ class Worker:
             row.job, row.at = wanted[0].job, wanted[0].at
         row.twins = wanted[1:]
         return True
+
+    def _has_ended_a_driver(self, row: Row) -> bool:
+        reason = self._culprits.reason(row)
+        if reason:
+            _fail_text(row, f"not tried again for a while, since the model failed on it: {reason}")
+        return bool(reason)
 
     def _still_waits(self, job: Job) -> bool:
         if job.future.done():
@@ -183,7 +192,7 @@ class Worker:
     def _hand_back(self, rows: list[Row], reason: str) -> None:
         """Another replica, or this one when it is open again, runs the halves, each as the only batch of its driver.
 
-        Only a text that is alone when a driver is lost, twice, is at fault itself.
+        Only a text that is alone when a driver is lost, twice, is at fault itself, and remembered.
         """
         if len(rows) > 1:
             for row in rows:
@@ -195,6 +204,7 @@ class Worker:
             rows[0].losses += 1
             self._queue.put_back(rows)
         else:
+            self._culprits.add(rows[0], reason)
             _fail_text(rows[0], f"the model failed on it: {reason}")
 
     def _embed(self, rows: list[Row]) -> Vectors:

@@ -11,6 +11,7 @@ from embedpool.drivers.base import Driver
 from embedpool.errors import InferenceFailed
 from embedpool.pool import replica as replica_module
 from embedpool.pool.batcher import Batcher
+from embedpool.pool.culprits import Culprits
 from embedpool.pool.job import Job
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.replica import Replica
@@ -46,7 +47,7 @@ class Model:
         return self._opener(model_spec())
 
     def make_worker(self, name: str, driver: Driver) -> Worker:
-        return Worker(name, driver, self.queue, Batcher(4, 1000), ModelStats())
+        return Worker(name, driver, self.queue, Batcher(4, 1000), ModelStats(), culprits=Culprits())
 
     def inflight(self, driver: Driver) -> int:
         return self.batches
@@ -426,11 +427,13 @@ def test_a_replica_at_work_is_not_probed(start) -> None:
     """Its batches say how it is."""
     gate = Gate()
     driver = Scripted(gate, on_probe=lambda: pytest.fail("probed"))
-    replica, model, _ = start(driver, probe_idle_s=0.001, batches=2)
+    replica, model, _ = start(driver, batches=2)
     job = model.put("a")
     gate.arrived()
+    model.probe_idle_s = 0.001
     for _ in range(20):
         model.queue.wake()
+    model.probe_idle_s = None
     gate.open()
     replica.stop()
     assert done(job) is None

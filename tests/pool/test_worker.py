@@ -21,7 +21,8 @@ from embedpool.errors import (
     UpstreamError,
 )
 from embedpool.pool.batcher import Batcher
-from embedpool.pool.job import Job
+from embedpool.pool.culprits import MOST_REMEMBERED, REMEMBERED_S, Culprits
+from embedpool.pool.job import Job, Row
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.stats import ModelStats
 from embedpool.pool.worker import DriverBroken, Worker
@@ -37,7 +38,13 @@ class Bench:
         self.now = 100.0
         self.driver = driver
         self.worker = Worker(
-            "m#1", driver, self.queue, batcher or Batcher(max_texts, 100_000), self.stats, clock=lambda: self.now
+            "m#1",
+            driver,
+            self.queue,
+            batcher or Batcher(max_texts, 100_000),
+            self.stats,
+            culprits=Culprits(lambda: self.now),
+            clock=lambda: self.now,
         )
 
     def serve(self, *jobs: Job) -> None:
@@ -385,6 +392,36 @@ def test_a_text_that_ends_the_process_hurts_only_its_request(requests: list[list
             assert "SIGSEGV" in str(error_of(job))
         else:
             assert_served(job)
+
+
+def test_a_text_that_has_ended_the_process_does_not_end_the_next() -> None:
+    """A client that sends it again gets the error at once, what is beside it is served; after a while it is tried."""
+    driver = Mortal("deadly")
+    bench = Bench(driver)
+    serve_reviving(bench, driver, job_of("deadly"))
+    deaths = driver.deaths
+    again, beside = job_of("fine", "deadly"), job_of("good")
+    serve_reviving(bench, driver, again, beside)
+    assert "texts[1]" in str(error_of(again))
+    assert "SIGSEGV" in str(error_of(again))
+    assert_served(beside)
+    assert driver.deaths == deaths
+    driver.deadly = ()
+    bench.now += REMEMBERED_S
+    healed = job_of("deadly")
+    serve_reviving(bench, driver, healed)
+    assert_served(healed)
+
+
+def test_what_is_remembered_of_texts_that_ended_a_process_is_bounded() -> None:
+    """The latest are kept."""
+    culprits = Culprits(lambda: 0.0)
+    rows = [Row(job_of(f"text {i}"), 0) for i in range(MOST_REMEMBERED + 2)]
+    culprits.add(rows[0], "first")
+    for row in rows:
+        culprits.add(row, "again")
+    assert [culprits.reason(row) for row in rows[:3]] == [None, None, "again"]
+    assert culprits.reason(rows[-1]) == "again"
 
 
 def test_a_batch_whose_process_is_killed_from_outside_is_served_by_the_next() -> None:
