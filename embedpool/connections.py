@@ -113,6 +113,16 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """No request begun, running or half answered."""
         return not (self.requests or self.request or self.total_outbufs_len)
 
+    @property
+    def waits_for_its_client(self) -> bool:
+        """Nothing is left to do for the I/O thread, which reads what comes next."""
+        ends = self.will_close or self.close_when_flushed or not self.connected
+        return self.is_idle and not ends and self._map.awaits_input_alone(self._fileno)
+
+    def ask(self) -> None:
+        """Have the I/O thread look at it."""
+        self._map.ask(self._fileno)
+
     def _flush_some(self, do_close: bool = True) -> bool:
         """Under the lock always: a request's thread may send `100 Continue` while the I/O thread, which takes no lock
         where no request runs, would send the same bytes again."""
@@ -135,9 +145,8 @@ class _Quiet:
 
     def pull_trigger(self) -> None:
         """From a request's thread, when its answer is written."""
-        channel = self._channel
-        is_left = channel.is_idle and channel.connected and not channel.will_close and not channel.close_when_flushed
-        if not is_left or self._server.is_stopping:
+        if self._server.is_stopping or not self._channel.waits_for_its_client:
+            self._channel.ask()
             self._server.pull_trigger()
 
 

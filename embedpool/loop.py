@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import copy
 import logging
-import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from waitress import wasyncore
 from waitress.server import BaseWSGIServer, create_server
 
 from embedpool.config.settings import Settings
 from embedpool.connections import Channel, Dispatcher
+from embedpool.readiness import OpenSockets
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +56,10 @@ class Loop:
         self._stopping = False
         self._next_beat = 0.0
         self._look_every_s = min(settings.server.idle_connection_s, 30) / 2
-        self._map: dict[int, Any] = {}
+        self._open = OpenSockets()
         create_server(
             app,
-            map=self._map,
+            map=self._open,
             sockets=list(sockets),
             _dispatcher=Dispatcher(settings.threads),
             connection_limit=settings.server.connection_limit,
@@ -72,14 +71,14 @@ class Loop:
             backlog=LISTEN_BACKLOG,
             ident="embedpool",
         )
-        self._listeners = [d for d in self._map.values() if isinstance(d, BaseWSGIServer)]
+        self._listening = [fd for fd, dispatcher in self._open.items() if isinstance(dispatcher, BaseWSGIServer)]
+        self._listeners: list[BaseWSGIServer] = [self._open[fd] for fd in self._listening]
         for listener in self._listeners:
             listener.channel_class = Channel
             listener.adj.refusal = app.refusal
             listener.adj.for_lines = copy.copy(listener.adj)
             listener.adj.for_lines.max_request_body_size = settings.limits.max_stream_body_bytes
             listener.is_stopping = False
-        self._poll = wasyncore.poll2 if hasattr(select, "poll") else wasyncore.poll  # select ends at 1,024 files
 
     def stop(self) -> None:
         """Let `run` drain and return. Safe in a signal handler."""
@@ -98,9 +97,12 @@ class Loop:
 
     def _turn(self, longest_s: float) -> None:
         """What has come and what can leave; waits up to `longest_s` for it."""
-        self._poll(longest_s, self._map)
+        for fd in self._listening:
+            self._open.ask(fd)  # there may be room for connections again
+        self._open.turn(longest_s)
         if time.monotonic() >= self._next_beat:
             self._next_beat = time.monotonic() + BEAT_S
+            self._open.ask_all()  # waitress has told some to close, as they were idle
             self._app.beat()
 
     def _close_stalled(self) -> None:
@@ -122,8 +124,9 @@ class Loop:
         given_up = self._give_up(heartbeat)
         cut = len(self._channels())
         self._listeners[0].task_dispatcher.shutdown(timeout=1)
-        for dispatcher in list(self._map.values()):
+        for dispatcher in list(self._open.values()):
             dispatcher.close()
+        self._open.close()
         log = logger.warning if given_up or cut else logger.info
         log("stopped: %d requests got 503 shutting_down, %d connections were cut", given_up, cut)
 
@@ -141,8 +144,8 @@ class Loop:
         """What the system has accepted already is served; later connections are refused, not parked."""
         for listener in self._listeners:
             accepted = -1
-            while accepted != len(self._map):
-                accepted = len(self._map)
+            while accepted != len(self._open):
+                accepted = len(self._open)
                 listener.handle_accept()
             listener.accepting = False
             listener.del_channel()
@@ -157,9 +160,10 @@ class Loop:
             for channel in self._channels():
                 if channel.is_idle:
                     channel.will_close = True
-            self._poll(0.0, self._map)
+            self._open.ask_all()
+            self._open.turn(0.0)
             if not self._channels() or time.monotonic() >= deadline:
                 return
 
     def _channels(self) -> list[Channel]:
-        return [d for d in list(self._map.values()) if isinstance(d, Channel)]
+        return [d for d in list(self._open.values()) if isinstance(d, Channel)]

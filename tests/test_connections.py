@@ -8,11 +8,29 @@ import time
 from types import SimpleNamespace
 from typing import NoReturn
 
+import pytest
 from waitress.adjustments import Adjustments
 from waitress.buffers import OverflowableBuffer
 from waitress.channel import ClientDisconnected
 
 from embedpool.connections import Channel, Dispatcher
+from embedpool.readiness import OpenSockets
+
+
+class Listener:
+    """A server as its channels see it; counts how often its I/O thread is woken."""
+
+    adj = Adjustments(channel_request_lookahead=1)
+    is_stopping = False
+
+    def __init__(self) -> None:
+        self.active_channels: dict[int, Channel] = {}
+        self.woken = 0
+
+    def add_task(self, task: Channel) -> None: ...
+
+    def pull_trigger(self) -> None:
+        self.woken += 1
 
 
 def test_two_threads_cannot_send_the_same_bytes() -> None:
@@ -44,24 +62,60 @@ def test_a_client_may_leave_before_it_is_told_that_this_is_not_http() -> None:
     def gone(data: bytes) -> NoReturn:
         raise ClientDisconnected
 
-    class Listener:
-        adj = Adjustments()
-        active_channels: dict[int, Channel] = {}  # noqa: RUF012
-        is_stopping = False
-
-        def add_task(self, task: Channel) -> None: ...
-
-        def pull_trigger(self) -> None: ...
-
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        channel = Channel(Listener(), ours, ("client", 0), Listener.adj, map={})
+        channel = Channel(Listener(), ours, ("client", 0), Listener.adj, map=OpenSockets())
         channel.received(b"\0 is no request\r\n\r\n")
         assert channel.requests[0].error
         channel.write_soon = gone
         channel.service()
     assert channel.requests == []
     assert channel.close_when_flushed
+
+
+def test_an_answer_that_leaves_whole_wakes_nobody() -> None:
+    """While a request's thread sends, the I/O thread has nothing to do with that connection, and after it neither."""
+    sockets, server = OpenSockets(), Listener()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel = Channel(server, ours, ("client", 0), server.adj, map=sockets)
+        written: list[int] = []
+        send, channel.handle_write = channel.send, lambda: written.append(1)
+
+        def sending(data: bytes, do_close: bool = True) -> int:
+            sockets.turn(0)  # as the I/O thread might just now
+            return send(data, do_close)
+
+        channel.send = sending
+        sockets.turn(0)
+        channel.received(b"GET / HTTP/1.1\r\n\r\n")
+        channel.task_class = lambda channel, request: SimpleNamespace(
+            service=lambda: channel.write_soon(b"HTTP/1.1 200 OK\r\n\r\n"), close_on_finish=False, request=request
+        )
+        channel.service()
+        assert theirs.recv(100) == b"HTTP/1.1 200 OK\r\n\r\n"
+        assert (written, server.woken) == ([], 0)
+
+
+@pytest.mark.parametrize("requests", [1, 2])
+def test_the_io_thread_is_woken_for_what_is_left(requests: int) -> None:
+    """A connection to be closed, and one that was not read from while it had two requests and has none now."""
+    ends = requests == 1
+    sockets, server = OpenSockets(), Listener()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel = Channel(server, ours, ("client", 0), server.adj, map=sockets)
+        channel.received(b"GET / HTTP/1.1\r\n\r\n" * requests)
+        channel.task_class = lambda channel, request: SimpleNamespace(service=lambda: None, close_on_finish=ends)
+        sockets.turn(0)
+        assert sockets.awaits_input_alone(ours.fileno()) == ends
+        for _ in range(requests):
+            channel.service()
+        assert server.woken == requests
+        sockets.turn(0)
+        assert ends == (ours.fileno() == -1)
+        if not ends:
+            assert sockets.awaits_input_alone(ours.fileno())
 
 
 class Tasks:

@@ -25,6 +25,6 @@ def test_a_client_that_reads_nothing_is_cut_off() -> None:
     loop = Loop.__new__(Loop)
     loop._app = SimpleNamespace(settings=Settings(server=Server(idle_connection_s=100)))
     channels = [Silent(5, 200), Silent(5, 50), Silent(0, 200)]
-    loop._map = dict(enumerate(channels))
+    loop._open = dict(enumerate(channels))
     loop._close_stalled()
     assert [channel.closed for channel in channels] == [True, False, False]

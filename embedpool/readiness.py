@@ -1,0 +1,98 @@
+"""Waiting for sockets. A turn costs what has happened in it, however many connections are open beside.
+
+waitress asks every connection at every turn what it waits for. Here the system keeps the answers, and a connection is
+asked anew when something has happened to it; all of them are when the owner says so.
+"""
+
+from __future__ import annotations
+
+import collections
+import selectors
+import threading
+from typing import Any, Protocol
+
+from waitress import wasyncore
+
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
+class Dispatcher(Protocol):
+    """What waitress calls each of its sockets: a listening one, a client's, the one that wakes the loop."""
+
+    accepting: bool
+
+    def readable(self) -> Any:
+        """Whether it waits for input."""
+
+    def writable(self) -> Any:
+        """Whether it has output that waits."""
+
+
+class OpenSockets(dict[int, Any]):
+    """waitress's map of file descriptors to dispatchers. `turn` and `ask_all` belong to one thread, the rest to any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._selector = selectors.DefaultSelector()
+        self._lock = threading.Lock()  # what is registered is in the map, and so is still open
+        self._awaited: dict[int, int] = {}
+        self._to_ask: collections.deque[int] = collections.deque()
+
+    def __setitem__(self, fd: int, dispatcher: Dispatcher) -> None:
+        super().__setitem__(fd, dispatcher)
+        self._to_ask.append(fd)
+
+    def __delitem__(self, fd: int) -> None:
+        with self._lock:
+            super().__delitem__(fd)
+            self._await(fd, 0)
+
+    def ask(self, fd: int) -> None:
+        """Something has happened that may change what it waits for. The next turn asks it."""
+        self._to_ask.append(fd)
+
+    def ask_all(self) -> None:
+        """The next turn asks everyone."""
+        self._to_ask.extend(list(self))
+
+    def awaits_input_alone(self, fd: int) -> bool:
+        """Whether the system waits for input of it, and for nothing else."""
+        return self._awaited.get(fd) == READ
+
+    def turn(self, longest_s: float) -> None:
+        """Handle what has come and what can leave; wait up to `longest_s` for it."""
+        while self._to_ask:
+            self._follow(self._to_ask.popleft())
+        for key, events in self._selector.select(longest_s):
+            for event, handle in ((READ, wasyncore.read), (WRITE, wasyncore.write)):
+                if events & event and self.get(key.fd) is key.data:
+                    handle(key.data)
+            self.ask(key.fd)
+
+    def close(self) -> None:
+        """Give back what waiting takes. The sockets are not closed."""
+        self._selector.close()
+
+    def _follow(self, fd: int) -> None:
+        """Until the system waits for what the dispatcher waits for: it may change its mind on another thread."""
+        while (dispatcher := self.get(fd)) is not None:
+            events = _wanted(dispatcher)
+            if events == self._awaited.get(fd, 0):
+                return
+            with self._lock:
+                if self.get(fd) is dispatcher:
+                    self._await(fd, events, dispatcher)
+
+    def _await(self, fd: int, events: int, dispatcher: Dispatcher | None = None) -> None:
+        """With the lock held."""
+        before = self._awaited.pop(fd, 0)
+        if events:
+            self._awaited[fd] = events
+            (self._selector.modify if before else self._selector.register)(fd, events, dispatcher)
+        elif before:
+            self._selector.unregister(fd)
+
+
+def _wanted(dispatcher: Dispatcher) -> int:
+    can_write = dispatcher.writable() and not dispatcher.accepting
+    return (READ if dispatcher.readable() else 0) | (WRITE if can_write else 0)
