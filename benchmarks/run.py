@@ -8,7 +8,7 @@ Options:
   --servers NAMES    Comma-separated, of those in servers.py [default: all].
   --workloads NAMES  Comma-separated, of those below [default: all].
   --seconds S        Length of a timed measurement; fixed work is sized by it too [default: 8].
-  --cosine N         Texts compared with torch fp32 encode in the first round, up to 2,000 [default: 200].
+  --cosine N         Texts compared with torch fp32 encode in the first round, up to 2,000; 0: none [default: 200].
   --write            Write results.json, chart.svg and the tables of README.md.
 
 Workloads:
@@ -115,7 +115,7 @@ def main() -> None:
         "servers": {},
         "absent": {},
     }
-    expected = _expected(cosine_texts)
+    expected = _expected(cosine_texts) if cosine_texts else None
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}: in process", flush=True)
         _append(results["references"], _references())
