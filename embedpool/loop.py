@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import socket
 import threading
 import time
@@ -64,7 +65,6 @@ class Loop:
             _dispatcher=Dispatcher(settings.threads),
             connection_limit=settings.server.connection_limit,
             channel_timeout=settings.server.idle_connection_s,
-            cleanup_interval=min(settings.server.idle_connection_s, 30),
             max_request_body_size=settings.limits.max_body_bytes,
             channel_request_lookahead=1,  # else a client that goes away is not noticed
             clear_untrusted_proxy_headers=False,  # management looks at them
@@ -79,6 +79,7 @@ class Loop:
             listener.adj.for_lines = copy.copy(listener.adj)
             listener.adj.for_lines.max_request_body_size = settings.limits.max_stream_body_bytes
             listener.is_stopping = False
+            listener.next_channel_cleanup = math.inf  # this loop does it, see _close_idle
 
     def stop(self) -> None:
         """Let `run` drain and return. Safe in a signal handler."""
@@ -92,6 +93,7 @@ class Loop:
             self._turn(BEAT_S)
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + self._look_every_s
+                self._close_idle()
                 self._close_stalled()
         self._drain(heartbeat)
 
@@ -102,8 +104,14 @@ class Loop:
         self._open.turn(longest_s)
         if time.monotonic() >= self._next_beat:
             self._next_beat = time.monotonic() + BEAT_S
-            self._open.ask_all()  # waitress has told some to close, as they were idle
+            self._open.ask_all()  # should one have changed its mind untold, it is heard now
             self._app.beat()
+
+    def _close_idle(self) -> None:
+        """Told to close, a connection loses what comes on it. So the next turn closes it, before it looks for input."""
+        for listener in self._listeners:
+            listener.maintenance(time.time())
+        self._open.ask_all()
 
     def _close_stalled(self) -> None:
         """A client that does not read its answer holds a thread; waitress itself would wait for it for ever."""

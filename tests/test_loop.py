@@ -1,9 +1,12 @@
-"""The loop: nobody is waited for without end."""
+"""The loop: nobody is waited for without end, and whoever is closed loses nothing by it."""
 
 from __future__ import annotations
 
+import socket
 import time
 from types import SimpleNamespace
+
+import pytest
 
 from embedpool.config.settings import Server, Settings
 from embedpool.connections import Channel
@@ -28,3 +31,35 @@ def test_a_client_that_reads_nothing_is_cut_off() -> None:
     loop._open = dict(enumerate(channels))
     loop._close_stalled()
     assert [channel.closed for channel in channels] == [True, False, False]
+
+
+def test_an_idle_connection_is_closed_before_anything_can_come_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not read from after it was told to close: what came would be lost."""
+    app = SimpleNamespace(
+        settings=Settings(server=Server(idle_connection_s=100, threads=1)), refusal=None, beat=lambda: None
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setblocking(False)
+        loop = Loop(app, [listening])
+        with (
+            socket.create_connection(listening.getsockname()) as idle,
+            socket.create_connection(listening.getsockname()) as fresh,
+        ):
+            while len(loop._channels()) < 2:
+                loop._turn(1)
+            loop._turn(0)
+            (closing,) = [c for c in loop._channels() if c.addr == idle.getsockname()]
+            closing.last_activity -= 200
+            with monkeypatch.context() as later:
+                later.setattr("waitress.server.time", SimpleNamespace(time=lambda: time.time() + 1000))
+                loop._turn(0)
+            assert not closing.will_close  # nobody else tells it to, at some other time
+            loop._close_idle()
+            idle.sendall(b"GET /health")
+            loop._turn(0)
+            assert [c.addr for c in loop._channels()] == [fresh.getsockname()]
+            assert closing.request is None
+        loop._listeners[0].task_dispatcher.shutdown(timeout=20)
+        for dispatcher in list(loop._open.values()):
+            dispatcher.close()
+        loop._open.close()

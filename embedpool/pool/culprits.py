@@ -28,6 +28,11 @@ class Culprits:
             if len(self._until) > MOST_REMEMBERED:
                 del self._until[next(iter(self._until))]
 
+    def clear(self) -> None:
+        """Give all of them another chance."""
+        with self._lock:
+            self._until.clear()
+
     def reason(self, row: Row) -> str | None:
         """Why the text of a row is not computed; None if nothing is known against it."""
         if not self._until:

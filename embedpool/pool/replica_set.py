@@ -142,6 +142,8 @@ class ReplicaSet:
     def update(self, spec: ModelSpec) -> None:
         """Follow a spec of the same `load_key`."""
         with self._lock:
+            if spec.driver.config != self.spec.driver.config:
+                self._culprits.clear()  # a higher limit may let them pass
             self.spec = spec
         for _ in range(spec.scaling.min):
             self._add_if(lambda: len(self) < spec.scaling.min)

@@ -149,6 +149,9 @@ class Worker:
                 _fail(rows, error)
         except EmbedpoolError as error:
             _fail(rows, error)
+        except DriverLost:  # by another batch, while this one waited to be alone: it has not run
+            self._queue.put_back(rows)
+            raise
         except BaseException as error:  # a panic in a Rust library is no Exception
             logger.warning("%s: a batch of %d failed: %s: %s", self.name, len(rows), type(error).__name__, error)
             self._blame(rows, error)
@@ -215,12 +218,15 @@ class Worker:
         flows = list({row.job.flow: None for row in rows})
         hops = max(flow.hops for flow in flows)
         facts = {"embedpool.replica": self.name, "embedpool.texts": len(rows)}
-        apart = self._driver.alone() if rows[0].losses else contextlib.nullcontext()
+        is_suspect = rows[0].losses > 0
+        apart = self._driver.alone() if is_suspect else contextlib.nullcontext()
         with (
             apart,
             self._queue.joinable(rows),
             tracing.batch("batch", [flow.trace for flow in flows], facts, hops=hops),
         ):
+            if is_suspect and self._driver.lost:
+                raise DriverLost(self._driver.lost)
             answer = self._driver.embed([row.text for row in rows], ids, json.loads(group) if group else {})
         elapsed = self._clock() - started
         vectors = answer.vectors

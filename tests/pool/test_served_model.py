@@ -760,3 +760,22 @@ def test_a_full_queue_that_will_be_waited_for_is_no_refusal(serve) -> None:
     gate.open()
     for future in asking:
         future.result(PATIENCE_S)
+
+
+def test_a_changed_limit_gives_a_text_that_has_ended_processes_another_chance(serve) -> None:
+    """What was too long or too large before may fit now."""
+
+    class Mortal(Scripted):
+        def embed(self, texts, ids, options):
+            if "long" in texts:
+                self.lost = "a batch took more than 1 s"
+                raise ChildProcessError(self.lost)
+            return super().embed(texts, ids, options)
+
+    served, opener = serve(*[Mortal() for _ in range(3)])
+    for _ in range(2):
+        with pytest.raises(InferenceFailed, match="more than 1 s"):
+            ask(served, "long")
+    assert len(opener.opened) == 4
+    served.update(model_spec(config={"batch_timeout_s": 100.0}))
+    assert_answers(ask(served, "long"), "long")

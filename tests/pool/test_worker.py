@@ -394,6 +394,28 @@ def test_a_text_that_ends_the_process_hurts_only_its_request(requests: list[list
             assert_served(job)
 
 
+def test_what_waited_to_be_alone_while_the_driver_was_lost_is_no_suspect_for_it() -> None:
+    """It has not run, so it is run again as if nothing had been, and never refused."""
+
+    class Lanes(Mortal):
+        @contextlib.contextmanager
+        def alone(self):
+            if self.deaths < 5:  # one lane's batch ends the process while another's waits here
+                self.deaths += 1
+                self.lost = "its process was ended by SIGSEGV"
+            yield
+
+    driver = Lanes()
+    bench = Bench(driver)
+    row = Row(job_of("innocent"), 0)
+    row.losses = 1
+    bench.queue.put_back([row])
+    serve_reviving(bench, driver)
+    assert driver.deaths == 5
+    assert_served(row.job)
+    assert driver.calls == [["innocent"]]
+
+
 def test_a_text_that_has_ended_the_process_does_not_end_the_next() -> None:
     """A client that sends it again gets the error at once, what is beside it is served; after a while it is tried."""
     driver = Mortal("deadly")
