@@ -16,8 +16,8 @@ from waitress import wasyncore
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
-class Dispatcher(Protocol):
-    """What waitress calls each of its sockets: a listening one, a client's, the one that wakes the loop."""
+class OpenSocket(Protocol):
+    """One of waitress's dispatchers: a socket that listens, a client's, the one that wakes the loop."""
 
     accepting: bool
 
@@ -38,7 +38,7 @@ class OpenSockets(dict[int, Any]):
         self._awaited: dict[int, int] = {}
         self._to_ask: collections.deque[int] = collections.deque()
 
-    def __setitem__(self, fd: int, dispatcher: Dispatcher) -> None:
+    def __setitem__(self, fd: int, dispatcher: OpenSocket) -> None:
         super().__setitem__(fd, dispatcher)
         self._to_ask.append(fd)
 
@@ -83,7 +83,7 @@ class OpenSockets(dict[int, Any]):
                 if self.get(fd) is dispatcher:
                     self._await(fd, events, dispatcher)
 
-    def _await(self, fd: int, events: int, dispatcher: Dispatcher | None = None) -> None:
+    def _await(self, fd: int, events: int, dispatcher: OpenSocket | None = None) -> None:
         """With the lock held."""
         before = self._awaited.pop(fd, 0)
         if events:
@@ -93,6 +93,6 @@ class OpenSockets(dict[int, Any]):
             self._selector.unregister(fd)
 
 
-def _wanted(dispatcher: Dispatcher) -> int:
+def _wanted(dispatcher: OpenSocket) -> int:
     can_write = dispatcher.writable() and not dispatcher.accepting
     return (READ if dispatcher.readable() else 0) | (WRITE if can_write else 0)
