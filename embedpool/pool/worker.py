@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -218,15 +218,11 @@ class Worker:
         flows = list({row.job.flow: None for row in rows})
         hops = max(flow.hops for flow in flows)
         facts = {"embedpool.replica": self.name, "embedpool.texts": len(rows)}
-        is_suspect = rows[0].losses > 0
-        apart = self._driver.alone() if is_suspect else contextlib.nullcontext()
         with (
-            apart,
+            self._apart(rows),
             self._queue.joinable(rows),
             tracing.batch("batch", [flow.trace for flow in flows], facts, hops=hops),
         ):
-            if is_suspect and self._driver.lost:
-                raise DriverLost(self._driver.lost)
             answer = self._driver.embed([row.text for row in rows], ids, json.loads(group) if group else {})
         elapsed = self._clock() - started
         vectors = answer.vectors
@@ -241,6 +237,17 @@ class Worker:
         lengths = [row.tokens for row in rows]
         self._stats.batch(len(rows), sum(lengths), max(lengths) * len(rows), elapsed)
         return vectors
+
+    @contextlib.contextmanager
+    def _apart(self, rows: list[Row]) -> Iterator[None]:
+        """What a driver was lost with runs as the only batch of its next; not at all if that is lost meanwhile, too."""
+        if not rows[0].losses:
+            yield
+            return
+        with self._driver.alone():
+            if self._driver.lost:
+                raise DriverLost(self._driver.lost)
+            yield
 
     def _scatter(self, rows: list[Row], vectors: Vectors) -> None:
         good: Any = np.isfinite(vectors).all(axis=1)
