@@ -30,6 +30,7 @@ class WaitressWorker(Worker):  # type: ignore[misc]
 
     _loop: Loop | None = None
     _next_beat = 0.0
+    _interrupted = False
 
     def run(self) -> None:
         """Serve until told to stop, or until the master is gone."""
@@ -55,7 +56,11 @@ class WaitressWorker(Worker):  # type: ignore[misc]
             self._loop.stop()
 
     def handle_quit(self, sig: int, frame: Any) -> None:
-        """Ctrl-C reaches the whole process group, and the master passes it on as SIGQUIT: both mean the same."""
-        if not self.alive and sig == signal.SIGINT:
+        """Ctrl-C reaches the whole process group, and the master passes it on as SIGQUIT, which may come first.
+
+        Both mean the same, so only a second SIGINT is a second Ctrl-C.
+        """
+        if self._interrupted and sig == signal.SIGINT:
             sys.exit(1)
+        self._interrupted |= sig == signal.SIGINT
         self.handle_exit(sig, frame)

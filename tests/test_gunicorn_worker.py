@@ -1,8 +1,9 @@
-"""gunicorn is told that the loop turns, and no more often than it needs to be."""
+"""gunicorn is told that the loop turns, and no more often than it needs to be; what ends a worker at once."""
 
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -25,3 +26,15 @@ def test_gunicorn_is_told_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None
     assert beats == [100.0, 100.0 + BEAT_S]
     worker.ppid += 1
     assert not worker._heartbeat()
+
+
+@pytest.mark.parametrize("first", [(signal.SIGINT, signal.SIGQUIT), (signal.SIGQUIT, signal.SIGINT)])
+def test_one_ctrl_c_drains_and_a_second_ends(first: tuple[int, int]) -> None:
+    """The terminal's SIGINT and the master's SIGQUIT are one Ctrl-C, whichever the worker hears first."""
+    worker = WaitressWorker.__new__(WaitressWorker)
+    worker.alive = True
+    for number in first:
+        worker.handle_quit(number, None)
+    assert not worker.alive
+    with pytest.raises(SystemExit):
+        worker.handle_quit(signal.SIGINT, None)
