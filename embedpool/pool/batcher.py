@@ -45,6 +45,8 @@ class Batcher:
 
     A batch is never planned to run longer than `max_s`, because a running one cannot be interrupted: that bounds
     what an arriving query waits for it. Without `max_s` the bound is 50 ms, or ten fixed costs where these are more.
+    With several `lanes`, which run a batch each at once, one is cut to end that bound ÷ lanes after the last of the
+    others, if it can: then a query that finds all of them busy waits for no more than that until one comes free.
     """
 
     max_texts: int
@@ -52,6 +54,7 @@ class Batcher:
     max_s: float | None = None
     fixed_s: float | None = None
     token_s: float | None = None
+    lanes: int = 1
 
     @property
     def fixed_tokens(self) -> float:
@@ -60,15 +63,22 @@ class Batcher:
             return UNKNOWN_FIXED_TOKENS
         return self.fixed_s / self.token_s
 
-    @property
-    def largest_tokens(self) -> int:
-        """Padded tokens of the longest batch."""
+    def largest_tokens(self, busy_s: float | None = None) -> int:
+        """Padded tokens of the longest batch that begins now, while other lanes are busy for `busy_s` more seconds."""
         if not self.token_s or self.fixed_s is None:
             return self.max_tokens
         longest_s = self.max_s or max(SHORT_BATCH_S, LEAST_FIXED_COSTS * self.fixed_s)
+        if busy_s is not None:
+            longest_s = min(longest_s, busy_s + longest_s / self.lanes)
         return max(min(self.max_tokens, int((longest_s - self.fixed_s) / self.token_s)), 1)
 
-    def choose(self, window: Sequence[Row]) -> list[int]:
+    def predicted_s(self, lengths: Sequence[int]) -> float:
+        """What a batch of texts of these lengths takes; 0 where the driver's cost is not known."""
+        if not self.token_s or self.fixed_s is None:
+            return 0.0
+        return self.fixed_s + self.token_s * max(lengths) * len(lengths)
+
+    def choose(self, window: Sequence[Row], busy_s: float | None = None) -> list[int]:
         """Which rows of the window, which is in the order of service, make the next batch: places in it, ascending.
 
         It is the planned batch that holds the first row, so nobody's turn is passed over; the others in it are those of
@@ -78,7 +88,7 @@ class Batcher:
         order = sorted((row.tokens, place) for place, row in enumerate(window) if row.job.group == group)
         longest = order[-1][0]
         total = sum(tokens for tokens, _ in order)
-        most = self.largest_tokens
+        most = self.largest_tokens(busy_s)
         if len(order) <= self.max_texts and len(order) * longest <= min(most, total + self.fixed_tokens):
             return sorted(place for _, place in order)  # padding all of them costs less than a second call
         first = next(i for i, (_, place) in enumerate(order) if place == 0)

@@ -14,6 +14,7 @@ from embedpool.config.spec import ModelSpec
 from embedpool.errors import DeadlineExceeded
 from embedpool.pool.batcher import Batcher
 from embedpool.pool.culprits import Culprits
+from embedpool.pool.lanes import Lanes
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.replica import Replica
 from embedpool.pool.stats import ModelStats, Observer
@@ -78,6 +79,7 @@ class ReplicaSet:
         self._number = 0
         self._memory: dict[str, Any] = {}
         self._culprits = Culprits(engine.clock)
+        self._lanes = Lanes(engine.clock)
         self._meter: Meter | None = None
         self._meter_lock = threading.Lock()  # its own: opening may take as long as a download
         self.stopped = False
@@ -254,6 +256,7 @@ class ReplicaSet:
             max_s=engine.max_batch_s,
             fixed_s=cost.fixed_s if cost else None,
             token_s=cost.token_s if cost else None,
+            lanes=self.inflight(driver) * max(len(self), 1),
         )
         return Worker(
             name,
@@ -262,6 +265,7 @@ class ReplicaSet:
             batcher,
             self._stats,
             culprits=self._culprits,
+            lanes=self._lanes,
             max_wait_s=engine.max_wait_s,
             clock=engine.clock,
         )

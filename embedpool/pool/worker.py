@@ -16,6 +16,7 @@ from embedpool.errors import ClientGone, DeadlineExceeded, EmbedpoolError, Infer
 from embedpool.pool.batcher import Batcher
 from embedpool.pool.culprits import Culprits
 from embedpool.pool.job import Job, Row
+from embedpool.pool.lanes import Lanes
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.request import Vectors
 from embedpool.pool.stats import ModelStats
@@ -48,6 +49,7 @@ class Worker:
         stats: ModelStats,
         *,
         culprits: Culprits,
+        lanes: Lanes,
         max_wait_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -57,6 +59,7 @@ class Worker:
         self._batcher = batcher
         self._stats = stats
         self._culprits = culprits
+        self._lanes = lanes
         self._max_wait_s = max_wait_s
         self._clock = clock
         self.successes = 0  # driver calls
@@ -92,11 +95,15 @@ class Worker:
         except Exception as error:
             logger.exception("%s: a batch failed outside its driver", self.name)
             _fail(rows, InferenceFailed(f"{self.name}: the batch was given up: {type(error).__name__}"))
+        finally:
+            self._lanes.end()
         return True
 
     def _choose(self, window: Sequence[Row]) -> Sequence[int]:
         try:
-            return self._batcher.choose(window)
+            places = self._batcher.choose(window, self._lanes.busy_s())
+            self._lanes.begin(self._batcher.predicted_s([window[place].tokens for place in places]))
+            return places
         except Exception:
             logger.exception("%s: the batcher failed; the next text goes alone", self.name)
             return [0]

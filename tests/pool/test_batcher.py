@@ -101,12 +101,28 @@ def test_nearly_equal_texts_share_a_batch() -> None:
 def test_no_batch_is_planned_to_run_longer_than_it_may() -> None:
     """A query waits for the running batch: `max_batch_ms` bounds it by the costs fitted at warm-up."""
     batcher = Batcher(64, 16_384, max_s=0.05, fixed_s=0.002, token_s=0.0001)
-    assert batcher.largest_tokens == 480
+    assert batcher.largest_tokens() == 480
     assert 3 <= len(chosen(batcher, *[100] * 30)) <= 4
-    assert Batcher(64, 16_384, max_s=0.05).largest_tokens == 16_384
-    assert Batcher(64, 16_384, fixed_s=0.002, token_s=0.0001).largest_tokens == 480
-    assert Batcher(64, 16_384, fixed_s=0.01, token_s=0.0001).largest_tokens == 900  # ten fixed costs
-    assert Batcher(64, 100, max_s=0.05, fixed_s=0.002, token_s=0.0001).largest_tokens == 100
+    assert Batcher(64, 16_384, max_s=0.05).largest_tokens() == 16_384
+    assert Batcher(64, 16_384, fixed_s=0.002, token_s=0.0001).largest_tokens() == 480
+    assert Batcher(64, 16_384, fixed_s=0.01, token_s=0.0001).largest_tokens() == 900  # ten fixed costs
+    assert Batcher(64, 100, max_s=0.05, fixed_s=0.002, token_s=0.0001).largest_tokens() == 100
+
+
+@given(lanes=st.integers(1, 5), data=st.data())
+def test_lanes_come_free_in_turns(lanes: int, data: st.DataObject) -> None:
+    """However the lanes of a busy model begin, soon one of them comes free within the longest batch ÷ lanes."""
+    longest_s = 1.0
+    batcher = Batcher(10_000, 100_000, max_s=longest_s, fixed_s=0.01, token_s=0.0001, lanes=lanes)
+    ends = sorted(data.draw(st.lists(st.floats(0, longest_s), min_size=lanes, max_size=lanes), label="first ends"))
+    waits = []
+    for _ in range(4 * lanes):
+        now = ends.pop(0)
+        busy_s = max([end - now for end in ends], default=0.0)
+        ends = sorted([*ends, now + batcher.predicted_s([1] * batcher.largest_tokens(busy_s))])
+        waits.append(ends[0] - now)
+    assert max(waits[2 * lanes :]) <= longest_s / lanes + 0.001
+    assert sum(waits[2 * lanes :]) >= 2 * longest_s - 0.001 * lanes, "batches are as long as they may be"
 
 
 def test_a_call_that_costs_much_makes_larger_batches() -> None:

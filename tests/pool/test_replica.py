@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from embedpool.pool import replica as replica_module
 from embedpool.pool.batcher import Batcher
 from embedpool.pool.culprits import Culprits
 from embedpool.pool.job import Job
+from embedpool.pool.lanes import Lanes
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.replica import Replica
 from embedpool.pool.stats import ModelStats
@@ -47,7 +49,8 @@ class Model:
         return self._opener(model_spec())
 
     def make_worker(self, name: str, driver: Driver) -> Worker:
-        return Worker(name, driver, self.queue, Batcher(4, 1000), ModelStats(), culprits=Culprits())
+        batcher, lanes = Batcher(4, 1000), Lanes(time.monotonic)
+        return Worker(name, driver, self.queue, batcher, ModelStats(), culprits=Culprits(), lanes=lanes)
 
     def inflight(self, driver: Driver) -> int:
         return self.batches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from embedpool.errors import (
 from embedpool.pool.batcher import Batcher
 from embedpool.pool.culprits import MOST_REMEMBERED, REMEMBERED_S, Culprits
 from embedpool.pool.job import Job, Row
+from embedpool.pool.lanes import Lanes
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.stats import ModelStats
 from embedpool.pool.worker import DriverBroken, Worker
@@ -37,6 +39,7 @@ class Bench:
         self.stats = ModelStats()
         self.now = 100.0
         self.driver = driver
+        self.lanes = Lanes(lambda: self.now)
         self.worker = Worker(
             "m#1",
             driver,
@@ -44,6 +47,7 @@ class Bench:
             batcher or Batcher(max_texts, 100_000),
             self.stats,
             culprits=Culprits(lambda: self.now),
+            lanes=self.lanes,
             clock=lambda: self.now,
         )
 
@@ -255,11 +259,39 @@ def test_a_broken_driver_is_told_and_everybody_gets_an_answer(broken_from: int, 
     assert bench.queue.qsize() == 1, "what was not taken waits for the driver to be opened anew"
 
 
+def test_a_batch_is_cut_to_end_between_the_others() -> None:
+    """What another lane still has to run decides how much this one takes; while it runs the others know of it."""
+    busy_s = []
+    bench = Bench(
+        Scripted(lambda texts: busy_s.append(bench.lanes.busy_s())),
+        batcher=Batcher(64, 1000, max_s=8, fixed_s=2, token_s=1, lanes=2),
+    )
+    with ThreadPoolExecutor(1) as other_lane:
+        other_lane.submit(bench.lanes.begin, 1.0).result()
+        bench.serve(job_of(*"abcdef"))
+    assert [len(texts) for texts in bench.driver.calls] == [3, 3]
+    assert busy_s == [5.0, 5.0]
+    assert bench.lanes.busy_s() == 1.0
+
+
+def test_a_lane_is_free_after_a_batch_that_failed() -> None:
+    """Whatever becomes of it."""
+
+    def on_probe() -> None:
+        raise RuntimeError("broken")
+
+    driver = Scripted(failing("a"), on_probe=on_probe)
+    bench = Bench(driver, batcher=Batcher(64, 1000, max_s=8, fixed_s=2, token_s=1))
+    with pytest.raises(DriverBroken):
+        bench.serve(job_of("a"))
+    assert bench.lanes.busy_s() == 0.0
+
+
 def test_a_planner_that_fails_costs_nobody_an_answer(caplog) -> None:
     """A fault of our own is logged, texts travel alone, and the worker goes on."""
 
     class Faulty(Batcher):
-        def choose(self, window):
+        def choose(self, window, busy_s):
             raise ZeroDivisionError
 
     bench = Bench(Scripted(), batcher=Faulty(4, 8))
