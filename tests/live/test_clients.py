@@ -218,7 +218,7 @@ def test_openai_for_javascript(server: Server) -> None:
     found = answers("node", HERE / "openai.mjs", APART, server.url)
     assert_same(server, TEXTS[:1], [found["one"]])
     assert_same(server, TEXTS, found["all"])
-    np.testing.assert_allclose(found["float"], found["all"], atol=1e-7)
+    np.testing.assert_allclose(found["float"], found["all"], atol=1e-6)  # float32, computed in other batches
     assert_same(server, TEXTS, found["small"], dimensions=64)
     assert found["errors"] == ["NotFoundError", "BadRequestError"]
     assert found["refused"] == ["RateLimitError"]
