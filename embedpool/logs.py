@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import math
 import re
 import sys
 import time
-from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 import orjson
 
 from embedpool.config.settings import Settings
 
-GATHERED_S = 0.1
 PLAIN = re.compile(r"[\w./:@#<>+-]+\Z")  # written as it is; anything else in quotes
 
 
@@ -62,51 +58,9 @@ def _shown(value: Any) -> str:
     return text if PLAIN.match(text) else _json(text)
 
 
-class LogHandler(logging.StreamHandler[TextIO]):
-    """Writes a line at once; but those of records that `may_wait`, as of requests, together, ten times a second.
-
-    A write lets go of the GIL, which under load another thread then has. What has been gathered leaves before any other
-    line, with the first one GATHERED_S after the last write, and at `flush`.
-    """
-
-    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(stream)
-        self._clock = clock
-        self._lines: list[str] = []
-        self._written_at = -math.inf
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """See logging.Handler."""
-        try:
-            self._lines.append(self.format(record))
-        except Exception:
-            self.handleError(record)
-        if not getattr(record, "may_wait", False) or self._clock() >= self._written_at + GATHERED_S:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what has been gathered; a stream that takes nothing, as on a full disk, loses it."""
-        self.acquire()
-        try:
-            lines, self._lines = self._lines, []
-            with contextlib.suppress(OSError, ValueError):
-                if lines:
-                    self._written_at = self._clock()
-                    self.stream.write("".join(f"{line}\n" for line in lines))
-                super().flush()
-        finally:
-            self.release()
-
-
-def flush_log() -> None:
-    """Write what the root logger's handlers hold back."""
-    for handler in logging.getLogger().handlers:
-        handler.flush()
-
-
 def configure_logging(settings: Settings) -> None:
     """To standard error, once."""
-    handler = LogHandler(sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if settings.logging.format == "json" else TextFormatter())
     logging.basicConfig(level=settings.logging.level.upper(), handlers=[handler])
     logging.getLogger("embedpool.web.request_log").disabled = not settings.logging.requests

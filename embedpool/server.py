@@ -26,7 +26,7 @@ from embedpool.config.watch import Watch
 from embedpool.drivers import make_driver, open_meter
 from embedpool.drivers.base import Driver, Meter
 from embedpool.errors import ConfigError, PoolFileInvalid
-from embedpool.logs import configure_logging, flush_log
+from embedpool.logs import configure_logging
 from embedpool.loop import LISTEN_BACKLOG, Loop
 from embedpool.pool.pool import Pool
 from embedpool.pool.replica_set import Engine
@@ -104,8 +104,7 @@ class EmbedpoolApp:
             self._watch.start()
 
     def beat(self) -> None:
-        """See App. Tells the log, the service manager, and the workers that may answer a scrape for this one."""
-        flush_log()
+        """See App. Tells the service manager, and the workers that may answer a scrape for this one."""
         try:
             if has_service_manager():
                 tell_service_manager(f"WATCHDOG=1\nSTATUS={self._summary()}")

@@ -69,7 +69,7 @@ class Batcher:
             return self.max_tokens
         longest_s = self.max_s or max(SHORT_BATCH_S, LEAST_FIXED_COSTS * self.fixed_s)
         if busy_s is not None:
-            longest_s = min(longest_s, busy_s + longest_s / self.lanes)
+            longest_s = min(longest_s, busy_s + max(longest_s / self.lanes, 2 * self.fixed_s))
         return max(min(self.max_tokens, int((longest_s - self.fixed_s) / self.token_s)), 1)
 
     def predicted_s(self, lengths: Sequence[int]) -> float:

@@ -20,7 +20,7 @@ def log_request(request: HttpRequest, response: Response) -> None:
     """At level info; probes that went well at level debug, since they come every few seconds."""
     level = logging.DEBUG if request.route in PROBES and response.status_code < 400 else logging.INFO
     if logger.isEnabledFor(level):
-        fields = {"fields": _fields(request, response), "may_wait": True}
+        fields = {"fields": _fields(request, response)}
         # As logger.log does, but without looking up the caller, which is always this line.
         logger.handle(logger.makeRecord(logger.name, level, __file__, 0, "request", (), None, extra=fields))
 

@@ -125,6 +125,11 @@ def test_lanes_come_free_in_turns(lanes: int, data: st.DataObject) -> None:
     assert sum(waits[2 * lanes :]) >= 2 * longest_s - 0.001 * lanes, "batches are as long as they may be"
 
 
+def test_many_lanes_do_not_make_a_batch_of_nothing() -> None:
+    """The first batch of an idle model may run for two fixed costs at least, however many lanes there are."""
+    assert Batcher(64, 16_384, fixed_s=0.004, token_s=0.0001, lanes=100).largest_tokens(0.0) == 40
+
+
 def test_a_call_that_costs_much_makes_larger_batches() -> None:
     """The fixed cost of a call, in tokens, decides how much padding is worth saving one."""
     lengths = [10, 10, 10, 40]

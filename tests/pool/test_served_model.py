@@ -327,6 +327,18 @@ def test_a_model_of_several_replicas_has_failed_when_all_have(serve) -> None:
     settled(served)
 
 
+def test_lanes_that_do_not_run_shorten_no_batch(serve) -> None:
+    """A replica that loads has no lane that comes free, so the batches of the others are not cut for it."""
+    slow = Gate()
+    driver = Scripted()
+    served, _ = serve(driver, lambda: slow() or Scripted(), min=2, max=2)
+    slow.arrived()
+    wait_until_ready(served)
+    lanes = served.replicas.make_worker("m#1", driver)._batcher.lanes
+    slow.open()
+    assert lanes == driver.parallel
+
+
 def test_requests_wait_while_a_replica_is_opened_anew(serve) -> None:
     """A model that broke and is being opened again lets requests wait, and serves them then."""
     again = Gate()
