@@ -109,6 +109,7 @@ def test_no_batch_is_planned_to_run_longer_than_it_may() -> None:
     assert Batcher(64, 100, max_s=0.05, fixed_s=0.002, token_s=0.0001).largest_tokens() == 100
 
 
+@settings(deadline=None)
 @given(lanes=st.integers(1, 5), data=st.data())
 def test_lanes_come_free_in_turns(lanes: int, data: st.DataObject) -> None:
     """However the lanes of a busy model begin, soon one of them comes free within the longest batch ÷ lanes."""
