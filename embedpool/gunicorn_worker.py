@@ -50,7 +50,8 @@ class WaitressWorker(Worker):  # type: ignore[misc]
         return self.alive and self.ppid == os.getppid()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """SIGTERM."""
+        """SIGTERM, and what `handle_quit` makes of it."""
+        self._interrupted |= sig != signal.SIGQUIT
         self.alive = False
         if self._loop is not None:
             self._loop.stop()
@@ -58,9 +59,8 @@ class WaitressWorker(Worker):  # type: ignore[misc]
     def handle_quit(self, sig: int, frame: Any) -> None:
         """Ctrl-C reaches the whole process group, and the master passes it on as SIGQUIT, which may come first.
 
-        Both mean the same, so only a second SIGINT is a second Ctrl-C.
+        Both mean the same, so it alone does not make a SIGINT the second Ctrl-C.
         """
         if self._interrupted and sig == signal.SIGINT:
             sys.exit(1)
-        self._interrupted |= sig == signal.SIGINT
         self.handle_exit(sig, frame)

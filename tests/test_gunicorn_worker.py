@@ -38,3 +38,11 @@ def test_one_ctrl_c_drains_and_a_second_ends(first: tuple[int, int]) -> None:
     assert not worker.alive
     with pytest.raises(SystemExit):
         worker.handle_quit(signal.SIGINT, None)
+
+
+def test_ctrl_c_ends_a_worker_that_drains_after_sigterm() -> None:
+    """Somebody waits, and has waited long enough."""
+    worker = WaitressWorker.__new__(WaitressWorker)
+    worker.handle_exit(signal.SIGTERM, None)
+    with pytest.raises(SystemExit):
+        worker.handle_quit(signal.SIGINT, None)
