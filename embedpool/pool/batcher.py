@@ -63,14 +63,13 @@ class Batcher:
             return UNKNOWN_FIXED_TOKENS
         return self.fixed_s / self.token_s
 
-    def largest_tokens(self, busy_s: float | None = None) -> int:
+    def largest_tokens(self, busy_s: float = 0.0) -> int:
         """Padded tokens of the longest batch that begins now, while other lanes are busy for `busy_s` more seconds."""
         if not self.token_s or self.fixed_s is None:
             return self.max_tokens
         longest_s = self.max_s or max(SHORT_BATCH_S, LEAST_FIXED_COSTS * self.fixed_s)
-        if busy_s is not None:
-            longest_s = min(longest_s, busy_s + max(longest_s / self.lanes, 2 * self.fixed_s))
-        return max(min(self.max_tokens, int((longest_s - self.fixed_s) / self.token_s)), 1)
+        within_s = min(longest_s, busy_s + max(longest_s / self.lanes, 2 * self.fixed_s))
+        return max(min(self.max_tokens, int((within_s - self.fixed_s) / self.token_s)), 1)
 
     def predicted_s(self, lengths: Sequence[int]) -> float:
         """What a batch of texts of these lengths takes; 0 where the driver's cost is not known."""
@@ -78,7 +77,7 @@ class Batcher:
             return 0.0
         return self.fixed_s + self.token_s * max(lengths) * len(lengths)
 
-    def choose(self, window: Sequence[Row], busy_s: float | None = None) -> list[int]:
+    def choose(self, window: Sequence[Row], busy_s: float = 0.0) -> list[int]:
         """Which rows of the window, which is in the order of service, make the next batch: places in it, ascending.
 
         It is the planned batch that holds the first row, so nobody's turn is passed over; the others in it are those of
