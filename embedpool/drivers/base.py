@@ -40,6 +40,10 @@ class Cost:
     fixed_s: float
     token_s: float
 
+    def call_s(self, padded_tokens: float) -> float:
+        """Seconds of a call with so many padded tokens."""
+        return self.fixed_s + self.token_s * padded_tokens
+
 
 class Token(NamedTuple):
     """A token of a text: `start` and `stop` count characters, None for a special token."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from embedpool.pool.job import Row
+
+if TYPE_CHECKING:
+    from embedpool.drivers.base import Cost
 
 SHORT_BATCH_S = 0.05  # what an arriving query waits for the running batch, where the operator says nothing
 LEAST_FIXED_COSTS = 10  # but not shorter than so many fixed costs: they would take more of the machine
@@ -41,7 +45,7 @@ def cut(lengths: Sequence[int], fixed_tokens: float, max_tokens: int, max_texts:
 
 @dataclasses.dataclass(frozen=True)
 class Batcher:
-    """Limits of a batch and the cost of a driver call, in seconds: `fixed_s` + `token_s` · padded tokens.
+    """Limits of a batch and the cost of a driver call, where it is known.
 
     A batch is never planned to run longer than `max_s`, because a running one cannot be interrupted: that bounds
     what an arriving query waits for it. Without `max_s` the bound is 50 ms, or ten fixed costs where these are more.
@@ -52,30 +56,26 @@ class Batcher:
     max_texts: int
     max_tokens: int
     max_s: float | None = None
-    fixed_s: float | None = None
-    token_s: float | None = None
+    cost: Cost | None = None
     lanes: int = 1
 
     @property
     def fixed_tokens(self) -> float:
         """What a call costs beside its tokens, in padded tokens."""
-        if not self.token_s or self.fixed_s is None:
-            return UNKNOWN_FIXED_TOKENS
-        return self.fixed_s / self.token_s
+        return self.cost.fixed_s / self.cost.token_s if self.cost else UNKNOWN_FIXED_TOKENS
 
     def largest_tokens(self, busy_s: float = 0.0) -> int:
         """Padded tokens of the longest batch that begins now, while other lanes are busy for `busy_s` more seconds."""
-        if not self.token_s or self.fixed_s is None:
+        if not self.cost:
             return self.max_tokens
-        longest_s = self.max_s or max(SHORT_BATCH_S, LEAST_FIXED_COSTS * self.fixed_s)
-        within_s = min(longest_s, busy_s + max(longest_s / self.lanes, 2 * self.fixed_s))
-        return max(min(self.max_tokens, int((within_s - self.fixed_s) / self.token_s)), 1)
+        fixed_s = self.cost.fixed_s
+        longest_s = self.max_s or max(SHORT_BATCH_S, LEAST_FIXED_COSTS * fixed_s)
+        within_s = min(longest_s, busy_s + max(longest_s / self.lanes, 2 * fixed_s))
+        return max(min(self.max_tokens, int((within_s - fixed_s) / self.cost.token_s)), 1)
 
     def predicted_s(self, lengths: Sequence[int]) -> float:
         """What a batch of texts of these lengths takes; 0 where the driver's cost is not known."""
-        if not self.token_s or self.fixed_s is None:
-            return 0.0
-        return self.fixed_s + self.token_s * max(lengths) * len(lengths)
+        return self.cost.call_s(max(lengths) * len(lengths)) if self.cost else 0.0
 
     def choose(self, window: Sequence[Row], busy_s: float = 0.0) -> list[int]:
         """Which rows of the window, which is in the order of service, make the next batch: places in it, ascending.

@@ -249,14 +249,13 @@ class ReplicaSet:
 
     def make_worker(self, name: str, driver: Driver) -> Worker:
         """See Owner."""
-        engine, cost = self._engine, driver.cost
+        engine = self._engine
         ready = sum(replica.state == "ready" for replica in self._replicas)  # others have no lanes that come free
         batcher = Batcher(
             driver.max_batch_texts or engine.max_batch_texts,
             engine.max_batch_tokens,
             max_s=engine.max_batch_s,
-            fixed_s=cost.fixed_s if cost else None,
-            token_s=cost.token_s if cost else None,
+            cost=driver.cost,
             lanes=self.inflight(driver) * max(ready, 1),
         )
         return Worker(

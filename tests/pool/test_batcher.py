@@ -6,6 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from embedpool.drivers.base import Cost
 from embedpool.pool.batcher import UNKNOWN_FIXED_TOKENS, Batcher, cut
 from embedpool.pool.job import Row
 from tests.pool.scripted import job_of
@@ -100,13 +101,13 @@ def test_nearly_equal_texts_share_a_batch() -> None:
 
 def test_no_batch_is_planned_to_run_longer_than_it_may() -> None:
     """A query waits for the running batch: `max_batch_ms` bounds it by the costs fitted at warm-up."""
-    batcher = Batcher(64, 16_384, max_s=0.05, fixed_s=0.002, token_s=0.0001)
+    batcher = Batcher(64, 16_384, max_s=0.05, cost=Cost(0.002, 0.0001))
     assert batcher.largest_tokens() == 480
     assert 3 <= len(chosen(batcher, *[100] * 30)) <= 4
     assert Batcher(64, 16_384, max_s=0.05).largest_tokens() == 16_384
-    assert Batcher(64, 16_384, fixed_s=0.002, token_s=0.0001).largest_tokens() == 480
-    assert Batcher(64, 16_384, fixed_s=0.01, token_s=0.0001).largest_tokens() == 900  # ten fixed costs
-    assert Batcher(64, 100, max_s=0.05, fixed_s=0.002, token_s=0.0001).largest_tokens() == 100
+    assert Batcher(64, 16_384, cost=Cost(0.002, 0.0001)).largest_tokens() == 480
+    assert Batcher(64, 16_384, cost=Cost(0.01, 0.0001)).largest_tokens() == 900  # ten fixed costs
+    assert Batcher(64, 100, max_s=0.05, cost=Cost(0.002, 0.0001)).largest_tokens() == 100
 
 
 @settings(deadline=None)
@@ -114,7 +115,7 @@ def test_no_batch_is_planned_to_run_longer_than_it_may() -> None:
 def test_lanes_come_free_in_turns(lanes: int, data: st.DataObject) -> None:
     """However the lanes of a busy model begin, soon one of them comes free within the longest batch ÷ lanes."""
     longest_s = 1.0
-    batcher = Batcher(10_000, 100_000, max_s=longest_s, fixed_s=0.01, token_s=0.0001, lanes=lanes)
+    batcher = Batcher(10_000, 100_000, max_s=longest_s, cost=Cost(0.01, 0.0001), lanes=lanes)
     ends = sorted(data.draw(st.lists(st.floats(0, longest_s), min_size=lanes, max_size=lanes), label="first ends"))
     waits = []
     for _ in range(4 * lanes):
@@ -128,12 +129,12 @@ def test_lanes_come_free_in_turns(lanes: int, data: st.DataObject) -> None:
 
 def test_many_lanes_do_not_make_a_batch_of_nothing() -> None:
     """The first batch of an idle model may run for two fixed costs at least, however many lanes there are."""
-    assert Batcher(64, 16_384, fixed_s=0.004, token_s=0.0001, lanes=100).largest_tokens(0.0) == 40
+    assert Batcher(64, 16_384, cost=Cost(0.004, 0.0001), lanes=100).largest_tokens(0.0) == 40
 
 
 def test_a_call_that_costs_much_makes_larger_batches() -> None:
     """The fixed cost of a call, in tokens, decides how much padding is worth saving one."""
     lengths = [10, 10, 10, 40]
-    assert chosen(Batcher(64, 16_384, fixed_s=0.0001, token_s=0.0001), *lengths) == [0, 1, 2]
-    assert chosen(Batcher(64, 16_384, fixed_s=0.1, token_s=0.0001), *lengths) == [0, 1, 2, 3]
+    assert chosen(Batcher(64, 16_384, cost=Cost(0.0001, 0.0001)), *lengths) == [0, 1, 2]
+    assert chosen(Batcher(64, 16_384, cost=Cost(0.1, 0.0001)), *lengths) == [0, 1, 2, 3]
     assert Batcher(64, 16_384).fixed_tokens == UNKNOWN_FIXED_TOKENS

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedpool.drivers.base import Embeddings
+from embedpool.drivers.base import Cost, Embeddings
 from embedpool.errors import (
     ClientGone,
     DeadlineExceeded,
@@ -249,7 +249,7 @@ def test_a_broken_driver_is_told_and_everybody_gets_an_answer(broken_from: int, 
             raise RuntimeError("broken")
 
     driver = Scripted(failing("a", "b", "c"), on_probe=probe)
-    bench = Bench(driver, batcher=Batcher(3, 100, fixed_s=1, token_s=1))
+    bench = Bench(driver, batcher=Batcher(3, 100, cost=Cost(1, 1)))
     failed, waiting = [job_of("a", "b"), job_of("c")], job_of("d" * 50)
     for job in (*failed, waiting):
         bench.queue.admit(job)
@@ -264,7 +264,7 @@ def test_a_batch_is_cut_to_end_between_the_others() -> None:
     busy_s = []
     bench = Bench(
         Scripted(lambda texts: busy_s.append(bench.lanes.busy_s())),
-        batcher=Batcher(64, 1000, max_s=8, fixed_s=2, token_s=1, lanes=2),
+        batcher=Batcher(64, 1000, max_s=8, cost=Cost(2, 1), lanes=2),
     )
     with ThreadPoolExecutor(1) as other_lane:
         other_lane.submit(bench.lanes.begin, 1.0).result()
@@ -281,7 +281,7 @@ def test_a_lane_is_free_after_a_batch_that_failed() -> None:
         raise RuntimeError("broken")
 
     driver = Scripted(failing("a"), on_probe=on_probe)
-    bench = Bench(driver, batcher=Batcher(64, 1000, max_s=8, fixed_s=2, token_s=1))
+    bench = Bench(driver, batcher=Batcher(64, 1000, max_s=8, cost=Cost(2, 1)))
     with pytest.raises(DriverBroken):
         bench.serve(job_of("a"))
     assert bench.lanes.busy_s() == 0.0
