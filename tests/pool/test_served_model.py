@@ -339,6 +339,16 @@ def test_lanes_that_do_not_run_shorten_no_batch(serve) -> None:
     assert lanes == driver.parallel
 
 
+def test_the_lanes_of_a_model_know_of_each_other(serve) -> None:
+    """Also those of different replicas: what one runs, the next cuts its batch by."""
+    driver = Scripted()
+    served, _ = serve(driver)
+    settled(served)
+    one, other = (served.replicas.make_worker(name, driver) for name in ("m#1", "m#2"))
+    one._lanes.begin(60.0)
+    assert other._lanes.busy_s() > 0
+
+
 def test_requests_wait_while_a_replica_is_opened_anew(serve) -> None:
     """A model that broke and is being opened again lets requests wait, and serves them then."""
     again = Gate()
