@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 SHORT_BATCH_S = 0.05  # what an arriving query waits for the running batch, where the operator says nothing
 LEAST_FIXED_COSTS = 10  # but not shorter than so many fixed costs: they would take more of the machine
+FIXED_COSTS_BETWEEN_OTHERS = 2  # nor is one that is to end between the others
 UNKNOWN_FIXED_TOKENS = 150.0  # where a driver's cost is not known: a call costs as much as so many padded tokens
 
 
@@ -70,7 +71,7 @@ class Batcher:
             return self.max_tokens
         fixed_s = self.cost.fixed_s
         longest_s = self.max_s or max(SHORT_BATCH_S, LEAST_FIXED_COSTS * fixed_s)
-        within_s = min(longest_s, busy_s + max(longest_s / self.lanes, 2 * fixed_s))
+        within_s = min(longest_s, busy_s + max(longest_s / self.lanes, FIXED_COSTS_BETWEEN_OTHERS * fixed_s))
         return max(min(self.max_tokens, int((within_s - fixed_s) / self.cost.token_s)), 1)
 
     def predicted_s(self, lengths: Sequence[int]) -> float:
