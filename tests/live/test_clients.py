@@ -136,7 +136,8 @@ def test_cohere(served: Server) -> None:
             types = ["float", "int8"]
             answer = client.embed(model="m", texts=texts, input_type="search_document", embedding_types=types)
             assert_same(served, texts, answer.embeddings.float_)
-            assert answer.embeddings.int8 == served.embed("m", texts, precision="int8").json()["vectors"]
+            expected = served.embed("m", texts, precision="int8").json()["vectors"]
+            np.testing.assert_allclose(answer.embeddings.int8, expected, atol=1)  # other batches may round otherwise
         with pytest.raises(cohere.NotFoundError, match="did you mean"):
             client.embed(model="all-MiniLM-L6-v2", texts=["a"], input_type="search_query")
         with pytest.raises(cohere.BadRequestError, match="truncate"):
