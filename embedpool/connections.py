@@ -6,6 +6,7 @@ The loop over them is loop.py.
 from __future__ import annotations
 
 import threading
+import time
 import uuid
 from http import HTTPStatus
 from typing import Any
@@ -107,11 +108,22 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def __init__(self, server: Any, *arguments: Any, **named: Any) -> None:
         super().__init__(_Quiet(server, self), *arguments, **named)
+        self.waits_since = time.monotonic()  # for a whole request, when none is served
+
+    def service(self) -> None:
+        """Serve one, in a request's thread."""
+        super().service()
+        self.waits_since = time.monotonic()
 
     @property
     def is_idle(self) -> bool:
         """No request begun, running or half answered."""
         return not (self.requests or self.request or self.total_outbufs_len)
+
+    @property
+    def waits_for_a_request(self) -> bool:
+        """Whole; it may have begun."""
+        return not (self.requests or self.total_outbufs_len or self.will_close)
 
     @property
     def waits_for_its_client(self) -> bool:

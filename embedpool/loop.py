@@ -1,11 +1,12 @@
 """waitress's loop over our sockets, and its orderly end. gunicorn's worker and the waitress server both run it.
 
 One I/O thread reads every connection and gives a request thread only whole requests, so slow and idle clients
-hold none.
+hold none. Nor do they keep others out: where as many are connected as may be, they give way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 LISTEN_BACKLOG = 2048
+FILES_BESIDE = 256  # open ones that are no connections of requests: models, pipes to children, logs, pool.yml
+LEAST_WAIT_S = 2.0  # of a connection for a whole request, before it gives way to another
 
 
 class App(Protocol):
@@ -48,6 +51,29 @@ class App(Protocol):
         """Give up what is still being served; how many requests that were."""
 
 
+def connections_that_fit(wanted: int, threads: int) -> int:
+    """How many connections may be open, `wanted` at the most, so that files are left for what serves them.
+
+    Each request thread may have one open, to a remote service. The system's soft limit is raised as far as it takes.
+    """
+    try:
+        import resource
+    except ImportError:  # no such limit here
+        return wanted
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = wanted + threads + FILES_BESIDE
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return wanted
+    with contextlib.suppress(ValueError, OSError):  # some systems let nobody have what they call the hard limit
+        raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+        soft = raised
+    fit = soft - min(threads + FILES_BESIDE, soft // 2)
+    if fit < wanted:
+        logger.warning("connection_limit is %d, not %d: %d files may be open (ulimit -n)", fit, wanted, soft)
+    return min(fit, wanted)
+
+
 class Loop:
     """waitress's loop over given listening sockets, and its orderly end."""
 
@@ -57,13 +83,15 @@ class Loop:
         self._stopping = False
         self._next_beat = 0.0
         self._look_every_s = min(settings.server.idle_connection_s, 30) / 2
+        self._most = connections_that_fit(settings.server.connection_limit, settings.threads)
+        self._gave_way = 0
         self._open = OpenSockets()
         create_server(
             app,
             map=self._open,
             sockets=list(sockets),
             _dispatcher=Dispatcher(settings.threads),
-            connection_limit=settings.server.connection_limit,
+            connection_limit=self._most,
             channel_timeout=settings.server.idle_connection_s,
             max_request_body_size=settings.limits.max_body_bytes,
             channel_request_lookahead=1,  # else a client that goes away is not noticed
@@ -95,10 +123,12 @@ class Loop:
                 next_look = time.monotonic() + self._look_every_s
                 self._close_idle()
                 self._close_stalled()
+                self._tell_who_gave_way()
         self._drain(heartbeat)
 
     def _turn(self, longest_s: float) -> None:
         """What has come and what can leave; waits up to `longest_s` for it."""
+        self._make_room()
         for fd in self._listening:
             self._open.ask(fd)  # there may be room for connections again
         self._open.turn(longest_s)
@@ -106,6 +136,22 @@ class Loop:
             self._next_beat = time.monotonic() + BEAT_S
             self._open.ask_all()  # should one have changed its mind untold, it is heard now
             self._app.beat()
+
+    def _make_room(self) -> None:
+        """For one that may come: the connection that has waited for a whole request for longest gives way."""
+        if len(self._open) < self._most - 1:
+            return
+        waiting = [channel for channel in self._channels() if channel.waits_for_a_request]
+        longest = min(waiting, key=lambda channel: channel.waits_since, default=None)
+        if longest is not None and time.monotonic() - longest.waits_since >= LEAST_WAIT_S:
+            longest.will_close = True  # see _close_idle
+            longest.ask()
+            self._gave_way += 1
+
+    def _tell_who_gave_way(self) -> None:
+        if self._gave_way:
+            logger.warning("%d idle or slow connections gave way: %d may be open", self._gave_way, self._most)
+            self._gave_way = 0
 
     def _close_idle(self) -> None:
         """Told to close, a connection loses what comes on it. So the next turn closes it, before it looks for input."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ import pytest
 
 from embedpool.config.settings import Server, Settings
 from embedpool.connections import Channel
-from embedpool.loop import Loop
+from embedpool.loop import FILES_BESIDE, LEAST_WAIT_S, Loop, connections_that_fit
 
 
 def test_a_client_that_reads_nothing_is_cut_off() -> None:
@@ -92,3 +94,81 @@ def test_above_the_connection_limit_a_client_waits_until_another_leaves(make_loo
             for _ in range(2):  # one leaves, one comes
                 loop._turn(1)
             assert {c.addr for c in loop._channels()} == {second.getsockname(), third.getsockname()}
+
+
+def test_at_the_connection_limit_whoever_has_waited_longest_for_a_request_gives_way(make_loop) -> None:
+    """Whether it says nothing or sends slowly; not before it has waited for a while, nor while it is served."""
+    loop, address = make_loop(connection_limit=6)  # of four clients at the most
+
+    def turn_until(condition: Callable[[], bool]) -> None:
+        while not condition():
+            loop._turn(0.01)
+
+    def served() -> list[object]:
+        return [channel.addr for channel in loop._channels()]
+
+    with contextlib.ExitStack() as open_ones:
+        busy, slow, silent, fresh = (open_ones.enter_context(socket.create_connection(address)) for _ in range(4))
+        turn_until(lambda: len(loop._channels()) == 4)
+        by_address = {channel.addr: channel for channel in loop._channels()}
+        slow.sendall(b"POST /embed HT")
+        turn_until(lambda: by_address[slow.getsockname()].request is not None)
+        for client, waited_s in ((busy, 9 * LEAST_WAIT_S), (slow, 3 * LEAST_WAIT_S), (silent, 2 * LEAST_WAIT_S)):
+            by_address[client.getsockname()].waits_since -= waited_s
+        by_address[busy.getsockname()].requests = ["one"]
+        newcomer = open_ones.enter_context(socket.create_connection(address))
+        turn_until(lambda: newcomer.getsockname() in served())
+        assert slow.getsockname() not in served()
+        another = open_ones.enter_context(socket.create_connection(address))
+        turn_until(lambda: another.getsockname() in served())
+        left = {client.getsockname() for client in (busy, fresh, newcomer, another)}
+        assert set(served()) == left
+        waits = open_ones.enter_context(socket.create_connection(address))
+        for _ in range(3):
+            loop._turn(0)
+        assert waits.getsockname() not in served()
+        assert set(served()) == left
+        by_address[busy.getsockname()].requests = []
+
+
+def test_a_connection_that_was_served_waits_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So clients that ask often do not give way to those that ask nothing."""
+    monkeypatch.setattr("waitress.channel.HTTPChannel.service", lambda self: None)
+    channel = Channel.__new__(Channel)
+    channel.waits_since = before = -math.inf
+    channel.service()
+    assert channel.waits_since > before
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "connections", "soft_then"),
+    [
+        (5000, 9000, 2000, 5000),
+        (1024, 9000, 2000, 2000 + 100 + FILES_BESIDE),
+        (1024, resource.RLIM_INFINITY, 2000, 2000 + 100 + FILES_BESIDE),
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, 2000, resource.RLIM_INFINITY),
+        (1024, 1024, 1024 - 100 - FILES_BESIDE, 1024),
+        (256, 1024, 1024 - 100 - FILES_BESIDE, 1024),
+        (256, 256, 128, 256),
+    ],
+)
+def test_connections_leave_files_for_what_serves_them(
+    soft: int, hard: int, connections: int, soft_then: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far as the system lets it, the limit on files is raised; else there are fewer connections."""
+    limits = [soft, hard]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.__setitem__(slice(2), both))
+    assert connections_that_fit(2000, threads=100) == connections
+    assert limits == [soft_then, hard]
+
+
+def test_a_limit_on_files_that_cannot_be_raised_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What some systems call the hard limit is more than they give."""
+
+    def refuse(_: int, both: tuple[int, int]) -> None:
+        raise ValueError("not that many")
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    assert connections_that_fit(2000, threads=100) == 1024 - 100 - FILES_BESIDE

@@ -43,7 +43,9 @@ class Server:
     server: str = option("gunicorn", "WSGI server", choices=("gunicorn", "waitress"))
     threads: int = option(0, "request threads; 0 = max_inflight_global + 16", minimum=0, maximum=4096)
     workers: int = option(1, "gunicorn worker processes; each holds its own models", minimum=1, maximum=64)
-    connection_limit: int = option(2000, "open connections per process", minimum=10, maximum=100000)
+    connection_limit: int = option(
+        2000, "connections per process; the longest idle give way", minimum=10, maximum=100000
+    )
     idle_connection_s: int = option(120, "an idle connection is closed after this", minimum=1)
     graceful_timeout_s: int = option(30, "how long a stop waits for accepted requests", minimum=0)
 

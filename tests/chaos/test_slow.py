@@ -1,7 +1,8 @@
-"""500 clients that send slowly, send nothing or do not read: the others do not notice."""
+"""500 clients that send slowly, send nothing or do not read: the others do not notice, nor where 200 may connect."""
 
 from __future__ import annotations
 
+import contextlib
 import random
 import socket
 import threading
@@ -17,6 +18,7 @@ PARTS = 4  # of those that say nothing, trickle a head, trickle a body, do not r
 TRICKLE_EVERY_S = 0.2
 LARGE_TEXTS = [f"text {i}" for i in range(100)]  # an answer of most of a megabyte
 LINES = b'{"text": "x"}\n' * 10_000
+FEW_FILES = ("sh", "-c", 'ulimit -n 400 && exec "$@"', "sh")  # half of them for connections
 STREAMS = 4  # of those that do not read; each holds a thread until it is cut off
 
 
@@ -80,6 +82,8 @@ def is_closed(connection: socket.socket) -> bool:
         return connection.recv(1, socket.MSG_PEEK) == b""
     except BlockingIOError:
         return False
+    except ConnectionError:
+        return True
 
 
 def test_slow_clients_do_not_stop_others(
@@ -111,3 +115,29 @@ def test_slow_clients_do_not_stop_others(
     figures("slow clients held to the end", held)
     figures("requests beside them", f"{requests}, all served")
     figures("their p50 and p99", "{:.1f} and {:.1f} ms".format(*(1000 * quantile(latencies_s, p) for p in (0.5, 0.99))))
+
+
+def test_more_slow_clients_than_may_connect_do_not_stop_others(
+    make_server: Callable[..., Server], kind: str, length: Callable[..., int], figures: Figures
+) -> None:
+    """The slow ones give way, and there are files left to serve and to manage with."""
+    requests = length(short=40, long=2000)
+    server = make_server()
+    server.write_pool(fake("m"))
+    started = server.run("pool", "start", "--detach", "--server", kind, "--port", "0", before=FEW_FILES)
+    assert started.returncode == 0, started.stderr
+    server.wait_ready()
+    with contextlib.ExitStack() as open_ones:
+        slow = [open_ones.enter_context(socket.create_connection(address(server))) for _ in range(SLOW)]
+        for connection in slow[::2]:
+            connection.sendall(b"POST /embed HT")
+        for number in range(requests):
+            assert server.get("/health").status_code == 200
+            assert server.embed("m", [f"text {number}"]).status_code == 200
+        server.cli("set-alias", "--model", "m", "--alias", "x")
+        gave_way = sum(map(is_closed, slow))
+    assert gave_way >= SLOW - 200
+    assert "Too many open files" not in server.log.read_text()
+    server.stop()
+    figures("slow clients", f"{SLOW}, of which 200 may connect, and {gave_way} gave way")
+    figures("requests beside them, each on a connection of its own", f"{2 * requests}, all served")
