@@ -5,6 +5,8 @@ The loop over them is loop.py.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
 import uuid
@@ -17,7 +19,9 @@ from waitress.parser import HTTPRequestParser
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 from waitress.utilities import Error
 
-from embedpool.errors import BadRequest, BodyTooLarge, EmbedpoolError, as_document
+from embedpool.errors import BadRequest, BodyTooLarge, EmbedpoolError, StorageError, as_document
+
+logger = logging.getLogger(__name__)
 
 LINES_PATH, LINES_TYPE = "/embed", "application/x-ndjson"
 LARGEST_JOINED_BYTES = 1 << 16  # above it copying costs more than a second packet
@@ -52,26 +56,25 @@ class _ErrorTask(ErrorTask):  # type: ignore[misc]
     def execute(self) -> None:
         reason = self.request.error
         if isinstance(reason, _Refused):
-            self._answer(f"{reason.code} {reason.reason}", reason.body)
-            return
-        error: EmbedpoolError = (
-            BodyTooLarge(f"the body is over the limit of {self.request.adj.max_request_body_size} bytes")
-            if reason.code == 413
-            else BadRequest(f"{reason.reason}: {reason.body}")
-        )
-        error.status = reason.code
-        self._answer(f"{reason.code} {reason.reason}", orjson.dumps(as_document(error, uuid.uuid4().hex)))
-
-    def _answer(self, status: str, body: bytes) -> None:
-        self.status = status
+            body = reason.body
+        elif reason.code == 413:
+            limit = self.request.adj.max_request_body_size
+            body = _document(BodyTooLarge(f"the body is over the limit of {limit} bytes"))
+        else:
+            body = _document(BadRequest(f"{reason.reason}: {reason.body}"))
+        self.status = f"{reason.code} {reason.reason}"
         self.response_headers.append(("Content-Type", "application/json"))
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
 
 
+def _document(error: EmbedpoolError) -> bytes:
+    return orjson.dumps(as_document(error, uuid.uuid4().hex))
+
+
 class _Refused(Error):  # type: ignore[misc]
-    """The app's answer to a request that it has seen the head of."""
+    """The answer to a request that is not read to its end."""
 
     def __init__(self, status: int, body: bytes) -> None:
         super().__init__(body)
@@ -91,12 +94,31 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         super().parse_header(header_plus)
         if self.path.rstrip("/") == LINES_PATH and self.headers.get("CONTENT_TYPE", "").startswith(LINES_TYPE):
             self.adj = self.adj.for_lines
+            if self.body_rcv is not None:
+                self.body_rcv.getbuf().overflow = self.adj.inbuf_overflow
         if (self.chunked or self.content_length > LARGEST_READ_UNSEEN_BYTES) and (
             refusal := self.adj.refusal(self.command, self.path, self.headers)
         ):
-            self.error = _Refused(*refusal)
-            self.completed = self.connection_close = True
-            self.expect_continue = False
+            self._refuse(*refusal)
+
+    def received(self, data: bytes) -> int:
+        """Take in what belongs to this request. What is spooled may find the disk full."""
+        try:
+            taken: int = super().received(data)
+            return taken
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.close()
+            self.body_rcv = None
+            reason = StorageError(f"there is no room for the body: {error.strerror or error}")
+            logger.warning("a request to %s is refused: %s", self.path, reason.message)
+            self._refuse(reason.status, _document(reason))
+            return len(data)
+
+    def _refuse(self, status: int, body: bytes) -> None:
+        self.error = _Refused(status, body)
+        self.completed = self.connection_close = True
+        self.expect_continue = False
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]

@@ -234,7 +234,7 @@ class DeadlineExceeded(EmbedpoolError):
 
 
 class StorageError(EmbedpoolError):
-    """The disk is full or read-only; nothing was changed."""
+    """The disk is full or read-only; nothing was changed, nor computed."""
 
     status, code = 507, "storage_error"
 

@@ -11,6 +11,7 @@ import copy
 import logging
 import math
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 LISTEN_BACKLOG = 2048
+LARGEST_BODY_IN_MEMORY_BYTES = 1 << 19  # of lines; a larger one goes to a file as it comes
 FILES_BESIDE = 256  # open ones that are no connections of requests: models, pipes to children, logs, pool.yml
 LEAST_WAIT_S = 2.0  # of a connection for a whole request, before it gives way to another
 
@@ -94,6 +96,8 @@ class Loop:
             connection_limit=self._most,
             channel_timeout=settings.server.idle_connection_s,
             max_request_body_size=settings.limits.max_body_bytes,
+            inbuf_overflow=settings.limits.max_body_bytes + 1,  # in memory, not in a file: the disk may be full
+            outbuf_overflow=sys.maxsize,
             channel_request_lookahead=1,  # else a client that goes away is not noticed
             clear_untrusted_proxy_headers=False,  # management looks at them
             backlog=LISTEN_BACKLOG,
@@ -106,6 +110,7 @@ class Loop:
             listener.adj.refusal = app.refusal
             listener.adj.for_lines = copy.copy(listener.adj)
             listener.adj.for_lines.max_request_body_size = settings.limits.max_stream_body_bytes
+            listener.adj.for_lines.inbuf_overflow = LARGEST_BODY_IN_MEMORY_BYTES
             listener.is_stopping = False
             listener.next_channel_cleanup = math.inf  # this loop does it, see _close_idle
 

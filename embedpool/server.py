@@ -18,6 +18,7 @@ from flask import Flask
 
 from embedpool import tracing
 from embedpool.config import guard
+from embedpool.config.files import folder_in_memory
 from embedpool.config.keys import KeysFile
 from embedpool.config.pool_yml import PoolFile
 from embedpool.config.settings import Settings, find_config_yml, load_settings
@@ -244,6 +245,7 @@ def gunicorn_settings() -> dict[str, Any]:
         "loglevel": settings.logging.level,
         "logger_class": "embedpool.gunicorn_worker.GunicornLogger",
         "control_socket_disable": True,
+        "worker_tmp_dir": folder_in_memory(),  # a heartbeat is a file: not on a disk that may be full
         "when_ready": lambda arbiter: pid_file.write(_address(arbiter.LISTENERS[0].sock)),
         "on_starting": begin,
         "child_exit": lambda arbiter, worker: metrics.forget_worker(worker.pid),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import socket
 import threading
 import time
 from types import SimpleNamespace
 from typing import NoReturn
 
+import orjson
 import pytest
 from waitress.adjustments import Adjustments
 from waitress.buffers import OverflowableBuffer
 from waitress.channel import ClientDisconnected
 
-from embedpool.connections import Channel, Dispatcher
+from embedpool.connections import Channel, Dispatcher, _Parser
 from embedpool.readiness import OpenSockets
 
 
@@ -167,3 +170,54 @@ def test_requests_that_come_together_have_a_thread_each() -> None:
     tasks.wait_idle()
     assert len(set(tasks.served_by)) == 3
     tasks.dispatcher.shutdown(timeout=20)
+
+
+def test_a_body_of_lines_that_finds_no_room_is_refused_in_so_many_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long one goes to a file. What was written is let go, and what comes after it is not looked at."""
+
+    class Full(io.BytesIO):
+        """A file on a disk that is full when it has this; it cannot even be closed."""
+
+        def write(self, data: bytes) -> int:
+            if self.tell() + len(data) > 20_000:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
+
+        def close(self) -> None:
+            super().close()
+            raise OSError(28, "No space left on device")
+
+    parser = _Parser(adjustments(inbuf_overflow=10_000))
+    monkeypatch.setattr("waitress.buffers.TempfileBasedBuffer.newfile", lambda self: Full())
+    head = b"POST /embed?model=m HTTP/1.1\r\nContent-Type: application/x-ndjson\r\nContent-Length: 90000\r\n\r\n"
+    assert parser.received(head) == len(head)
+    for _ in range(2):
+        assert parser.received(b"x" * 9_000) == 9_000
+        assert not parser.completed
+    file = parser.get_body_stream()
+    assert isinstance(file, Full)
+    assert parser.received(b"x" * 9_000) == 9_000
+    assert parser.completed
+    assert parser.error.code == 507
+    assert orjson.loads(parser.error.body)["error"]["code"] == "storage_error"
+    assert file.closed
+    parser.close()
+
+
+def test_only_a_body_of_lines_goes_to_a_file() -> None:
+    """Another is read into memory in any case, and the disk may be full."""
+    for content_type, overflow in (("application/x-ndjson", 1000), ("application/json", 10_000)):
+        parser = _Parser(adjustments(inbuf_overflow=1000))
+        parser.received(
+            b"POST /embed HTTP/1.1\r\nContent-Type: %s\r\nContent-Length: 9\r\n\r\n" % content_type.encode()
+        )
+        assert parser.body_rcv.getbuf().overflow == overflow
+
+
+def adjustments(inbuf_overflow: int) -> Adjustments:
+    """Those of a server whose bodies of lines go to a file from there on."""
+    made = Adjustments(inbuf_overflow=10_000)
+    made.refusal = lambda *_: None
+    made.for_lines = copy.copy(made)
+    made.for_lines.inbuf_overflow = inbuf_overflow
+    return made

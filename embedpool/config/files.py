@@ -1,4 +1,4 @@
-"""A file that several processes change: one at a time, and always whole."""
+"""A file that several processes change: one at a time, and always whole. And files that take no disk."""
 
 from __future__ import annotations
 
@@ -65,3 +65,9 @@ def replace(path: Path, text: str, *, new_mode: int | None = None) -> None:
 def _target(path: Path) -> Path:
     """The file behind a symlink: replacing the link itself would cut it off from where it points."""
     return Path(os.path.realpath(path))
+
+
+def folder_in_memory() -> str | None:
+    """Where files take memory and no disk, if the system has that. They need names that nobody can guess."""
+    folder = "/dev/shm"  # noqa: S108
+    return folder if os.access(folder, os.W_OK) else None

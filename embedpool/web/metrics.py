@@ -22,6 +22,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
+from embedpool.config.files import folder_in_memory
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import EmbedResult
 from embedpool.pool.stats import Observer
@@ -168,8 +169,7 @@ def share() -> None:
     import fcntl  # gunicorn runs only where there is one
 
     global _owned  # noqa: PLW0603  (gunicorn's master is the process)
-    in_memory = Path("/dev/shm")  # noqa: S108  (a folder of an unguessable name is made there)
-    parent = in_memory if os.access(in_memory, os.W_OK) else Path(tempfile.gettempdir())
+    parent = Path(folder_in_memory() or tempfile.gettempdir())
     _remove_abandoned(parent)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=SHARED_PREFIX, dir=parent))

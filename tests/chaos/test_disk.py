@@ -17,21 +17,30 @@ from tests.live.conftest import Server, fake
 # Root writes where nobody may; without these capabilities it does not.
 AS_ANYBODY = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
 REFUSALS_A_DISK = 5
+MEGABYTE = 1 << 20
 
 
 def test_a_full_disk_and_then_a_read_only_one(server: Server, tmp_path: Path, figures: Figures) -> None:
-    """Every change is refused, requests are served, pool.yml keeps its bytes; changes go on when the disk is well."""
+    """Every change is refused, requests are served, pool.yml keeps its bytes; changes go on when the disk is well.
+
+    Large requests are served, too. Only a long body of lines wants the disk, which is that of temporary files as well.
+    """
     with small_disk(tmp_path / "disk") as disk:
         keep_pool_in(disk, server)
+        server.environment["TMPDIR"] = str(disk)
         with foreground(server, "gunicorn"):
             server.wait_ready()
+            serves_large_requests(server, of_lines=200)
             fill(disk / "waste")
             refuses_changes(server)
+            serves_large_requests(server, of_lines=507)
             (disk / "waste").unlink()
             subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
             refuses_changes(server)
+            serves_large_requests(server, of_lines=507)
             subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
             accepts_changes(server)
+            serves_large_requests(server, of_lines=200)
         fill(disk / "waste")
         refuses_offline(server)
     figures("refusals", 2 * REFUSALS_A_DISK + 1)
@@ -60,9 +69,9 @@ def test_a_folder_of_another_and_then_a_limit_on_files(server: Server, tmp_path:
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of 64 KB."""
+    """A file system of 2 MB."""
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
     try:
         subprocess.run(command, capture_output=True, text=True, check=True)
     except FileNotFoundError:
@@ -107,6 +116,21 @@ def refuses_changes(server: Server) -> None:
         assert server.vectors("m", ["x"]) == vectors
         assert server.pool_yml.read_bytes() == content
     assert [model["model"] for model in server.get("/status").json()["models"]] == ["m"]
+
+
+def serves_large_requests(server: Server, *, of_lines: int) -> None:
+    """An answer and a body of a megabyte each; a body of lines as large gets this status."""
+    texts = [f"text {i}" for i in range(400)]
+    large = server.embed("m", texts)
+    assert large.status_code == 200, large.text
+    assert len(large.content) > MEGABYTE
+    assert large.json()["vectors"][7] == server.vectors("m", texts[7:8])[0]
+    assert server.embed("m", ["word " * 2500] * 100).status_code == 200
+    line = b'{"text": "%s"}\n' % (b"word " * 2500)
+    lines = server.post("/embed?model=m", data=line * 100, headers={"Content-Type": "application/x-ndjson"})
+    assert lines.status_code == of_lines, lines.text
+    if of_lines == 507:
+        assert lines.json()["error"]["code"] == "storage_error"
 
 
 def refuses_offline(server: Server) -> None:
