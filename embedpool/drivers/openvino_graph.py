@@ -32,7 +32,7 @@ def exported(folder: Path, cache_dir: Path, load_model: Callable[[], Any]) -> Pa
     """The graph file of the model in `folder`, exported unless the cache has it.
 
     The key holds the model's files and the libraries' versions. A new graph is compared with `encode` before it
-    is kept. Raises ModelFailed if it gives other vectors.
+    is kept. Raises ModelFailed if it gives other vectors, or cannot be written.
     """
     graph = cache_dir / "openvino" / f"{folder.name}-{_key(folder)}" / "model.xml"
     if graph.exists():
@@ -43,7 +43,10 @@ def exported(folder: Path, cache_dir: Path, load_model: Callable[[], Any]) -> Pa
     converted = _convert(model)
     graph.parent.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=graph.parent.parent) as temporary:
-        openvino.save_model(converted, Path(temporary) / "new" / "model.xml", compress_to_fp16=False)
+        try:
+            openvino.save_model(converted, Path(temporary) / "new" / "model.xml", compress_to_fp16=False)
+        except RuntimeError as error:  # of a full disk it says no more than that a stream has failed
+            raise ModelFailed(f"the graph cannot be written to {cache_dir}: {error}") from None
         _compare(compiled(Path(temporary) / "new" / "model.xml", "float32", threads=1, streams=1), model)
         try:
             os.rename(Path(temporary) / "new", graph.parent)

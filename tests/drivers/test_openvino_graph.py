@@ -166,6 +166,22 @@ def test_an_answer_outlives_the_next_run(small: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(first, [[3, 1]])
 
 
+def test_a_graph_that_cannot_be_written_is_told_of_in_so_many_words(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO's own words for a full disk tell nobody where it is; nothing is left there."""
+
+    def refuse(model: Any, file: Path, **options: Any) -> None:
+        file.parent.mkdir()
+        file.write_text("a part")
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr("openvino.save_model", refuse)
+    with pytest.raises(ModelFailed, match=f"the graph cannot be written to {tmp_path / 'cache'}"):
+        exported(small, tmp_path / "cache", Tiny)
+    assert list((tmp_path / "cache" / "openvino").iterdir()) == []
+
+
 def test_a_graph_with_other_vectors_is_not_kept(small: Path, tmp_path: Path) -> None:
     """A graph that does not compute what encode gives is refused and leaves nothing in the cache."""
     with pytest.raises(ModelFailed, match="cosine"):
