@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
+import sys
 import threading
 import time
 import uuid
+import weakref
 from http import HTTPStatus
 from typing import Any
 
 import orjson
+from waitress.buffers import OverflowableBuffer
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
@@ -25,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 LINES_PATH, LINES_TYPE = "/embed", "application/x-ndjson"
 LARGEST_JOINED_BYTES = 1 << 16  # above it copying costs more than a second packet
+SPOOLED_FROM_BYTES = 1 << 20
 LARGEST_READ_UNSEEN_BYTES = 1 << 16  # of a body, before its sender is asked for a key
 
 
@@ -73,6 +78,27 @@ def _document(error: EmbedpoolError) -> bytes:
     return orjson.dumps(as_document(error, uuid.uuid4().hex))
 
 
+class _Spool(OverflowableBuffer):  # type: ignore[misc]
+    """A large body or answer waits in a file, or in memory where that finds no room: up to `most` bytes of it."""
+
+    overflow: int
+
+    def __init__(self, most: int = sys.maxsize) -> None:
+        super().__init__(SPOOLED_FROM_BYTES)
+        self._most = most
+
+    def _set_large_buffer(self) -> None:
+        in_memory = self.buf.getfile()
+        position = in_memory.tell()
+        try:
+            super()._set_large_buffer()
+        except OSError:
+            in_memory.seek(position)
+            if self.overflow >= self._most:
+                raise
+            self.overflow = self._most
+
+
 class _Refused(Error):  # type: ignore[misc]
     """The answer to a request that is not read to its end."""
 
@@ -92,17 +118,17 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
 
     def parse_header(self, header_plus: bytes) -> None:
         super().parse_header(header_plus)
+        if self.body_rcv is not None:
+            self.body_rcv.buf = _Spool(self.adj.max_request_body_size + self.adj.recv_bytes)
         if self.path.rstrip("/") == LINES_PATH and self.headers.get("CONTENT_TYPE", "").startswith(LINES_TYPE):
             self.adj = self.adj.for_lines
-            if self.body_rcv is not None:
-                self.body_rcv.getbuf().overflow = self.adj.inbuf_overflow
         if (self.chunked or self.content_length > LARGEST_READ_UNSEEN_BYTES) and (
             refusal := self.adj.refusal(self.command, self.path, self.headers)
         ):
             self._refuse(*refusal)
 
     def received(self, data: bytes) -> int:
-        """Take in what belongs to this request. What is spooled may find the disk full."""
+        """Take in what belongs to this request, if there is room for it."""
         try:
             taken: int = super().received(data)
             return taken
@@ -130,12 +156,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     def __init__(self, server: Any, *arguments: Any, **named: Any) -> None:
         super().__init__(_Quiet(server, self), *arguments, **named)
+        self.outbufs = [_Spool()]
         self.waits_since = time.monotonic()  # for a whole request, when none is served
-
-    def service(self) -> None:
-        """Serve one, in a request's thread."""
-        super().service()
-        self.waits_since = time.monotonic()
 
     @property
     def is_idle(self) -> bool:
@@ -145,7 +167,17 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     @property
     def waits_for_a_request(self) -> bool:
         """Whole; it may have begun."""
-        return not (self.requests or self.total_outbufs_len or self.will_close)
+        return not (self.requests or self.total_outbufs_len)
+
+    @property
+    def may_bring_a_request(self) -> bool:
+        """Whether something has come, after the last request, that nobody has looked at yet."""
+        if self.request is not None:
+            return False
+        try:
+            return bool(self.socket.recv(1, socket.MSG_PEEK))
+        except OSError:  # nothing, or nobody
+            return False
 
     @property
     def waits_for_its_client(self) -> bool:
@@ -162,6 +194,12 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         where no request runs, would send the same bytes again."""
         with self.outbuf_lock:
             sent: bool = super()._flush_some(do_close)
+            if sent:
+                self.waits_since = time.monotonic()
+                if self.connected and not self.total_outbufs_len:
+                    self.outbufs[-1].close()  # which else keeps what was sent
+                    self.outbufs = [_Spool()]
+                    self.current_outbuf_count = 0
         return sent
 
 
@@ -172,7 +210,7 @@ class _Quiet:
     """
 
     def __init__(self, server: Any, channel: Channel) -> None:
-        self._server, self._channel = server, channel
+        self._server, self._channel = server, weakref.proxy(channel)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._server, name)

@@ -27,9 +27,10 @@ logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 LISTEN_BACKLOG = 2048
-LARGEST_BODY_IN_MEMORY_BYTES = 1 << 19  # of lines; a larger one goes to a file as it comes
 FILES_BESIDE = 256  # open ones that are no connections of requests: models, pipes to children, logs, pool.yml
+MOST_ON_WINDOWS = 500  # sockets that its `select` takes, and a few less
 LEAST_WAIT_S = 2.0  # of a connection for a whole request, before it gives way to another
+LOOK_FOR_ROOM_EVERY_S = 0.1  # while nobody has waited for so long
 
 
 class App(Protocol):
@@ -56,14 +57,15 @@ class App(Protocol):
 def connections_that_fit(wanted: int, threads: int) -> int:
     """How many connections may be open, `wanted` at the most, so that files are left for what serves them.
 
-    Each request thread may have one open, to a remote service. The system's soft limit is raised as far as it takes.
+    Each request thread may have one open, to a remote service, and each connection one for a large body. The system's
+    soft limit is raised as far as that takes; where it cannot be, large bodies are to be few.
     """
     try:
         import resource
-    except ImportError:  # no such limit here
-        return wanted
+    except ImportError:
+        return min(wanted, MOST_ON_WINDOWS)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = wanted + threads + FILES_BESIDE
+    needed = 2 * wanted + threads + FILES_BESIDE
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return wanted
     with contextlib.suppress(ValueError, OSError):  # some systems let nobody have what they call the hard limit
@@ -87,6 +89,7 @@ class Loop:
         self._look_every_s = min(settings.server.idle_connection_s, 30) / 2
         self._most = connections_that_fit(settings.server.connection_limit, settings.threads)
         self._gave_way = 0
+        self._next_room = 0.0
         self._open = OpenSockets()
         create_server(
             app,
@@ -96,8 +99,7 @@ class Loop:
             connection_limit=self._most,
             channel_timeout=settings.server.idle_connection_s,
             max_request_body_size=settings.limits.max_body_bytes,
-            inbuf_overflow=settings.limits.max_body_bytes + 1,  # in memory, not in a file: the disk may be full
-            outbuf_overflow=sys.maxsize,
+            outbuf_overflow=sys.maxsize,  # a connection's own buffers see to that
             channel_request_lookahead=1,  # else a client that goes away is not noticed
             clear_untrusted_proxy_headers=False,  # management looks at them
             backlog=LISTEN_BACKLOG,
@@ -110,7 +112,6 @@ class Loop:
             listener.adj.refusal = app.refusal
             listener.adj.for_lines = copy.copy(listener.adj)
             listener.adj.for_lines.max_request_body_size = settings.limits.max_stream_body_bytes
-            listener.adj.for_lines.inbuf_overflow = LARGEST_BODY_IN_MEMORY_BYTES
             listener.is_stopping = False
             listener.next_channel_cleanup = math.inf  # this loop does it, see _close_idle
 
@@ -144,14 +145,16 @@ class Loop:
 
     def _make_room(self) -> None:
         """For one that may come: the connection that has waited for a whole request for longest gives way."""
-        if len(self._open) < self._most - 1:
+        now = time.monotonic()
+        if len(self._open) < self._most - 1 or now < self._next_room or self._stopping:
             return
-        waiting = [channel for channel in self._channels() if channel.waits_for_a_request]
-        longest = min(waiting, key=lambda channel: channel.waits_since, default=None)
-        if longest is not None and time.monotonic() - longest.waits_since >= LEAST_WAIT_S:
-            longest.will_close = True  # see _close_idle
-            longest.ask()
-            self._gave_way += 1
+        waiting = [c for c in self._channels() if c.waits_for_a_request and now - c.waits_since >= LEAST_WAIT_S]
+        for channel in sorted(waiting, key=lambda channel: channel.waits_since):
+            if not channel.may_bring_a_request:
+                channel.handle_close()
+                self._gave_way += 1
+                return
+        self._next_room = now + LOOK_FOR_ROOM_EVERY_S
 
     def _tell_who_gave_way(self) -> None:
         if self._gave_way:
@@ -159,10 +162,11 @@ class Loop:
             self._gave_way = 0
 
     def _close_idle(self) -> None:
-        """Told to close, a connection loses what comes on it. So the next turn closes it, before it looks for input."""
-        for listener in self._listeners:
-            listener.maintenance(time.time())
-        self._open.ask_all()
+        """Here and now, not when it could be written to: that may be never."""
+        since = time.time() - self._app.settings.server.idle_connection_s
+        for channel in self._channels():
+            if channel.waits_for_a_request and channel.last_activity < since:
+                channel.handle_close()
 
     def _close_stalled(self) -> None:
         """A client that does not read its answer holds a thread; waitress itself would wait for it for ever."""

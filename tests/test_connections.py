@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
+import math
 import socket
 import threading
 import time
@@ -172,25 +174,60 @@ def test_requests_that_come_together_have_a_thread_each() -> None:
     tasks.dispatcher.shutdown(timeout=20)
 
 
-def test_a_body_of_lines_that_finds_no_room_is_refused_in_so_many_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long one goes to a file. What was written is let go, and what comes after it is not looked at."""
+class Full(io.BytesIO):
+    """A file on a disk that is full when it has `room` bytes; it cannot even be closed in peace."""
 
-    class Full(io.BytesIO):
-        """A file on a disk that is full when it has this; it cannot even be closed."""
+    room = 0
 
-        def write(self, data: bytes) -> int:
-            if self.tell() + len(data) > 20_000:
-                raise OSError(28, "No space left on device")
-            return super().write(data)
-
-        def close(self) -> None:
-            super().close()
+    def write(self, data: bytes) -> int:
+        if self.tell() + len(data) > self.room:
             raise OSError(28, "No space left on device")
+        return super().write(data)
 
-    parser = _Parser(adjustments(inbuf_overflow=10_000))
+    def close(self) -> None:
+        super().close()
+        raise OSError(28, "No space left on device")
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> type[Full]:
+    """Where large bodies and answers go, from 10 KB on; full."""
+    monkeypatch.setattr("embedpool.connections.SPOOLED_FROM_BYTES", 10_000)
     monkeypatch.setattr("waitress.buffers.TempfileBasedBuffer.newfile", lambda self: Full())
-    head = b"POST /embed?model=m HTTP/1.1\r\nContent-Type: application/x-ndjson\r\nContent-Length: 90000\r\n\r\n"
+    monkeypatch.setattr(Full, "room", 0)
+    return Full
+
+
+def parser_of(content_type: str) -> _Parser:
+    """It has read the head of a request of 90 KB; bodies may have 50 KB, those of lines 100 KB."""
+    adjustments = Adjustments(max_request_body_size=50_000)
+    adjustments.refusal = lambda *_: None
+    adjustments.for_lines = copy.copy(adjustments)
+    adjustments.for_lines.max_request_body_size = 100_000
+    parser = _Parser(adjustments)
+    head = f"POST /embed HTTP/1.1\r\nContent-Type: {content_type}\r\nContent-Length: 90000\r\n\r\n".encode()
     assert parser.received(head) == len(head)
+    return parser
+
+
+def test_a_body_that_finds_no_room_in_a_file_stays_in_memory(disk: type[Full]) -> None:
+    """As far as a body may that is no lines'; beyond, it is refused in so many words."""
+    parser = parser_of("application/x-ndjson")
+    for part in range(6):
+        assert parser.received(b"%d" % part * 9_000) == 9_000
+        assert not parser.completed
+    assert parser.get_body_stream().read() == b"".join(b"%d" % part * 9_000 for part in range(6))
+    while not parser.completed:
+        assert parser.received(b"x" * 9_000) == 9_000
+    assert parser.error.code == 507
+    assert orjson.loads(parser.error.body)["error"]["code"] == "storage_error"
+    parser.close()
+
+
+def test_a_disk_that_fills_up_meanwhile_ends_the_request_that_finds_it_full(disk: type[Full]) -> None:
+    """What was written is let go."""
+    disk.room = 20_000
+    parser = parser_of("application/x-ndjson")
     for _ in range(2):
         assert parser.received(b"x" * 9_000) == 9_000
         assert not parser.completed
@@ -199,25 +236,46 @@ def test_a_body_of_lines_that_finds_no_room_is_refused_in_so_many_words(monkeypa
     assert parser.received(b"x" * 9_000) == 9_000
     assert parser.completed
     assert parser.error.code == 507
-    assert orjson.loads(parser.error.body)["error"]["code"] == "storage_error"
     assert file.closed
     parser.close()
 
 
-def test_only_a_body_of_lines_goes_to_a_file() -> None:
-    """Another is read into memory in any case, and the disk may be full."""
-    for content_type, overflow in (("application/x-ndjson", 1000), ("application/json", 10_000)):
-        parser = _Parser(adjustments(inbuf_overflow=1000))
-        parser.received(
-            b"POST /embed HTTP/1.1\r\nContent-Type: %s\r\nContent-Length: 9\r\n\r\n" % content_type.encode()
-        )
-        assert parser.body_rcv.getbuf().overflow == overflow
+@pytest.mark.parametrize("room", [0, 1_000_000])
+def test_a_large_answer_needs_no_room_and_leaves_nothing(
+    disk: type[Full], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves whole wherever it waited, and the connection keeps none of it; nor does its next answer wait behind."""
+    monkeypatch.setattr(Full, "close", io.BytesIO.close)
+    disk.room = room
+    near, far = socket.socketpair()
+    sockets = OpenSockets()
+    with far:
+        channel = Channel(Listener(), near, ("here", 1), Listener.adj, map=sockets)
+        for answer in (bytes(range(256)) * 1000, b"small", bytes(range(256)) * 2000):
+            sending = threading.Thread(target=channel.write_soon, args=(answer,))
+            sending.start()
+            received = b""
+            while len(received) < len(answer):
+                channel.handle_write()
+                with contextlib.suppress(BlockingIOError):
+                    received += far.recv(1 << 20, socket.MSG_DONTWAIT)
+            sending.join()
+            assert received == answer
+            channel.handle_write()
+            assert [len(buffer) for buffer in channel.outbufs] == [0]
+            assert channel.outbufs[0].buf is None
+        channel.handle_close()
+    sockets.close()
 
 
-def adjustments(inbuf_overflow: int) -> Adjustments:
-    """Those of a server whose bodies of lines go to a file from there on."""
-    made = Adjustments(inbuf_overflow=10_000)
-    made.refusal = lambda *_: None
-    made.for_lines = copy.copy(made)
-    made.for_lines.inbuf_overflow = inbuf_overflow
-    return made
+def test_a_connection_that_was_sent_an_answer_waits_anew() -> None:
+    """So clients that ask often do not give way to those that ask nothing."""
+    near, far = socket.socketpair()
+    sockets = OpenSockets()
+    with far:
+        channel = Channel(Listener(), near, ("here", 1), Listener.adj, map=sockets)
+        channel.waits_since = before = -math.inf
+        channel.write_soon(b"HTTP/1.1 200 OK")
+        assert channel.waits_since > before
+        channel.handle_close()
+    sockets.close()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import resource
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ import pytest
 
 from embedpool.config.settings import Server, Settings
 from embedpool.connections import Channel
-from embedpool.loop import FILES_BESIDE, LEAST_WAIT_S, Loop, connections_that_fit
+from embedpool.loop import FILES_BESIDE, Loop, connections_that_fit
 
 
 def test_a_client_that_reads_nothing_is_cut_off() -> None:
@@ -96,56 +98,130 @@ def test_above_the_connection_limit_a_client_waits_until_another_leaves(make_loo
             assert {c.addr for c in loop._channels()} == {second.getsockname(), third.getsockname()}
 
 
-def test_at_the_connection_limit_whoever_has_waited_longest_for_a_request_gives_way(make_loop) -> None:
-    """Whether it says nothing or sends slowly; not before it has waited for a while, nor while it is served."""
-    loop, address = make_loop(connection_limit=6)  # of four clients at the most
+class Clients:
+    """Connections to a loop, which is turned until they are there."""
 
-    def turn_until(condition: Callable[[], bool]) -> None:
+    def __init__(self, loop: Loop, address: tuple[str, int], sockets: contextlib.ExitStack) -> None:
+        self.loop, self._address, self._sockets = loop, address, sockets
+
+    def connect(self) -> socket.socket:
+        client = self._sockets.enter_context(socket.socket())
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(self._address)
+        return client
+
+    def channel(self, client: socket.socket) -> Channel | None:
+        return next((c for c in self.loop._channels() if c.addr == client.getsockname()), None)
+
+    def turn_until(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 60
         while not condition():
-            loop._turn(0.01)
+            assert time.monotonic() < deadline
+            self.loop._turn(0.01)
 
-    def served() -> list[object]:
-        return [channel.addr for channel in loop._channels()]
-
-    with contextlib.ExitStack() as open_ones:
-        busy, slow, silent, fresh = (open_ones.enter_context(socket.create_connection(address)) for _ in range(4))
-        turn_until(lambda: len(loop._channels()) == 4)
-        by_address = {channel.addr: channel for channel in loop._channels()}
-        slow.sendall(b"POST /embed HT")
-        turn_until(lambda: by_address[slow.getsockname()].request is not None)
-        for client, waited_s in ((busy, 9 * LEAST_WAIT_S), (slow, 3 * LEAST_WAIT_S), (silent, 2 * LEAST_WAIT_S)):
-            by_address[client.getsockname()].waits_since -= waited_s
-        by_address[busy.getsockname()].requests = ["one"]
-        newcomer = open_ones.enter_context(socket.create_connection(address))
-        turn_until(lambda: newcomer.getsockname() in served())
-        assert slow.getsockname() not in served()
-        another = open_ones.enter_context(socket.create_connection(address))
-        turn_until(lambda: another.getsockname() in served())
-        left = {client.getsockname() for client in (busy, fresh, newcomer, another)}
-        assert set(served()) == left
-        waits = open_ones.enter_context(socket.create_connection(address))
+    def turn(self) -> None:
         for _ in range(3):
-            loop._turn(0)
-        assert waits.getsockname() not in served()
-        assert set(served()) == left
-        by_address[busy.getsockname()].requests = []
+            self.loop._turn(0)
+
+    def admit(self, waited_s: float = 0.0) -> socket.socket:
+        """A client that is let in, and has waited for so long."""
+        client = self.connect()
+        self.turn_until(lambda: self.channel(client))
+        self.channel(client).waits_since -= waited_s
+        return client
 
 
-def test_a_connection_that_was_served_waits_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So clients that ask often do not give way to those that ask nothing."""
-    monkeypatch.setattr("waitress.channel.HTTPChannel.service", lambda self: None)
-    channel = Channel.__new__(Channel)
-    channel.waits_since = before = -math.inf
-    channel.service()
-    assert channel.waits_since > before
+LONG_S = 1000.0  # longer than any test takes
+
+
+@pytest.fixture
+def crowd(make_loop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Clients]:
+    """Of a loop that takes three clients: beside them are the listening socket, the one that wakes it, and room."""
+    monkeypatch.setattr("embedpool.loop.LEAST_WAIT_S", LONG_S)
+    monkeypatch.setattr("embedpool.loop.LOOK_FOR_ROOM_EVERY_S", 0.0)
+    loop, address = make_loop(connection_limit=6)
+    with contextlib.ExitStack() as sockets:
+        yield Clients(loop, address, sockets)
+
+
+def test_at_the_connection_limit_whoever_has_waited_longest_for_a_request_gives_way(crowd: Clients) -> None:
+    """Whether it says nothing or has begun to; not before it has waited for a while."""
+    slow = crowd.admit()
+    slow.sendall(b"POST /embed HT")
+    crowd.turn_until(lambda: crowd.channel(slow).request)
+    crowd.channel(slow).waits_since -= 3 * LONG_S
+    silent, fresh = crowd.admit(2 * LONG_S), crowd.admit()
+    crowd.turn()
+    assert crowd.channel(slow) is None
+    assert crowd.channel(silent)
+    another = crowd.admit()
+    crowd.turn()
+    assert crowd.channel(silent) is None
+    more = [crowd.admit(), crowd.admit()]
+    late = crowd.connect()
+    crowd.turn()
+    assert crowd.channel(late) is None
+    assert all(map(crowd.channel, (fresh, another, *more)))
+
+
+def test_none_gives_way_that_is_served_or_has_a_request_to_be_read(crowd: Clients) -> None:
+    """Nor does any while the server stops: nobody new comes then."""
+    busy, unread, asks = (crowd.admit() for _ in range(3))
+    crowd.channel(busy).requests = ["one"]
+    crowd.channel(unread).total_outbufs_len = 5
+    for client in (busy, unread, asks):
+        crowd.channel(client).waits_since -= 2 * LONG_S
+    asks.sendall(b"GET ")
+    crowd.turn_until(lambda: crowd.channel(asks).request)
+    assert all(map(crowd.channel, (busy, unread)))
+    crowd.loop._stopping = True
+    crowd.turn()
+    assert crowd.channel(asks)
+    crowd.loop._stopping = False
+    crowd.turn()
+    assert crowd.channel(asks) is None
+    assert all(map(crowd.channel, (busy, unread)))
+    crowd.channel(busy).requests = []
+
+
+@pytest.mark.parametrize("close", ["_make_room", "_close_idle"])
+def test_one_that_cannot_be_written_to_is_closed_all_the_same(crowd: Clients, close: str) -> None:
+    """The system holds what it does not read, and would never say that there is room for more."""
+    deaf, *others = (crowd.admit() for _ in range(3))
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            crowd.channel(deaf).socket.send(bytes(100_000))
+    crowd.channel(deaf).waits_since -= 2 * LONG_S
+    crowd.channel(deaf).last_activity -= 2 * LONG_S
+    getattr(crowd.loop, close)()
+    assert crowd.channel(deaf) is None
+    assert all(map(crowd.channel, others))
+
+
+@pytest.mark.parametrize("begun", [b"POST /embed HTTP/1.1\r\nContent-Length: 5000\r\n\r\n" + b"x" * 3000, b""])
+def test_a_connection_that_is_closed_leaves_no_memory(crowd: Clients, begun: bytes) -> None:
+    """Not even until garbage is collected: half a body may be large."""
+    client = crowd.admit()
+    channel = weakref.ref(crowd.channel(client))
+    client.sendall(begun)
+    crowd.turn_until(lambda: bool(channel().request) == bool(begun))
+    gc.disable()
+    try:
+        client.close()
+        crowd.turn_until(lambda: not crowd.loop._channels())
+        crowd.turn()
+        assert channel() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
     ("soft", "hard", "connections", "soft_then"),
     [
         (5000, 9000, 2000, 5000),
-        (1024, 9000, 2000, 2000 + 100 + FILES_BESIDE),
-        (1024, resource.RLIM_INFINITY, 2000, 2000 + 100 + FILES_BESIDE),
+        (1024, 9000, 2000, 2 * 2000 + 100 + FILES_BESIDE),
+        (1024, 3000, 2000, 3000),
+        (1024, resource.RLIM_INFINITY, 2000, 2 * 2000 + 100 + FILES_BESIDE),
         (resource.RLIM_INFINITY, resource.RLIM_INFINITY, 2000, resource.RLIM_INFINITY),
         (1024, 1024, 1024 - 100 - FILES_BESIDE, 1024),
         (256, 1024, 1024 - 100 - FILES_BESIDE, 1024),
