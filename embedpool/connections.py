@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 LINES_PATH, LINES_TYPE = "/embed", "application/x-ndjson"
 LARGEST_JOINED_BYTES = 1 << 16  # above it copying costs more than a second packet
-SPOOLED_FROM_BYTES = 1 << 20
+SPOOLED_FROM_BYTES = 1 << 20  # of a body or an answer
 LARGEST_READ_UNSEEN_BYTES = 1 << 16  # of a body, before its sender is asked for a key
 
 

@@ -165,7 +165,7 @@ class Loop:
         """Here and now, not when it could be written to: that may be never."""
         since = time.time() - self._app.settings.server.idle_connection_s
         for channel in self._channels():
-            if channel.waits_for_a_request and channel.last_activity < since:
+            if channel.waits_for_a_request and channel.last_activity < since and not channel.may_bring_a_request:
                 channel.handle_close()
 
     def _close_stalled(self) -> None:
