@@ -221,10 +221,8 @@ class Loop:
             heartbeat()
             self._turn(0.05)
             for channel in self._channels():
-                if channel.is_idle:
-                    channel.will_close = True
-            self._open.ask_all()
-            self._open.turn(0.0)
+                if channel.is_idle and not channel.may_bring_a_request:
+                    channel.handle_close()
             if not self._channels() or time.monotonic() >= deadline:
                 return
 

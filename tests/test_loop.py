@@ -137,6 +137,12 @@ class Clients:
         self.channel(client).waits_since -= waited_s
         return client
 
+    def fill(self, client: socket.socket) -> None:
+        """It is sent all that the system takes for it, and reads nothing."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.channel(client).socket.send(bytes(100_000))
+
 
 LONG_S = 1000.0  # longer than any test takes
 
@@ -195,14 +201,26 @@ def test_none_gives_way_that_is_served_or_has_a_request_to_be_read(crowd: Client
 def test_one_that_cannot_be_written_to_is_closed_all_the_same(crowd: Clients, close: str) -> None:
     """The system holds what it does not read, and would never say that there is room for more."""
     deaf, *others = (crowd.admit() for _ in range(3))
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            crowd.channel(deaf).socket.send(bytes(100_000))
+    crowd.fill(deaf)
     crowd.channel(deaf).waits_since -= 2 * LONG_S
     crowd.channel(deaf).last_activity -= 2 * LONG_S
     getattr(crowd.loop, close)()
     assert crowd.channel(deaf) is None
     assert all(map(crowd.channel, others))
+
+
+def test_a_stop_waits_for_what_has_come_and_for_nobody_who_reads_no_more(crowd: Clients) -> None:
+    """What the system holds of its answer goes on its way when its connection is closed."""
+    deaf, asks = crowd.admit(), crowd.admit()
+    crowd.fill(deaf)
+    channel = crowd.channel(asks)
+    asks.sendall(b"GET /health")
+    crowd.loop._serve_what_is_left(0.0, lambda: True)
+    assert crowd.loop._channels() == [channel]
+    assert channel.request is not None
+    asks.close()
+    crowd.loop._serve_what_is_left(60.0, lambda: True)
+    assert crowd.loop._channels() == []
 
 
 @pytest.mark.parametrize("begun", [b"POST /embed HTTP/1.1\r\nContent-Length: 5000\r\n\r\n" + b"x" * 3000, b""])
