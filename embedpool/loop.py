@@ -97,9 +97,8 @@ class Loop:
             sockets=list(sockets),
             _dispatcher=Dispatcher(settings.threads),
             connection_limit=self._most,
-            channel_timeout=settings.server.idle_connection_s,
             max_request_body_size=settings.limits.max_body_bytes,
-            outbuf_overflow=sys.maxsize,  # a connection's own buffers see to that
+            outbuf_overflow=sys.maxsize,  # Channel has buffers of its own; those waitress adds, for 16 MB, need no disk
             channel_request_lookahead=1,  # else a client that goes away is not noticed
             clear_untrusted_proxy_headers=False,  # management looks at them
             backlog=LISTEN_BACKLOG,
