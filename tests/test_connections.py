@@ -247,10 +247,9 @@ def test_a_large_answer_needs_no_room_and_leaves_nothing(
     """It leaves whole wherever it waited, and the connection keeps none of it; nor does its next answer wait behind."""
     monkeypatch.setattr(Full, "close", io.BytesIO.close)
     disk.room = room
-    near, far = socket.socketpair()
-    sockets = OpenSockets()
-    with far:
-        channel = Channel(Listener(), near, ("here", 1), Listener.adj, map=sockets)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel = Channel(Listener(), ours, ("client", 0), Listener.adj, map=OpenSockets())
         for answer in (bytes(range(256)) * 1000, b"small", bytes(range(256)) * 2000):
             sending = threading.Thread(target=channel.write_soon, args=(answer,))
             sending.start()
@@ -258,24 +257,19 @@ def test_a_large_answer_needs_no_room_and_leaves_nothing(
             while len(received) < len(answer):
                 channel.handle_write()
                 with contextlib.suppress(BlockingIOError):
-                    received += far.recv(1 << 20, socket.MSG_DONTWAIT)
+                    received += theirs.recv(1 << 20, socket.MSG_DONTWAIT)
             sending.join()
             assert received == answer
             channel.handle_write()
             assert [len(buffer) for buffer in channel.outbufs] == [0]
             assert channel.outbufs[0].buf is None
-        channel.handle_close()
-    sockets.close()
 
 
 def test_a_connection_that_was_sent_an_answer_waits_anew() -> None:
     """So clients that ask often do not give way to those that ask nothing."""
-    near, far = socket.socketpair()
-    sockets = OpenSockets()
-    with far:
-        channel = Channel(Listener(), near, ("here", 1), Listener.adj, map=sockets)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel = Channel(Listener(), ours, ("client", 0), Listener.adj, map=OpenSockets())
         channel.waits_since = before = -math.inf
         channel.write_soon(b"HTTP/1.1 200 OK")
         assert channel.waits_since > before
-        channel.handle_close()
-    sockets.close()
