@@ -177,6 +177,17 @@ def test_at_the_connection_limit_whoever_has_waited_longest_for_a_request_gives_
     assert all(map(crowd.channel, (fresh, another, *more)))
 
 
+def test_the_log_tells_now_and_then_how_many_gave_way(crowd: Clients, caplog: pytest.LogCaptureFixture) -> None:
+    """A line for all of them, however many, and none when there were none."""
+    for _ in range(6):
+        crowd.admit(2 * LONG_S)
+    crowd.turn()
+    for _ in range(2):
+        crowd.loop._tell_who_gave_way()
+    told = [record.message for record in caplog.records if record.name == "embedpool.loop"]
+    assert told == ["4 idle or slow connections gave way: 6 may be open"]
+
+
 def test_none_gives_way_that_is_served_or_has_a_request_to_be_read(crowd: Clients) -> None:
     """Nor does any while the server stops: nobody new comes then."""
     busy, unread, asks = (crowd.admit() for _ in range(3))
@@ -254,14 +265,21 @@ def test_a_connection_that_is_closed_leaves_no_memory(crowd: Clients, begun: byt
     ],
 )
 def test_connections_leave_files_for_what_serves_them(
-    soft: int, hard: int, connections: int, soft_then: int, monkeypatch: pytest.MonkeyPatch
+    soft: int,
+    hard: int,
+    connections: int,
+    soft_then: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """As far as the system lets it, the limit on files is raised; else there are fewer connections."""
+    """The limit on files is raised as far as may be; else there are fewer connections, and the log says so."""
     limits = [soft, hard]
     monkeypatch.setattr(resource, "getrlimit", lambda _: tuple(limits))
     monkeypatch.setattr(resource, "setrlimit", lambda _, both: limits.__setitem__(slice(2), both))
     assert connections_that_fit(2000, threads=100) == connections
     assert limits == [soft_then, hard]
+    told = [f"connection_limit is {connections}, not 2000: {soft_then} files may be open (ulimit -n)"]
+    assert [record.message for record in caplog.records] == (told if connections < 2000 else [])
 
 
 def test_a_limit_on_files_that_cannot_be_raised_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
