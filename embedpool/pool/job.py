@@ -62,7 +62,7 @@ class Job:
 
     `tokens` counts each text (estimated for remote models, whose `ids` are None). Only texts of equal `group` may share
     a batch; those of equal text and `variant` have equal vectors. Several workers may fill a job at once, row by row;
-    the future resolves once, with the job or an error.
+    the future resolves once, with nothing or an error.
     """
 
     __slots__ = (
@@ -88,7 +88,7 @@ class Job:
         self.offset = offset
         self.group = group
         self.variant = variant
-        self.future: Future[Job] = Future()
+        self.future: Future[None] = Future()
         self.vectors: Vectors | None = None
         self.counted = 0.0  # tokens as counted by a remote service
         self.truncated: list[int] = []  # rows cut by a remote service
@@ -131,7 +131,7 @@ class Job:
 
     def _resolve(self) -> None:
         with contextlib.suppress(InvalidStateError):  # given up in this very moment
-            self.future.set_result(self)
+            self.future.set_result(None)
 
     def fail(self, error: EmbedpoolError) -> None:
         """Resolve the future with an error, unless it is resolved."""

@@ -92,6 +92,7 @@ class ServedModel:
             raise
         finally:
             flow.abandoned = True  # what is still queued is dropped before it costs compute
+            flow.jobs.clear()  # which refer to it: else both would stay until garbage is collected
             with self._flow_left:
                 self._flows.discard(flow)
                 self._flow_left.notify_all()

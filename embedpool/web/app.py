@@ -86,12 +86,14 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
         if http.result is not None and http.result.truncated and not response.is_streamed:
             report_truncation(response, http.result.truncated)
 
+        status = response.status_code  # a note that held the response, which holds it, would keep both for long
+
         def note() -> None:
-            metrics.http_requests.labels(http.route, response.status_code, http.error_code).inc()
-            log_request(http, response)
+            metrics.http_requests.labels(http.route, status, http.error_code).inc()
+            log_request(http, status)
             if http.span is not None:
-                failed = response.status_code >= 500 or http.error_code == EmbedpoolError.code
-                tracing.end_request(http.span, span_attributes(http, response), failed=failed)
+                failed = status >= 500 or http.error_code == EmbedpoolError.code
+                tracing.end_request(http.span, span_attributes(http, status), failed=failed)
 
         response.call_on_close(note)  # when the answer has left: nobody waits for the log
         return response

@@ -43,6 +43,7 @@ def error_response(error: Exception, shape: Shape = native_shape) -> Response:
         response.headers["Retry-After"] = str(math.ceil(known.retry_after_s))
     if isinstance(error, HTTPException):
         response.headers.extend({k: v for k, v in error.get_headers() if k == "Allow"})
+    error.__traceback__ = None  # its frames hold the request, whose jobs hold the error
     return response
 
 

@@ -6,8 +6,6 @@ import logging
 import time
 from typing import Any
 
-from flask import Response
-
 from embedpool.errors import LONGEST_NAME
 from embedpool.web.http_request import HttpRequest
 
@@ -16,27 +14,27 @@ logger = logging.getLogger(__name__)
 PROBES = ("GET /health", "GET /ready", "GET /ready/<path:name>", "GET /metrics", "GET /tei/<path:name>")
 
 
-def log_request(request: HttpRequest, response: Response) -> None:
+def log_request(request: HttpRequest, status: int) -> None:
     """At level info; probes that went well at level debug, since they come every few seconds."""
-    level = logging.DEBUG if request.route in PROBES and response.status_code < 400 else logging.INFO
+    level = logging.DEBUG if request.route in PROBES and status < 400 else logging.INFO
     if logger.isEnabledFor(level):
-        fields = {"fields": _fields(request, response)}
+        fields = {"fields": _fields(request, status)}
         # As logger.log does, but without looking up the caller, which is always this line.
         logger.handle(logger.makeRecord(logger.name, level, __file__, 0, "request", (), None, extra=fields))
 
 
-def span_attributes(request: HttpRequest, response: Response) -> dict[str, Any]:
+def span_attributes(request: HttpRequest, status: int) -> dict[str, Any]:
     """The same for a span, in OpenTelemetry's names where it has some."""
     named = {"method": "http.request.method", "path": "url.path", "status": "http.response.status_code"}
-    return {named.get(name, f"embedpool.{name}"): value for name, value in _fields(request, response).items()}
+    return {named.get(name, f"embedpool.{name}"): value for name, value in _fields(request, status).items()}
 
 
-def _fields(request: HttpRequest, response: Response) -> dict[str, Any]:
+def _fields(request: HttpRequest, status: int) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "request_id": request.id,
         "method": request.method,
         "path": request.path[:LONGEST_NAME],
-        "status": response.status_code,
+        "status": status,
     }
     if request.caller.key is not None:
         fields["key"] = request.caller.key.id

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
+from typing import Any
 
 import pytest
+from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from embedpool.config.settings import Settings
 from embedpool.errors import Overloaded, ShuttingDown, UpstreamError
+from embedpool.pool.job import Flow, Job
+from embedpool.pool.request import EmbedResult
 from embedpool.web.app import create_app
+from embedpool.web.http_request import HttpRequest
 from embedpool.web.metrics import Metrics
-from tests.web.conftest import NAME, Web, refused
+from tests.web.conftest import MODEL, NAME, MakeWeb, Web, refused
 
 PATHS = ("/health", "/ready", "/status", "/models", "/metrics", f"/models/{NAME}", f"/ready/{NAME}")
 
@@ -165,3 +171,53 @@ def test_two_apps_in_one_process_do_not_meet(web: Web) -> None:
     """Several apps can live in one process, each with its own metrics."""
     other = create_app(web.pool, web.reconciler, Settings(), Metrics())
     assert other.test_client().get("/metrics").status_code == web.get("/metrics").status_code == 200
+
+
+LARGE = {HttpRequest, Flow, Job, EmbedResult}  # what holds texts, token ids and vectors
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/embed", {"model": "m", "texts": ["a"] * 300}, 200),
+        ("/embed", {"model": "m", "texts": ["a", "bad"], "options": {"on_error": "partial"}}, 200),
+        ("/embed", {"model": "m", "texts": ["bad"]}, 500),
+        ("/embed", {"model": "m", "texts": ["a b c"], "options": {"truncate": "error", "max_seq_length": 4}}, 422),
+        ("/embed", {"model": "m", "texts": []}, 400),
+        ("/v1/embeddings", {"model": "m", "input": ["a", "b"], "encoding_format": "base64"}, 200),
+        ("/tei/m/embed", {"inputs": ["a", "b"]}, 200),
+        (
+            "/v2/embed",
+            {"model": "m", "texts": ["a", "b"], "input_type": "search_query", "embedding_types": ["int8"]},
+            200,
+        ),
+        ("/api/embed", {"model": "m", "input": ["a", "b"]}, 200),
+    ],
+)
+def test_an_answered_request_goes_at_once(
+    make_web: MakeWeb, caplog: pytest.LogCaptureFixture, path: str, body: dict[str, Any], status: int
+) -> None:
+    """All that it took, not when garbage is collected: that is seldom, and a request may be large."""
+    caplog.set_level(logging.CRITICAL)  # what is captured is kept
+    web = make_web(MODEL + ", driver: {type: fake, config: {fault: raise, fault_text: bad}}")
+
+    def ask() -> None:
+        environ = EnvironBuilder(path, method="POST", json=body).get_environ()
+        chunks, answered, _ = run_wsgi_app(web.app, environ, buffered=True)
+        assert answered.startswith(str(status)), b"".join(chunks)
+
+    ask()  # what is made once and kept
+    gc.collect()
+    before = _count(LARGE)
+    gc.disable()
+    try:
+        for _ in range(3):
+            ask()
+        web.pool.stop()  # so that no worker holds the last batch
+        assert _count(LARGE) <= before
+    finally:
+        gc.enable()
+
+
+def _count(kinds: set[type]) -> int:
+    return sum(type(thing) in kinds for thing in gc.get_objects())
