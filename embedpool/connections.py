@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 LINES_PATH, LINES_TYPE = "/embed", "application/x-ndjson"
 LARGEST_JOINED_BYTES = 1 << 16  # above it copying costs more than a second packet
 SPOOLED_FROM_BYTES = 1 << 20  # of a body or an answer
+NEEDED_OF_A_SERVER = ("add_task", "adj", "application", "effective_port", "server_name")
 LARGEST_READ_UNSEEN_BYTES = 1 << 16  # of a body, before its sender is asked for a key
 
 
@@ -197,8 +198,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             if sent:
                 self.waits_since = time.monotonic()
                 if self.connected and not self.total_outbufs_len:
-                    self.outbufs[-1].close()  # which else keeps what was sent
-                    self.outbufs = [_Spool()]
+                    last = self.outbufs[-1]
+                    if last.buf is not None or not isinstance(last, _Spool):  # it keeps what was sent, if not little
+                        last.close()
+                        self.outbufs = [_Spool()]
                     self.current_outbuf_count = 0
         return sent
 
@@ -211,6 +214,8 @@ class _Quiet:
 
     def __init__(self, server: Any, channel: Channel) -> None:
         self._server, self._channel = server, weakref.proxy(channel)
+        for name in NEEDED_OF_A_SERVER:  # for each request; the rest through __getattr__, which takes longer
+            setattr(self, name, getattr(server, name))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._server, name)

@@ -25,7 +25,7 @@ class TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (its name there)
         """See logging.Formatter."""
         fields = getattr(record, "fields", {})
-        return " ".join([super().formatMessage(record), *(f"{k}={_shown(v)}" for k, v in fields.items())])
+        return " ".join([super().formatMessage(record), *[f"{k}={_shown(v)}" for k, v in fields.items()]])
 
 
 class JsonFormatter(logging.Formatter):

@@ -27,6 +27,7 @@ class Listener:
 
     adj = Adjustments(channel_request_lookahead=1)
     is_stopping = False
+    application = effective_port = server_name = None
 
     def __init__(self) -> None:
         self.active_channels: dict[int, Channel] = {}

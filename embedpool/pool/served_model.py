@@ -60,7 +60,8 @@ class ServedModel:
             on_failed=lambda reason: self._fail_waiting(ModelFailed(f"{self.spec.model!r} failed: {reason}")),
         )
         self._flows: set[Flow] = set()  # of the requests inside
-        self._flow_left = threading.Condition()
+        self._lock = threading.Lock()
+        self._flow_left = threading.Condition(self._lock)  # asked for while draining
         self._draining = False
 
     @property
@@ -82,7 +83,7 @@ class ServedModel:
         flow = Flow(
             deadline, request.weight, request.client_gone, partial=partial, trace=request.trace, hops=request.hops
         )
-        with self._flow_left:
+        with self._lock:
             self._flows.add(flow)
         try:
             result = self._embed(request, flow, timeout_s)
@@ -93,9 +94,10 @@ class ServedModel:
         finally:
             flow.abandoned = True  # what is still queued is dropped before it costs compute
             flow.jobs.clear()  # which refer to it: else both would stay until garbage is collected
-            with self._flow_left:
+            with self._lock:
                 self._flows.discard(flow)
-                self._flow_left.notify_all()
+                if self._draining:
+                    self._flow_left.notify_all()
         self.stats.answered(result)
         return result
 

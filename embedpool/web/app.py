@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Response, request
 
@@ -59,9 +59,16 @@ def refusal(app: Flask, method: str, path: str, headers: Mapping[str, str]) -> t
     return None
 
 
+class _App(Flask):
+    """No view of ours is async, which Flask would ask of each at every request."""
+
+    def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        return func
+
+
 def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: Metrics) -> Flask:
     """The WSGI app over a pool that `metrics` observes. Building it loads no model and starts no thread."""
-    app = Flask("embedpool", static_folder=None)
+    app = _App("embedpool", static_folder=None)
     app.request_class = HttpRequest
     app.url_map.strict_slashes = False
     access = app.extensions[ACCESS] = Access(settings.security, KeysFile(settings.file(settings.security.keys_file)))
@@ -89,7 +96,7 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
         status = response.status_code  # a note that held the response, which holds it, would keep both for long
 
         def note() -> None:
-            metrics.http_requests.labels(http.route, status, http.error_code).inc()
+            metrics.http_answer(http.route, status, http.error_code)
             log_request(http, status)
             if http.span is not None:
                 failed = status >= 500 or http.error_code == EmbedpoolError.code

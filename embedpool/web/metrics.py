@@ -6,6 +6,7 @@ With several gunicorn workers each keeps its numbers in files that all of them r
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -44,6 +45,7 @@ class Metrics(Observer):
 
     def __init__(self) -> None:
         values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]  # files or memory, as the environment says by now
+        self._series = functools.cache(lambda metric, *labels: metric.labels(*labels))  # found faster than by labels()
         self._lock = threading.Lock()
         self._counted: Counts[str] = Counts()  # reloads
         self._own = registry = CollectorRegistry(auto_describe=False)
@@ -82,30 +84,34 @@ class Metrics(Observer):
             self.request_seconds, self.queue_seconds, self.batch_seconds, self.batch_texts,
         )  # fmt: skip
 
+    def http_answer(self, route: str, status: int, code: str) -> None:
+        """One has left; the code is that of an error."""
+        self._series(self.http_requests, route, status, code).inc()
+
     # --- what the pool tells
 
     def answered(self, model: str, result: EmbedResult) -> None:
         """See Observer."""
-        self.requests.labels(model).inc()
-        self.texts.labels(model).inc(len(result.vectors) - len(result.errors))
-        self.tokens.labels(model).inc(result.tokens)
-        self.truncated.labels(model).inc(len(result.truncated))
+        self._series(self.requests, model).inc()
+        self._series(self.texts, model).inc(len(result.vectors) - len(result.errors))
+        self._series(self.tokens, model).inc(result.tokens)
+        self._series(self.truncated, model).inc(len(result.truncated))
         for error in result.errors.values():
-            self.errors.labels(model, error.code).inc()
-        self.request_seconds.labels(model).observe(result.total_ms / 1000)
-        self.queue_seconds.labels(model).observe(result.queue_ms / 1000)
+            self._series(self.errors, model, error.code).inc()
+        self._series(self.request_seconds, model).observe(result.total_ms / 1000)
+        self._series(self.queue_seconds, model).observe(result.queue_ms / 1000)
 
     def refused(self, model: str, code: str) -> None:
         """See Observer."""
-        self.requests.labels(model).inc()
-        self.errors.labels(model, code).inc()
+        self._series(self.requests, model).inc()
+        self._series(self.errors, model, code).inc()
 
     def batch(self, model: str, rows: int, tokens: int, padded_tokens: int, compute_s: float) -> None:
         """See Observer."""
-        self.batch_tokens.labels(model).inc(tokens)
-        self.padded_tokens.labels(model).inc(padded_tokens)
-        self.batch_seconds.labels(model).observe(compute_s)
-        self.batch_texts.labels(model).observe(rows)
+        self._series(self.batch_tokens, model).inc(tokens)
+        self._series(self.padded_tokens, model).inc(padded_tokens)
+        self._series(self.batch_seconds, model).observe(compute_s)
+        self._series(self.batch_texts, model).observe(rows)
 
     # --- a scrape
 
@@ -117,21 +123,21 @@ class Metrics(Observer):
     def refresh(self, pool: Pool, reconciler: Reconciler) -> None:
         """Read what is no event: states, queues, replicas. Every known model has every series."""
         with self._lock:
-            self.workers.labels(os.getpid()).set(1)
+            self._series(self.workers, os.getpid()).set(1)
             for entry in pool.snapshot():
                 model = entry["model"]
                 for metric in self._per_model:
-                    metric.labels(model)
+                    self._series(metric, model)
                 for name in STATES:
-                    self.state.labels(model, name).set(entry["state"] == name)
-                self.queue_texts.labels(model).set(entry["queue_len"])
-                self.queue_bound.labels(model).set(entry["queue_max"])
+                    self._series(self.state, model, name).set(entry["state"] == name)
+                self._series(self.queue_texts, model).set(entry["queue_len"])
+                self._series(self.queue_bound, model).set(entry["queue_max"])
                 idle, busy = entry["replicas_idle"], entry["replicas_busy"]
                 not_ready = entry["replicas"] - idle - busy
                 for state, count in (("idle", idle), ("busy", busy), ("not_ready", not_ready)):
-                    self.replicas.labels(model, state).set(count)
+                    self._series(self.replicas, model, state).set(count)
             for outcome, count in dict(reconciler.reloads).items():
-                self.reloads.labels(outcome).inc(count - self._counted[outcome])
+                self._series(self.reloads, outcome).inc(count - self._counted[outcome])
                 self._counted[outcome] = count
 
     def render(self, pool: Pool, reconciler: Reconciler) -> tuple[bytes, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response
 
 from embedpool.config.settings import Limits
 from embedpool.errors import InvalidRequest
@@ -24,13 +24,14 @@ def blueprint(pool: Pool, limits: Limits, max_streams: int) -> Blueprint:
 
     @routes.post("/embed")
     def embed() -> Response:
-        if request.mimetype == NDJSON:
+        http = here()
+        if http.mimetype == NDJSON:
             return ndjson.embed(pool, limits, streams)
-        body = read_json(request, EmbedSchema, limits)
+        body = read_json(http, EmbedSchema, limits)
         options = body["options"]
         texts = check_texts(body["texts"], limits)
         partial = options.get("on_error") == "partial"
-        wants_npy = request.accept_mimetypes.best == NPY
+        wants_npy = http.accept_mimetypes.best == NPY
         if partial and wants_npy:
             message = "partial needs an answer in JSON: an array has no place for errors"
             raise InvalidRequest(f"options.on_error: {message}", fields={"options.on_error": message})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response
 from marshmallow import fields, validate
 
 from embedpool.config.fields import StrictInteger, StrictSchema
@@ -90,7 +90,7 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
 
 def _embed(pool: Pool, limits: Limits) -> tuple[dict[str, Any], list[str], EmbedResult]:
     """Body, texts and their float vectors."""
-    body = read_json(request, CohereSchema, limits)
+    body = read_json(here(), CohereSchema, limits)
     texts = _texts(body, limits)
     options = embed_options({**options_of(CohereSchema, body), "dtype": "float32"})
     return body, texts, submit(pool, body["model"], texts, options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response
 from marshmallow import fields, validate
 
 from embedpool.config.fields import StrictBoolean, StrictInteger, StrictSchema
@@ -48,7 +48,7 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
 
     @routes.post("/api/embed")
     def embed() -> Response:
-        body = read_json(request, OllamaSchema, limits)
+        body = read_json(here(), OllamaSchema, limits)
         texts = texts_of(body["input"], limits, "input")
         options = embed_options(options_of(OllamaSchema, body))
         result = submit(pool, _known(pool, body["model"]), texts, options)
@@ -64,7 +64,7 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
 
     @routes.post("/api/embeddings")
     def embeddings() -> Response:
-        body = read_json(request, OllamaLegacySchema, limits)
+        body = read_json(here(), OllamaLegacySchema, limits)
         texts = texts_of(body["prompt"], limits, "prompt")
         result = submit(pool, _known(pool, body["model"]), texts, embed_options({}))
         return json_response({"embedding": result.vectors[0]})

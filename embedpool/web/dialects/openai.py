@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flask import Blueprint, Response, request
+from flask import Blueprint, Response
 from marshmallow import fields, validate
 
 from embedpool.config.fields import StrictBoolean, StrictInteger, StrictSchema
@@ -14,6 +14,7 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.request import INPUT_TYPES, EmbedResult
 from embedpool.web.dialects import POLICIES, chooses, means, options_of, status_with_400, texts_of
 from embedpool.web.encoding import as_base64, json_response
+from embedpool.web.http_request import here
 from embedpool.web.native import submit
 from embedpool.web.observe import all_models, one_model
 from embedpool.web.schemas import TEXT_OR_TEXTS, embed_options, read_json
@@ -77,7 +78,7 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
 
 def embed(pool: Pool, limits: Limits, model: str | None = None) -> Response:
     """The answer to the request at hand, of the model it names or of a given one."""
-    body = read_json(request, OpenAISchema, limits)
+    body = read_json(here(), OpenAISchema, limits)
     options = options_of(OpenAISchema, body)
     encoding = options.pop("encoding", "float")
     if encoding == "base64":

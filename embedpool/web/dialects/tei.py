@@ -110,14 +110,14 @@ def _target(pool: Pool, path: str, actions: Mapping[str, Action]) -> tuple[str, 
 
 
 def _embed(pool: Pool, limits: Limits, name: str) -> Response:
-    body = read_json(request, TeiSchema, limits)
+    body = read_json(here(), TeiSchema, limits)
     texts = texts_of(body["inputs"], limits, "inputs")
     result = submit(pool, name, texts, embed_options(_options(pool, name, body)))
     return _timed(json_response(result.vectors), result)
 
 
 def _similarity(pool: Pool, limits: Limits, name: str) -> Response:
-    body = read_json(request, SimilaritySchema, limits)
+    body = read_json(here(), SimilaritySchema, limits)
     sentences = check_texts(body["inputs"]["sentences"], limits, "inputs.sentences")
     options = {**_options(pool, name, body["parameters"]), "normalize": True, "dtype": "float32"}
     texts = [body["inputs"]["source_sentence"], *sentences]
@@ -136,7 +136,7 @@ def _options(pool: Pool, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tokenize(pool: Pool, limits: Limits, name: str) -> Response:
-    body = read_json(request, TokenizeSchema, limits)
+    body = read_json(here(), TokenizeSchema, limits)
     texts = texts_of(body["inputs"], limits, "inputs")
     _bound(sum(map(len, texts)), "characters")
     options = EmbedOptions(prompt_name=body.get("prompt_name"))
@@ -146,7 +146,7 @@ def _tokenize(pool: Pool, limits: Limits, name: str) -> Response:
 
 
 def _decode(pool: Pool, limits: Limits, name: str) -> Response:
-    body = read_json(request, DecodeSchema, limits)
+    body = read_json(here(), DecodeSchema, limits)
     ids = _ids_of(body["ids"], limits)
     _bound(sum(map(len, ids)), "ids")
     with pool.permit():
