@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Future, InvalidStateError
 
 import numpy as np
 
@@ -58,16 +56,16 @@ class Flow:
 
 
 class Job:
-    """Texts `offset` … `offset + len(texts)` of a request, on their way to `future`.
+    """Texts `offset` … `offset + len(texts)` of a request, on their way to `vectors`.
 
     `tokens` counts each text (estimated for remote models, whose `ids` are None). Only texts of equal `group` may share
     a batch; those of equal text and `variant` have equal vectors. Several workers may fill a job at once, row by row;
-    the future resolves once, with nothing or an error.
+    it is done once, with its vectors or an error.
     """
 
     __slots__ = (
-        "_done", "_lock", "_missing", "counted", "flow", "future", "group", "ids", "lost", "offset", "texts", "tokens",
-        "truncated", "variant", "vectors",
+        "_lock", "_missing", "_pending", "_settled", "counted", "error", "flow", "group", "ids", "is_done", "lost",
+        "offset", "texts", "tokens", "truncated", "variant", "vectors",
     )  # fmt: skip
 
     def __init__(
@@ -88,31 +86,37 @@ class Job:
         self.offset = offset
         self.group = group
         self.variant = variant
-        self.future: Future[None] = Future()
+        self.is_done = False
+        self.error: EmbedpoolError | None = None
         self.vectors: Vectors | None = None
         self.counted = 0.0  # tokens as counted by a remote service
         self.truncated: list[int] = []  # rows cut by a remote service
         self.lost: dict[int, EmbedpoolError] = {}  # rows that failed, where the request goes on without them
         self._missing = len(texts)
-        self._done = bytearray(len(texts))  # which rows are filled or lost
+        self._settled = bytearray(len(texts))  # which rows are filled or lost
         self._lock = threading.Lock()
+        self._pending = threading.Lock()  # held until it is done
+        self._pending.acquire()
 
     def __len__(self) -> int:
         return len(self.texts)
 
+    def wait(self, timeout_s: float) -> None:
+        """Until it is done. Raises its error, and TimeoutError."""
+        if not self._pending.acquire(timeout=timeout_s):
+            raise TimeoutError
+        self._pending.release()
+        if self.error is not None:
+            raise self.error
+
     def fill(self, row: int, vector: Vectors) -> None:
-        """Place one vector; the last one resolves the future."""
+        """Place one vector; the last one completes the job."""
         with self._lock:
             if self.vectors is None:
                 self.vectors = np.empty((len(self.texts), vector.shape[0]), dtype=np.float32)
-            if self._done[row]:
-                return
-            self._done[row] = 1
-            self.vectors[row] = vector
-            self._missing -= 1
-            complete = not self._missing
-        if complete:
-            self._resolve()
+            if not self._settled[row]:
+                self.vectors[row] = vector
+                self._settle(row)
 
     def lose(self, row: int, error: EmbedpoolError) -> None:
         """A text failed: its request fails, or goes on without it. Saying so twice is saying it once."""
@@ -120,25 +124,29 @@ class Job:
             self.fail(error)
             return
         with self._lock:
-            if self._done[row]:
-                return
-            self._done[row] = 1
-            self.lost[row] = error
-            self._missing -= 1
-            complete = not self._missing
-        if complete:
-            self._resolve()
-
-    def _resolve(self) -> None:
-        with contextlib.suppress(InvalidStateError):  # given up in this very moment
-            self.future.set_result(None)
+            if not self._settled[row]:
+                self.lost[row] = error
+                self._settle(row)
 
     def fail(self, error: EmbedpoolError) -> None:
-        """Resolve the future with an error, unless it is resolved."""
-        if not self.future.done() and self.flow.error is None:
-            self.flow.error = error
-        with contextlib.suppress(InvalidStateError):
-            self.future.set_exception(error)
+        """It is done, with this error, unless it is done already."""
+        with self._lock:
+            if not self.is_done:
+                self.error = error
+                self.flow.error = self.flow.error or error
+                self._finish()
+
+    def _settle(self, row: int) -> None:
+        """With the lock held."""
+        self._settled[row] = 1
+        self._missing -= 1
+        if not self._missing and not self.is_done:
+            self._finish()
+
+    def _finish(self) -> None:
+        """With the lock held."""
+        self.is_done = True
+        self._pending.release()
 
 
 class Row:

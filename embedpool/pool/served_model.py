@@ -7,7 +7,6 @@ import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TYPE_CHECKING, Any
 
 from embedpool.config.spec import HttpConfig, ModelSpec
@@ -127,8 +126,8 @@ class ServedModel:
                     raise flow.error
                 self._enqueue(job)
             for job in flow.jobs:
-                job.future.result(max(flow.deadline - clock(), 0))
-        except (FutureTimeout, queue.Full):
+                job.wait(max(flow.deadline - clock(), 0))
+        except (TimeoutError, queue.Full):
             raise DeadlineExceeded(f"no answer within {timeout_s:g} s") from None
         return gather(flow, measured, request.options, spec, arrived_at=arrived, measured_at=measured_at, now=clock())
 

@@ -128,7 +128,7 @@ class Worker:
         return bool(reason)
 
     def _still_waits(self, job: Job) -> bool:
-        if job.future.done():
+        if job.is_done:
             return False
         if job.flow.error is not None:
             job.fail(job.flow.error)
@@ -136,7 +136,7 @@ class Worker:
             job.fail(DeadlineExceeded("the request's deadline passed while its texts waited"))
         elif self._client_gone(job):
             job.fail(ClientGone("the client closed its connection"))
-        return not job.future.done()
+        return not job.is_done
 
     def _client_gone(self, job: Job) -> bool:
         try:

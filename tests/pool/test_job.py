@@ -1,7 +1,9 @@
-"""Jobs: how a request is cut, and how its futures resolve."""
+"""Jobs: how a request is cut, and how its parts are done."""
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,9 +46,9 @@ def test_a_job_resolves_when_its_last_vector_is_there() -> None:
     """Vectors may come in any order; the request is answered when all are there, each in its place."""
     job = job_of("a", "b")
     job.fill(1, vector_of("b"))
-    assert not job.future.done()
+    assert not job.is_done
     job.fill(0, vector_of("a"))
-    assert job.future.done()
+    assert job.is_done
     np.testing.assert_array_equal(job.vectors, [vector_of("a"), vector_of("b")])
 
 
@@ -55,26 +57,30 @@ def test_the_first_outcome_stands() -> None:
     done, failed = job_of("a"), job_of("a")
     done.fill(0, vector_of("a"))
     done.fail(InferenceFailed("late"))
-    assert done.future.exception(0) is None
+    done.wait(0)
     failed.fail(InferenceFailed("first"))
     failed.fail(InferenceFailed("second"))
     failed.fill(0, vector_of("a"))
     with pytest.raises(InferenceFailed, match="first"):
-        failed.future.result(0)
+        failed.wait(0)
 
 
-@pytest.mark.parametrize("late", ["fail", "fill"])
-def test_two_threads_may_resolve_a_job_at_once(late: str) -> None:
-    """A stop that gives a job up in the very moment its batch ends disturbs neither thread."""
-    job = job_of("a")
-    job.fail(InferenceFailed("first"))
-    job.future.done = lambda: False  # what the other thread saw just before
-    if late == "fail":
-        job.fail(InferenceFailed("second"))
-    else:
-        job.fill(0, vector_of("a"))
-    with pytest.raises(InferenceFailed, match="first"):
-        job.future.result(0)
+def test_two_threads_may_end_a_job_at_once() -> None:
+    """A stop that gives a job up in the very moment its batch ends disturbs neither thread, nor the one that waits."""
+    for _ in range(200):
+        job, error, start = job_of("a"), InferenceFailed("given up"), threading.Barrier(3)
+
+        def at_once(call: Callable[..., None], *arguments: Any, start: threading.Barrier = start) -> None:
+            start.wait(PATIENCE_S)
+            call(*arguments)
+
+        ends = [in_thread(at_once, job.fail, error), in_thread(at_once, job.fill, 0, vector_of("a"))]
+        waits = in_thread(at_once, job.wait, PATIENCE_S)
+        assert [end.exception(PATIENCE_S) for end in ends] == [None, None]
+        assert waits.exception(PATIENCE_S) is job.error
+        assert job.is_done
+        assert job.error is job.flow.error
+        assert job.error in (None, error)
 
 
 def test_a_row_is_one_text_of_its_job() -> None:
@@ -106,12 +112,12 @@ def test_a_job_that_goes_on_without_texts_resolves_when_each_is_filled_or_lost(f
     rows = list(enumerate(fates))
     random.shuffle(rows)
     for row, is_lost in rows:
-        assert not job.future.done()
+        assert not job.is_done
         if is_lost:
             job.lose(row, InferenceFailed("no"))
             job.lose(row, InferenceFailed("no"))
         else:
             job.fill(row, np.ones(2, dtype=np.float32))
-    assert job.future.done()
+    assert job.is_done
     assert set(job.lost) == {row for row, is_lost in rows if is_lost}
     assert flow.error is None

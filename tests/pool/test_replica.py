@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from embedpool.drivers.base import Driver
-from embedpool.errors import InferenceFailed
+from embedpool.errors import EmbedpoolError, InferenceFailed
 from embedpool.pool import replica as replica_module
 from embedpool.pool.batcher import Batcher
 from embedpool.pool.culprits import Culprits
@@ -105,7 +106,9 @@ def start() -> Iterator:
 
 
 def done(job: Job) -> Exception | None:
-    return job.future.exception(PATIENCE_S)
+    with contextlib.suppress(EmbedpoolError):
+        job.wait(PATIENCE_S)
+    return job.error
 
 
 def test_it_loads_serves_and_closes(start) -> None:
@@ -302,7 +305,7 @@ def test_a_stop_lets_the_batch_finish(start) -> None:
     gate.open()
     assert done(running) is None
     assert replica.join(PATIENCE_S)
-    assert not waiting.future.done()
+    assert not waiting.is_done
 
 
 def test_a_stop_during_the_back_off_does_not_wait_for_it(start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""One round of a worker: every future is resolved on every path."""
+"""One round of a worker: every job is done on every path."""
 
 from __future__ import annotations
 
@@ -58,19 +58,19 @@ class Bench:
             while self.worker.step():
                 pass
         finally:
-            assert all(job.future.done() for job in jobs)
+            assert all(job.is_done for job in jobs)
 
 
 def assert_served(*jobs: Job) -> None:
     for job in jobs:
-        assert job.future.exception(0) is None
+        job.wait(0)
         np.testing.assert_array_equal(job.vectors, vectors_of(job.texts))
 
 
 def error_of(job: Job) -> Exception:
-    error = job.future.exception(0)
-    assert error is not None
-    return error
+    assert job.is_done
+    assert job.error is not None
+    return job.error
 
 
 def failing(*bad: str, error: Exception | None = None):
@@ -488,7 +488,7 @@ def test_a_batch_whose_process_is_killed_from_outside_is_served_by_the_next() ->
         bench.queue.admit(job)
         with pytest.raises(DriverBroken):
             bench.worker.step()
-        assert not job.future.done()
+        assert not job.is_done
         driver.revive()
         driver.deadly = ()
         bench.serve()
@@ -577,4 +577,4 @@ def test_a_driver_lost_by_its_neighbour_between_two_looks_is_asked_once() -> Non
     bench.queue.admit(job)
     with pytest.raises(DriverBroken):
         bench.worker.step()
-    assert job.future.done() != bool(bench.queue.qsize())
+    assert job.is_done != bool(bench.queue.qsize())

@@ -164,9 +164,8 @@ def test_overload_is_a_rate_limit_with_retry_after(make_web: MakeWeb) -> None:
     """The SDKs wait as long as they are told."""
     settings = Settings(defaults=Defaults(max_inflight_global=1))
     web = make_web(MODEL, settings=settings)
-    assert web.pool._permits.acquire(blocking=False)
-    answer = ask(web)
-    web.pool._permits.release()
+    with web.pool.permit():
+        answer = ask(web)
     refused(answer, 429, "rate_limit_error")
     assert int(answer.headers["Retry-After"]) >= 1
 
