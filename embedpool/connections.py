@@ -199,7 +199,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 self.waits_since = time.monotonic()
                 if self.connected and not self.total_outbufs_len:
                     last = self.outbufs[-1]
-                    if last.buf is not None or not isinstance(last, _Spool):  # it keeps what was sent, if not little
+                    if last.buf is not None or not isinstance(last, _Spool):  # what was sent is still in it
                         last.close()
                         self.outbufs = [_Spool()]
                     self.current_outbuf_count = 0

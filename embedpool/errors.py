@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -260,6 +261,18 @@ class ClientGone(EmbedpoolError):
     """The client closed its connection while its texts waited."""
 
     status, code = 499, "client_gone"
+
+
+def forget_frames(error: BaseException) -> None:
+    """Let go of what the frames hold that this error, and those behind it, came through: a request, its vectors.
+
+    An error that is kept by what its frames hold would keep all of it until garbage is collected.
+    """
+    behind: BaseException | None = error
+    while behind is not None:
+        traceback.clear_frames(behind.__traceback__)
+        behind.__traceback__ = None
+        behind = behind.__context__
 
 
 def near_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:

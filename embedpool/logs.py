@@ -55,7 +55,7 @@ def _json(value: Any) -> str:
 
 def _shown(value: Any) -> str:
     text = str(value)
-    return text if PLAIN.match(text) else _json(text)
+    return text if isinstance(value, int | float) or PLAIN.match(text) else _json(text)
 
 
 def configure_logging(settings: Settings) -> None:

@@ -17,7 +17,7 @@ from requests.adapters import HTTPAdapter
 from requests.utils import get_auth_from_url
 
 from embedpool import tracing
-from embedpool.errors import UpstreamError
+from embedpool.errors import UpstreamError, forget_frames
 
 FAILURES_TO_OPEN = 5  # in a row; an address is then left alone until it has proved itself
 PASSING_STATUS = (429, 500, 502, 503, 504)
@@ -90,6 +90,7 @@ class Upstream:
                 headers=dict(tracing.outgoing()),
             )
         except requests.RequestException as error:
+            forget_frames(error)
             raise UpstreamError(
                 f"the remote service does not answer: {_reason(error)}", passing=not isinstance(error, requests.Timeout)
             ) from None

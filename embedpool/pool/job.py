@@ -103,9 +103,10 @@ class Job:
 
     def wait(self, timeout_s: float) -> None:
         """Until it is done. Raises its error, and TimeoutError."""
-        if not self._pending.acquire(timeout=timeout_s):
-            raise TimeoutError
-        self._pending.release()
+        if not self.is_done:
+            if not self._pending.acquire(timeout=timeout_s):
+                raise TimeoutError
+            self._pending.release()
         if self.error is not None:
             raise self.error
 

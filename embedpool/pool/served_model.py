@@ -60,7 +60,7 @@ class ServedModel:
         )
         self._flows: set[Flow] = set()  # of the requests inside
         self._lock = threading.Lock()
-        self._flow_left = threading.Condition(self._lock)  # asked for while draining
+        self._flow_left = threading.Condition(self._lock)  # told once it is draining
         self._draining = False
 
     @property

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embedpool import tracing
-from embedpool.errors import ClientGone, DeadlineExceeded, EmbedpoolError, InferenceFailed, UpstreamError
+from embedpool.errors import ClientGone, DeadlineExceeded, EmbedpoolError, InferenceFailed, UpstreamError, forget_frames
 from embedpool.pool.batcher import Batcher
 from embedpool.pool.culprits import Culprits
 from embedpool.pool.job import Job, Row
@@ -279,6 +279,7 @@ def _report(rows: list[Row], answer: Embeddings) -> None:
 
 
 def _fail(rows: list[Row], error: EmbedpoolError) -> None:
+    forget_frames(error)
     for row in rows:
         for equal in (row, *row.twins):
             equal.job.lose(equal.at, error)

@@ -10,7 +10,7 @@ from typing import Any
 from flask import Response, request
 from werkzeug.exceptions import HTTPException
 
-from embedpool.errors import BadRequest, EmbedpoolError, MethodNotAllowed, NotFound, as_document
+from embedpool.errors import BadRequest, EmbedpoolError, MethodNotAllowed, NotFound, as_document, forget_frames
 from embedpool.web.encoding import json_response
 from embedpool.web.http_request import here
 
@@ -43,7 +43,7 @@ def error_response(error: Exception, shape: Shape = native_shape) -> Response:
         response.headers["Retry-After"] = str(math.ceil(known.retry_after_s))
     if isinstance(error, HTTPException):
         response.headers.extend({k: v for k, v in error.get_headers() if k == "Allow"})
-    error.__traceback__ = None  # its frames hold the request, whose jobs hold the error
+    forget_frames(error)
     return response
 
 

@@ -32,6 +32,7 @@ from embedpool.errors import (
     Overloaded,
     ShuttingDown,
     UpstreamError,
+    forget_frames,
 )
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import EmbedOptions, EmbedRequest, EmbedResult
@@ -171,6 +172,7 @@ class _Stream:
         except EmbedpoolError as error:
             if not self._has_begun or self._over.is_set() or isinstance(error, ClientGone):
                 raise
+            forget_frames(error)
             for line in asked:
                 line.error = error
         return _Answer(b"".join(line.encoded() for line in chunk), len(chunk), result)

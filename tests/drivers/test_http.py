@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -399,6 +401,27 @@ def test_a_passing_failure_is_tried_again(remote: Remote, opened: Callable[..., 
     assert len(driver.embed(["a"], None, {}).vectors) == 1
     assert len(remote.seen) == 3
     assert remote.seen[0].body == remote.seen[2].body
+
+
+@pytest.mark.parametrize("failure", [Reply({}, 503), Reply(b"garbage"), DROP], ids=lambda r: str(r.status))
+def test_a_failure_keeps_nothing_of_its_caller(
+    remote: Remote, opened: Callable[..., HttpDriver], failure: Reply
+) -> None:
+    """Not until garbage is collected: callers hold texts, and a service that is down fails many."""
+    driver = opened(retries=1)
+    remote.answer = lambda seen: failure
+
+    def call() -> weakref.ref[set[str]]:
+        texts = {"a"}
+        with suppress(UpstreamError):
+            driver.embed(list(texts), None, {})
+        return weakref.ref(texts)
+
+    gc.disable()
+    try:
+        assert call()() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("failure", [Reply({}, 503), DROP], ids=["503", "dropped connection"])

@@ -42,7 +42,7 @@ def test_a_request_is_cut_into_runs_that_fit(tokens: list[int], max_texts: int, 
             assert len(job) == max_texts or sum(job.tokens) + following.tokens[0] > max_tokens
 
 
-def test_a_job_resolves_when_its_last_vector_is_there() -> None:
+def test_a_job_is_done_when_its_last_vector_is_there() -> None:
     """Vectors may come in any order; the request is answered when all are there, each in its place."""
     job = job_of("a", "b")
     job.fill(1, vector_of("b"))
@@ -105,7 +105,7 @@ def test_several_workers_may_fill_a_job_at_once() -> None:
 
 @settings(max_examples=100, deadline=None, database=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=8), st.randoms(use_true_random=False))
-def test_a_job_that_goes_on_without_texts_resolves_when_each_is_filled_or_lost(fates: list[bool], random: Any) -> None:
+def test_a_job_that_goes_on_without_texts_is_done_when_each_is_filled_or_lost(fates: list[bool], random: Any) -> None:
     """In any order; a text that is said to be lost twice is lost once."""
     flow = Flow(1e9, 1.0, lambda: False, partial=True)
     (job,) = split(flow, ["t"] * len(fates), None, [1] * len(fates), group=None, max_texts=9, max_tokens=99)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from embedpool.config.settings import Settings
+from embedpool.config.spec import ModelSpec
+from embedpool.drivers.base import Embeddings
+from embedpool.drivers.fake import FakeDriver
 from embedpool.errors import Overloaded, ShuttingDown, UpstreamError
 from embedpool.pool.job import Flow, Job
 from embedpool.pool.request import EmbedResult
 from embedpool.web.app import create_app
 from embedpool.web.http_request import HttpRequest
+from embedpool.web.lines import CHUNK_TEXTS
 from embedpool.web.metrics import Metrics
+from tests.conftest import open_fake
 from tests.web.conftest import MODEL, NAME, MakeWeb, Web, refused
 
 PATHS = ("/health", "/ready", "/status", "/models", "/metrics", f"/models/{NAME}", f"/ready/{NAME}")
@@ -200,9 +207,50 @@ def test_an_answered_request_goes_at_once(
     """All that it took, not when garbage is collected: that is seldom, and a request may be large."""
     caplog.set_level(logging.CRITICAL)  # what is captured is kept
     web = make_web(MODEL + ", driver: {type: fake, config: {fault: raise, fault_text: bad}}")
+    assert _kept(web, path, status, json=body) == 0
+
+
+def _lines(*texts: str) -> bytes:
+    return b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("path", "sent", "status"),
+    [
+        ("/embed", {"json": {"model": "m", "texts": ["a", "bad"]}}, 502),
+        ("/embed", {"json": {"model": "m", "texts": ["a", "bad"], "options": {"on_error": "partial"}}}, 200),
+        ("/embed?model=m", {"data": _lines(*["a"] * CHUNK_TEXTS, "bad"), "content_type": "application/x-ndjson"}, 200),
+        ("/embed?model=m", {"data": _lines("bad"), "content_type": "application/x-ndjson"}, 502),
+        ("/nothing", {}, 404),
+        ("/status", {}, 405),
+    ],
+)
+def test_so_does_one_that_a_remote_service_fails_or_nobody_answers(
+    make_web: MakeWeb, caplog: pytest.LogCaptureFixture, path: str, sent: dict[str, Any], status: int
+) -> None:
+    """An error does not hold what it came through: when a remote is down, there are many."""
+    caplog.set_level(logging.CRITICAL)
+
+    def open_driver(spec: ModelSpec, memory: object) -> FakeDriver:
+        driver = open_fake(spec)
+        embed = driver.embed
+
+        def failing(texts: Sequence[str], *rest: Any) -> Embeddings:
+            if "bad" in texts:
+                raise UpstreamError("it is down")
+            return embed(texts, *rest)
+
+        driver.embed = failing
+        return driver
+
+    assert _kept(make_web(MODEL, open_driver=open_driver), path, status, **sent) == 0
+
+
+def _kept(web: Web, path: str, status: int, **sent: Any) -> int:
+    """How many large things such requests leave, until garbage is collected."""
 
     def ask() -> None:
-        environ = EnvironBuilder(path, method="POST", json=body).get_environ()
+        environ = EnvironBuilder(path, method="POST", **sent).get_environ()
         chunks, answered, _ = run_wsgi_app(web.app, environ, buffered=True)
         assert answered.startswith(str(status)), b"".join(chunks)
 
@@ -214,7 +262,7 @@ def test_an_answered_request_goes_at_once(
         for _ in range(3):
             ask()
         web.pool.stop()  # so that no worker holds the last batch
-        assert _count(LARGE) <= before
+        return _count(LARGE) - before
     finally:
         gc.enable()
 
