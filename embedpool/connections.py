@@ -60,6 +60,7 @@ class _ErrorTask(ErrorTask):  # type: ignore[misc]
     """What is not even HTTP gets an error in our shape, too."""
 
     def execute(self) -> None:
+        self.channel.may_be_sending = True
         reason = self.request.error
         if isinstance(reason, _Refused):
             body = reason.body
@@ -155,10 +156,14 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     task_class = _Task
     error_task_class = _ErrorTask
 
+    close_when_flushed: bool
+
     def __init__(self, server: Any, *arguments: Any, **named: Any) -> None:
         super().__init__(_Quiet(server, self), *arguments, **named)
         self.outbufs = [_Spool()]
         self.waits_since = time.monotonic()  # for a whole request, when none is served
+        self.may_be_sending = False  # a request of which no more is read
+        self.lingers = False
 
     @property
     def is_idle(self) -> bool:
@@ -173,7 +178,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     @property
     def may_bring_a_request(self) -> bool:
         """Whether something has come, after the last request, that nobody has looked at yet."""
-        if self.request is not None:
+        if self.request is not None or self.lingers:
             return False
         try:
             return bool(self.socket.recv(1, socket.MSG_PEEK))
@@ -185,6 +190,27 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Nothing is left to do for the I/O thread, which reads what comes next."""
         ends = self.will_close or self.close_when_flushed or not self.connected
         return self.is_idle and not ends and self._map.awaits_input_alone(self._fileno)
+
+    def handle_write(self) -> None:
+        """As waitress does, but from a client that may still be sending it goes on to read, and throws it away.
+
+        Closed at once, with something unread, the connection would be reset, and the client might never see its answer.
+        """
+        ends = self.close_when_flushed and self.may_be_sending
+        if ends:
+            self.close_when_flushed = False
+        super().handle_write()
+        if ends and self.total_outbufs_len:
+            self.close_when_flushed = True
+        elif ends and self.connected:
+            self.lingers = True
+            self.waits_since = time.monotonic()
+            with contextlib.suppress(OSError):  # it has gone
+                self.socket.shutdown(socket.SHUT_WR)
+
+    def received(self, data: bytes) -> bool:
+        """Of its requests; what comes after the last answer is none."""
+        return not self.lingers and bool(super().received(data))
 
     def ask(self) -> None:
         """Have the I/O thread look at it."""

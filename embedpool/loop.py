@@ -30,6 +30,7 @@ LISTEN_BACKLOG = 2048
 FILES_BESIDE = 256  # open ones that are no connections of requests: models, pipes to children, logs, pool.yml
 MOST_ON_WINDOWS = 500  # sockets that its `select` takes, and a few less
 LEAST_WAIT_S = 2.0  # of a connection for a whole request, before it gives way to another
+LONGEST_LINGER_S = 10.0  # of a client that goes on to send what nobody reads, after its answer
 LOOK_FOR_ROOM_EVERY_S = 0.1  # while nobody has waited for so long
 
 
@@ -164,7 +165,8 @@ class Loop:
         """Here and now, not when it could be written to: that may be never."""
         since = time.time() - self._app.settings.server.idle_connection_s
         for channel in self._channels():
-            if channel.waits_for_a_request and channel.last_activity < since and not channel.may_bring_a_request:
+            is_idle = channel.waits_for_a_request and channel.last_activity < since and not channel.may_bring_a_request
+            if is_idle or (channel.lingers and time.monotonic() - channel.waits_since > LONGEST_LINGER_S):
                 channel.handle_close()
 
     def _close_stalled(self) -> None:

@@ -234,6 +234,39 @@ def test_a_stop_waits_for_what_has_come_and_for_nobody_who_reads_no_more(crowd: 
     assert crowd.loop._channels() == []
 
 
+@pytest.fixture
+def lingering(crowd: Clients) -> socket.socket:
+    """A client that has its answer, which ends the connection, and sends on."""
+    client = crowd.admit()
+    client.sendall(b"NONSENSE\r\n\r\n")
+    crowd.turn_until(lambda: crowd.channel(client).lingers)
+    client.sendall(bytes(10_000))
+    return client
+
+
+def test_a_client_that_sends_on_can_read_why_nobody_listens(crowd: Clients, lingering: socket.socket) -> None:
+    """Closed at once, with something unread, it would be told of a broken connection instead."""
+    crowd.turn()
+    lingering.sendall(bytes(10_000))
+    crowd.turn()
+    assert lingering.makefile("rb").read().startswith(b"HTTP/1.0 400 ")
+    lingering.close()
+    crowd.turn_until(lambda: not crowd.loop._channels())
+
+
+@pytest.mark.parametrize("how", ["too long", "stop"])
+def test_one_that_never_ends_to_send_is_cut_off(crowd: Clients, lingering: socket.socket, how: str) -> None:
+    """After a while, or when the server stops."""
+    crowd.loop._close_idle()
+    assert crowd.loop._channels()
+    if how == "stop":
+        crowd.loop._serve_what_is_left(0.0, lambda: True)
+    else:
+        crowd.channel(lingering).waits_since -= LONG_S
+        crowd.loop._close_idle()
+    assert crowd.loop._channels() == []
+
+
 @pytest.mark.parametrize("begun", [b"POST /embed HTTP/1.1\r\nContent-Length: 5000\r\n\r\n" + b"x" * 3000, b""])
 def test_a_connection_that_is_closed_leaves_no_memory(crowd: Clients, begun: bytes) -> None:
     """Not even until garbage is collected: half a body may be large."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import socket
 import threading
@@ -208,6 +210,10 @@ def test_no_large_body_is_read_from_a_stranger(server: Server, kind: str) -> Non
             with socket.create_connection((to[0], int(to[1])), timeout=WAIT_S) as friend:
                 friend.sendall(f"{head}\r\nHost: x\r\nAuthorization: Bearer {key}\r\n\r\n".encode())
                 assert friend.recv(12) == b"HTTP/1.1 100"
+    sends_all_first = http.client.HTTPConnection(*to, timeout=WAIT_S)
+    with contextlib.closing(sends_all_first):
+        sends_all_first.request("POST", "/embed", bytes(60_000_000), {"Content-Type": "application/json"})
+        assert sends_all_first.getresponse().status == 401
     large = {"model": "m", "texts": ["word " * 20_000]}
     assert server.post("/embed", large, headers={"Authorization": f"Bearer {key}"}).status_code == 200
     assert server.embed("m", ["x"]).status_code == 401
