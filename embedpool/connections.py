@@ -157,6 +157,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     error_task_class = _ErrorTask
 
     close_when_flushed: bool
+    request: _Parser | None
 
     def __init__(self, server: Any, *arguments: Any, **named: Any) -> None:
         super().__init__(_Quiet(server, self), *arguments, **named)
@@ -205,6 +206,9 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         elif ends and self.connected:
             self.lingers = True
             self.waits_since = time.monotonic()
+            if self.request is not None:  # what came together with the head of the refused one, read as another
+                self.request.close()
+                self.request = None
             with contextlib.suppress(OSError):  # it has gone
                 self.socket.shutdown(socket.SHUT_WR)
 

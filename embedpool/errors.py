@@ -266,7 +266,8 @@ class ClientGone(EmbedpoolError):
 def forget_frames(error: BaseException) -> None:
     """Let go of what the frames hold that this error, and those behind it, came through: a request, its vectors.
 
-    An error that is kept by what its frames hold would keep all of it until garbage is collected.
+    An error that is kept by what its frames hold would keep all of it until garbage is collected. Not for one that a
+    generator has caught and outlived: it would be ended.
     """
     behind: BaseException | None = error
     while behind is not None:

@@ -31,6 +31,7 @@ FILES_BESIDE = 256  # open ones that are no connections of requests: models, pip
 MOST_ON_WINDOWS = 500  # sockets that its `select` takes, and a few less
 LEAST_WAIT_S = 2.0  # of a connection for a whole request, before it gives way to another
 LONGEST_LINGER_S = 10.0  # of a client that goes on to send what nobody reads, after its answer
+LINGER_AT_STOP_S = 1.0
 LOOK_FOR_ROOM_EVERY_S = 0.1  # while nobody has waited for so long
 
 
@@ -216,13 +217,17 @@ class Loop:
             listener.socket.close()
 
     def _serve_what_is_left(self, longest_s: float, heartbeat: Callable[[], bool]) -> None:
-        """Go on until every connection is closed. One is closed when nothing has arrived on it and nothing is owed."""
+        """Go on until every connection is closed. One is closed when nothing has arrived on it and nothing is owed.
+
+        One that lingers is left to its client for a moment, to read its answer.
+        """
         deadline = time.monotonic() + longest_s
         while True:
             heartbeat()
             self._turn(0.05)
             for channel in self._channels():
-                if channel.is_idle and not channel.may_bring_a_request:
+                lingers = channel.lingers and time.monotonic() - channel.waits_since < LINGER_AT_STOP_S
+                if channel.is_idle and not lingers and not channel.may_bring_a_request:
                     channel.handle_close()
             if not self._channels() or time.monotonic() >= deadline:
                 return

@@ -234,11 +234,11 @@ def test_a_stop_waits_for_what_has_come_and_for_nobody_who_reads_no_more(crowd: 
     assert crowd.loop._channels() == []
 
 
-@pytest.fixture
-def lingering(crowd: Clients) -> socket.socket:
+@pytest.fixture(params=[b"", b"what comes with the head"])
+def lingering(crowd: Clients, request: pytest.FixtureRequest) -> socket.socket:
     """A client that has its answer, which ends the connection, and sends on."""
     client = crowd.admit()
-    client.sendall(b"NONSENSE\r\n\r\n")
+    client.sendall(b"NONSENSE\r\n\r\n" + request.param)
     crowd.turn_until(lambda: crowd.channel(client).lingers)
     client.sendall(bytes(10_000))
     return client
@@ -257,13 +257,14 @@ def test_a_client_that_sends_on_can_read_why_nobody_listens(crowd: Clients, ling
 @pytest.mark.parametrize("how", ["too long", "stop"])
 def test_one_that_never_ends_to_send_is_cut_off(crowd: Clients, lingering: socket.socket, how: str) -> None:
     """After a while, or when the server stops."""
-    crowd.loop._close_idle()
+    close = {
+        "too long": crowd.loop._close_idle,
+        "stop": lambda: crowd.loop._serve_what_is_left(0.0, lambda: True),
+    }[how]
+    close()
     assert crowd.loop._channels()
-    if how == "stop":
-        crowd.loop._serve_what_is_left(0.0, lambda: True)
-    else:
-        crowd.channel(lingering).waits_since -= LONG_S
-        crowd.loop._close_idle()
+    crowd.channel(lingering).waits_since -= LONG_S
+    close()
     assert crowd.loop._channels() == []
 
 
