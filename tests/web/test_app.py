@@ -207,7 +207,7 @@ def test_an_answered_request_goes_at_once(
     """All that it took, not when garbage is collected: that is seldom, and a request may be large."""
     caplog.set_level(logging.CRITICAL)  # what is captured is kept
     web = make_web(MODEL + ", driver: {type: fake, config: {fault: raise, fault_text: bad}}")
-    assert _kept(web, path, status, json=body) == 0
+    assert _kept(web, path, status, json=body) <= 0
 
 
 def _lines(*texts: str) -> bytes:
@@ -243,11 +243,11 @@ def test_so_does_one_that_a_remote_service_fails_or_nobody_answers(
         driver.embed = failing
         return driver
 
-    assert _kept(make_web(MODEL, open_driver=open_driver), path, status, **sent) == 0
+    assert _kept(make_web(MODEL, open_driver=open_driver), path, status, **sent) <= 0
 
 
 def _kept(web: Web, path: str, status: int, **sent: Any) -> int:
-    """How many large things such requests leave, until garbage is collected."""
+    """How many large things three such requests leave; below 0 if a worker had yet to let go of the one before."""
 
     def ask() -> None:
         environ = EnvironBuilder(path, method="POST", **sent).get_environ()
