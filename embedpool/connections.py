@@ -156,7 +156,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     task_class = _Task
     error_task_class = _ErrorTask
 
-    close_when_flushed: bool
+    close_when_flushed: bool  # waitress's own, and so is the next
     request: _Parser | None
 
     def __init__(self, server: Any, *arguments: Any, **named: Any) -> None:
@@ -191,6 +191,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Nothing is left to do for the I/O thread, which reads what comes next."""
         ends = self.will_close or self.close_when_flushed or not self.connected
         return self.is_idle and not ends and self._map.awaits_input_alone(self._fileno)
+
+    def lingers_within(self, longest_s: float) -> bool:
+        """Whether it lingers (see handle_write), for no longer than this yet."""
+        return self.lingers and time.monotonic() - self.waits_since <= longest_s
 
     def handle_write(self) -> None:
         """As waitress does, but from a client that may still be sending it goes on to read, and throws it away.

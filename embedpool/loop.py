@@ -167,7 +167,7 @@ class Loop:
         since = time.time() - self._app.settings.server.idle_connection_s
         for channel in self._channels():
             is_idle = channel.waits_for_a_request and channel.last_activity < since and not channel.may_bring_a_request
-            if is_idle or (channel.lingers and time.monotonic() - channel.waits_since > LONGEST_LINGER_S):
+            if is_idle or (channel.lingers and not channel.lingers_within(LONGEST_LINGER_S)):
                 channel.handle_close()
 
     def _close_stalled(self) -> None:
@@ -226,8 +226,8 @@ class Loop:
             heartbeat()
             self._turn(0.05)
             for channel in self._channels():
-                lingers = channel.lingers and time.monotonic() - channel.waits_since < LINGER_AT_STOP_S
-                if channel.is_idle and not lingers and not channel.may_bring_a_request:
+                is_needed = channel.lingers_within(LINGER_AT_STOP_S) or channel.may_bring_a_request
+                if channel.is_idle and not is_needed:
                     channel.handle_close()
             if not self._channels() or time.monotonic() >= deadline:
                 return
