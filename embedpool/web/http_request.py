@@ -15,8 +15,15 @@ from embedpool.pool.request import EmbedResult
 from embedpool.web.access import NOBODY
 
 MOST_HOPS = 4
-HOPS = "HTTP_X_EMBEDPOOL_HOPS"  # tracing.HOPS_HEADER as WSGI has it: `headers` is slow
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
+
+
+def environ_key(header: str) -> str:
+    """What WSGI calls a header: on the hot path it is looked up there, since `headers` is slow."""
+    return f"HTTP_{header.upper().replace('-', '_')}"
+
+
+TRACEPARENT, REQUEST_ID_GIVEN, HOPS = map(environ_key, ("traceparent", "X-Request-Id", tracing.HOPS_HEADER))
 
 
 class HttpRequest(Request):
@@ -34,11 +41,11 @@ class HttpRequest(Request):
         self.tokens = self.truncated = 0
         self.queue_ms = self.compute_ms = 0.0
         self.error_code = ""
-        self.trace = tracing.trace_of(self.headers) if "HTTP_TRACEPARENT" in self.environ else {}
+        self.trace = tracing.trace_of(self.headers) if TRACEPARENT in self.environ else {}
         self.span: Any = None
         self.caller = NOBODY
-        given = self.environ.get("HTTP_X_REQUEST_ID", "")
-        self.id = given if REQUEST_ID.match(given) else f"{random.getrandbits(128):032x}"
+        given = self.environ.get(REQUEST_ID_GIVEN, "")
+        self.id = given if REQUEST_ID.match(given) else f"{random.getrandbits(128):032x}"  # no secret
 
     def add(self, result: EmbedResult) -> None:
         """It got this; of lines, this part."""

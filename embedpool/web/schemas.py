@@ -19,9 +19,10 @@ from embedpool.config.settings import Limits
 from embedpool.config.spec import DRIVER_CONFIGS
 from embedpool.errors import BadJson, BodyTooLarge, EmptyInput, InvalidRequest, TooManyTexts, UnsupportedMediaType
 from embedpool.pool.request import INPUT_TYPES, EmbedOptions
+from embedpool.web.http_request import environ_key
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
-TIMEOUT = "HTTP_X_REQUEST_TIMEOUT_MS"  # the same as WSGI has it: `headers` is slow
+TIMEOUT = environ_key(TIMEOUT_HEADER)
 LONGEST_TIMEOUT_DIGITS = 12
 
 
