@@ -24,6 +24,7 @@ from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 from waitress.utilities import Error
 
 from embedpool.errors import BadRequest, BodyTooLarge, EmbedpoolError, StorageError, as_document
+from embedpool.nonblocking import Socket
 
 logger = logging.getLogger(__name__)
 
@@ -159,8 +160,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     close_when_flushed: bool  # waitress's own, and so is the next
     request: _Parser | None
 
-    def __init__(self, server: Any, *arguments: Any, **named: Any) -> None:
-        super().__init__(_Quiet(server, self), *arguments, **named)
+    def __init__(self, server: Any, client: socket.socket, *arguments: Any, **named: Any) -> None:
+        super().__init__(_Quiet(server, self), Socket(client), *arguments, **named)
         self.outbufs = [_Spool()]
         self.waits_since = time.monotonic()  # for a whole request, when none is served
         self.may_be_sending = False  # a request of which no more is read

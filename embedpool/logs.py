@@ -7,10 +7,11 @@ import logging
 import re
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 import orjson
 
+from embedpool import nonblocking
 from embedpool.config.settings import Settings
 
 PLAIN = re.compile(r"[\w./:@#<>+-]+\Z")  # written as it is; anything else in quotes
@@ -58,9 +59,35 @@ def _shown(value: Any) -> str:
     return text if isinstance(value, int | float) or PLAIN.match(text) else _json(text)
 
 
+class _Lines:
+    """A stream to which a line is written with the GIL held, as far as that waits for nothing."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._write = nonblocking.writer(stream.fileno())
+
+    def write(self, line: str) -> None:
+        """One line at a time: the handler sees to that."""
+        data = line.encode(self._stream.encoding, self._stream.errors or "strict")
+        if rest := data[self._write(data) :]:
+            self._stream.buffer.write(rest)
+
+    def flush(self) -> None:
+        """See io."""
+        self._stream.flush()
+
+
+def to_stream(stream: TextIO) -> logging.Handler:
+    """What writes records to it, and quickly if it is a file."""
+    try:
+        return logging.StreamHandler(_Lines(stream))
+    except OSError:
+        return logging.StreamHandler(stream)
+
+
 def configure_logging(settings: Settings) -> None:
     """To standard error, once."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = to_stream(sys.stderr)
     handler.setFormatter(JsonFormatter() if settings.logging.format == "json" else TextFormatter())
     logging.basicConfig(level=settings.logging.level.upper(), handlers=[handler])
     logging.getLogger("embedpool.web.request_log").disabled = not settings.logging.requests

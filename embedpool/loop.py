@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import math
 import socket
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 LISTEN_BACKLOG = 2048
+MOST_ACCEPTED_AT_ONCE = 16  # connections in a turn; the other workers have theirs
 FILES_BESIDE = 256  # open ones that are no connections of requests: models, pipes to children, logs, pool.yml
 MOST_ON_WINDOWS = 500  # sockets that its `select` takes, and a few less
 LEAST_WAIT_S = 2.0  # of a connection for a whole request, before it gives way to another
@@ -110,6 +112,7 @@ class Loop:
         self._listeners: list[BaseWSGIServer] = [self._open[fd] for fd in self._listening]
         for listener in self._listeners:
             listener.channel_class = Channel
+            listener.handle_accept = functools.partial(self._accept_some, listener)
             listener.adj.refusal = app.refusal
             listener.adj.for_lines = copy.copy(listener.adj)
             listener.adj.for_lines.max_request_body_size = settings.limits.max_stream_body_bytes
@@ -205,13 +208,23 @@ class Loop:
         self._serve_what_is_left(2.0, heartbeat)
         return sum(counts)
 
+    def _accept_some(self, listener: BaseWSGIServer) -> None:
+        """Of the connections that wait, as far as there is room for them."""
+        for _ in range(MOST_ACCEPTED_AT_ONCE):
+            if not (listener.readable() and self._accept(listener)):
+                return
+
+    def _accept(self, listener: BaseWSGIServer) -> bool:
+        """A connection, if one waits."""
+        before = len(self._open)
+        BaseWSGIServer.handle_accept(listener)
+        return len(self._open) > before
+
     def _close_listeners(self) -> None:
         """What the system has accepted already is served; later connections are refused, not parked."""
         for listener in self._listeners:
-            accepted = -1
-            while accepted != len(self._open):
-                accepted = len(self._open)
-                listener.handle_accept()
+            while self._accept(listener):
+                pass
             listener.accepting = False
             listener.del_channel()
             listener.socket.close()

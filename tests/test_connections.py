@@ -9,6 +9,7 @@ import math
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import NoReturn
 
@@ -37,6 +38,15 @@ class Listener:
 
     def pull_trigger(self) -> None:
         self.woken += 1
+
+
+@contextlib.contextmanager
+def connected(server: Listener, sockets: OpenSockets | None = None) -> Iterator[tuple[Channel, socket.socket]]:
+    """A connection as the server has it, and its client's end."""
+    ours, theirs = socket.socketpair()
+    channel = Channel(server, ours, ("client", 0), server.adj, map=OpenSockets() if sockets is None else sockets)
+    with theirs, channel.socket:
+        yield channel, theirs
 
 
 def test_two_threads_cannot_send_the_same_bytes() -> None:
@@ -68,9 +78,7 @@ def test_a_client_may_leave_before_it_is_told_that_this_is_not_http() -> None:
     def gone(data: bytes) -> NoReturn:
         raise ClientDisconnected
 
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        channel = Channel(Listener(), ours, ("client", 0), Listener.adj, map=OpenSockets())
+    with connected(Listener()) as (channel, _):
         channel.received(b"\0 is no request\r\n\r\n")
         assert channel.requests[0].error
         channel.write_soon = gone
@@ -82,9 +90,7 @@ def test_a_client_may_leave_before_it_is_told_that_this_is_not_http() -> None:
 def test_an_answer_that_leaves_whole_wakes_nobody() -> None:
     """While a request's thread sends, the I/O thread has nothing to do with that connection, and after it neither."""
     sockets, server = OpenSockets(), Listener()
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        channel = Channel(server, ours, ("client", 0), server.adj, map=sockets)
+    with connected(server, sockets) as (channel, theirs):
         written: list[int] = []
         send, channel.handle_write = channel.send, lambda: written.append(1)
 
@@ -108,20 +114,18 @@ def test_the_io_thread_is_woken_for_what_is_left(requests: int) -> None:
     """A connection to be closed, and one that was not read from while it had two requests and has none now."""
     ends = requests == 1
     sockets, server = OpenSockets(), Listener()
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        channel = Channel(server, ours, ("client", 0), server.adj, map=sockets)
+    with connected(server, sockets) as (channel, _):
         channel.received(b"GET / HTTP/1.1\r\n\r\n" * requests)
         channel.task_class = lambda channel, request: SimpleNamespace(service=lambda: None, close_on_finish=ends)
         sockets.turn(0)
-        assert sockets.awaits_input_alone(ours.fileno()) == ends
+        assert sockets.awaits_input_alone(channel.socket.fileno()) == ends
         for _ in range(requests):
             channel.service()
         assert server.woken == requests
         sockets.turn(0)
-        assert ends == (ours.fileno() == -1)
+        assert channel.connected != ends
         if not ends:
-            assert sockets.awaits_input_alone(ours.fileno())
+            assert sockets.awaits_input_alone(channel.socket.fileno())
 
 
 class Tasks:
@@ -248,9 +252,7 @@ def test_a_large_answer_needs_no_room_and_leaves_nothing(
     """It leaves whole wherever it waited, and the connection keeps none of it; nor does its next answer wait behind."""
     monkeypatch.setattr(Full, "close", io.BytesIO.close)
     disk.room = room
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        channel = Channel(Listener(), ours, ("client", 0), Listener.adj, map=OpenSockets())
+    with connected(Listener()) as (channel, theirs):
         for answer in (bytes(range(256)) * 1000, b"small", bytes(range(256)) * 2000):
             sending = threading.Thread(target=channel.write_soon, args=(answer,))
             sending.start()
@@ -268,9 +270,7 @@ def test_a_large_answer_needs_no_room_and_leaves_nothing(
 
 def test_a_connection_that_was_sent_an_answer_waits_anew() -> None:
     """So clients that ask often do not give way to those that ask nothing."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        channel = Channel(Listener(), ours, ("client", 0), Listener.adj, map=OpenSockets())
+    with connected(Listener()) as (channel, _):
         channel.waits_since = before = -math.inf
         channel.write_soon(b"HTTP/1.1 200 OK")
         assert channel.waits_since > before

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
+import threading
 
 import pytest
 
-from embedpool.logs import JsonFormatter, TextFormatter
+from embedpool.logs import JsonFormatter, TextFormatter, to_stream
 
 
 def record(**fields: object) -> logging.LogRecord:
@@ -48,3 +51,28 @@ def test_a_name_that_is_no_unicode_is_no_reason_to_lose_a_line() -> None:
     """As a file's may be."""
     for formatter in (TextFormatter(), JsonFormatter()):
         assert "udcff" in formatter.format(record(path="\udcff x"))
+
+
+def test_every_line_arrives_whole_and_in_order() -> None:
+    """However long it is, and however slowly they are read."""
+    lines = [f"{i} {'é' * (i * 7 % 9000)}" for i in range(300)]
+    reader, end = os.pipe()
+    with open(reader, encoding="utf-8") as read, open(end, "w", encoding="utf-8") as stream:
+        handler = to_stream(stream)
+
+        def write() -> None:
+            for line in lines:
+                handler.handle(logging.LogRecord("x", logging.INFO, "x.py", 1, line, (), None))
+            stream.close()
+
+        writing = threading.Thread(target=write)
+        writing.start()
+        assert read.read().splitlines() == lines
+        writing.join()
+
+
+def test_a_stream_that_is_no_file_has_lines_too() -> None:
+    """As where something has put its own in the place of standard error."""
+    stream = io.StringIO()
+    to_stream(stream).handle(record())
+    assert stream.getvalue() == "hello world\n"

@@ -16,7 +16,7 @@ import pytest
 
 from embedpool.config.settings import Server, Settings
 from embedpool.connections import Channel
-from embedpool.loop import FILES_BESIDE, Loop, connections_that_fit
+from embedpool.loop import FILES_BESIDE, MOST_ACCEPTED_AT_ONCE, Loop, connections_that_fit
 
 
 def test_a_client_that_reads_nothing_is_cut_off() -> None:
@@ -103,6 +103,19 @@ def test_above_the_connection_limit_a_client_waits_until_another_leaves(make_loo
             for _ in range(2):  # one leaves, one comes
                 loop._turn(1)
             assert {c.addr for c in loop._channels()} == {second.getsockname(), third.getsockname()}
+
+
+def test_of_many_that_come_at_once_a_turn_lets_in_several(make_loop) -> None:
+    """As many as there is room for, and no more than leaves other workers theirs."""
+    loop, address = make_loop(connection_limit=2 + MOST_ACCEPTED_AT_ONCE + 5)  # two sockets of the server's own
+    with contextlib.ExitStack() as clients:
+        for _ in range(MOST_ACCEPTED_AT_ONCE + 10):
+            clients.enter_context(socket.create_connection(address))
+        let_in = []
+        for _ in range(3):
+            loop._turn(0)
+            let_in.append(len(loop._channels()))
+    assert let_in == [MOST_ACCEPTED_AT_ONCE, MOST_ACCEPTED_AT_ONCE + 5, MOST_ACCEPTED_AT_ONCE + 5]
 
 
 class Clients:

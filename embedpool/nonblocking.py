@@ -1,0 +1,78 @@
+"""System calls that wait for nothing, made with the GIL held.
+
+Python gives the GIL up for each system call, and then waits for its turn to have it back: among many request threads
+that takes far longer than to send an answer or to write a line. Where such a call fails, or there is no C library to
+make it with, Python's own is made, which says what is wrong.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import stat
+from collections.abc import Callable
+from typing import Any
+
+MOST_BYTES = 1 << 16  # above it copying alone takes longer than other threads should wait
+RWF_NOWAIT = 8  # of Linux: fail rather than wait
+
+
+class _Piece(ctypes.Structure):
+    """`struct iovec`."""
+
+    _fields_ = [("start", ctypes.c_char_p), ("size", ctypes.c_size_t)]
+
+
+def _c_function(name: str, *arguments: Any) -> Callable[..., int]:
+    """Of the C library; where it has none of that name, one that fails."""
+    try:
+        function = getattr(ctypes.PyDLL(None), name)
+    except (AttributeError, OSError, TypeError):  # the last is Windows's
+        return lambda *_: -1
+    function.argtypes, function.restype = arguments, ctypes.c_ssize_t
+    return function  # type: ignore[no-any-return]
+
+
+_send = _c_function("send", ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
+_recv = _c_function("recv", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_write = _c_function("write", ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t)
+_pwritev2 = _c_function(
+    "pwritev2", ctypes.c_int, ctypes.POINTER(_Piece), ctypes.c_int, ctypes.c_long, ctypes.c_int
+)  # fmt: skip
+
+
+class Socket(socket.socket):
+    """A connected socket that does not block, taken over from another object."""
+
+    def __init__(self, of: socket.socket) -> None:
+        super().__init__(of.family, of.type, of.proto, fileno=of.detach())
+        self.setblocking(False)
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """See socket."""
+        sent = _send(self.fileno(), data, len(data), flags) if len(data) <= MOST_BYTES else -1
+        return sent if sent >= 0 else super().send(data, flags)
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """See socket."""
+        if size > MOST_BYTES:
+            return super().recv(size, flags)
+        buffer = ctypes.create_string_buffer(size)
+        received = _recv(self.fileno(), buffer, size, flags)
+        return ctypes.string_at(buffer, received) if received >= 0 else super().recv(size, flags)
+
+
+def writer(fd: int) -> Callable[[bytes], int]:
+    """What writes to an open file as much as it takes without waiting, and tells how many bytes that were.
+
+    0 may mean anything. To a file on a disk all is written: the system takes it into memory.
+    """
+
+    def to_disk(data: bytes) -> int:
+        return max(_write(fd, data, len(data)), 0)
+
+    def elsewhere(data: bytes) -> int:
+        return max(_pwritev2(fd, _Piece(data, len(data)), 1, -1, RWF_NOWAIT), 0)
+
+    return to_disk if stat.S_ISREG(os.fstat(fd).st_mode) else elsewhere

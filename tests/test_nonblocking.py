@@ -1,0 +1,95 @@
+"""Calls that keep the GIL do what Python's own do, and never wait."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from embedpool import nonblocking
+from embedpool.nonblocking import Socket, writer
+
+NEXT_TO_NOTHING = b"a\0b\xff"
+
+
+@pytest.fixture(params=["C library", "no C library"], autouse=True)
+def c_library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own calls stand in for one that is not there."""
+    if request.param == "no C library":
+        for name in ("_send", "_recv"):
+            monkeypatch.setattr(nonblocking, name, nonblocking._c_function("no such function"))
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with Socket(ours) as mine, theirs:
+        yield mine, theirs
+
+
+@pytest.mark.parametrize("data", [NEXT_TO_NOTHING, bytes(nonblocking.MOST_BYTES + 1)], ids=len)
+def test_what_is_sent_arrives(pair: tuple[Socket, socket.socket], data: bytes) -> None:
+    """As it is, in both directions, be it small enough to be sent in one go or not."""
+    ours, theirs = pair
+    for sender, receiver in (pair, (theirs, ours)):
+        sent = sender.send(data)
+        received = b""
+        while len(received) < sent:
+            received += receiver.recv(2 * len(data))
+        assert received == data[:sent] != b""
+
+
+def test_one_that_has_no_room_or_nothing_to_read_says_so(pair: tuple[Socket, socket.socket]) -> None:
+    """At once, as a socket that does not block; the end of what comes is empty."""
+    ours, theirs = pair
+    with pytest.raises(BlockingIOError):
+        ours.recv(10)
+    for data in (bytes(nonblocking.MOST_BYTES), b"x"):
+        with contextlib.suppress(BlockingIOError):
+            while ours.send(data):
+                pass
+        with pytest.raises(BlockingIOError):
+            ours.send(data)
+    theirs.send(NEXT_TO_NOTHING)
+    assert ours.recv(10, socket.MSG_PEEK) == ours.recv(10) == NEXT_TO_NOTHING
+    while len(theirs.recv(1 << 20)) == 1 << 20:  # else what nobody has read would be an error
+        pass
+    theirs.close()
+    assert ours.recv(10) == b""
+    with pytest.raises(BrokenPipeError):
+        ours.send(b"x")
+    ours.close()
+    with pytest.raises(OSError, match="Bad file"):
+        ours.send(b"x")
+    with pytest.raises(OSError, match="Bad file"):
+        ours.recv(1)
+
+
+def test_a_line_to_a_disk_is_added_to_the_file(tmp_path: Path) -> None:
+    """Whole, at its end."""
+    path = tmp_path / "log"
+    path.write_bytes(b"before\n")
+    with path.open("ab") as file:
+        assert writer(file.fileno())(NEXT_TO_NOTHING) == len(NEXT_TO_NOTHING)
+    assert path.read_bytes() == b"before\n" + NEXT_TO_NOTHING
+
+
+def test_a_pipe_takes_what_it_has_room_for() -> None:
+    """What it takes arrives. One that is full, or that nobody reads any more, takes nothing, at once."""
+    reader, end = os.pipe()
+    write, taken = writer(end), 0
+    while added := write(NEXT_TO_NOTHING * 1000):
+        taken += added
+    os.set_blocking(reader, False)
+    arrived = b""
+    while taken > len(arrived):
+        arrived += os.read(reader, 1 << 20)
+    assert arrived == (NEXT_TO_NOTHING * (taken // len(NEXT_TO_NOTHING) + 1))[:taken]
+    os.close(reader)
+    assert write(b"x") == 0
+    os.close(end)
+    assert write(b"x") == 0
