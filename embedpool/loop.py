@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 LISTEN_BACKLOG = 2048
-MOST_ACCEPTED_AT_ONCE = 16  # connections in a turn; the other workers have theirs
+MOST_ACCEPTED_AT_ONCE = 16  # connections in a turn; by one of several workers 1, so that each gets its share
 FILES_BESIDE = 256  # open ones that are no connections of requests: models, pipes to children, logs, pool.yml
 MOST_ON_WINDOWS = 500  # sockets that its `select` takes, and a few less
 LEAST_WAIT_S = 2.0  # of a connection for a whole request, before it gives way to another
@@ -92,6 +92,7 @@ class Loop:
         self._next_beat = 0.0
         self._look_every_s = min(settings.server.idle_connection_s, 30) / 2
         self._most = connections_that_fit(settings.server.connection_limit, settings.threads)
+        self._accepted_at_once = MOST_ACCEPTED_AT_ONCE if settings.server.workers == 1 else 1
         self._gave_way = 0
         self._next_room = 0.0
         self._open = OpenSockets()
@@ -210,7 +211,7 @@ class Loop:
 
     def _accept_some(self, listener: BaseWSGIServer) -> None:
         """Of the connections that wait, as far as there is room for them."""
-        for _ in range(MOST_ACCEPTED_AT_ONCE):
+        for _ in range(self._accepted_at_once):
             if not (listener.readable() and self._accept(listener)):
                 return
 
