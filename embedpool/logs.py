@@ -79,14 +79,17 @@ class _Lines:
 
     def flush(self) -> None:
         """See io."""
+        self._owes = True  # if this fails; it may be what others wrote
         self._stream.flush()
         self._owes = False
 
 
-def to_stream(stream: TextIO | None) -> logging.StreamHandler[Any]:
-    """What writes records to it. What merely resembles a file, or is none, gets them as it wants."""
-    if isinstance(stream, io.TextIOWrapper) and os.linesep == "\n":
-        with contextlib.suppress(OSError, ValueError):  # it is closed, or in memory
+def to_stream(stream: TextIO | None) -> logging.Handler:
+    """What writes records to it, if it is open. What merely resembles a file gets them as it wants."""
+    if stream is None or getattr(stream, "closed", False):
+        return logging.NullHandler()
+    if type(stream) is io.TextIOWrapper and os.linesep == "\n":
+        with contextlib.suppress(OSError):  # it is in memory
             return logging.StreamHandler(_Lines(stream))
     return logging.StreamHandler(stream)
 

@@ -45,7 +45,7 @@ _pwritev2 = _c_function(
 class Socket(socket.socket):
     """A connected socket that does not block, taken over from another object.
 
-    No thread may close it while another uses it.
+    As with any other, no thread should close it while another uses it: its number may be another's then.
     """
 
     def __init__(self, of: socket.socket) -> None:
@@ -71,7 +71,7 @@ class Socket(socket.socket):
 def writer(fd: int) -> Callable[[bytes], int]:
     """What writes to an open file as much as it takes without waiting, and tells how many bytes that were.
 
-    0 may mean anything. To a file all is written: the system takes it into memory, unless the file system hangs.
+    0 may mean anything. To a file on a disk with room all is written, in no time unless the file system hangs.
     """
 
     def to_file(data: bytes) -> int:

@@ -61,6 +61,7 @@ def test_every_line_arrives_whole_and_in_order() -> None:
     reader, end = os.pipe()
     with open(reader, encoding="utf-8") as read, open(end, "w", encoding="utf-8") as stream:
         handler = to_stream(stream)
+        assert isinstance(handler, logging.StreamHandler)
         assert handler.stream is not stream  # but what writes to it quickly
 
         def write() -> None:
@@ -76,7 +77,7 @@ def test_every_line_arrives_whole_and_in_order() -> None:
 
 def test_lines_stay_whole_and_in_order_when_a_stream_is_full_for_a_while() -> None:
     """What it has no room for is owed, and comes before what is written later."""
-    lines = [letter * 100 for letter in "abcdef"]
+    lines = [letter * 1000 for letter in "abcdefgh"]
     reader, end = os.pipe()
     os.set_blocking(end, False)
     os.set_blocking(reader, False)
@@ -86,13 +87,13 @@ def test_lines_stay_whole_and_in_order_when_a_stream_is_full_for_a_while() -> No
         with contextlib.suppress(BlockingIOError):
             while True:
                 full += os.write(end, b"x")
-        read.read(150)
+        read.read(4096)  # a page: room for four lines and a bit
         for line in lines:
             with contextlib.suppress(BlockingIOError):
                 handler.stream.write(line + "\n")
                 handler.stream.flush()
-            if line == lines[2]:
-                read.read(full)
+            if line == lines[5]:
+                read.read(full - 4096)
         stream.flush()
         assert (read.read(full) or b"").lstrip(b"x").decode().splitlines() == lines
 
@@ -117,7 +118,7 @@ def test_a_stream_that_is_no_file_has_lines_too() -> None:
         to_stream(target).handle(record())
     assert stream.getvalue() == "hello world\n"
     assert tee.lines == ["hello world\n"]
-    to_stream(None)
-    closed = io.TextIOWrapper(io.BytesIO())
-    closed.close()
-    to_stream(closed)
+    with open(os.devnull, "w", encoding="utf-8") as closed:
+        pass
+    for nothing in (None, closed):
+        to_stream(nothing).handle(record())

@@ -45,6 +45,7 @@ def test_the_gil_is_kept(name: str) -> None:
 def test_what_is_sent_arrives(pair: tuple[Socket, socket.socket], data: bytes | memoryview) -> None:
     """As it is, in both directions, be it small enough to be sent in one go or not."""
     ours, theirs = pair
+    theirs.setblocking(False)
     for sender, receiver in (pair, (theirs, ours)):
         sent = sender.send(data)
         received = b""
