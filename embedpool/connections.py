@@ -229,6 +229,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Under the lock always: a request's thread may send `100 Continue` while the I/O thread, which takes no lock
         where no request runs, would send the same bytes again."""
         with self.outbuf_lock:
+            if not self.connected:  # its socket is closed, or about to be
+                return False
             sent: bool = super()._flush_some(do_close)
             if sent:
                 self.waits_since = time.monotonic()

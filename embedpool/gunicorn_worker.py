@@ -36,7 +36,7 @@ class WaitressWorker(Worker):  # type: ignore[misc]
         """Serve until told to stop, or until the master is gone."""
         for listener in self.sockets:
             listener.sock.setblocking(False)
-        self._loop = Loop(self.wsgi, [listener.sock for listener in self.sockets])
+        self._loop = Loop(self.wsgi, [listener.sock for listener in self.sockets], shared=self.cfg.workers > 1)
         self._loop.run(self._heartbeat)
 
     def _heartbeat(self) -> bool:

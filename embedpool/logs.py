@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -65,24 +68,30 @@ class _Lines:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._write = nonblocking.writer(stream.fileno())
+        self._owes = False  # the stream still has something that is to come first
 
     def write(self, line: str) -> None:
         """One line at a time: the handler sees to that."""
         data = line.encode(self._stream.encoding, self._stream.errors or "strict")
-        if rest := data[self._write(data) :]:
+        if rest := data if self._owes else data[self._write(data) :]:
+            self._owes = True
             self._stream.buffer.write(rest)
 
     def flush(self) -> None:
         """See io."""
+        self._owes = True  # if this fails; it may be what others wrote
         self._stream.flush()
+        self._owes = False
 
 
-def to_stream(stream: TextIO) -> logging.Handler:
-    """What writes records to it, and quickly if it is a file."""
-    try:
-        return logging.StreamHandler(_Lines(stream))
-    except OSError:
-        return logging.StreamHandler(stream)
+def to_stream(stream: TextIO | None) -> logging.Handler:
+    """What writes records to it, if it is open. What merely resembles a file gets them as it wants."""
+    if stream is None or getattr(stream, "closed", False):
+        return logging.NullHandler()
+    if type(stream) is io.TextIOWrapper and os.linesep == "\n":
+        with contextlib.suppress(OSError):  # it is in memory
+            return logging.StreamHandler(_Lines(stream))
+    return logging.StreamHandler(stream)
 
 
 def configure_logging(settings: Settings) -> None:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 LISTEN_BACKLOG = 2048
-MOST_ACCEPTED_AT_ONCE = 16  # connections in a turn; the other workers have theirs
+MOST_ACCEPTED_AT_ONCE = 16  # connections in a turn; 1 where others are to have theirs
 FILES_BESIDE = 256  # open ones that are no connections of requests: models, pipes to children, logs, pool.yml
 MOST_ON_WINDOWS = 500  # sockets that its `select` takes, and a few less
 LEAST_WAIT_S = 2.0  # of a connection for a whole request, before it gives way to another
@@ -85,13 +85,15 @@ def connections_that_fit(wanted: int, threads: int) -> int:
 class Loop:
     """waitress's loop over given listening sockets, and its orderly end."""
 
-    def __init__(self, app: App, sockets: Sequence[socket.socket]) -> None:
+    def __init__(self, app: App, sockets: Sequence[socket.socket], *, shared: bool = False) -> None:
+        """`shared` with other processes, which accept connections from them, too."""
         settings = app.settings
         self._app = app
         self._stopping = False
         self._next_beat = 0.0
         self._look_every_s = min(settings.server.idle_connection_s, 30) / 2
         self._most = connections_that_fit(settings.server.connection_limit, settings.threads)
+        self._accepted_at_once = 1 if shared else MOST_ACCEPTED_AT_ONCE
         self._gave_way = 0
         self._next_room = 0.0
         self._open = OpenSockets()
@@ -210,7 +212,7 @@ class Loop:
 
     def _accept_some(self, listener: BaseWSGIServer) -> None:
         """Of the connections that wait, as far as there is room for them."""
-        for _ in range(MOST_ACCEPTED_AT_ONCE):
+        for _ in range(self._accepted_at_once):
             if not (listener.readable() and self._accept(listener)):
                 return
 

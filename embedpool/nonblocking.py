@@ -2,7 +2,7 @@
 
 Python gives the GIL up for each system call, and then waits for its turn to have it back: among many request threads
 that takes far longer than to send an answer or to write a line. Where such a call fails, or there is no C library to
-make it with, Python's own is made, which says what is wrong.
+make it with, Python's own is made, which says what is still wrong.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ _pwritev2 = _c_function(
 
 
 class Socket(socket.socket):
-    """A connected socket that does not block, taken over from another object."""
+    """A connected socket that does not block, taken over from another object.
+
+    As with any other, no thread should close it while another uses it: its number may be another's then.
+    """
 
     def __init__(self, of: socket.socket) -> None:
         super().__init__(of.family, of.type, of.proto, fileno=of.detach())
@@ -51,7 +54,9 @@ class Socket(socket.socket):
 
     def send(self, data: Any, flags: int = 0) -> int:
         """See socket."""
-        sent = _send(self.fileno(), data, len(data), flags) if len(data) <= MOST_BYTES else -1
+        if type(data) is not bytes or len(data) > MOST_BYTES:
+            return super().send(data, flags)
+        sent = _send(self.fileno(), data, len(data), flags)
         return sent if sent >= 0 else super().send(data, flags)
 
     def recv(self, size: int, flags: int = 0) -> bytes:
@@ -66,13 +71,13 @@ class Socket(socket.socket):
 def writer(fd: int) -> Callable[[bytes], int]:
     """What writes to an open file as much as it takes without waiting, and tells how many bytes that were.
 
-    0 may mean anything. To a file on a disk all is written: the system takes it into memory.
+    0 may mean anything. To a file on a disk with room all is written, in no time unless the file system hangs.
     """
 
-    def to_disk(data: bytes) -> int:
+    def to_file(data: bytes) -> int:
         return max(_write(fd, data, len(data)), 0)
 
     def elsewhere(data: bytes) -> int:
         return max(_pwritev2(fd, _Piece(data, len(data)), 1, -1, RWF_NOWAIT), 0)
 
-    return to_disk if stat.S_ISREG(os.fstat(fd).st_mode) else elsewhere
+    return to_file if stat.S_ISREG(os.fstat(fd).st_mode) else elsewhere

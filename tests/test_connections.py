@@ -56,6 +56,7 @@ def test_two_threads_cannot_send_the_same_bytes() -> None:
     channel.outbufs = [OverflowableBuffer(1000)]
     channel.requests, channel.total_outbufs_len, channel.sendbuf_len = [], 0, 1000
     channel.will_close = channel.close_when_flushed = False
+    channel.connected = True
     channel.outbufs[0].append(b"HTTP/1.1 100 Continue\r\n\r\n")
     channel.total_outbufs_len = len(channel.outbufs[0])
     others_may_send: list[bool] = []
@@ -70,6 +71,18 @@ def test_two_threads_cannot_send_the_same_bytes() -> None:
     channel.handle_write()
     assert others_may_send == [False]
     assert channel.total_outbufs_len == 0
+
+
+def test_nothing_is_sent_on_a_connection_that_is_closed() -> None:
+    """Its file descriptor may be another's by then. A client that has left may still be told to go on."""
+    with connected(Listener()) as (channel, _):
+        sent: list[bytes] = []
+        channel.send = lambda data, do_close=True: sent.append(data) or len(data)
+        channel.received(b"POST / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\n")
+        assert len(sent) == 1
+        channel.handle_close()
+        channel.send_continue()
+        assert len(sent) == 1
 
 
 def test_a_client_may_leave_before_it_is_told_that_this_is_not_http() -> None:
@@ -115,6 +128,7 @@ def test_the_io_thread_is_woken_for_what_is_left(requests: int) -> None:
     ends = requests == 1
     sockets, server = OpenSockets(), Listener()
     with connected(server, sockets) as (channel, _):
+        ours = channel.socket
         channel.received(b"GET / HTTP/1.1\r\n\r\n" * requests)
         channel.task_class = lambda channel, request: SimpleNamespace(service=lambda: None, close_on_finish=ends)
         sockets.turn(0)
@@ -123,7 +137,7 @@ def test_the_io_thread_is_woken_for_what_is_left(requests: int) -> None:
             channel.service()
         assert server.woken == requests
         sockets.turn(0)
-        assert channel.connected != ends
+        assert ends == (ours.fileno() == -1)
         if not ends:
             assert sockets.awaits_input_alone(channel.socket.fileno())
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
 import os
+import sys
 import threading
 
 import pytest
@@ -59,6 +61,8 @@ def test_every_line_arrives_whole_and_in_order() -> None:
     reader, end = os.pipe()
     with open(reader, encoding="utf-8") as read, open(end, "w", encoding="utf-8") as stream:
         handler = to_stream(stream)
+        assert isinstance(handler, logging.StreamHandler)
+        assert handler.stream is not stream  # but what writes to it quickly
 
         def write() -> None:
             for line in lines:
@@ -71,8 +75,50 @@ def test_every_line_arrives_whole_and_in_order() -> None:
         writing.join()
 
 
+def test_lines_stay_whole_and_in_order_when_a_stream_is_full_for_a_while() -> None:
+    """What it has no room for is owed, and comes before what is written later."""
+    lines = [letter * 1000 for letter in "abcdefgh"]
+    reader, end = os.pipe()
+    os.set_blocking(end, False)
+    os.set_blocking(reader, False)
+    with open(reader, "rb", buffering=0) as read, open(end, "w", encoding="utf-8") as stream:
+        handler = to_stream(stream)
+        full = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                full += os.write(end, b"x")
+        read.read(4096)  # a page: room for four lines and a bit
+        for line in lines:
+            with contextlib.suppress(BlockingIOError):
+                handler.stream.write(line + "\n")
+                handler.stream.flush()
+            if line == lines[5]:
+                read.read(full - 4096)
+        stream.flush()
+        assert (read.read(full) or b"").lstrip(b"x").decode().splitlines() == lines
+
+
+class Tee:
+    """As something puts it in the place of standard error: it resembles the file, but has its own idea of writing."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(sys.__stderr__, name)
+
+    def write(self, line: str) -> None:
+        self.lines.append(line)
+
+
 def test_a_stream_that_is_no_file_has_lines_too() -> None:
-    """As where something has put its own in the place of standard error."""
-    stream = io.StringIO()
-    to_stream(stream).handle(record())
+    """Nor is it an error if there is none, or none any more."""
+    stream, tee = io.StringIO(), Tee()
+    for target in (stream, tee):
+        to_stream(target).handle(record())
     assert stream.getvalue() == "hello world\n"
+    assert tee.lines == ["hello world\n"]
+    with open(os.devnull, "w", encoding="utf-8") as closed:
+        pass
+    for nothing in (None, closed):
+        to_stream(nothing).handle(record())

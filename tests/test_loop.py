@@ -44,11 +44,11 @@ def make_loop() -> Iterator[Callable[..., tuple[Loop, tuple[str, int]]]]:
     """A loop that the test turns by hand, and where it listens. Its beat, which asks everyone, does not come."""
     loops: list[Loop] = []
 
-    def make(**server: int) -> tuple[Loop, tuple[str, int]]:
+    def make(*, shared: bool = False, **server: int) -> tuple[Loop, tuple[str, int]]:
         app = SimpleNamespace(settings=Settings(server=Server(threads=1, **server)), refusal=None)
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setblocking(False)
-        loop = Loop(app, [listening])
+        loop = Loop(app, [listening], shared=shared)
         loop._next_beat = math.inf
         loops.append(loop)
         return loop, listening.getsockname()
@@ -105,9 +105,14 @@ def test_above_the_connection_limit_a_client_waits_until_another_leaves(make_loo
             assert {c.addr for c in loop._channels()} == {second.getsockname(), third.getsockname()}
 
 
-def test_of_many_that_come_at_once_a_turn_lets_in_several(make_loop) -> None:
-    """As many as there is room for, and no more than leaves other workers theirs."""
-    loop, address = make_loop(connection_limit=2 + MOST_ACCEPTED_AT_ONCE + 5)  # two sockets of the server's own
+@pytest.mark.parametrize(
+    ("shared", "expected"),
+    [(False, [MOST_ACCEPTED_AT_ONCE, MOST_ACCEPTED_AT_ONCE + 5, MOST_ACCEPTED_AT_ONCE + 5]), (True, [1, 2, 3])],
+)
+def test_of_many_that_come_at_once_a_turn_lets_in_several(make_loop, shared: bool, expected: list[int]) -> None:
+    """As many as there is room for. One of several workers leaves the others theirs."""
+    room = MOST_ACCEPTED_AT_ONCE + 5
+    loop, address = make_loop(shared=shared, connection_limit=2 + room)  # two sockets are the server's own
     with contextlib.ExitStack() as clients:
         for _ in range(MOST_ACCEPTED_AT_ONCE + 10):
             clients.enter_context(socket.create_connection(address))
@@ -115,7 +120,7 @@ def test_of_many_that_come_at_once_a_turn_lets_in_several(make_loop) -> None:
         for _ in range(3):
             loop._turn(0)
             let_in.append(len(loop._channels()))
-    assert let_in == [MOST_ACCEPTED_AT_ONCE, MOST_ACCEPTED_AT_ONCE + 5, MOST_ACCEPTED_AT_ONCE + 5]
+    assert let_in == expected
 
 
 class Clients:
