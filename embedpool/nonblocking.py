@@ -37,9 +37,7 @@ def _c_function(name: str, *arguments: Any) -> Callable[..., int]:
 _send = _c_function("send", ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
 _recv = _c_function("recv", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _write = _c_function("write", ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t)
-_pwritev2 = _c_function(
-    "pwritev2", ctypes.c_int, ctypes.POINTER(_Piece), ctypes.c_int, ctypes.c_long, ctypes.c_int
-)  # fmt: skip
+_pwritev2 = _c_function("pwritev2", ctypes.c_int, ctypes.POINTER(_Piece), ctypes.c_int, ctypes.c_long, ctypes.c_int)
 
 
 class Socket(socket.socket):
