@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,6 +27,22 @@ def test_gunicorn_is_told_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None
     assert beats == [100.0, 100.0 + BEAT_S]
     worker.ppid += 1
     assert not worker._heartbeat()
+
+
+@pytest.mark.parametrize(("workers", "shared"), [(1, False), (2, True)])
+def test_several_workers_share_what_connects(monkeypatch: pytest.MonkeyPatch, workers: int, shared: bool) -> None:
+    """The loop of each is told that it is not the only one; that of one worker takes all that come at once."""
+    told: list[bool] = []
+
+    def loop(app: object, sockets: object, *, shared: bool) -> SimpleNamespace:
+        told.append(shared)
+        return SimpleNamespace(run=lambda heartbeat: None)
+
+    monkeypatch.setattr(gunicorn_worker, "Loop", loop)
+    worker = WaitressWorker.__new__(WaitressWorker)
+    worker.sockets, worker.wsgi, worker.cfg = [], None, SimpleNamespace(workers=workers)
+    worker.run()
+    assert told == [shared]
 
 
 @pytest.mark.parametrize("first", [(signal.SIGINT, signal.SIGQUIT), (signal.SIGQUIT, signal.SIGINT)])
