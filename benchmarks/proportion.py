@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from dataclasses import replace
@@ -21,7 +19,7 @@ from pathlib import Path
 
 from docopt import docopt
 
-from benchmarks.servers import MODEL, SERVERS, Running, running
+from benchmarks.servers import EMBEDPOOL, MODEL, SERVERS, Running, running
 from benchmarks.texts import mixed, model_folder
 
 SIZES = (16, 128, 1024, 8192)
@@ -50,12 +48,10 @@ def main() -> None:
 
 
 def _three_models(folder: Path, port: int) -> list[str]:
-    program = str(Path(sys.executable).parent / "embedpool")
-    subprocess.run([program, "init"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     driver = {"type": "local_st", "config": {"path": str(model_folder())}}
     models = [{"model": name, "driver": driver} for name in (MODEL, "second", "third")]
     (folder / ".config" / "pool.yml").write_text(json.dumps({"version": 1, "models": models}))
-    return [program, "pool", "start"]
+    return [*EMBEDPOOL, "pool", "start"]
 
 
 def _watch_idle(up: Running, seconds: float) -> None:

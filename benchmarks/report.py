@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from benchmarks.servers import BASELINE
+
 HERE = Path(__file__).parent
 OURS = {"embedpool-default": "openvino-float32", "embedpool-fast": "openvino-bfloat16"}  # and the ceiling of each
 CHARTED = ("short-1", "short-8", "short-32", "short-128", "mixed16-16", "mixed256-4")
 COLOURS = ("#1b6ca8", "#0aa06e", "#7fb3d5", "#9e9e9e", "#d98324", "#b5533c", "#8e6bbf", "#c2a83e")
+COMPARED = ("texts_s", "p50_ms", "p99_ms", "cpu_s_per_1000")
+MIX_COMPARED = ("bulk_beside_texts_s", "beside_p50_ms", "beside_p99_ms", "cpu_s_per_1000")
 ASKED = """
 short-1    p50-b                            <= 1.5     1.5    -
 short-1    p50_ms/infinity-torch            <= 0.35    0.35   -
@@ -58,6 +63,25 @@ def text(results: Results) -> str:
     return "\n\n".join(f"### {title}\n\n{table}" if title else table for title, table in parts if table)
 
 
+def compared(servers: Results) -> str:
+    """Every server as ratios to the one of the baseline, each taken within a round. `servers` holds all rounds."""
+    rows, memory = [], []
+    for name in [n for n in servers if f"{n}{BASELINE}" in servers]:
+        # An absent server stays absent, so both lists begin with the first round.
+        rounds = list(zip(servers[name], servers[f"{name}{BASELINE}"], strict=False))
+        for workload in rounds[0][0]["workloads"]:
+            both = [(ours["workloads"][workload], base["workloads"][workload]) for ours, base in rounds]
+            both = [pair for pair in both if not any("failed" in result for result in pair)]
+            keys = MIX_COMPARED if workload == "mix" else COMPARED
+            cells = [_ratio_of_rounds(both, key) if both else "failed" for key in keys]
+            rows.append([name, workload, f"{len(both)} of {len(rounds)}", *cells])
+        pss, peak = (_ratio_of_rounds(rounds, key) for key in ("pss_mb", "peak_mb"))
+        memory.append(f"{name}, memory ÷ baseline: PSS {pss}, peak {peak}")
+    titles = ["server", "workload", "rounds", "rate", "p50", "p99", "CPU s per 1,000 texts"]
+    head = "### This checkout ÷ baseline, median of rounds (least, most)"
+    return "\n".join([head, "", _table(titles, rows), "", *memory])
+
+
 def write(medians: Results, results: Results) -> None:
     """results.json (every round and the medians), chart.svg, and the part of README.md between its markers."""
     document = {"medians": medians, "rounds": {kind: results[kind] for kind in ("references", "servers")}}
@@ -101,6 +125,11 @@ def chart(results: Results) -> str:
     return "\n".join([f'{head} font-family="sans-serif" font-size="11">', *drawn, "</svg>", ""])
 
 
+def _ratio_of_rounds(pairs: list[tuple[Results, Results]], key: str) -> str:
+    ratios = [ours[key] / base[key] for ours, base in pairs]
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f}, {max(ratios):.3f})"
+
+
 def _about(results: Results) -> str:
     about = results["about"]
     line = f"Medians of {about['rounds']} rounds of {about['seconds']:g} s a measurement, {about['cores']} cores."
@@ -133,7 +162,7 @@ def _ratios(results: Results) -> str:
 
     peers = [name for name in results["servers"] if not name.startswith("embedpool")]
     rows = []
-    for name in [n for n in OURS if n in results["servers"]]:
+    for name in [n for n in OURS if n in results["servers"] and results["references"]]:
         for workload in _workloads(results):
             if rate := _workload(results, name, workload).get("texts_s"):
                 a, b = (results["references"][r][_kind(workload)] for r in ("torch", OURS[name]))

@@ -1,7 +1,8 @@
 """Measure embedpool and its references on this machine, in interleaved rounds.
 
 Usage:
-  benchmarks.run [--rounds N] [--servers NAMES] [--workloads NAMES] [--seconds S] [--cosine N] [--write]
+  benchmarks.run [--rounds N] [--servers NAMES] [--workloads NAMES] [--seconds S] [--cosine N]
+                 [--write] [--baseline CHECKOUT]
 
 Options:
   --rounds N         Each round measures every reference, server and workload once [default: 3].
@@ -10,6 +11,9 @@ Options:
   --seconds S        Length of a timed measurement; fixed work is sized by it too [default: 8].
   --cosine N         Texts compared with torch fp32 encode in the first round, up to 2,000; 0: none [default: 200].
   --write            Write results.json, chart.svg and the tables of README.md.
+  --baseline CHECKOUT
+                     Measure each embedpool server also with the code of this other checkout of embedpool, in the same
+                     rounds, and print the ratios. The references in process are then left out, which saves their time.
 
 Workloads:
   short-1, short-8, short-32, short-128                         one short text a request, by so many clients
@@ -20,6 +24,7 @@ Workloads:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import subprocess
@@ -28,6 +33,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +42,7 @@ from docopt import docopt
 
 from benchmarks import report, texts
 from benchmarks.load import Group, LoadError, closed_loop, drive
-from benchmarks.servers import GRAPHS, SERVERS, Absent, Running, plain, running
+from benchmarks.servers import GRAPHS, SERVERS, Absent, Running, Server, of_baseline, plain, running
 
 SHORT_TEXTS, MIXED_TEXTS = 1500, 2560
 FIXED_TEXTS_PER_S = 200  # fixed work: as many texts as a server of this rate answers in --seconds
@@ -106,6 +112,11 @@ def main() -> None:
         float(arguments["--seconds"]),
         *(int(arguments[a]) for a in ("--rounds", "--cosine")),
     )
+    groups = [[SERVERS[name]] for name in names]
+    if arguments["--baseline"]:
+        if arguments["--write"]:
+            sys.exit("--write is refused with --baseline: results.json and README.md are about this checkout alone.")
+        _add_baseline(groups, Path(arguments["--baseline"]).resolve())
     lengths = {kind: texts.histogram(some) for kind, some in _corpora().items()}
     print("\n\n".join(f"{kind} texts\n{lines}" for kind, lines in lengths.items()), flush=True)
     results: Result = {
@@ -117,27 +128,48 @@ def main() -> None:
     }
     expected = _expected(cosine_texts) if cosine_texts else None
     for number in range(rounds):
-        print(f"round {number + 1} of {rounds}: in process", flush=True)
-        _append(results["references"], _references())
-        for name in names[number % len(names) :] + names[: number % len(names)]:  # another server first in each round
-            if name not in results["absent"]:
-                try:
-                    measured = _server(name, workloads, seconds, expected if number == 0 else None)
-                except (Absent, OSError) as error:  # the other rounds go on without it
-                    print(f"{name}: ABSENT: {error}", flush=True)
-                    results["absent"][name] = plain(str(error))
-                else:
-                    _append(results["servers"], {name: measured})
+        print(f"round {number + 1} of {rounds}", flush=True)
+        if not arguments["--baseline"]:
+            print("in process", flush=True)
+            _append(results["references"], _references())
+        at = number % len(groups)
+        for group in groups[at:] + groups[:at]:  # another server first in each round
+            for server in reversed(group) if number % 2 else group:
+                if server.name not in results["absent"]:
+                    try:
+                        measured = _server(server, workloads, seconds, expected if number == 0 else None)
+                    except (Absent, OSError) as error:  # the other rounds go on without it
+                        print(f"{server.name}: ABSENT: {error}", flush=True)
+                        results["absent"][server.name] = plain(str(error))
+                    else:
+                        _append(results["servers"], {server.name: measured})
     medians = _medians(results)
     print(report.text(medians))
+    if arguments["--baseline"]:
+        print(f"\n{report.compared(results['servers'])}")
     if arguments["--write"]:
         report.write(medians, results)
 
 
-def _server(name: str, workloads: list[str], seconds: float, expected: Any) -> Result:
+def _add_baseline(groups: list[list[Server]], checkout: Path) -> None:
+    """Put beside each embedpool server the same one of `checkout`, and start every one of them once.
+
+    A first start may export the graph, which takes memory that the measured starts are not to be charged with.
+    """
+    if not (checkout / "embedpool" / "__main__.py").exists():
+        sys.exit(f"--baseline {checkout} is not a checkout of embedpool: it has no embedpool/__main__.py.")
+    for group in groups:
+        if group[0].checkout:
+            group.append(of_baseline(group[0], checkout))
+            for server in group:
+                with contextlib.suppress(Absent, OSError), running(server):  # the rounds say why it is absent
+                    pass
+
+
+def _server(server: Server, workloads: list[str], seconds: float, expected: Any) -> Result:
     """All workloads of one server, from its start to its stop. A workload that fails is reported by its reason."""
-    print(name, flush=True)
-    with running(SERVERS[name]) as up:
+    print(server.name, flush=True)
+    with running(server) as up:
         result: Result = {"startup_s": up.startup_s, "workloads": {}}
         warm = texts.mixed(MIXED_TEXTS)[-64:]
         with ThreadPoolExecutor(4) as threads:
@@ -156,7 +188,7 @@ def _server(name: str, workloads: list[str], seconds: float, expected: Any) -> R
             measured["cpu_s_per_1000"] = 1000 * (up.cpu_s() - before_s) / measured["texts"]
             result["workloads"][workload] = measured
             print(f"  {workload}: " + ", ".join(f"{k} {v:.4g}" for k, v in measured.items()), flush=True)
-        result["peak_mb"] = up.peak_mb()
+        result |= {"peak_mb": up.peak_mb(), "pss_mb": up.pss_mb()}
     return result
 
 

@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ HERE = Path(__file__).parent
 CACHE = Path(os.environ.get("EMBEDPOOL_BENCH_CACHE", Path.home() / ".cache" / "embedpool-bench"))
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 GRAPHS = CACHE / "graphs"  # embedpool's exports, shared with reference.py
+BASELINE = "@baseline"  # ends the name of a server of another checkout
 STARTS_WITHIN_S, STOPS_WITHIN_S = 240, 40
+EMBEDPOOL = [sys.executable, "-P", "-m", "embedpool"]  # PYTHONPATH says whose; an installed one comes after it
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(CACHE / "hf"), "DO_NOT_TRACK": "1", "PYTHONWARNINGS": "ignore"}
 
 
@@ -37,12 +39,16 @@ class Absent(Exception):
 
 @dataclass(frozen=True)
 class Server:
-    """How one server is run. `command` gets the folder it may write to and its port."""
+    """How one server is run. `command` gets the folder it may write to and its port.
+
+    A server with a `checkout` runs that checkout's embedpool, whose `init` has written to the folder before.
+    """
 
     name: str
     about: str
     command: Callable[[Path, int], list[str]]
     venv: str | None = None  # the name of its requirements file; else it runs in this interpreter's environment
+    checkout: Path | None = None
     path: str = "/embed"
     texts_key: str = "texts"
 
@@ -81,6 +87,11 @@ class Running:
         """Peak resident memory in MB, summed over its processes; shared pages count in each."""
         return sum(_peak_bytes(process) for process in self._tree()) / 1e6
 
+    def pss_mb(self) -> float:
+        """Memory in MB, summed over its processes; a page that several share is divided among them."""
+        infos = [process.memory_full_info() for process in self._tree()]
+        return sum(getattr(info, "pss", info.uss) for info in infos) / 1e6  # macOS does not tell PSS
+
     def _tree(self) -> list[psutil.Process]:
         return [self.process, *self.process.children(recursive=True)]
 
@@ -93,8 +104,11 @@ def running(server: Server) -> Iterator[Running]:
     with tempfile.TemporaryDirectory() as name:
         folder, port = Path(name), _free_port()
         environment = {**os.environ, **QUIET, "MODEL_FOLDER": str(model_folder()), "PORT": str(port)}
-        environment |= {"PYTHONPATH": str(HERE / "apps"), "EMBEDPOOL_SERVER__PORT": str(port)}
+        environment |= {"PYTHONPATH": str(server.checkout or HERE / "apps"), "EMBEDPOOL_SERVER__PORT": str(port)}
         environment |= {"EMBEDPOOL_PATHS__CACHE_DIR": str(GRAPHS)}
+        if server.checkout:
+            init = [*EMBEDPOOL, "init"]
+            subprocess.run(init, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
         command = server.command(folder, port)
         with open(folder / "log", "wb") as log:
             start_s = time.perf_counter()
@@ -138,13 +152,16 @@ def plain(message: str) -> str:
     return re.sub(r"(\w+://)?/?[\w.+-]*/[\w./+-]+", "…", message)[-500:]
 
 
+def of_baseline(server: Server, checkout: Path) -> Server:
+    """The same server with the code of another checkout of embedpool."""
+    return replace(server, name=f"{server.name}{BASELINE}", checkout=checkout)
+
+
 def _embedpool(config: str = "", *arguments: str) -> Callable[[Path, int], list[str]]:
     def command(folder: Path, port: int) -> list[str]:
-        program = str(Path(sys.executable).parent / "embedpool")
-        subprocess.run([program, "init"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
         pool_yml = f"models:\n  - model: {MODEL}\n    driver: {{type: local_st, config: {{{config}}}}}\n"
         (folder / ".config" / "pool.yml").write_text(f"version: 1\n{pool_yml}")
-        return [program, "pool", "start", *arguments]
+        return [*EMBEDPOOL, "pool", "start", *arguments]
 
     return command
 
@@ -185,13 +202,14 @@ def _app(name: str) -> Callable[[Path, int], list[str]]:
     return lambda folder, port: program
 
 
+OURS: dict[str, Any] = {"checkout": HERE.parent}
 OPENAI: dict[str, Any] = {"path": "/embeddings", "texts_key": "input"}
 
 _ALL = (
-    Server("embedpool-default", "exact fp32, backend auto", _embedpool()),
-    Server("embedpool-fast", "compute_dtype bfloat16", _embedpool("compute_dtype: bfloat16")),
-    Server("embedpool-waitress", "as default, without gunicorn", _embedpool("", "--server", "waitress")),
-    Server("embedpool-process", "as default, the model in a child process", _embedpool("isolation: process")),
+    Server("embedpool-default", "exact fp32, backend auto", _embedpool(), **OURS),
+    Server("embedpool-fast", "compute_dtype bfloat16", _embedpool("compute_dtype: bfloat16"), **OURS),
+    Server("embedpool-waitress", "as default, without gunicorn", _embedpool("", "--server", "waitress"), **OURS),
+    Server("embedpool-process", "as default, the model in a child process", _embedpool("isolation: process"), **OURS),
     Server("naive", "Flask on gunicorn gthread, encode per request", _naive),
     Server("infinity-torch", "infinity 0.0.78, BetterTransformer", _infinity("torch"), "infinity-torch", **OPENAI),
     Server("infinity-optimum", "infinity 0.0.78, ONNX Runtime", _infinity("optimum"), "infinity-optimum", **OPENAI),
