@@ -158,6 +158,12 @@ class UnsupportedOption(EmbedpoolError):
     status, code = 422, "unsupported_option"
 
 
+class UnsupportedTask(EmbedpoolError):
+    """The model cannot do what is asked of it; the message says what it can."""
+
+    status, code = 422, "unsupported_task"
+
+
 class Overloaded(EmbedpoolError):
     """The queue or the pool is full; `retry_after_s` comes from the measured drain rate."""
 
@@ -258,7 +264,7 @@ class ServerUnreachable(EmbedpoolError):
 
 
 class ClientGone(EmbedpoolError):
-    """The client closed its connection while its texts waited."""
+    """The client closed its connection while its items waited."""
 
     status, code = 499, "client_gone"
 

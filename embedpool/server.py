@@ -24,15 +24,17 @@ from embedpool.config.pool_yml import PoolFile
 from embedpool.config.settings import Settings, find_config_yml, load_settings
 from embedpool.config.spec import ModelSpec
 from embedpool.config.watch import Watch
-from embedpool.drivers import make_driver, open_meter
-from embedpool.drivers.base import Driver, Meter
+from embedpool.drivers import make_driver, open_tokenizer
 from embedpool.errors import ConfigError, PoolFileInvalid
 from embedpool.logs import configure_logging
 from embedpool.loop import LISTEN_BACKLOG, Loop
+from embedpool.places import open_place
 from embedpool.pool.pool import Pool
-from embedpool.pool.replica_set import Engine
+from embedpool.pool.settings import PoolSettings
 from embedpool.process import PidFile, has_service_manager, tell_service_manager
 from embedpool.reconcile import Reconciler
+from embedpool.tasks.place import Place
+from embedpool.tasks.tokenizer import Tokenizer
 from embedpool.web import metrics
 from embedpool.web.app import create_app, refusal
 
@@ -49,24 +51,24 @@ class EmbedpoolApp:
         self.settings = settings
         cache_dir = settings.file(settings.paths.cache_dir)
 
-        def open_driver(spec: ModelSpec, memory: dict[str, Any]) -> Driver:
+        def open_allowed_place(spec: ModelSpec, memory: dict[str, Any]) -> Place:
             guard.check(spec, settings)
-            driver = make_driver(
-                spec, cache_dir, functools.partial(configure_logging, settings), settings.defaults.request_timeout_s
+            return open_place(
+                spec,
+                functools.partial(make_driver, spec, cache_dir, memory),
+                prepare_child=functools.partial(configure_logging, settings),
+                longest_batch_s=settings.defaults.request_timeout_s,
             )
-            driver.memory = memory
-            driver.open()
-            return driver
 
-        def open_allowed_meter(spec: ModelSpec) -> Meter:
+        def open_allowed_tokenizer(spec: ModelSpec) -> Tokenizer:
             guard.check(spec, settings)
-            return open_meter(spec)
+            return open_tokenizer(spec)
 
         self.metrics = metrics.Metrics()
         batching = settings.batching
-        engine = Engine(
-            open_driver,
-            open_allowed_meter,
+        pool_settings = PoolSettings(
+            open_allowed_place,
+            open_allowed_tokenizer,
             request_timeout_s=settings.defaults.request_timeout_s,
             max_queue_per_model=settings.defaults.max_queue_per_model,
             max_batch_texts=batching.max_batch_texts,
@@ -76,7 +78,7 @@ class EmbedpoolApp:
             probe_idle_s=settings.defaults.probe_idle_s or None,
             observer=self.metrics,
         )
-        self.pool = Pool(engine, max_inflight_global=settings.defaults.max_inflight_global)
+        self.pool = Pool(pool_settings, max_inflight_global=settings.defaults.max_inflight_global)
         self.reconciler = Reconciler(PoolFile(settings.file(settings.paths.pool_yml)), self.pool)
         self.pool.catch_up = self.reconciler.catch_up
         self.flask: Flask = create_app(self.pool, self.reconciler, settings, self.metrics)

@@ -7,7 +7,7 @@ Usage:
   embedpool pool stop [--config FILE]
   embedpool pool status [--json] [--config FILE]
   embedpool pool health [--json] [--config FILE]
-  embedpool register --model M --type T [--alias A]
+  embedpool register --model M --type T [--alias A] [--place P]
                      [--max-seq-length N] [--normalize | --no-normalize] [--dtype D]
                      [--base-url URL] [--remote-model R] [--timeout-s S] [--protocol P]
                      [--min N] [--max N] [--idle-ttl-s S] [--queue-max N] [--inflight N]
@@ -56,6 +56,7 @@ Options:
                       embed needs none where there is only one.
   --type T            local_st, http or fake.
   --alias A           Second name of the model.
+  --place P           Where a local model runs: in a thread of the server, or in a child process.
   --max-seq-length N  Tokens kept of a text (local_st, fake).
   --normalize         Vectors of length 1; this is the default.
   --no-normalize      Vectors as the model gives them.

@@ -118,6 +118,7 @@ OTHER_OPTIONS = {
     "--model": ("model", str),
     "--alias": ("alias", str),
     "--type": ("driver_type", str),
+    "--place": ("place", str),
     "--min": ("min", int),
     "--max": ("max", int),
     "--idle-ttl-s": ("idle_ttl_s", float),

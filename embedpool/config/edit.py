@@ -16,6 +16,7 @@ from embedpool.errors import AliasConflict, InvalidRequest, ModelExistsDifferent
 REGISTRATION_KEYS: dict[str, tuple[str, ...]] = {
     "model": ("model",),
     "alias": ("alias",),
+    "place": ("place",),
     "enabled": ("enabled",),
     "driver_type": ("driver", "type"),
     "driver_config": ("driver", "config"),

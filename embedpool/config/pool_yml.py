@@ -143,7 +143,7 @@ def _split_head(text: str) -> tuple[str, str]:
 
 def _as_entry(spec: ModelSpec) -> CommentedMap:
     values = explicit(spec)
-    ordered = {"model": spec.model, "alias": spec.alias, "enabled": spec.enabled}
+    ordered = {"model": spec.model, "alias": spec.alias, "place": spec.place, "enabled": spec.enabled}
     entry = CommentedMap({k: v for k, v in ordered.items() if v is not None})
     entry["driver"] = {"type": spec.driver.type, "config": values["driver"].get("config", {})}
     for key in ("scaling", "queue"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import marshmallow as ma
 from marshmallow import fields, validate
@@ -39,27 +39,29 @@ def _absolute(path: str) -> None:
         raise ma.ValidationError("must be an absolute path: the server may run in another folder")
 
 
-@dataclasses.dataclass(frozen=True)
-class Isolation:
-    """The part of a driver.config that says where the model runs."""
+PLACES = ("thread", "process")
 
-    isolation: str = option(
-        "thread",
-        "thread: in the server's process; process: each replica in a child process, whose crash, hang or growth ends "
-        "nothing else",
-        choices=("thread", "process"),
-        loads=True,
+
+@dataclasses.dataclass(frozen=True)
+class LocalConfig:
+    """The part of a driver.config that all drivers of local models have."""
+
+    is_remote: ClassVar = False
+    max_batch_texts: ClassVar = None
+
+    isolation: str | None = option(None, "older spelling of the model's `place`", choices=PLACES, loads=True)
+    max_rss_mb: int | None = option(
+        None, "memory at which the child process of `place: process` is ended and replaced", minimum=1
     )
-    max_rss_mb: int | None = option(None, "memory at which a child is ended and replaced", minimum=1)
     batch_timeout_s: float | None = option(
         None,
-        "a child whose batch takes longer is ended and replaced; default defaults.request_timeout_s",
+        "such a process is ended and replaced when a batch takes longer; default defaults.request_timeout_s",
         minimum=0.001,
     )
 
 
 @dataclasses.dataclass(frozen=True)
-class LocalStConfig(Isolation):
+class LocalStConfig(LocalConfig):
     """driver.config of a local SentenceTransformer model."""
 
     max_seq_length: int | None = option(None, "tokens kept of a text; default the model's own", minimum=1)
@@ -94,6 +96,9 @@ class LocalStConfig(Isolation):
 @dataclasses.dataclass(frozen=True)
 class HttpConfig:
     """driver.config of a remote embedding service."""
+
+    is_remote: ClassVar = True
+    max_seq_length: ClassVar = None
 
     base_url: str = option(dataclasses.MISSING, "address; its form depends on `protocol`", check=_http_url, loads=True)
     base_urls: tuple[str, ...] = option(
@@ -140,7 +145,7 @@ class HttpConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class FakeConfig(Isolation):
+class FakeConfig(LocalConfig):
     """driver.config of the deterministic stand-in: tests, demos, load tests of everything else."""
 
     dim: int = option(384, "size of its vectors", minimum=1, maximum=65536, loads=True)
@@ -222,6 +227,12 @@ class ModelSpec:
     model: str = option(dataclasses.MISSING, "name: a Hugging Face id for local models", pattern=NAME_PATTERN)
     driver: DriverSpec = option(dataclasses.MISSING, "what runs the model", schema=DriverSchema)
     alias: str | None = option(None, "second name, unique among names and aliases", pattern=NAME_PATTERN)
+    place: str | None = option(
+        None,
+        "where a local model runs; thread: in the server's process, which is the default; process: each replica in a "
+        "child process, whose crash, hang or growth ends nothing else",
+        choices=PLACES,
+    )
     enabled: bool = option(True, "whether it is served")
     scaling: Scaling = dataclasses.field(default_factory=Scaling)
     queue: QueueSpec = dataclasses.field(default_factory=QueueSpec)
@@ -229,6 +240,11 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.alias == self.model:
             object.__setattr__(self, "alias", None)
+        if self.place and self.driver.config.is_remote:
+            raise ma.ValidationError({"place": ["a remote service runs elsewhere already: place is for local models"]})
+        isolation = getattr(self.driver.config, "isolation", None)
+        if self.place and isolation and isolation != self.place:
+            raise ma.ValidationError({"place": [f"contradicts driver.config.isolation, which is {isolation}"]})
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -236,12 +252,18 @@ class ModelSpec:
         return (self.model, self.alias) if self.alias else (self.model,)
 
     @property
+    def runs_in(self) -> str:
+        """thread or process."""
+        return self.place or getattr(self.driver.config, "isolation", None) or "thread"
+
+    @property
     def load_key(self) -> Hashable:
         """Equal for specs that one loaded model can serve; everything else applies at once."""
         config = self.driver.config
-        values = ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if f.metadata["loads"])
+        names = [f.name for f in dataclasses.fields(config) if f.metadata["loads"] and f.name != "isolation"]
+        values = ((name, getattr(config, name)) for name in names)
         loaded = tuple((name, tuple(sorted(v.items())) if isinstance(v, dict) else v) for name, v in values)
-        return self.model, self.enabled, self.driver.type, loaded
+        return self.model, self.enabled, self.runs_in, self.driver.type, loaded
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,40 +10,45 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import override
 
 from embedpool.config.spec import FakeConfig, ModelSpec
-from embedpool.drivers.base import PROBE_TEXT, Driver, Embeddings, Ids, Meter, Token, describe
 from embedpool.errors import ModelFailed
+from embedpool.tasks.driver import PROBE_TEXT, Driver, Facts, describe
+from embedpool.tasks.item import Batch, Ids
+from embedpool.tasks.rows import Answer, Rows
+from embedpool.tasks.tokenizer import Token, Tokenizer
 
 START, END = 1, 2  # its special tokens
 POSITIONS = 512
 GROWTH_BYTES = 50_000_000
 
 
-class FakeMeter(Meter):
+class FakeTokenizer(Tokenizer):
     """A token a word, and two special ones."""
 
     max_tokens = POSITIONS
     default_max_tokens = POSITIONS
     special_tokens = 2
 
-    def measure(self, texts: Sequence[str]) -> list[list[int]]:
-        """See Meter."""
+    @override
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [[START, *(_id_of(word) for word in text.split()), END] for text in texts]
 
+    @override
     def cut(self, ids: list[int], limit: int, side: str) -> list[int]:
-        """See Meter."""
         room = max(limit - 2, 0)
         words = ids[1:-1]
         return [START, *(words[:room] if side == "right" else words[len(words) - room :]), END]
 
+    @override
     def tokens(self, texts: Sequence[str], *, special: bool) -> list[list[Token]]:
-        """See Meter."""
         head = [Token(START, "<s>", True, None, None)] if special else []
         tail = [Token(END, "</s>", True, None, None)] if special else []
         words = [
@@ -51,6 +56,7 @@ class FakeMeter(Meter):
         ]
         return [[*head, *found, *tail] for found in words]
 
+    @override
     def decode(self, ids: Sequence[Ids], *, skip_special: bool) -> list[str]:
         """Words are not remembered: their ids stand for them."""
         return [" ".join(str(i) for i in row if not (skip_special and i in (START, END))) for row in ids]
@@ -83,26 +89,26 @@ FAULTS = {"raise": _raise, "hang": _hang, "grow": _grow, "crash": _crash}
 class FakeDriver(Driver):
     """Vectors drawn from a generator that the token ids seed; entries are about normal, vectors not normalised."""
 
-    def __init__(self, config: FakeConfig) -> None:
+    def __init__(self, config: FakeConfig, *, may_crash: bool = False) -> None:
         self._config = config
-        self._meter = FakeMeter()
-        self.dim = config.dim
-        self.description = describe(dim=self.dim)
+        self._may_crash = may_crash  # its process is its own
+        self._tokenizer = FakeTokenizer()
 
-    def open(self) -> None:
-        """See Driver."""
+    @override
+    def open(self, on_lost: Callable[[str], None]) -> Facts:
         time.sleep(self._config.load_delay_ms / 1000)
         if self._config.fault == "load":
             raise RuntimeError("fault: load")
-        if self._config.fault == "crash" and self._config.isolation != "process":
-            raise ModelFailed("fault: crash would end the server; it needs isolation: process")
+        if self._config.fault == "crash" and not self._may_crash:
+            raise ModelFailed("fault: crash would end the server; it needs place: process")
         self.probe()
+        return Facts(width=self._config.dim, description=describe(dim=self._config.dim))
 
-    def embed(self, texts: Sequence[str], ids: Sequence[Ids] | None, options: Mapping[str, Any]) -> Embeddings:
-        """See Driver."""
-        config = self._config
+    @override
+    def run(self, batch: Batch) -> Answer:
+        config, texts = self._config, batch.texts
         time.sleep((config.delay_ms + config.delay_ms_per_text * len(texts)) / 1000)
-        vectors = np.stack([self._vector(i) for i in ids or self._meter.measure(texts)])
+        vectors = np.stack([self._vector(ids) for ids in batch.ids or self._tokenizer.encode(texts)])
         at_fault = [i for i, text in enumerate(texts) if config.fault_text in text]
         if at_fault and config.fault in FAULTS:
             FAULTS[config.fault]()
@@ -110,25 +116,26 @@ class FakeDriver(Driver):
             vectors = vectors[:-1]
         if at_fault and config.fault == "nan":
             vectors[at_fault] = np.nan
-        return Embeddings(vectors)
+        return Answer(Rows(vectors))
 
+    @override
     def probe(self) -> None:
-        """See Driver. A fault without `fault_text` is the driver's own."""
+        """A fault without `fault_text` is the driver's own."""
         if not self._config.fault_text and self._config.fault == "raise":
             _raise()
-        self._vector(self._meter.measure([PROBE_TEXT])[0])
+        self._vector(self._tokenizer.encode([PROBE_TEXT])[0])
 
-    def _vector(self, ids: Ids) -> np.ndarray[Any, np.dtype[np.float32]]:
+    def _vector(self, ids: Ids) -> NDArray[np.float32]:
         seed = zlib.crc32(np.asarray(ids, dtype=np.int32).tobytes())
         return np.random.default_rng(seed).standard_normal(self._config.dim, dtype=np.float32)
 
 
-def make_driver(spec: ModelSpec, cache_dir: Path) -> Driver:
+def make_driver(spec: ModelSpec, cache_dir: Path, memory: dict[str, Any]) -> Driver:
     """See embedpool.drivers."""
     assert isinstance(spec.driver.config, FakeConfig)
-    return FakeDriver(spec.driver.config)
+    return FakeDriver(spec.driver.config, may_crash=spec.runs_in == "process")
 
 
-def open_meter(spec: ModelSpec) -> Meter:
+def open_tokenizer(spec: ModelSpec) -> Tokenizer:
     """See embedpool.drivers."""
-    return FakeMeter()
+    return FakeTokenizer()

@@ -6,17 +6,22 @@ import itertools
 import logging
 import random
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from embedpool.config.spec import HttpConfig, ModelSpec
-from embedpool.drivers.base import PROBE_TEXT, Driver, Embeddings, Ids, Meter, cosine, describe
+from embedpool.drivers.measure import cosine, probe_batch
 from embedpool.drivers.protocols import PROTOCOLS
 from embedpool.drivers.upstream import RetryBudget, Upstream, fault_of, secret
 from embedpool.errors import UpstreamError
+from embedpool.tasks.driver import PROBE_TEXT, Driver, Facts, describe
+from embedpool.tasks.item import Batch
+from embedpool.tasks.rows import Answer, Rows
+from embedpool.tasks.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -32,37 +37,40 @@ NOT_FINITE = "the remote service gives vectors that are not finite"
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
-class RemoteMeter(Meter):
-    """The remote tokenizes; here texts are only estimated."""
+SLOTS = 8
 
-    tokenizes = False
 
-    def measure(self, texts: Sequence[str]) -> None:
-        """See Meter."""
+class RemoteTokenizer(Tokenizer):
+    """The remote service makes the token ids."""
+
+    @override
+    def encode(self, texts: Sequence[str]) -> None:
+        return None
 
 
 class HttpDriver(Driver):
     """Raises UpstreamError with the remote's status and message, never its key.
 
     One of several addresses is asked once it gives the same vectors for PROBE_TEXTS as the first that ever answered,
-    and left alone after failures in a row until it does so again. When none is left the driver is `lost`.
+    and left alone after failures in a row until it does so again. When none is left the driver says that it is lost.
+    `memory` is what the drivers of a served model share: whose vectors the first address gave.
     """
 
-    parallel = 8
-
-    def __init__(self, model: str, config: HttpConfig) -> None:
-        self.max_batch_texts = config.max_batch_texts
-        self.description: dict[str, object] = {}
+    def __init__(self, model: str, config: HttpConfig, memory: dict[str, Any]) -> None:
+        self._description: dict[str, object] = {}
+        self._dim: int | None = None
+        self._lost: str | None = None
         self._model = config.remote_model or model
         self._config = config
         self._protocol = PROTOCOLS[config.protocol]
-        self.memory = {}
+        self._memory = memory
         self._upstreams: list[Upstream] = []
         self._budget = RetryBudget()
         self._over = threading.Event()  # closed or lost
 
-    def open(self) -> None:
-        """Read the secrets, connect, and find an address that answers."""
+    @override
+    def open(self, on_lost: Callable[[str], None]) -> Facts:
+        self._on_lost = on_lost
         headers = {name: secret(variable) for name, variable in self._config.headers.items()}
         if self._config.api_key:
             headers["Authorization"] = f"Bearer {secret(self._config.api_key)}"
@@ -72,24 +80,26 @@ class HttpDriver(Driver):
         except BaseException:
             self.close()
             raise
-        self.description |= describe(protocol=self._config.protocol, dim=self.dim)
+        self._description |= describe(protocol=self._config.protocol, dim=self._dim)
         if len(self._upstreams) > 1:
             threading.Thread(target=self._check, name=f"check-{self._model}", daemon=True).start()
+        return Facts(width=self._dim, slots=SLOTS, description=self._description)
 
+    @override
     def configure(self, config: HttpConfig) -> None:
-        """Time-out, retries and batch size apply at once."""
         self._config = config
-        self.max_batch_texts = config.max_batch_texts
 
-    def embed(self, texts: Sequence[str], ids: Sequence[Ids] | None, options: Mapping[str, Any]) -> Embeddings:
+    @override
+    def run(self, batch: Batch) -> Answer:
         """One call, and where it fails for a reason that may pass, or that another address may not have, a few more."""
-        body = self._protocol.body(self._model, texts, options)
+        texts = batch.texts
+        body = self._protocol.body(self._model, texts, batch.options)
         tried: list[Upstream] = []
         upstream = self._least_busy(())
         self._budget.earn()
         while True:
             if upstream is None:
-                raise UpstreamError(self.lost or "the remote service is not asked")
+                raise UpstreamError(self._lost or "the remote service is not asked")
             try:
                 with upstream.call():
                     return self._ask(upstream, body, len(texts), self._config.timeout_s)
@@ -105,10 +115,10 @@ class HttpDriver(Driver):
                     self._over.wait(_pause_s(error, len(tried)))
                 upstream = another or upstream
 
+    @override
     def probe(self) -> None:
-        """See Driver."""
         try:
-            vectors = self.embed([PROBE_TEXT], None, {}).vectors
+            vectors = self.run(probe_batch()).rows.values
         except UpstreamError as error:
             if error.remote_status != 429:  # it is there, and busy
                 raise
@@ -116,8 +126,8 @@ class HttpDriver(Driver):
         if not np.isfinite(vectors).all():
             raise UpstreamError(NOT_FINITE)
 
+    @override
     def close(self) -> None:
-        """Close the connections."""
         self._over.set()
         for upstream in self._upstreams:
             upstream.close()
@@ -127,7 +137,7 @@ class HttpDriver(Driver):
         serving = [u for u in self._upstreams if not u.fault and u not in tried]
         return min(serving, key=lambda u: (u.outstanding, random.random()), default=None)  # noqa: S311  (no secret)
 
-    def _ask(self, upstream: Upstream, body: dict[str, Any], count: int, timeout_s: float) -> Embeddings:
+    def _ask(self, upstream: Upstream, body: dict[str, Any], count: int, timeout_s: float) -> Answer:
         """One attempt. The answer must hold a vector of the known dimension for each of `count` texts."""
         response = upstream.post(body, timeout_s)
         try:
@@ -142,9 +152,9 @@ class HttpDriver(Driver):
             ) from None
         if array.ndim != 2 or array.shape[0] != count or not array.shape[1]:
             raise UpstreamError(f"the remote service gave vectors of shape {array.shape} for {count} texts")
-        if self.dim is not None and array.shape[1] != self.dim:
-            raise UpstreamError(f"the remote service's vectors went from {self.dim} to {array.shape[1]} numbers")
-        return Embeddings(array, tokens, [i for i in truncated if 0 <= i < count])
+        if self._dim is not None and array.shape[1] != self._dim:
+            raise UpstreamError(f"the remote service's vectors went from {self._dim} to {array.shape[1]} numbers")
+        return Answer(Rows(array), tokens, [i for i in truncated if 0 <= i < count])
 
     # --- which addresses are asked
 
@@ -164,18 +174,18 @@ class HttpDriver(Driver):
         """Admit an address that gives the vectors of PROBE_TEXTS, or stop asking it. Raises UpstreamError."""
         several = len(self._upstreams) > 1
         timeout_s = min(self._config.timeout_s, PROOF_TIMEOUT_S) if several else self._config.timeout_s
-        step, parts = self.max_batch_texts or len(PROBE_TEXTS), []
+        step, parts = self._config.max_batch_texts, []
         for start in range(0, len(PROBE_TEXTS), step):
             texts = PROBE_TEXTS[start : start + step]
             body = self._protocol.body(self._model, texts, {})
-            parts.append(self._ask(upstream, body, len(texts), timeout_s).vectors)
+            parts.append(self._ask(upstream, body, len(texts), timeout_s).rows.values)
         vectors = np.concatenate(parts)
         if not np.isfinite(vectors).all():
             raise UpstreamError(NOT_FINITE)
         if several and (difference := self._difference(upstream, vectors)):
             upstream.fault = difference
             raise UpstreamError(difference)
-        self.dim = vectors.shape[1]
+        self._dim = vectors.shape[1]
         upstream.admit()
 
     def _difference(self, upstream: Upstream, vectors: Array) -> str | None:
@@ -186,7 +196,7 @@ class HttpDriver(Driver):
         """
         if not np.linalg.norm(vectors, axis=1).all():
             return "it gives vectors of length zero"
-        name, reference = self.memory.setdefault("reference", (upstream.name, vectors))
+        name, reference = self._memory.setdefault("reference", (upstream.name, vectors))
         worst = 0.0
         if vectors.shape == reference.shape:
             worst = min(cosine(a, b) for a, b in zip(vectors, reference, strict=True))
@@ -221,12 +231,12 @@ class HttpDriver(Driver):
     def _publish(self) -> None:
         """Which addresses are asked, for /status; and that none is left, if so."""
         if len(self._upstreams) > 1:
-            self.description["base_urls"] = {u.name: u.fault or "serves" for u in self._upstreams}
-        if self.lost is None and not self._over.is_set() and all(u.fault for u in self._upstreams):
+            self._description["base_urls"] = {u.name: u.fault or "serves" for u in self._upstreams}
+        if self._lost is None and not self._over.is_set() and all(u.fault for u in self._upstreams):
             faults = dict.fromkeys(str(u.fault) for u in self._upstreams)
-            self.lost = f"left alone after failures in a row: {'; '.join(faults)}"
+            self._lost = f"left alone after failures in a row: {'; '.join(faults)}"
             self._over.set()
-            self._tell_lost()
+            self._on_lost(self._lost)
 
 
 def _pause_s(error: UpstreamError, attempts: int) -> float:
@@ -236,12 +246,12 @@ def _pause_s(error: UpstreamError, attempts: int) -> float:
     return BACKOFF_FACTOR_S * (1 << (attempts - 1)) * (1 + random.random())  # noqa: S311  (no secret)
 
 
-def make_driver(spec: ModelSpec, cache_dir: Path) -> Driver:
+def make_driver(spec: ModelSpec, cache_dir: Path, memory: dict[str, Any]) -> Driver:
     """See embedpool.drivers."""
     assert isinstance(spec.driver.config, HttpConfig)
-    return HttpDriver(spec.model, spec.driver.config)
+    return HttpDriver(spec.model, spec.driver.config, memory)
 
 
-def open_meter(spec: ModelSpec) -> Meter:
+def open_tokenizer(spec: ModelSpec) -> Tokenizer:
     """See embedpool.drivers."""
-    return RemoteMeter()
+    return RemoteTokenizer()

@@ -14,28 +14,23 @@ import importlib.util
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from typing_extensions import override
 
 from embedpool.config.spec import LocalStConfig, ModelSpec
-from embedpool.drivers.base import (
-    PROBE_TEXT,
-    Cost,
-    Driver,
-    Embeddings,
-    Ids,
-    Meter,
-    available_cores,
-    cosine,
-    describe,
-    fastest_s,
-)
+from embedpool.drivers.measure import cosine, fastest_s, probe_batch
 from embedpool.drivers.model_folder import find_model_folder
-from embedpool.drivers.tokenizer import TokenizerMeter, pad
+from embedpool.drivers.tokenizer import FolderTokenizer, pad
 from embedpool.errors import ModelFailed
+from embedpool.places.cores import available_cores
+from embedpool.tasks.driver import PROBE_TEXT, Cost, Driver, Facts, describe
+from embedpool.tasks.item import Batch
+from embedpool.tasks.rows import Answer, Rows
+from embedpool.tasks.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from embedpool.drivers.openvino_graph import Pipeline
@@ -56,7 +51,7 @@ SAME_VECTOR_COSINE = {"float32": 0.9999, "bfloat16": 0.995, "float16": 0.995}
 
 
 class LocalStDriver(Driver):
-    """One model instance. `parallel`: 1 for torch; cores ÷ replicas for OpenVINO, whose streams share weights."""
+    """One model instance. It has one slot on torch, and cores ÷ replicas on OpenVINO, whose streams share weights."""
 
     def __init__(self, model: str, config: LocalStConfig, replicas: int, cache_dir: Path) -> None:
         self._model = model
@@ -64,17 +59,18 @@ class LocalStDriver(Driver):
         self._cores = max(available_cores() // replicas, 1)
         self._cache_dir = cache_dir
         self._dtype = "float32" if config.compute_dtype == "auto" else config.compute_dtype
-        self._facts: dict[str, object] = {}  # of the backend, for /status
+        self._slots = 1
+        self._says: dict[str, object] = {}  # of the backend, for /status
         self._run: Run | None = None
         self._run_beside: Run | None = None  # as `_run` works while other batches run: what costs are fitted to
         self._encode: Callable[[list[str]], Array] | None = None
 
-    def open(self) -> None:
-        """Load the weights, choose the backend, prove it on a text."""
+    @override
+    def open(self, on_lost: Callable[[str], None]) -> Facts:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its pool is sized by the host
         folder = find_model_folder(self._model, self._config)
-        self._meter = TokenizerMeter(folder)
-        wanted, positions = self._config.max_seq_length, self._meter.max_tokens
+        self._tokenizer = FolderTokenizer(folder)
+        wanted, positions = self._config.max_seq_length, self._tokenizer.max_tokens
         if wanted and positions and wanted > positions:
             raise ModelFailed(
                 f"{self._model!r}: max_seq_length {wanted} is more than the model's {positions} positions"
@@ -82,40 +78,44 @@ class LocalStDriver(Driver):
         with LOADING:
             backend, why = self._load(folder)
         self.probe()
-        self.cost = self._fit_cost()
-        self.dim = self.embed([PROBE_TEXT], self._meter.measure([PROBE_TEXT]), {}).vectors.shape[1]
-        self.description = describe(
+        cost = self._fit_cost()
+        width = self.run(self._probe_batch()).rows.width
+        description = describe(
             backend=backend,
             why=why,
             compute_dtype=self._dtype,
             device=self._config.device,
             threads=self._cores,
-            fixed_ms=round(self.cost.fixed_s * 1000, 3),
-            ms_per_1000_tokens=round(self.cost.token_s * 1e6, 3),
-            **self._facts,
-            dim=self.dim,
+            fixed_ms=round(cost.fixed_s * 1000, 3),
+            ms_per_1000_tokens=round(cost.token_s * 1e6, 3),
+            **self._says,
+            dim=width,
         )
         logger.info("%s runs on %s (%s)", self._model, backend, why)
+        return Facts(width=width, slots=self._slots, cost=cost, description=description)
 
-    def embed(self, texts: Sequence[str], ids: Sequence[Ids] | None, options: Mapping[str, Any]) -> Embeddings:
-        """See Driver."""
+    @override
+    def run(self, batch: Batch) -> Answer:
         if self._run is not None:
-            return Embeddings(self._run(pad(ids or self._meter.measure(texts), self._meter.pad_id)))
+            ids = batch.ids or self._tokenizer.encode(batch.texts)
+            return Answer(Rows(self._run(pad(ids, self._tokenizer.pad_id))))
         assert self._encode is not None
-        return Embeddings(self._encode(list(texts)))
+        return Answer(Rows(self._encode(batch.texts)))
 
+    @override
     def probe(self) -> None:
-        """See Driver."""
-        vectors = self.embed([PROBE_TEXT], self._meter.measure([PROBE_TEXT]), {}).vectors
-        if not np.isfinite(vectors).all():
+        if not self.run(self._probe_batch()).rows.finite().all():
             raise ModelFailed(f"{self._model!r} gives vectors that are not finite")
+
+    def _probe_batch(self) -> Batch:
+        return probe_batch(ids=self._tokenizer.encode([PROBE_TEXT]))
 
     def _fit_cost(self) -> Cost:
         """Least squares of relative errors over a few padded batches, the better of two runs each."""
-        ids = self._meter.measure([PROBE_TEXT * 40])[0]
+        ids = self._tokenizer.encode([PROBE_TEXT * 40])[0]
         padded, seconds = [], []
         for texts, tokens in WARM_UP_SHAPES:
-            batch = [self._meter.cut(ids, tokens, "right")] * texts
+            batch = [self._tokenizer.cut(ids, tokens, "right")] * texts
             padded.append(float(sum(map(len, batch))))
             seconds.append(self._seconds(self._run_beside or self._run, batch))
         weights = [1 / s for s in seconds]
@@ -125,11 +125,11 @@ class LocalStDriver(Driver):
     def _seconds(self, run: Run | None, ids: list[list[int]]) -> float:
         """What a call takes; without `run` it is one of encode()."""
         if run is None:
-            return fastest_s(lambda: self.embed([PROBE_TEXT] * len(ids), ids, {}))
-        return fastest_s(lambda: run(pad(ids, self._meter.pad_id)))
+            return fastest_s(lambda: self.run(probe_batch([PROBE_TEXT] * len(ids), ids)))
+        return fastest_s(lambda: run(pad(ids, self._tokenizer.pad_id)))
 
+    @override
     def close(self) -> None:
-        """Drop the weights and give the memory back to the system."""
         self._run = self._run_beside = self._encode = None
         gc.collect()
         if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps freed memory otherwise
@@ -162,20 +162,20 @@ class LocalStDriver(Driver):
         pipeline = openvino_graph.Pipeline(graph, self._dtype, self._cores)
         if self._config.profile == "fast" and self._config.compute_dtype == "auto":
             pipeline = self._faster(pipeline, openvino_graph.Pipeline(graph, "bfloat16", self._cores))
-        self.parallel = self._cores
+        self._slots = self._cores
         self._run, self._run_beside = pipeline, pipeline.beside_others
-        self._facts["cores_of_a_lone_batch"] = pipeline.cores_alone
+        self._says["cores_of_a_lone_batch"] = pipeline.cores_alone
 
     def _faster(self, exact: Pipeline, lossy: Pipeline) -> Pipeline:
         """The lossy pipeline if it is faster here and close enough; what it costs is said in /status."""
         texts = [PROBE_TEXT[:end] for end in range(4, len(PROBE_TEXT), 4)] + [PROBE_TEXT * 10]
-        inputs = [pad([ids], self._meter.pad_id) for ids in self._meter.measure(texts)]
+        inputs = [pad([ids], self._tokenizer.pad_id) for ids in self._tokenizer.encode(texts)]
         worst = min(cosine(exact(i)[0], lossy(i)[0]) for i in inputs)
-        batch = [self._meter.cut(self._meter.measure([PROBE_TEXT * 10])[0], 32, "right")] * 8
+        batch = [self._tokenizer.cut(self._tokenizer.encode([PROBE_TEXT * 10])[0], 32, "right")] * 8
         gain = self._seconds(exact.beside_others, batch) / self._seconds(lossy.beside_others, batch)
         found = f"bfloat16 is {gain:.2f} times as fast here, at a cosine to float32 of {worst:.6f} or more"
         taken = gain >= FAST_LEAST_GAIN and worst >= SAME_VECTOR_COSINE["bfloat16"]
-        self._facts["profile"] = f"fast: {found}" if taken else f"fast asked for, float32 kept: {found}"
+        self._says["profile"] = f"fast: {found}" if taken else f"fast asked for, float32 kept: {found}"
         if taken:
             self._dtype = "bfloat16"
         return lossy if taken else exact
@@ -199,7 +199,7 @@ class LocalStDriver(Driver):
         torch_pipeline.prepack(model)
         self._run = self._by_ids(torch_pipeline.torch_run(model), expected)
         if self._run is not None:
-            self._facts["prepacked"] = f"{gain:.2f} times as fast"
+            self._says["prepacked"] = f"{gain:.2f} times as fast"
             return
         model = self._sentence_transformer(folder, backend)  # it does not bear it
         self._encode, self._run = functools.partial(_encode, model), torch_pipeline.torch_run(model)
@@ -207,7 +207,7 @@ class LocalStDriver(Driver):
     def _by_ids(self, run: Run, expected: Array) -> Run | None:
         """`run` if the model takes token ids and gives encode's vector of the probe text for them, else None."""
         try:
-            by_ids = run(pad(self._meter.measure([PROBE_TEXT]), self._meter.pad_id))[0]
+            by_ids = run(pad(self._tokenizer.encode([PROBE_TEXT]), self._tokenizer.pad_id))[0]
         except Exception as error:
             logger.info("%s cannot be fed token ids this way: %s", self._model, error)
             return None
@@ -232,7 +232,7 @@ class LocalStDriver(Driver):
             backend=backend,
             model_kwargs={"use_safetensors": True, "dtype": self._dtype} if backend == "torch" else {},
         )
-        limit = self._config.max_seq_length or self._meter.default_max_tokens
+        limit = self._config.max_seq_length or self._tokenizer.default_max_tokens
         if limit:
             model.max_seq_length = limit
         return model.eval()
@@ -242,13 +242,13 @@ def _encode(model: Any, texts: list[str]) -> Array:
     return np.asarray(model.encode(texts, prompt="", show_progress_bar=False), np.float32)
 
 
-def make_driver(spec: ModelSpec, cache_dir: Path) -> Driver:
+def make_driver(spec: ModelSpec, cache_dir: Path, memory: dict[str, Any]) -> Driver:
     """See embedpool.drivers."""
     assert isinstance(spec.driver.config, LocalStConfig)
     return LocalStDriver(spec.model, spec.driver.config, spec.scaling.max, cache_dir)
 
 
-def open_meter(spec: ModelSpec) -> Meter:
+def open_tokenizer(spec: ModelSpec) -> Tokenizer:
     """See embedpool.drivers."""
     assert isinstance(spec.driver.config, LocalStConfig)
-    return TokenizerMeter(find_model_folder(spec.model, spec.driver.config))
+    return FolderTokenizer(find_model_folder(spec.model, spec.driver.config))

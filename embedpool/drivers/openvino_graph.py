@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from embedpool.drivers.base import PROBE_TEXT, cosine
+from embedpool.drivers.measure import cosine
 from embedpool.drivers.tokenizer import pad
 from embedpool.errors import ModelFailed
+from embedpool.tasks.driver import PROBE_TEXT
 
 logger = logging.getLogger(__name__)
 

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from typing_extensions import override
 
-from embedpool.drivers.base import Ids, Meter, Token
 from embedpool.errors import ModelFailed
+from embedpool.tasks.item import Ids
+from embedpool.tasks.tokenizer import Token, Tokenizer
 
 # Position 0 of these is behind the padding index, so they hold fewer tokens than positions.
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "ibert")
 
 
-class TokenizerMeter(Meter):
+class FolderTokenizer(Tokenizer):
     """The model's fast tokenizer without padding and truncation. One per model, shared by all request threads."""
 
     def __init__(self, folder: Path) -> None:
@@ -41,19 +43,19 @@ class TokenizerMeter(Meter):
         self._head, self._tail = self._special_ids(bare)
         self.special_tokens = len(self._head) + len(self._tail)
 
-    def measure(self, texts: Sequence[str]) -> list[list[int]]:
-        """See Meter."""
+    @override
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(self._given(texts))]
 
+    @override
     def cut(self, ids: list[int], limit: int, side: str) -> list[int]:
-        """See Meter."""
         head, tail = self._head, self._tail
         words = ids[len(head) : len(ids) - len(tail)]
         room = max(limit - len(head) - len(tail), 0)
         return [*head, *(words[:room] if side == "right" else words[len(words) - room :]), *tail]
 
+    @override
     def tokens(self, texts: Sequence[str], *, special: bool) -> list[list[Token]]:
-        """See Meter."""
         given = self._given(texts)
         encodings = self._tokenizer.encode_batch(given, add_special_tokens=special)
         return [
@@ -66,8 +68,8 @@ class TokenizerMeter(Meter):
             for text, encoding in zip(given, encodings, strict=True)
         ]
 
+    @override
     def decode(self, ids: Sequence[Ids], *, skip_special: bool) -> list[str]:
-        """See Meter."""
         return list(self._tokenizer.decode_batch([list(i) for i in ids], skip_special_tokens=skip_special))
 
     def _given(self, texts: Sequence[str]) -> list[str]:
@@ -96,15 +98,15 @@ def pad(ids: Sequence[Sequence[int]], pad_id: int) -> dict[str, NDArray[np.int64
     }
 
 
-def _load_tokenizer(folder: Path) -> Tokenizer:
+def _load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     file = folder / "tokenizer.json"
     if file.exists():
-        return Tokenizer.from_file(str(file))
+        return tokenizers.Tokenizer.from_file(str(file))
     from transformers import AutoTokenizer  # builds a fast tokenizer from older files
 
     try:
         built = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        return Tokenizer.from_str(built.backend_tokenizer.to_str())
+        return tokenizers.Tokenizer.from_str(built.backend_tokenizer.to_str())
     except Exception as error:
         raise ModelFailed(f"{folder.name}: no fast tokenizer: {error}") from None
 
@@ -125,7 +127,7 @@ def _first_module_path(folder: Path) -> str:
     return str(modules[0].get("path") or "") if modules else ""
 
 
-def _pad_id(tokenizer: Tokenizer, config: dict[str, Any]) -> int:
+def _pad_id(tokenizer: tokenizers.Tokenizer, config: dict[str, Any]) -> int:
     if tokenizer.padding:
         return int(tokenizer.padding["pad_id"])
     return int(config.get("pad_token_id") or 0)

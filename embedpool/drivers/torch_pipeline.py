@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from embedpool.drivers.base import fastest_s
+from embedpool.drivers.measure import fastest_s
 
 PREPACKED_LEAST_GAIN = 1.1
 TRIED_ROWS = 256  # tokens of the call that is timed

@@ -1,1 +1,1 @@
-"""Between HTTP and the drivers: a request becomes jobs, jobs become batches. Standard library and numpy only."""
+"""Between HTTP and the drivers: requests become items, items become batches. Standard library and numpy only."""

@@ -13,9 +13,10 @@ from typing import Any
 from embedpool.config.spec import ModelSpec, PoolSpec, diff
 from embedpool.errors import ModelNotFound, Overloaded, ShuttingDown
 from embedpool.pool.model_queue import QueueClosed
-from embedpool.pool.replica_set import Engine
-from embedpool.pool.request import EmbedRequest, EmbedResult
+from embedpool.pool.request import Call, Result
 from embedpool.pool.served_model import ServedModel
+from embedpool.pool.settings import PoolSettings
+from embedpool.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +26,18 @@ STOP_TIMEOUT_S = 10.0  # for replicas to close
 class Pool:
     """`submit` is called by request threads; `apply` by reconcile alone; `prepared` around a registration."""
 
-    def __init__(self, engine: Engine, *, max_inflight_global: int = 256) -> None:
+    def __init__(self, settings: PoolSettings, *, max_inflight_global: int = 256) -> None:
         self.max_inflight_global = max_inflight_global
-        self.request_timeout_s = engine.request_timeout_s
+        self.request_timeout_s = settings.request_timeout_s
+        self.clock = settings.clock
         self.draining = False  # set by the server when it begins to stop: not ready any more, but serving
         self.stopping = False
         self.catch_up: Callable[[str], bool] = lambda name: False  # set by the server: see Reconciler
-        self._engine = engine
+        self._settings = settings
         self._permits = threading.BoundedSemaphore(max_inflight_global)
+        # Guards everything below but `_routes`, which is replaced whole and read without it. Taken by whoever changes
+        # the pool: reconcile's thread, one that registers, a replica's thread that promotes a successor. Inside it a
+        # model's own locks may be taken; no thread waits inside it for a load, a request or another thread's end.
         self._lock = threading.RLock()
         self._spec = PoolSpec()
         self._served: dict[str, ServedModel] = {}
@@ -44,12 +49,12 @@ class Pool:
 
     # --- the road of a request
 
-    def submit(self, request: EmbedRequest) -> EmbedResult:
+    def submit(self, model: str, task: Task, call: Call) -> Result:
         """Serve one request in the calling thread. Raises the errors of the contract."""
         with self.permit():
             while True:
                 try:
-                    return self.find(request.model).embed(request)
+                    return self.find(model).admission.serve(task, call)
                 except (QueueClosed, ModelNotFound) as gone:
                     if self.stopping:
                         raise ShuttingDown("the server is stopping") from None
@@ -90,7 +95,7 @@ class Pool:
 
         Raises ModelFailed with the reason if it does not load; nothing is lost then.
         """
-        candidate = ServedModel(spec, self._engine)
+        candidate = ServedModel(spec, self._settings)
         with self._lock:
             if self.stopping:
                 raise ShuttingDown("the server is stopping")
@@ -142,14 +147,14 @@ class Pool:
         if model.enabled and live.takes_requests:
             # The old one goes on, under the new alias, until the successor is loaded.
             live.update(dataclasses.replace(live.spec, alias=model.alias))
-            successor = self._successors[model.model] = ServedModel(model, self._engine, on_ready=self._promote)
+            successor = self._successors[model.model] = ServedModel(model, self._settings, on_ready=self._promote)
             successor.start(prove=True)
             return leaving
         self._served[model.model] = self._begin(model)
         return [*leaving, live]
 
     def _begin(self, model: ModelSpec) -> ServedModel:
-        served = ServedModel(model, self._engine)
+        served = ServedModel(model, self._settings)
         served.start()
         return served
 
@@ -187,7 +192,7 @@ class Pool:
         thread.start()
 
     def _drain(self, served: ServedModel) -> None:
-        served.drain(self._engine.request_timeout_s)
+        served.drain(self._settings.request_timeout_s)
         with self._lock:
             self._leaving.pop(served, None)
 
@@ -234,6 +239,6 @@ class Pool:
             entry = served.snapshot()
             successor = self._successors.get(served.spec.model)
             if successor is not None:
-                entry["successor"] = {"state": successor.state, "last_error": successor.replicas.last_error}
+                entry["successor"] = {"state": successor.state, "last_error": successor.last_error}
             entries.append(entry)
         return entries

@@ -1,243 +1,210 @@
-"""One driver instance and the threads that run batches in it: opens it, serves, opens it anew when it breaks."""
+"""One placed driver, step by step: it is opened, serves batches, breaks or is lost, is closed, and is opened anew.
+
+The threads that take these steps are its set's (replica_set.py): a lead, which opens and closes, and one more for each
+further slot.
+"""
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
 
 from embedpool.errors import EmbedpoolError, UpstreamError
-from embedpool.pool.model_queue import ModelQueue
-from embedpool.pool.worker import DriverBroken, DriverLost, Worker
-
-if TYPE_CHECKING:
-    from embedpool.drivers.base import Driver
+from embedpool.pool.runner import DriverBroken, DriverLost, Runner
 
 logger = logging.getLogger(__name__)
 
 BACKOFF_FIRST_S = 0.5
 BACKOFF_LONGEST_S = 60.0
-LOSSES_TO_FIND_A_TEXT = 8  # halving a batch of 64, and the text alone
-BACKOFF_LONGEST_AFTER_S = ((DriverBroken, 1.0), (UpstreamError, 5.0))  # it does load; it costs little to ask
-
-
-class Owner(Protocol):
-    """What a replica asks of the model it belongs to. Called on the replica's threads."""
-
-    queue: ModelQueue
-
-    @property
-    def driver_config(self) -> object:
-        """driver.config as it is now."""
-
-    def is_surplus(self, replica: Replica) -> bool:
-        """Whether there are more replicas than may be; if so this one is removed already when this returns."""
-
-    def open_driver(self) -> Driver:
-        """An open driver, or an exception."""
-
-    def make_worker(self, name: str, driver: Driver) -> Worker:
-        """A worker on the model's queue."""
-
-    def inflight(self, driver: Driver) -> int:
-        """Batches at once."""
-
-    def idle_timeout_s(self) -> float | None:
-        """When an idle replica should ask to retire; None: it stays."""
-
-    @property
-    def probe_idle_s(self) -> float | None:
-        """After how long without work the driver is tried with a text; None: never."""
-
-    def may_retire(self, replica: Replica) -> bool:
-        """Whether this replica is not needed; if so it is removed already when this returns."""
-
-    def grow(self) -> None:
-        """Work waits behind what was just taken."""
-
-    def replica_changed(self, replica: Replica) -> None:
-        """It became ready, failed or closed."""
+LOSSES_TO_FIND_AN_ITEM = 8  # halving a batch of 64, and the item alone
+BACKOFF_LONGEST_AFTER_S = ((DriverBroken, 1.0), (UpstreamError, 5.0))  # it does load, so trying again costs little
 
 
 class Replica:
-    """States: loading, ready, failed, closed. The driver is opened, used and closed on the replica's own threads."""
+    """States: loading, ready, failed, closed; `on_change` is called after each change, on the thread that made it."""
 
-    def __init__(self, name: str, owner: Owner, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        name: str,
+        open_runner: Callable[[str], Runner],
+        on_change: Callable[[Replica], None] = lambda replica: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.name = name
         self.state = "loading"
         self.failures = 0  # in a row, without a served batch between
-        self._losses = 0  # likewise, of drivers that a batch has ended
         self.last_error: str | None = None
         self.retry_at = 0.0  # on the clock, while failed
-        self._longest_backoff_s = BACKOFF_LONGEST_S
         self.description: Mapping[str, object] = {}
-        self._owner = owner
+        self.runner: Runner | None = None  # while it is open
+        self.stopping = threading.Event()  # it is to end
+        self.threads: list[threading.Thread] = []  # the lead, then its siblings
+        self._open_runner = open_runner
+        self._on_change = on_change
         self._clock = clock
-        self._stop = threading.Event()
-        self._leave = threading.Event()  # the driver is broken, or the replica retires or stops
-        self._retired = False
+        self._losses = 0  # in a row, likewise, of places that a batch has ended
+        self._longest_backoff_s = BACKOFF_LONGEST_S
+        self._leave = threading.Event()  # its threads are to leave the driver: it is broken, retires or stops
+        # Guards what its threads write about their work. Held for a few instructions, with no other lock inside.
         self._lock = threading.Lock()
         self._running: dict[int, float] = {}  # the threads in which a batch runs, since when
-        self._driver: Driver | None = None  # while it serves
-        self._siblings: list[threading.Thread] = []
         self._last_busy = self._proved_at = clock()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    # --- seen from any thread
 
     @property
-    def busy(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether a batch runs."""
         return bool(self._running)
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether its threads are to leave the driver."""
+        return self._leave.is_set()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether its place is."""
+        return self.runner is not None and self.runner.place.lost is not None
 
     def stuck_s(self, longest_s: float) -> float:
         """How long it has been stuck: every thread of it in a batch of more than `longest_s` seconds. Else 0."""
         with self._lock:
-            threads = 1 + sum(thread.is_alive() for thread in self._siblings)
-            if self.state != "ready" or len(self._running) < threads:
+            alive = sum(thread.is_alive() for thread in self.threads)
+            if self.state != "ready" or len(self._running) < max(alive, 1):
                 return 0.0
             shortest_s = self._clock() - max(self._running.values())
         return shortest_s if shortest_s > longest_s else 0.0
 
-    def start(self) -> None:
-        """Begin to load."""
-        self._thread.start()
-
     def stop(self) -> None:
-        """Finish the running batches and close."""
-        self._stop.set()
-        self._leave_loops()
+        """Let it end after the running batches. The queue must be woken after this, as after `leave`."""
+        self.stopping.set()
+        self._leave.set()
 
-    def join(self, timeout_s: float | None) -> bool:
-        """Whether the threads ended in time."""
-        if self._thread.ident is None:
-            return True
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+    def leave(self) -> None:
+        """Let its threads leave the driver."""
+        self._leave.set()
 
-    def _run(self) -> None:
-        try:
-            while not self._stop.is_set():
-                driver = self._open()
-                if driver is None:
-                    if self._owner.may_retire(self) or self._stop.wait(self._backoff_s()):
-                        break
-                    continue
-                try:
-                    self._serve(driver)
-                except Exception as error:  # a fault of ours, or no thread to be had: as a broken driver
-                    logger.exception("%s: unexpected", self.name)
-                    self._failed(error)
-                finally:
-                    _close(driver, self.name)
-                if self._retired:
-                    break
-                if self._setbacks > 1:
-                    self._stop.wait(self._backoff_s())
-        finally:
-            self._become("closed")
+    # --- steps of its life, on the lead thread
 
-    def _open(self) -> Driver | None:
+    def open(self) -> bool:
+        """Open the driver; whether that succeeded."""
         self._leave.clear()
-        if self._stop.is_set():
-            return None
+        if self.stopping.is_set():
+            return False
         started = self._clock()
         try:
-            driver = self._owner.open_driver()
+            runner = self._open_runner(self.name)
         except BaseException as error:  # a panic in a Rust library is no Exception
             logger.warning("%s did not load: %s", self.name, error)
-            self._failed(error)
-            return None
+            self.fail(error)
+            return False
         logger.info("%s loaded in %.1f s", self.name, self._clock() - started)
-        self.description = driver.description
+        self.description = runner.place.facts.description
         self._last_busy = self._proved_at = self._clock()
-        return driver
+        self.runner = runner
+        self.become("ready")
+        return True
 
-    def _failed(self, error: BaseException) -> None:
+    def close(self) -> None:
+        """Give the driver back; no thread steps any more."""
+        runner, self.runner = self.runner, None
+        if runner is not None:
+            try:
+                runner.place.close()
+            except Exception:
+                logger.exception("%s: the driver did not close cleanly", self.name)
+
+    def fail(self, error: BaseException) -> None:
+        """It cannot serve, and is to be opened anew at `retry_at`."""
         if isinstance(error, DriverLost):
             self._losses += 1
         else:
             self.failures += 1
         is_said = isinstance(error, EmbedpoolError | DriverBroken)
         self.last_error = str(error) if is_said else f"{type(error).__name__}: {error}"
-        self._longest_backoff_s = next(
-            (s for kind, s in BACKOFF_LONGEST_AFTER_S if isinstance(error, kind)), BACKOFF_LONGEST_S
-        )
-        self.retry_at = self._clock() + self._backoff_s()
-        self._become("failed")
+        longest = (s for kind, s in BACKOFF_LONGEST_AFTER_S if isinstance(error, kind))
+        self._longest_backoff_s = next(longest, BACKOFF_LONGEST_S)
+        self.retry_at = self._clock() + self.backoff_s
+        self.become("failed")
 
-    def _serve(self, driver: Driver) -> None:
-        self._driver = driver
-        try:
-            self._become("ready")
-            driver.watch(self._owner.queue.wake)
-            self.adjust()
-            self._loop(driver, 1)
-        finally:
-            self._leave_loops()
+    def become(self, state: str) -> None:
+        """Change the state, and say so."""
+        self.state = state
+        self._on_change(self)
+
+    @property
+    def setbacks(self) -> int:
+        """Failures, and losses beyond those that it takes to find one item at fault."""
+        return self.failures + max(self._losses - LOSSES_TO_FIND_AN_ITEM, 0)
+
+    @property
+    def backoff_s(self) -> float:
+        """How long to wait before it is opened again."""
+        if not self.setbacks:
+            return 0.0
+        return float(min(BACKOFF_FIRST_S * 2 ** min(self.setbacks - 1, 10), self._longest_backoff_s))
+
+    # --- a step of any of its threads
+
+    def step(
+        self,
+        timeout_s: float | None,
+        *,
+        on_work: Callable[[], None] = lambda: None,
+        leaving: Callable[[], bool] = lambda: False,
+        probe_s: float | None = None,
+    ) -> bool:
+        """Serve one batch, see Runner.step; without work probe the driver if nothing has proved it for `probe_s`.
+
+        Whether there was work. When the driver turns out to be broken all threads are told to leave it.
+        """
+        runner = self.runner
+        assert runner is not None
+
+        def begin() -> None:
             with self._lock:
-                self._driver, siblings, self._siblings = None, self._siblings, []
-            for thread in siblings:
-                thread.join()
+                self._running[threading.get_ident()] = self._clock()
+            on_work()
 
-    def adjust(self) -> None:
-        """Follow the spec as it is now: the driver's own settings, and how many batches run at once."""
-        with self._lock:
-            driver = self._driver
-            if driver is None:
-                return
-            driver.configure(self._owner.driver_config)
-            self._siblings = [t for t in self._siblings if t.is_alive()]
-            for number in range(len(self._siblings) + 2, self._owner.inflight(driver) + 1):
-                thread = threading.Thread(
-                    target=self._loop, args=(driver, number), name=f"{self.name}/{number}", daemon=True
-                )
-                self._siblings.append(thread)
-                thread.start()
+        try:
+            if runner.place.lost:
+                raise DriverBroken(runner.place.lost.reason)
+            succeeded = runner.step(timeout_s, on_work=begin, leaving=leaving)
+            if succeeded is None:
+                self._probe_if_due(runner, probe_s)
+                return False
+        except DriverBroken as error:
+            self._end_work(served=False)
+            self._broke(error)
+        else:
+            self._end_work(served=succeeded)
+        return True
 
-    def _loop(self, driver: Driver, number: int) -> None:
-        """One worker's life. Only the lead, number 1, asks to retire; the others leave when fewer are wanted."""
-        lead = number == 1
-        while not self._leave.is_set() and (lead or number <= self._owner.inflight(driver)):
-            worker = self._owner.make_worker(self.name, driver)  # anew: the spec may have changed its limits
-            idle_s = self._owner.idle_timeout_s() if lead else None
-            leaving = functools.partial(self._is_stale, driver, idle_s) if lead else self._leave.is_set
-            try:
-                if driver.lost:
-                    raise DriverBroken(driver.lost)
-                served = worker.step(self._wait_s(idle_s) if lead else None, on_work=self._begin_work, leaving=leaving)
-                if lead and not served:
-                    self._probe_if_due(driver)
-            except DriverBroken as error:
-                self._end_work(served=False)
-                self._broke(error)
-                continue
-            if served:
-                self._end_work(served=worker.successes > 0)
-            idle = not served and idle_s is not None and self._idle_for(idle_s)
-            if lead and ((idle and self._owner.may_retire(self)) or self._owner.is_surplus(self)):
-                self._retired = True
-                self._leave_loops()
-
-    def _wait_s(self, idle_s: float | None) -> float | None:
-        """How long the lead may wait for work before it looks around."""
+    def wait_s(self, idle_s: float | None, probe_s: float | None) -> float | None:
+        """How long the lead may wait for work before it looks whether to retire or to probe."""
         waits = []
-        for since, whole_s in ((self._last_busy, idle_s), (self._proved_at, self._owner.probe_idle_s)):
+        for since, whole_s in ((self._last_busy, idle_s), (self._proved_at, probe_s)):
             if whole_s is not None:
                 left_s = since + whole_s - self._clock()
                 waits.append(left_s if left_s > 0 else whole_s)  # it has looked already, and stays
         return min(waits, default=None)
 
-    def _probe_if_due(self, driver: Driver) -> None:
-        """What no batch has proved for a while a text does. Raises DriverBroken."""
-        probe_s = self._owner.probe_idle_s
+    def is_idle_for(self, idle_s: float) -> bool:
+        """Whether no batch has run for so long."""
+        with self._lock:
+            return not self._running and self._clock() - self._last_busy >= idle_s
+
+    def _probe_if_due(self, runner: Runner, probe_s: float | None) -> None:
+        """Raises DriverBroken."""
         with self._lock:
             if probe_s is None or self._running or self._clock() - self._proved_at < probe_s:
                 return
             self._running[threading.get_ident()] = self._clock()
         try:
-            driver.probe()
+            runner.place.probe()
         except BaseException as error:
             raise DriverBroken(f"{type(error).__name__}: {error}") from error
         finally:
@@ -252,21 +219,7 @@ class Replica:
                 return
             self._leave.set()
         logger.warning("%s is broken and is opened anew: %s", self.name, error)
-        self._failed(error)
-        self._leave_loops()
-
-    def _is_stale(self, driver: Driver, idle_s: float | None) -> bool:
-        """Whether the lead must look around instead of waiting for work: to leave, or for another idle time."""
-        return self._leave.is_set() or driver.lost is not None or self._owner.idle_timeout_s() != idle_s
-
-    def _leave_loops(self) -> None:
-        self._leave.set()
-        self._owner.queue.wake()
-
-    def _begin_work(self) -> None:
-        with self._lock:
-            self._running[threading.get_ident()] = self._clock()
-        self._owner.grow()
+        self.fail(error)
 
     def _end_work(self, *, served: bool) -> None:
         with self._lock:
@@ -275,28 +228,3 @@ class Replica:
             if served:
                 self._proved_at = self._clock()
                 self.failures = self._losses = 0
-
-    def _idle_for(self, idle_s: float) -> bool:
-        with self._lock:
-            return not self._running and self._clock() - self._last_busy >= idle_s
-
-    def _become(self, state: str) -> None:
-        self.state = state
-        self._owner.replica_changed(self)
-
-    @property
-    def _setbacks(self) -> int:
-        """What there is to wait for: failures, and losses beyond those that it takes to find one culprit."""
-        return self.failures + max(self._losses - LOSSES_TO_FIND_A_TEXT, 0)
-
-    def _backoff_s(self) -> float:
-        if not self._setbacks:
-            return 0.0
-        return float(min(BACKOFF_FIRST_S * 2 ** min(self._setbacks - 1, 10), self._longest_backoff_s))
-
-
-def _close(driver: Driver, name: str) -> None:
-    try:
-        driver.close()
-    except Exception:
-        logger.exception("%s: the driver did not close cleanly", name)

@@ -1,27 +1,24 @@
-"""The replicas of one model: how many there are, what they are opened with, and what their states add up to."""
+"""The replicas of one model: how many there are, the threads that run them, and what their states add up to."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import functools
 import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from embedpool.config.spec import ModelSpec
-from embedpool.errors import DeadlineExceeded
-from embedpool.pool.batcher import Batcher
-from embedpool.pool.culprits import Culprits
-from embedpool.pool.lanes import Lanes
 from embedpool.pool.model_queue import ModelQueue
+from embedpool.pool.planner import Planner, Slots
+from embedpool.pool.quarantine import Quarantine
 from embedpool.pool.replica import Replica
-from embedpool.pool.stats import ModelStats, Observer
-from embedpool.pool.worker import Worker
-
-if TYPE_CHECKING:
-    from embedpool.drivers.base import Driver, Meter
+from embedpool.pool.runner import Runner
+from embedpool.pool.settings import PoolSettings
+from embedpool.pool.stats import ModelStats
+from embedpool.tasks.place import Place
 
 logger = logging.getLogger(__name__)
 
@@ -30,62 +27,49 @@ SHORTEST_IDLE_S = 0.02
 CLOSE_TIMEOUT_S = 5.0  # for a running batch and the driver's close
 
 
-@dataclasses.dataclass(frozen=True)
-class Engine:
-    """What every model of a pool shares."""
-
-    open_driver: Callable[[ModelSpec, dict[str, Any]], Driver]  # with what the drivers of a served model remember
-    open_meter: Callable[[ModelSpec], Meter]
-    request_timeout_s: float = 120.0
-    max_queue_per_model: int = 1000
-    max_batch_texts: int = 64
-    max_batch_tokens: int = 16384
-    max_batch_s: float | None = None
-    max_wait_s: float = 0.0
-    probe_idle_s: float | None = None
-    clock: Callable[[], float] = time.monotonic
-    observer: Observer = Observer()
-
-
 class ReplicaSet:
-    """Grows while work waits, shrinks when idle; the Owner of its replicas.
+    """Grows while work waits, shrinks when idle.
 
-    `on_ready` is called each time a replica has become ready, `on_failed` with the reason each time all have failed;
-    both on a replica's thread.
+    `before_load` is called before each load. `on_ready` is called each time a replica has become ready, `on_failed`
+    with the reason each time all have failed. All three are called on a replica's thread.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
-        engine: Engine,
+        settings: PoolSettings,
         queue: ModelQueue,
         stats: ModelStats,
         *,
-        on_ready: Callable[[], None],
-        on_failed: Callable[[str], None],
+        before_load: Callable[[], object] = lambda: None,
+        on_ready: Callable[[], None] = lambda: None,
+        on_failed: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self.spec = spec
-        self.queue = queue
         self.last_error: str | None = None
         self.loads_first = False  # the first load, at start or to prove itself: requests do not wait for it
         self.settled = threading.Event()  # the first load succeeded or failed
-        self._engine = engine
+        self.stopped = False
+        self._settings = settings
+        self._queue = queue
         self._stats = stats
+        self._before_load = before_load
         self._on_ready = on_ready
         self._on_failed = on_failed
+        # Guards how many replicas there are and which threads they have. It may be taken while no other lock is held,
+        # and inside it the queue's lock and a replica's, for a moment each. Callbacks are called outside of it.
         self._lock = threading.RLock()
         self._replicas: tuple[Replica, ...] = ()
         self._retiring: set[Replica] = set()
         self._number = 0
         self._memory: dict[str, Any] = {}
-        self._culprits = Culprits(engine.clock)
-        self._lanes = Lanes(engine.clock)
-        self._meter: Meter | None = None
-        self._meter_lock = threading.Lock()  # its own: opening may take as long as a download
-        self.stopped = False
+        self._quarantine = Quarantine(settings.clock)
+        self._slots = Slots(settings.clock)
 
     def __len__(self) -> int:
         return len(self._replicas)
+
+    # --- what their states add up to
 
     @property
     def state(self) -> str:
@@ -104,7 +88,7 @@ class ReplicaSet:
 
         Its threads cannot be stopped, but nobody need wait for them; when they come back the model is ready again.
         """
-        stuck = [r.stuck_s(self._engine.request_timeout_s) for r in self._replicas if r.state == "ready"]
+        stuck = [r.stuck_s(self._settings.request_timeout_s) for r in self._replicas if r.state == "ready"]
         return min(stuck, default=0.0)
 
     @property
@@ -119,16 +103,23 @@ class ReplicaSet:
         """When the next attempt of a failed model is, on the clock."""
         return min((r.retry_at for r in self._replicas), default=0.0)
 
-    def meter(self, timeout_s: float = -1) -> Meter:
-        """The model's meter, opened on first use. Raises DeadlineExceeded if another thread opens it for too long."""
-        if self._meter is None:
-            if not self._meter_lock.acquire(timeout=timeout_s):
-                raise DeadlineExceeded("the deadline passed while the model's tokenizer was being opened")
-            try:
-                self._meter = self._meter or self._engine.open_meter(self.spec)
-            finally:
-                self._meter_lock.release()
-        return self._meter
+    def counts(self) -> dict[str, object]:
+        """How many there are, idle and busy, and what they run on, for /status."""
+        replicas = self._replicas
+        busy = sum(r.is_busy for r in replicas)
+        ready = sum(r.state == "ready" for r in replicas)
+        return {
+            "replicas": len(replicas),
+            "replicas_idle": max(ready - busy, 0),
+            "replicas_busy": busy,
+            "replicas_stuck": sum(r.stuck_s(self._settings.request_timeout_s) > 0 for r in replicas),
+            "runs_on": self.runs_on,
+        }
+
+    @property
+    def runs_on(self) -> dict[str, Any]:
+        """What an open replica says of itself; empty while none is open."""
+        return next((dict(r.description) for r in self._replicas if r.description), {})
 
     # --- how many
 
@@ -145,30 +136,53 @@ class ReplicaSet:
         """Follow a spec of the same `load_key`."""
         with self._lock:
             if spec.driver.config != self.spec.driver.config:
-                self._culprits.clear()  # a higher limit may let them pass
+                self._quarantine.clear()  # a higher limit may let them pass
             self.spec = spec
         for _ in range(spec.scaling.min):
             self._add_if(lambda: len(self) < spec.scaling.min)
         for replica in self._replicas:
-            replica.adjust()
-        self.queue.wake()  # idle times may have changed
+            self._adjust(replica)
+        self._queue.wake()  # idle times may have changed
 
     def need_one(self) -> None:
-        """Work was put into the queue. Under the lock of `may_retire`, so that no work is left without a replica."""
+        """Work was put into the queue. Under the lock of `_retires`, so that no work is left without a replica."""
         self._add_if(lambda: not self._replicas)
+
+    def _grow(self) -> None:
+        """One more if work waits behind what was just taken and all are at work."""
+        if self._queue.qsize() and len(self) < self.spec.scaling.max:
+            with contextlib.suppress(RuntimeError):  # no thread to be had: the ones there are go on
+                self._add_if(self._may_grow)
+
+    def _may_grow(self) -> bool:
+        at_work = all(r.state == "ready" and r.is_busy for r in self._replicas)
+        return len(self) < self.spec.scaling.max and at_work
 
     def _add_if(self, wanted: Callable[[], bool]) -> None:
         with self._lock:
             if self.stopped or not self.spec.enabled or not wanted():
                 return
             self._number += 1
-            replica = Replica(f"{self.spec.model}#{self._number}", self, self._engine.clock)
+            name = f"{self.spec.model}#{self._number}"
+            replica = Replica(name, self._open, self._replica_changed, self._settings.clock)
             before, self._replicas = self._replicas, (*self._replicas, replica)
             try:
-                replica.start()
+                self._start_thread(replica, self._live, name)
             except RuntimeError:  # the system has no thread to give
                 self._replicas = before
                 raise
+
+    def _retires(self, replica: Replica, *, is_idle: bool) -> bool:
+        """Whether it leaves, since there are too many or an idle one is not needed; then it is removed already."""
+        with self._lock:
+            scaling = self.spec.scaling
+            needed = max(scaling.min, 1 if self.loads_first else 0)
+            is_surplus = len(self) > scaling.max
+            if not is_surplus and not (is_idle and len(self) > needed and not self._queue.qsize()):
+                return False
+            self._replicas = tuple(r for r in self._replicas if r is not replica)
+            self._retiring.add(replica)
+            return True
 
     def stop(self, timeout_s: float) -> None:
         """End every replica, also those that retire already."""
@@ -178,109 +192,147 @@ class ReplicaSet:
         self.settled.set()  # nobody waits for a load that will not be
         for replica in leaving:
             replica.stop()
+        self._queue.wake()
         deadline = time.monotonic() + max(timeout_s, CLOSE_TIMEOUT_S)
         for replica in leaving:
-            if not replica.join(max(deadline - time.monotonic(), 0)):
-                logger.error("%s did not stop; its batch hangs", replica.name)
+            if lead := replica.threads[:1]:
+                lead[0].join(max(deadline - time.monotonic(), 0))
+                if lead[0].is_alive():
+                    logger.error("%s did not stop; its batch hangs", replica.name)
 
-    def counts(self) -> dict[str, object]:
-        """How many there are, idle and busy, and what they run on, for /status."""
-        replicas = self._replicas
-        busy = sum(r.busy for r in replicas)
-        ready = sum(r.state == "ready" for r in replicas)
-        return {
-            "replicas": len(replicas),
-            "replicas_idle": max(ready - busy, 0),
-            "replicas_busy": busy,
-            "replicas_stuck": sum(r.stuck_s(self._engine.request_timeout_s) > 0 for r in replicas),
-            "runs_on": next((dict(r.description) for r in replicas if r.description), {}),
-        }
+    # --- the threads of a replica
 
-    # --- what replicas ask and tell, see Owner; called on their threads
+    def _start_thread(self, replica: Replica, run: Callable[..., object], name: str, *arguments: int) -> None:
+        """Called with the lock held, so that a stop sees the thread, and no replica, without the other."""
+        thread = threading.Thread(target=run, args=(replica, *arguments), name=name, daemon=True)
+        replica.threads.append(thread)
+        try:
+            thread.start()
+        except RuntimeError:
+            replica.threads.remove(thread)
+            raise
 
-    def grow(self) -> None:
-        """One more if work waits behind what was just taken and all are at work."""
-        if self.queue.qsize() and len(self) < self.spec.scaling.max:
-            with contextlib.suppress(RuntimeError):  # no thread to be had: the ones there are go on
-                self._add_if(self._may_grow)
+    def _live(self, replica: Replica) -> None:
+        """The life of a lead: open, serve, close, and again until the replica retires or is stopped."""
+        try:
+            retired = False
+            while not (retired or replica.stopping.is_set()):
+                if not replica.open():
+                    retired = self._retires(replica, is_idle=True) or replica.stopping.wait(replica.backoff_s)
+                    continue
+                try:
+                    retired = self._serve(replica)
+                except Exception as error:  # a fault of ours, or no thread to be had: as a broken driver
+                    logger.exception("%s: unexpected", replica.name)
+                    replica.fail(error)
+                finally:
+                    replica.close()
+                if replica.setbacks > 1 and not retired:
+                    replica.stopping.wait(replica.backoff_s)
+        finally:
+            replica.become("closed")
 
-    def _may_grow(self) -> bool:
-        at_work = all(r.state == "ready" and r.busy for r in self._replicas)
-        return len(self) < self.spec.scaling.max and at_work
+    def _serve(self, replica: Replica) -> bool:
+        """Step an open replica, with a further thread for each slot, until it leaves; whether it retires.
 
-    def idle_timeout_s(self) -> float | None:
-        """See Owner."""
+        The lead returns after its siblings have ended, and only then closes the driver.
+        """
+        assert replica.runner is not None
+        try:
+            replica.runner.place.watch(self._queue.wake)
+            self._adjust(replica)
+            return self._loop(replica, 1)
+        finally:
+            replica.leave()
+            self._queue.wake()
+            with self._lock:
+                siblings = replica.threads[1:]
+                del replica.threads[1:]
+            for thread in siblings:
+                thread.join()
+
+    def _loop(self, replica: Replica, number: int) -> bool:
+        """One thread's batches. Only the lead, number 1, retires; the others leave when fewer are wanted."""
+        is_lead = number == 1
+        while not replica.is_leaving and (is_lead or number <= self._inflight(replica)):
+            if not is_lead:
+                replica.step(None, on_work=self._grow, leaving=lambda: replica.is_leaving)
+                continue
+            idle_s, probe_s = self._idle_timeout_s(), self._settings.probe_idle_s
+            had_work = replica.step(
+                replica.wait_s(idle_s, probe_s),
+                on_work=self._grow,
+                leaving=functools.partial(self._should_look, replica, idle_s),
+                probe_s=probe_s,
+            )
+            is_idle = not had_work and idle_s is not None and replica.is_idle_for(idle_s)
+            if not replica.is_leaving and self._retires(replica, is_idle=is_idle):
+                return True
+        return False
+
+    def _should_look(self, replica: Replica, idle_s: float | None) -> bool:
+        """Whether the lead must look around instead of waiting for work: to leave, or for another idle time."""
+        return replica.is_leaving or replica.is_lost or self._idle_timeout_s() != idle_s
+
+    def _idle_timeout_s(self) -> float | None:
+        """When an idle replica should ask to retire; None: it stays."""
         scaling = self.spec.scaling
         return max(scaling.idle_ttl_s, SHORTEST_IDLE_S) if len(self) > scaling.min else None
 
-    @property
-    def probe_idle_s(self) -> float | None:
-        """See Owner."""
-        return self._engine.probe_idle_s
+    # --- what they are made of
 
-    def may_retire(self, replica: Replica) -> bool:
-        """See Owner."""
-        with self._lock:
-            needed = max(self.spec.scaling.min, 1 if self.loads_first else 0)
-            if len(self) <= needed or self.queue.qsize():
-                return False
-            self._replicas = tuple(r for r in self._replicas if r is not replica)
-            self._retiring.add(replica)
-            return True
-
-    def is_surplus(self, replica: Replica) -> bool:
-        """See Owner."""
-        with self._lock:
-            if len(self) <= self.spec.scaling.max:
-                return False
-            self._replicas = tuple(r for r in self._replicas if r is not replica)
-            self._retiring.add(replica)
-            return True
-
-    def open_driver(self) -> Driver:
-        """See Owner."""
-        self.meter()  # so that the first request does not pay for it
-        return self._engine.open_driver(self.spec, self._memory)
-
-    @property
-    def driver_config(self) -> object:
-        """See Owner."""
-        return self.spec.driver.config
-
-    def make_worker(self, name: str, driver: Driver) -> Worker:
-        """See Owner."""
-        engine = self._engine
-        ready = sum(replica.state == "ready" for replica in self._replicas)  # others have no lanes that come free
-        batcher = Batcher(
-            driver.max_batch_texts or engine.max_batch_texts,
-            engine.max_batch_tokens,
-            max_s=engine.max_batch_s,
-            cost=driver.cost,
-            lanes=self.inflight(driver) * max(ready, 1),
-        )
-        return Worker(
+    def _open(self, name: str) -> Runner:
+        """An open place, and what serves the queue with it. On the lead thread."""
+        self._before_load()
+        place = self._settings.open_place(self.spec, self._memory)
+        return Runner(
             name,
-            driver,
-            self.queue,
-            batcher,
+            place,
+            self._queue,
+            self._planner(place),
             self._stats,
-            culprits=self._culprits,
-            lanes=self._lanes,
-            max_wait_s=engine.max_wait_s,
-            clock=engine.clock,
+            quarantine=self._quarantine,
+            slots=self._slots,
+            max_wait_s=self._settings.max_wait_s,
+            clock=self._settings.clock,
         )
 
-    def inflight(self, driver: Driver) -> int:
-        """See Owner."""
-        return self.spec.queue.max_inflight_per_replica or driver.parallel
+    def _planner(self, place: Place) -> Planner:
+        settings = self._settings
+        most = self.spec.driver.config.max_batch_texts or settings.max_batch_texts
+        return Planner(most, settings.max_batch_tokens, settings.max_batch_s, place.facts.cost)
 
-    def replica_changed(self, replica: Replica) -> None:
-        """See Owner."""
+    def _adjust(self, replica: Replica) -> None:
+        """Make an open replica follow the spec as it is now: its driver's settings, its planner, its threads."""
+        with self._lock:
+            runner = replica.runner
+            if runner is None or replica.is_leaving:
+                return
+            runner.place.configure(self.spec.driver.config)
+            runner.planner = self._planner(runner.place)
+            replica.threads[1:] = [thread for thread in replica.threads[1:] if thread.is_alive()]
+            for number in range(len(replica.threads) + 1, self._inflight(replica) + 1):
+                self._start_thread(replica, self._loop, f"{replica.name}/{number}", number)
+            self._count_slots()
+
+    def _inflight(self, replica: Replica) -> int:
+        """Batches at once in a replica; 0 while it is not open."""
+        runner = replica.runner
+        return self.spec.queue.max_inflight_per_replica or runner.place.facts.slots if runner else 0
+
+    def _count_slots(self) -> None:
+        """Only slots of ready replicas come free, so only these count."""
+        self._slots.count = max(sum(self._inflight(r) for r in self._replicas if r.state == "ready"), 1)
+
+    def _replica_changed(self, replica: Replica) -> None:
+        """On the replica's own threads."""
+        self._count_slots()
         if replica.state == "ready":
             self.loads_first = False
             self.settled.set()
             self._on_ready()
         elif replica.state == "failed":
+            self._queue.wake()  # its other threads are to leave
             self.last_error = replica.last_error
             with self._lock:
                 failed = self.state == "failed"

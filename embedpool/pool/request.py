@@ -1,72 +1,173 @@
-"""What the pool is asked and what it answers."""
+"""A request inside the pool: for whom it is, its items, and the rows that have come back for them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from numpy.typing import NDArray
-
 from embedpool.errors import EmbedpoolError
+from embedpool.tasks.item import Item
+from embedpool.tasks.rows import Rows
+from embedpool.tasks.task import Task
 from embedpool.tracing import Trace
 
-Vectors = NDArray[Any]  # shape (texts, dim)
-
-
-# What a text is for, in the words of OpenAI-like services, Cohere, Voyage and Jina; those of a line mean the same.
-QUERY = ("query", "search_query", "retrieval.query")
-DOCUMENT = ("document", "passage", "search_document", "retrieval.passage")
-INPUT_TYPES = (*QUERY, *DOCUMENT, "classification", "clustering", "separation", "text-matching")
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class EmbedOptions:
-    """Options of one request; None means the model's own setting. `extra` is passed on to remote services."""
+class Call:
+    """For whom a request is served, and until when. Made once, in web/submit.py; whatever serves the request reads it.
 
-    normalize: bool | None = None
-    max_seq_length: int | None = None
-    dtype: str | None = None
-    dimensions: int | None = None
-    prompt: str | None = None
-    prompt_name: str | None = None
-    input_type: str | None = None
-    truncate: str | None = None
-    precision: str = "float32"
-    on_error: str = "fail"  # partial: a text that fails takes no other with it
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    `arrived_at` is on the pool's clock. `client_gone()` tells, from any thread, that nobody waits for the answer any
+    more.
+    """
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class EmbedRequest:
-    """Texts for a model. `client_gone()` tells, from any thread, that nobody waits for the answer any more."""
-
-    model: str
-    texts: Sequence[str]
-    options: EmbedOptions = EmbedOptions()
-    timeout_s: float | None = None
-    weight: float = 1.0
+    arrived_at: float
+    timeout_s: float
+    caller: str = ""  # the id of an API key
+    weight: float = 1.0  # its share of the queue
     client_gone: Callable[[], bool] = lambda: False
-    asks_again: bool = False  # a caller that is told of a full queue will wait: it is not refused
+    is_patient: bool = False  # when the queue is full it will ask again, so it has not been refused
     hops: int = 0  # servers of this kind that it has come through
     trace: Trace = dataclasses.field(default_factory=dict)
 
+    @property
+    def deadline(self) -> float:
+        """On the pool's clock."""
+        return self.arrived_at + self.timeout_s
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class EmbedResult:
-    """`vectors` has shape (texts, dim) in the order of the request; times are in milliseconds.
+class Result:
+    """What a request gets: `rows` in the order of its inputs, in their final form; times are in milliseconds.
 
-    `errors` holds, by their indices, the texts that failed where on_error is partial; their vectors are zeros.
+    `width` is that of the model's own vectors. `errors` holds, by their indices, the inputs that failed where the
+    request is partial; their rows mean nothing.
     """
 
     model: str
-    vectors: Vectors
-    dim: int
+    rows: Rows
+    width: int
     tokens: int
     truncated: list[int]
-    measure_ms: float  # spent at the door, on token counts
+    measure_ms: float  # spent on token ids, before the queue
     queue_ms: float
     compute_ms: float
     total_ms: float
     replicas: list[str]
     errors: Mapping[int, EmbedpoolError] = dataclasses.field(default_factory=dict)
+
+    @property
+    def vectors(self) -> Any:
+        """The values of dense rows, of shape (inputs, width)."""
+        return self.rows.values
+
+
+class Request:
+    """A task on its way. It is done once: with a row or an error for every item, or with an error for all of them.
+
+    `waiting` and `finish` belong to the queue and are guarded by its lock.
+    """
+
+    __slots__ = (
+        "_done", "_lock", "_missing", "_rows", "abandoned", "call", "compute_s", "counted", "error", "errors", "finish",
+        "is_done", "replicas", "started_at", "task", "truncated", "waiting",
+    )  # fmt: skip
+
+    def __init__(self, task: Task, call: Call) -> None:
+        self.task = task
+        self.call = call
+        self.abandoned = False  # nobody waits for it any more
+        self.is_done = False
+        self.error: EmbedpoolError | None = None
+        self.errors: dict[int, EmbedpoolError] = {}  # of single inputs, where it goes on without them
+        self.started_at = self.compute_s = 0.0
+        self.replicas: set[str] = set()
+        self.counted = 0.0  # tokens as counted by a remote service
+        self.truncated: list[int] = []  # inputs cut before the queue, or by a remote service
+        self.waiting = 0  # items in the queue
+        self.finish = 0.0  # of the last of them, in virtual time
+        self._rows: list[tuple[Rows, int] | None] = [None] * len(task)
+        self._missing = 0
+        # `_lock` guards what replicas' threads write: rows, errors, `is_done` and the sums. It is held for a few
+        # instructions, and never while another lock is taken. `_done` is held from the start until the request is
+        # done; the request's own thread waits for it, and no one else does.
+        self._lock = threading.Lock()
+        self._done = threading.Lock()
+        self._done.acquire()
+
+    def expect(self, items: list[Item], refused: Mapping[int, EmbedpoolError]) -> None:
+        """These are to come back; without any it is done."""
+        for item in items:
+            item.request = self
+        with self._lock:
+            self.errors.update(refused)
+            self._missing = len(items)
+            if not items and not self.is_done:
+                self._finish()
+
+    def wait(self, timeout_s: float) -> None:
+        """Until it is done. Raises its error, and TimeoutError."""
+        if not self.is_done:
+            if not self._done.acquire(timeout=timeout_s):
+                raise TimeoutError
+            self._done.release()
+        if self.error is not None:
+            raise self.error
+
+    def fill(self, index: int, rows: Rows, row: int) -> None:
+        """The row of an input; the last one completes the request."""
+        with self._lock:
+            if self._is_missing(index):
+                self._rows[index] = rows, row
+                self._settle()
+
+    def lose(self, index: int, error: EmbedpoolError) -> None:
+        """An input failed: the request fails, or goes on without it. Saying so twice is saying it once."""
+        if not self.task.partial:
+            self.fail(error)
+            return
+        with self._lock:
+            if self._is_missing(index):
+                self.errors[index] = error
+                self._settle()
+
+    def fail(self, error: EmbedpoolError) -> None:
+        """It is done, with this error, unless it is done already."""
+        with self._lock:
+            if not self.is_done:
+                self.error = error
+                self._finish()
+
+    def ran(self, replica: str, started_at: float, compute_s: float) -> None:
+        """Note a batch in which items of this request ran."""
+        with self._lock:
+            self.started_at = min(self.started_at or started_at, started_at)
+            self.compute_s += compute_s
+            self.replicas.add(replica)
+
+    def note(self, index: int, tokens: float, *, is_truncated: bool) -> None:
+        """What a remote service says of an input: about how many tokens it counted, and whether it cut it."""
+        with self._lock:
+            self.counted += tokens
+            if is_truncated:
+                self.truncated.append(index)
+
+    def gather(self) -> Rows:
+        """The rows of a request that is done, in order."""
+        return Rows.gather(self._rows)
+
+    def _is_missing(self, index: int) -> bool:
+        """With the lock held."""
+        return self._rows[index] is None and index not in self.errors
+
+    def _settle(self) -> None:
+        """With the lock held."""
+        self._missing -= 1
+        if not self._missing and not self.is_done:
+            self._finish()
+
+    def _finish(self) -> None:
+        """With the lock held."""
+        self.is_done = True
+        self._done.release()

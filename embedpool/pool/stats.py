@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from typing import Any
 
-from embedpool.pool.request import EmbedResult
+from embedpool.pool.request import Result
 
 RATE_MEMORY_S = 30.0  # compute time after which an observation counts for 1/e
 
@@ -15,13 +15,13 @@ RATE_MEMORY_S = 30.0  # compute time after which an observation counts for 1/e
 class Observer:
     """Told what happens in a pool, on the threads on which it happens. This one takes no notice."""
 
-    def answered(self, model: str, result: EmbedResult) -> None:
+    def answered(self, model: str, result: Result) -> None:
         """A request got its vectors."""
 
     def refused(self, model: str, code: str) -> None:
         """A request got an error."""
 
-    def batch(self, model: str, rows: int, tokens: int, padded_tokens: int, compute_s: float) -> None:
+    def batch(self, model: str, items: int, tokens: int, padded_tokens: int, compute_s: float) -> None:
         """A driver call succeeded."""
 
 
@@ -41,9 +41,9 @@ class ModelStats:
         self._recent_texts = 0.0
         self._recent_s = 0.0
 
-    def answered(self, result: EmbedResult) -> None:
+    def answered(self, result: Result) -> None:
         """A request got its vectors."""
-        texts, truncated = len(result.vectors) - len(result.errors), len(result.truncated)
+        texts, truncated = len(result.rows) - len(result.errors), len(result.truncated)
         with self._lock:
             self._counts.update(requests=1, texts=texts, tokens=result.tokens, truncated=truncated)
         self._observer.answered(self._model, result)
@@ -55,15 +55,15 @@ class ModelStats:
             self._errors[code] += 1
         self._observer.refused(self._model, code)
 
-    def batch(self, rows: int, tokens: int, padded_tokens: int, compute_s: float) -> None:
+    def batch(self, items: int, tokens: int, padded_tokens: int, compute_s: float) -> None:
         """A driver call succeeded."""
         with self._lock:
-            self._counts.update(batches=1, rows=rows, batch_tokens=tokens, padded_tokens=padded_tokens)
+            self._counts.update(batches=1, rows=items, batch_tokens=tokens, padded_tokens=padded_tokens)
             self._compute_s += compute_s
             keep = math.exp(-compute_s / RATE_MEMORY_S)
-            self._recent_texts = self._recent_texts * keep + rows
+            self._recent_texts = self._recent_texts * keep + items
             self._recent_s = self._recent_s * keep + compute_s
-        self._observer.batch(self._model, rows, tokens, padded_tokens, compute_s)
+        self._observer.batch(self._model, items, tokens, padded_tokens, compute_s)
 
     def texts_per_busy_s(self) -> float:
         """Recent texts per second of one busy worker; 0 before the first batch."""

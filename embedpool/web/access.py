@@ -18,9 +18,9 @@ from embedpool.config.keys import ADMIN, EMBED, ApiKey, KeysFile, hash_of, id_of
 from embedpool.config.settings import Security
 from embedpool.config.spec import ModelSpec
 from embedpool.errors import Forbidden, RateLimited, Unauthorized
-from embedpool.pool.allowance import Allowance
 from embedpool.pool.pool import Pool
 from embedpool.pool.served_model import ServedModel
+from embedpool.web.rate_limit import RateLimit
 
 OPEN = "open"
 FROM_ENVIRONMENT = "env-"  # begins an id that none in keys.yml can have
@@ -34,8 +34,8 @@ class Caller:
     def __init__(self, key: ApiKey | None) -> None:
         self.key = key
         self.weight = key.weight if key else 1.0
-        self._requests = Allowance(key.requests_per_s) if key and key.requests_per_s else None
-        self._texts = Allowance(key.texts_per_s) if key and key.texts_per_s else None
+        self._requests = RateLimit(key.requests_per_s) if key and key.requests_per_s else None
+        self._texts = RateLimit(key.texts_per_s) if key and key.texts_per_s else None
         self._room = threading.BoundedSemaphore(key.concurrent) if key and key.concurrent else None
 
     def require(self, pool: Pool, name: str) -> None:
@@ -69,8 +69,8 @@ class Caller:
         _take(self._texts, texts, "texts")
 
 
-def _take(allowance: Allowance | None, amount: int, what: str) -> None:
-    if allowance is not None and (wait_s := allowance.take(amount)):
+def _take(limit: RateLimit | None, amount: int, what: str) -> None:
+    if limit is not None and (wait_s := limit.take(amount)):
         raise RateLimited(f"this key's {what} a second are used up", retry_after_s=wait_s)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import orjson
 from flask import Response
 
-from embedpool.pool.request import EmbedResult, Vectors
+from embedpool.pool.request import Result
+from embedpool.tasks.embed import Vectors
 
 NPY = "application/x-npy"
 
@@ -27,15 +28,15 @@ def as_base64(vectors: Vectors) -> list[str]:
     return [base64.b64encode(row).decode("ascii") for row in little]
 
 
-def embed_response(result: EmbedResult, encoding: str, *, partial: bool = False) -> Response:
-    """The answer of POST /embed."""
+def embed_response(result: Result, encoding: str, dimensions: int | None = None, *, partial: bool = False) -> Response:
+    """The answer of POST /embed; `dimensions` are those that were asked for."""
     return json_response(
         {
             "model": result.model,
-            "dim": result.dim,
+            "dim": dimensions or result.width,
             **_vectors(result, encoding, partial=partial),
             "meta": {
-                "count": len(result.vectors),
+                "count": len(result.rows),
                 "tokens": result.tokens,
                 "truncated": result.truncated,
                 "queue_ms": round(result.queue_ms, 3),
@@ -47,7 +48,7 @@ def embed_response(result: EmbedResult, encoding: str, *, partial: bool = False)
     )
 
 
-def _vectors(result: EmbedResult, encoding: str, *, partial: bool) -> dict[str, Any]:
+def _vectors(result: Result, encoding: str, *, partial: bool) -> dict[str, Any]:
     """With `partial`, null for each text that failed, and why it did."""
     vectors: Any = as_base64(result.vectors) if encoding == "base64" else result.vectors
     if not partial:
@@ -56,7 +57,7 @@ def _vectors(result: EmbedResult, encoding: str, *, partial: bool) -> dict[str, 
     return {"vectors": [None if i in result.errors else v for i, v in enumerate(vectors)], "errors": errors}
 
 
-def npy_response(result: EmbedResult) -> Response:
+def npy_response(result: Result) -> Response:
     """One .npy array of shape (texts, dim); the counts travel in headers."""
     stream = io.BytesIO()
     np.save(stream, result.vectors, allow_pickle=False)

@@ -11,7 +11,7 @@ from flask import Request, request
 
 from embedpool import tracing
 from embedpool.errors import LoopDetected
-from embedpool.pool.request import EmbedResult
+from embedpool.pool.request import Result
 from embedpool.web.access import NOBODY
 
 MOST_HOPS = 4
@@ -37,7 +37,7 @@ class HttpRequest(Request):
         self.began_at = time.perf_counter()
         self.model: str | None = None
         self.texts = 0
-        self.result: EmbedResult | None = None
+        self.result: Result | None = None
         self.tokens = self.truncated = 0
         self.queue_ms = self.compute_ms = 0.0
         self.error_code = ""
@@ -47,7 +47,7 @@ class HttpRequest(Request):
         given = self.environ.get(REQUEST_ID_GIVEN, "")
         self.id = given if REQUEST_ID.match(given) else f"{random.getrandbits(128):032x}"  # no secret
 
-    def add(self, result: EmbedResult) -> None:
+    def add(self, result: Result) -> None:
         """It got this; of lines, this part."""
         if self.result is None:
             self.queue_ms = result.queue_ms

@@ -25,7 +25,7 @@ from prometheus_client.registry import Collector
 
 from embedpool.config.files import folder_in_memory
 from embedpool.pool.pool import Pool
-from embedpool.pool.request import EmbedResult
+from embedpool.pool.request import Result
 from embedpool.pool.stats import Observer
 
 if TYPE_CHECKING:
@@ -90,10 +90,10 @@ class Metrics(Observer):
 
     # --- what the pool tells
 
-    def answered(self, model: str, result: EmbedResult) -> None:
+    def answered(self, model: str, result: Result) -> None:
         """See Observer."""
         self._series(self.requests, model).inc()
-        self._series(self.texts, model).inc(len(result.vectors) - len(result.errors))
+        self._series(self.texts, model).inc(len(result.rows) - len(result.errors))
         self._series(self.tokens, model).inc(result.tokens)
         self._series(self.truncated, model).inc(len(result.truncated))
         for error in result.errors.values():

@@ -35,11 +35,13 @@ from embedpool.errors import (
     forget_frames,
 )
 from embedpool.pool.pool import Pool
-from embedpool.pool.request import EmbedOptions, EmbedRequest, EmbedResult
+from embedpool.pool.request import Result
+from embedpool.tasks.embed import Embed, EmbedOptions
 from embedpool.web.encoding import as_base64
 from embedpool.web.http_request import HttpRequest, here
 from embedpool.web.lines import Line, chunks
 from embedpool.web.schemas import OptionsSchema, embed_options, load, timeout_s
+from embedpool.web.submit import call_of
 
 NDJSON = "application/x-ndjson"
 CHUNKS_AT_ONCE = 2
@@ -106,7 +108,7 @@ class _Answer:
 
     body: bytes
     texts: int
-    result: EmbedResult | None
+    result: Result | None
 
 
 class _Stream:
@@ -166,7 +168,7 @@ class _Stream:
 
     def _answer(self, chunk: list[Line]) -> _Answer:
         asked = [line for line in chunk if line.error is None]
-        result: EmbedResult | None = None
+        result: Result | None = None
         try:
             result = self._ask(asked) if asked else None
         except EmbedpoolError as error:
@@ -177,7 +179,7 @@ class _Stream:
                 line.error = error
         return _Answer(b"".join(line.encoded() for line in chunk), len(chunk), result)
 
-    def _ask(self, lines: list[Line]) -> EmbedResult:
+    def _ask(self, lines: list[Line]) -> Result:
         """Give the lines their vectors, or the errors of their own. Raises what concerns them all."""
         result = self._result([line.text for line in lines])
         self._require_the_same_model()
@@ -191,25 +193,21 @@ class _Stream:
             lines[i].truncated = True
         return result
 
-    def _result(self, texts: list[str]) -> EmbedResult:
+    def _result(self, texts: list[str]) -> Result:
         """A pool that is busy or loading is asked again, once the answer has begun, until the lines' deadline."""
         deadline = time.monotonic() + self._timeout_s
         while True:
-            left_s = max(deadline - time.monotonic(), 0.001)
-            request = EmbedRequest(
-                self._model,
-                texts,
-                self._options,
-                left_s,
-                weight=self._http.caller.weight / CHUNKS_AT_ONCE,
+            call = call_of(
+                self._http,
+                self._pool,
+                within_s=max(deadline - time.monotonic(), 0.001),
+                share=1 / CHUNKS_AT_ONCE,
                 client_gone=self._is_over,
-                asks_again=self._has_begun,
-                hops=self._http.hops,
-                trace=self._http.trace,
+                is_patient=self._has_begun,
             )
             try:
                 self._http.caller.spend(len(texts))
-                return self._pool.submit(request)
+                return self._pool.submit(self._model, Embed(texts, self._options), call)
             except EmbedpoolError as error:
                 wait_s = error.retry_after_s or BUSY_WAIT_S
                 is_busy = error.status in (429, 503) and not isinstance(error, ShuttingDown)

@@ -14,7 +14,7 @@ from markupsafe import escape
 
 from embedpool import __version__
 from embedpool.errors import NotFound
-from embedpool.web import answers
+from embedpool.web import openapi_schemas
 from embedpool.web.dialects import cohere, ollama, openai, tei
 from embedpool.web.encoding import NPY, json_response
 from embedpool.web.ndjson import NDJSON, StreamSchema
@@ -53,7 +53,7 @@ def operation(
     parameters: tuple[Mapping[str, Any], ...] = (),
     status: tuple[str, ...] = ("200",),
 ) -> Operation:
-    """An operation; `answer` and `error` name schemas of answers.py, or give the content by its type."""
+    """An operation; `answer` and `error` name schemas of openapi_schemas.py, or give the content by its type."""
     content = {"application/json": {"schema": answer}} if isinstance(answer, str) else answer
     failed = {"description": "What is wrong.", "content": {"application/json": {"schema": error}}}
     found: dict[str, Any] = {
@@ -176,7 +176,7 @@ def document() -> dict[str, Any]:
         "embedpool", __version__, "3.1.0", plugins=[MarshmallowPlugin()],
         info={"description": "One server, many text-embedding models, one address."},
     )  # fmt: skip
-    for name, schema in answers.SCHEMAS.items():
+    for name, schema in openapi_schemas.SCHEMAS.items():
         spec.components.schema(name, schema)
     for (method, path), found in OPERATIONS.items():
         spec.path(path, operations={method: dict(found)})

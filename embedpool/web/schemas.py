@@ -16,9 +16,9 @@ from marshmallow import fields, validate
 
 from embedpool.config.fields import StrictBoolean, StrictInteger, StrictSchema, dotted, faults
 from embedpool.config.settings import Limits
-from embedpool.config.spec import DRIVER_CONFIGS
+from embedpool.config.spec import DRIVER_CONFIGS, PLACES
 from embedpool.errors import BadJson, BodyTooLarge, EmptyInput, InvalidRequest, TooManyTexts, UnsupportedMediaType
-from embedpool.pool.request import INPUT_TYPES, EmbedOptions
+from embedpool.tasks.embed import INPUT_TYPES, EmbedOptions
 from embedpool.web.http_request import environ_key
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
@@ -85,6 +85,7 @@ class RegisterSchema(StrictSchema):
 
     model = fields.Raw(required=True, metadata={"type": "string"})
     alias = fields.Raw(metadata={"type": "string"})
+    place = fields.Raw(metadata={"type": "string", "enum": list(PLACES)})
     enabled = fields.Raw(metadata={"type": "boolean"})
     driver_type = fields.Raw(required=True, metadata={"type": "string", "enum": list(DRIVER_CONFIGS)})
     driver_config = fields.Dict()

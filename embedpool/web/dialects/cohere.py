@@ -11,13 +11,13 @@ from marshmallow import fields, validate
 from embedpool.config.fields import StrictInteger, StrictSchema
 from embedpool.config.settings import Limits
 from embedpool.errors import EmbedpoolError, InvalidRequest
-from embedpool.pool.answer import finish
 from embedpool.pool.pool import Pool
-from embedpool.pool.request import INPUT_TYPES, EmbedOptions, EmbedResult, Vectors
+from embedpool.pool.request import Result
+from embedpool.tasks.embed import INPUT_TYPES, EmbedOptions, Vectors, final_form
+from embedpool.web import submit
 from embedpool.web.dialects import means, options_of, part_of, status_with_400
 from embedpool.web.encoding import as_base64, json_response
 from embedpool.web.http_request import here
-from embedpool.web.native import submit
 from embedpool.web.schemas import TEXTS, check_texts, embed_options, read_json
 
 TRUNCATE = {"NONE": "error", "START": "left", "END": "right"}
@@ -25,7 +25,7 @@ TRUNCATE = {"NONE": "error", "START": "left", "END": "right"}
 
 def _as(precision: str) -> Callable[[Vectors], Vectors]:
     """Float vectors in another precision, packed as POST /embed does."""
-    return lambda vectors: finish(vectors, EmbedOptions(precision=precision), normalize=False, dtype="float32")
+    return lambda vectors: final_form(vectors, EmbedOptions(precision=precision), normalize=False, dtype="float32")
 
 
 TYPES: dict[str, Callable[[Vectors], Any]] = {
@@ -88,12 +88,12 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
     return routes
 
 
-def _embed(pool: Pool, limits: Limits) -> tuple[dict[str, Any], list[str], EmbedResult]:
+def _embed(pool: Pool, limits: Limits) -> tuple[dict[str, Any], list[str], Result]:
     """Body, texts and their float vectors."""
     body = read_json(here(), CohereSchema, limits)
     texts = _texts(body, limits)
     options = embed_options({**options_of(CohereSchema, body), "dtype": "float32"})
-    return body, texts, submit(pool, body["model"], texts, options)
+    return body, texts, submit.embed(here(), pool, body["model"], texts, options)
 
 
 def _texts(body: dict[str, Any], limits: Limits) -> list[str]:
@@ -107,11 +107,11 @@ def _texts(body: dict[str, Any], limits: Limits) -> list[str]:
     return check_texts(joined, limits, "inputs")
 
 
-def _by_type(result: EmbedResult, types: Sequence[str]) -> dict[str, Any]:
+def _by_type(result: Result, types: Sequence[str]) -> dict[str, Any]:
     return {name: TYPES[name](result.vectors) for name in types}
 
 
-def _beside(texts: list[str], result: EmbedResult, version: str) -> dict[str, Any]:
+def _beside(texts: list[str], result: Result, version: str) -> dict[str, Any]:
     """What stands beside the vectors."""
     meta = {"api_version": {"version": version}, "billed_units": {"input_tokens": result.tokens}}
     return {"id": here().id, "texts": texts, "meta": meta}

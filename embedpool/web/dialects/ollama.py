@@ -12,10 +12,10 @@ from embedpool.config.settings import Limits
 from embedpool.errors import EmbedpoolError
 from embedpool.pool.pool import Pool
 from embedpool.pool.served_model import ServedModel
+from embedpool.web import submit
 from embedpool.web.dialects import POLICIES, means, options_of, status_with_400, texts_of
 from embedpool.web.encoding import json_response
 from embedpool.web.http_request import here
-from embedpool.web.native import submit
 from embedpool.web.schemas import TEXT_OR_TEXTS, embed_options, read_json
 
 LATEST = ":latest"  # the tag that Ollama's clients may add to a name
@@ -51,7 +51,7 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
         body = read_json(here(), OllamaSchema, limits)
         texts = texts_of(body["input"], limits, "input")
         options = embed_options(options_of(OllamaSchema, body))
-        result = submit(pool, _known(pool, body["model"]), texts, options)
+        result = submit.embed(here(), pool, _known(pool, body["model"]), texts, options)
         return json_response(
             {
                 "model": body["model"],
@@ -66,7 +66,7 @@ def blueprint(pool: Pool, limits: Limits) -> Blueprint:
     def embeddings() -> Response:
         body = read_json(here(), OllamaLegacySchema, limits)
         texts = texts_of(body["prompt"], limits, "prompt")
-        result = submit(pool, _known(pool, body["model"]), texts, embed_options({}))
+        result = submit.embed(here(), pool, _known(pool, body["model"]), texts, embed_options({}))
         return json_response({"embedding": result.vectors[0]})
 
     @routes.get("/api/tags")

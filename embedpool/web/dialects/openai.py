@@ -11,11 +11,12 @@ from embedpool.config.fields import StrictBoolean, StrictInteger, StrictSchema
 from embedpool.config.settings import Limits
 from embedpool.errors import EmbedpoolError, InvalidRequest
 from embedpool.pool.pool import Pool
-from embedpool.pool.request import INPUT_TYPES, EmbedResult
+from embedpool.pool.request import Result
+from embedpool.tasks.embed import INPUT_TYPES
+from embedpool.web import submit
 from embedpool.web.dialects import POLICIES, chooses, means, options_of, status_with_400, texts_of
 from embedpool.web.encoding import as_base64, json_response
 from embedpool.web.http_request import here
-from embedpool.web.native import submit
 from embedpool.web.observe import all_models, one_model
 from embedpool.web.schemas import TEXT_OR_TEXTS, embed_options, read_json
 
@@ -85,7 +86,7 @@ def embed(pool: Pool, limits: Limits, model: str | None = None) -> Response:
         options["dtype"] = "float32"  # whatever the model's: it is what clients decode
     _refuse_token_ids(body["input"])
     texts = texts_of(body["input"], limits, "input")
-    return _answer(submit(pool, model or body["model"], texts, embed_options(options)), encoding)
+    return _answer(submit.embed(here(), pool, model or body["model"], texts, embed_options(options)), encoding)
 
 
 def _refuse_token_ids(given: Any) -> None:
@@ -95,7 +96,7 @@ def _refuse_token_ids(given: Any) -> None:
             raise InvalidRequest(f"input: {NO_IDS}", fields={"input": NO_IDS})
 
 
-def _answer(result: EmbedResult, encoding: str) -> Response:
+def _answer(result: Result, encoding: str) -> Response:
     vectors = as_base64(result.vectors) if encoding == "base64" else result.vectors
     data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
     usage = {"prompt_tokens": result.tokens, "total_tokens": result.tokens}

@@ -11,14 +11,14 @@ from marshmallow import fields, validate
 from embedpool import __version__
 from embedpool.config.fields import StrictBoolean, StrictInteger, StrictSchema
 from embedpool.config.settings import Limits
-from embedpool.config.spec import HttpConfig
 from embedpool.errors import EmbedpoolError, EmptyInput, InvalidRequest, MethodNotAllowed, ModelFailed, TooManyTexts
 from embedpool.pool.pool import Pool
-from embedpool.pool.request import EmbedOptions, EmbedResult
+from embedpool.pool.request import Result
+from embedpool.tasks.embed import EmbedOptions
+from embedpool.web import submit
 from embedpool.web.dialects import means, openai, options_of, part_of, texts_of
 from embedpool.web.encoding import json_response
 from embedpool.web.http_request import here
-from embedpool.web.native import submit
 from embedpool.web.schemas import TEXT_OR_TEXTS, TEXTS, check_texts, embed_options, read_json
 
 Action = Callable[[Pool, Limits, str], Response]
@@ -112,7 +112,7 @@ def _target(pool: Pool, path: str, actions: Mapping[str, Action]) -> tuple[str, 
 def _embed(pool: Pool, limits: Limits, name: str) -> Response:
     body = read_json(here(), TeiSchema, limits)
     texts = texts_of(body["inputs"], limits, "inputs")
-    result = submit(pool, name, texts, embed_options(_options(pool, name, body)))
+    result = submit.embed(here(), pool, name, texts, embed_options(_options(pool, name, body)))
     return _timed(json_response(result.vectors), result)
 
 
@@ -121,7 +121,7 @@ def _similarity(pool: Pool, limits: Limits, name: str) -> Response:
     sentences = check_texts(body["inputs"]["sentences"], limits, "inputs.sentences")
     options = {**_options(pool, name, body["parameters"]), "normalize": True, "dtype": "float32"}
     texts = [body["inputs"]["source_sentence"], *sentences]
-    result = submit(pool, name, texts, embed_options(options))
+    result = submit.embed(here(), pool, name, texts, embed_options(options))
     return _timed(json_response(result.vectors[1:] @ result.vectors[0]), result)
 
 
@@ -130,7 +130,7 @@ def _options(pool: Pool, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
     options = options_of(TeiSchema, body)
     if body.get("truncate"):
         options["truncate"] = body["truncation_direction"].lower()
-    elif "truncate" in body or not isinstance(pool.find(name).spec.driver.config, HttpConfig):
+    elif "truncate" in body or not pool.find(name).spec.driver.config.is_remote:
         options["truncate"] = "error"
     return options
 
@@ -141,7 +141,7 @@ def _tokenize(pool: Pool, limits: Limits, name: str) -> Response:
     _bound(sum(map(len, texts)), "characters")
     options = EmbedOptions(prompt_name=body.get("prompt_name"))
     with pool.permit():
-        found = pool.find(name).tokens(texts, options, special=body["add_special_tokens"])
+        found = pool.find(name).admission.tokens(texts, options, special=body["add_special_tokens"])
         return json_response([[token._asdict() for token in tokens] for tokens in found])
 
 
@@ -150,7 +150,7 @@ def _decode(pool: Pool, limits: Limits, name: str) -> Response:
     ids = _ids_of(body["ids"], limits)
     _bound(sum(map(len, ids)), "ids")
     with pool.permit():
-        return json_response(pool.find(name).decode(ids, skip_special=body["skip_special_tokens"]))
+        return json_response(pool.find(name).admission.decode(ids, skip_special=body["skip_special_tokens"]))
 
 
 def _bound(count: int, what: str) -> None:
@@ -174,16 +174,15 @@ def _ids_of(given: Any, limits: Limits) -> list[list[int]]:
 
 def _info(pool: Pool, limits: Limits, name: str) -> Response:
     served = pool.find(name)
-    own = served.replicas.meter().default_max_tokens
-    runs_on: Any = served.replicas.counts()["runs_on"]
+    max_tokens, compute_dtype = served.limits()
     return json_response(
         {
             "model_id": served.spec.model,
             "model_sha": None,
-            "model_dtype": runs_on.get("compute_dtype"),
+            "model_dtype": compute_dtype,
             "model_type": {"embedding": {}},
             "max_concurrent_requests": pool.max_inflight_global,
-            "max_input_length": getattr(served.spec.driver.config, "max_seq_length", None) or own,
+            "max_input_length": max_tokens,
             "max_client_batch_size": limits.max_texts_per_request,
             "auto_truncate": False,
             "version": __version__,
@@ -210,7 +209,7 @@ POSTS: dict[str, Action] = {
 GETS: dict[str, Action] = {"info": _info, "health": _health}
 
 
-def _timed(response: Response, result: EmbedResult) -> Response:
+def _timed(response: Response, result: Result) -> Response:
     """TEI's headers: milliseconds, and the tokens that were computed."""
     times = {
         "total": result.total_ms,

@@ -1,4 +1,4 @@
-"""How much one caller may ask for: a rate with a second's worth in hand."""
+"""The rate limit of an API key: a token bucket that holds a second's worth."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 
-class Allowance:
+class RateLimit:
     """A token bucket that may be overdrawn: a request larger than a second's worth is let in, and paid off after.
 
     Otherwise a large request could never be let in at all. Thread-safe.

@@ -1,0 +1,33 @@
+"""How long a call takes, and how far two vectors are apart: what drivers try out when they load a model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedpool.tasks.driver import PROBE_TEXT
+from embedpool.tasks.item import Batch, Ids, Item
+
+
+def probe_batch(texts: Sequence[str] = (PROBE_TEXT,), ids: Sequence[Ids] | None = None) -> Batch:
+    """A batch of known texts, for a driver to try itself on."""
+    return Batch("embed", [Item((text,), 0, ids[i] if ids else None) for i, text in enumerate(texts)])
+
+
+def fastest_s(call: Callable[[], object], tries: int = 3) -> float:
+    """The least time a call takes, in seconds, of some tries."""
+    spent_s = []
+    for _ in range(tries):
+        started = time.perf_counter()
+        call()
+        spent_s.append(time.perf_counter() - started)
+    return min(spent_s)
+
+
+def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """The cosine of the angle between two vectors."""
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))

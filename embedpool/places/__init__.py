@@ -1,0 +1,29 @@
+"""Where a driver runs: in the server's threads or in a child process. A further place is a file, and a line here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from embedpool.config.spec import ModelSpec
+from embedpool.places.process import ProcessPlace
+from embedpool.places.thread import ThreadPlace
+from embedpool.tasks.driver import Driver
+from embedpool.tasks.place import Place
+
+
+def open_place(
+    spec: ModelSpec,
+    make_driver: Callable[[], Driver],
+    *,
+    prepare_child: Callable[[], None] | None = None,
+    longest_batch_s: float = math.inf,
+) -> Place:
+    """The place that the spec names, with an open driver in it. Raises whatever opening the driver raises.
+
+    A process of its own calls `prepare_child` before anything else, and is ended when a batch takes longer than
+    `longest_batch_s`. Both callables must then be picklable.
+    """
+    if spec.runs_in == "process":
+        return ProcessPlace(spec, make_driver, prepare_child, longest_batch_s)
+    return ThreadPlace(make_driver())

@@ -1,0 +1,126 @@
+"""Waiting items → the batch that one driver call serves best now."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+
+from embedpool.tasks.driver import Cost
+from embedpool.tasks.item import Item
+
+SHORT_BATCH_S = 0.05  # how long a query waits for the running batch, where the operator says nothing
+LEAST_FIXED_COSTS = 10  # but no batch is cut shorter than so many fixed costs: they would take more of the machine
+FIXED_COSTS_BETWEEN_OTHERS = 2  # likewise for a batch that is cut to end between the others
+UNKNOWN_FIXED_TOKENS = 150.0  # where a driver's cost is not known: a call costs as much as so many padded tokens
+
+
+def cut(lengths: Sequence[int], fixed_tokens: float, max_tokens: int, max_items: int) -> list[int]:
+    """Where to cut items of ascending `lengths` (tokens) into batches: the end of each batch, the last is len(lengths).
+
+    Minimises the sum of `fixed_tokens` + padded tokens over batches of at most `max_items` items and `max_tokens`
+    padded tokens; a single item may be longer. Exact: the best plan of the first j items ends in a batch (i, j], whose
+    longest item is the last, after the best plan of the first i.
+    """
+    best = [0.0]
+    last_cut = [0]
+    for j, length in enumerate(lengths, start=1):
+        most = min(max_items, max(max_tokens // length, 1)) if length else max_items
+        low = max(j - most, 0)
+        cheapest, at = best[j - 1] - (j - 1) * length, j - 1
+        for i in range(j - 2, low - 1, -1):  # of equal plans the one with the fuller batches first
+            cost = best[i] - i * length
+            if cost < cheapest:
+                cheapest, at = cost, i
+        best.append(cheapest + fixed_tokens + j * length)
+        last_cut.append(at)
+    ends: list[int] = []
+    end = len(lengths)
+    while end:
+        ends.append(end)
+        end = last_cut[end]
+    return ends[::-1]
+
+
+class Slots:
+    """The batches that run for one model, one in each slot (a thread of a replica), and when each should have ended.
+
+    Its lock guards the table alone. A thread takes it inside the queue's lock when it plans, and by itself when its
+    batch has ended; it takes no lock while it holds this one.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.count = 1  # how many of them may run at once
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._ends: dict[int, float] = {}  # by thread, on the clock
+
+    def busy_s(self) -> float:
+        """How long until the last of them has ended."""
+        with self._lock:
+            return max([end - self._clock() for end in self._ends.values()] + [0.0])
+
+    def begin(self, seconds: float) -> None:
+        """In this thread a batch begins that should take so long."""
+        with self._lock:
+            self._ends[threading.get_ident()] = self._clock() + seconds
+
+    def end(self) -> None:
+        """In this thread none runs any more."""
+        with self._lock:
+            self._ends.pop(threading.get_ident(), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Planner:
+    """Limits of a batch and the cost of a driver call, where it is known. Pure.
+
+    A batch is never planned to run longer than `max_s`, because a running one cannot be interrupted: that bounds how
+    long an arriving query waits for it. Without `max_s` the bound is 50 ms, or ten fixed costs where these are more.
+    With several `slots`, which run a batch each at once, one is cut to end that bound ÷ slots after the last of the
+    others, if it can: then a query that finds all of them busy waits for no more than that until one comes free.
+    """
+
+    max_items: int
+    max_tokens: int
+    max_s: float | None = None
+    cost: Cost | None = None
+
+    @property
+    def fixed_tokens(self) -> float:
+        """What a call costs beside its tokens, in padded tokens."""
+        return self.cost.fixed_s / self.cost.token_s if self.cost else UNKNOWN_FIXED_TOKENS
+
+    def largest_tokens(self, busy_s: float = 0.0, slots: int = 1) -> int:
+        """Padded tokens of the longest batch that begins now, while other slots are busy for `busy_s` more seconds."""
+        if not self.cost:
+            return self.max_tokens
+        fixed_s = self.cost.fixed_s
+        longest_s = self.max_s or max(SHORT_BATCH_S, LEAST_FIXED_COSTS * fixed_s)
+        within_s = min(longest_s, busy_s + max(longest_s / slots, FIXED_COSTS_BETWEEN_OTHERS * fixed_s))
+        return max(min(self.max_tokens, int((within_s - fixed_s) / self.cost.token_s)), 1)
+
+    def predicted_s(self, lengths: Sequence[int]) -> float:
+        """What a batch of items of these lengths takes; 0 where the driver's cost is not known."""
+        return self.cost.call_s(max(lengths) * len(lengths)) if self.cost else 0.0
+
+    def choose(self, window: Sequence[Item], busy_s: float = 0.0, slots: int = 1) -> list[int]:
+        """Which items of the window, which is in the order of service, make the next batch: places in it, ascending.
+
+        It is the planned batch that holds the first item, so nobody's turn is passed over; the others in it are those
+        of about its length. Items of different groups never share a batch.
+        """
+        group = window[0].group
+        order = sorted((item.tokens, place) for place, item in enumerate(window) if item.group == group)
+        longest = order[-1][0]
+        total = sum(tokens for tokens, _ in order)
+        most = self.largest_tokens(busy_s, slots)
+        if len(order) <= self.max_items and len(order) * longest <= min(most, total + self.fixed_tokens):
+            return sorted(place for _, place in order)  # padding all of them costs less than a second call
+        first = next(i for i, (_, place) in enumerate(order) if place == 0)
+        start = 0
+        for end in cut([tokens for tokens, _ in order], self.fixed_tokens, most, self.max_items):
+            if first < end:
+                return sorted(place for _, place in order[start:end])
+            start = end
+        raise AssertionError("a plan covers every item")

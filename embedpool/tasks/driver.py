@@ -1,0 +1,71 @@
+"""What the pool asks of a driver, and what is true of one that is open: the contract that drivers/ fulfils."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from embedpool.tasks.item import Batch
+from embedpool.tasks.rows import Answer
+
+PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cost:
+    """What a call takes, in seconds: `fixed_s` + `token_s` · padded tokens."""
+
+    fixed_s: float
+    token_s: float
+
+    def call_s(self, padded_tokens: float) -> float:
+        """Seconds of a call with so many padded tokens."""
+        return self.fixed_s + self.token_s * padded_tokens
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Facts:
+    """What is true of an open driver.
+
+    `width` is the number of values of its vectors, `slots` how many batches at once serve it well, `cost` what a call
+    takes where padding costs, `description` what runs where, for /status: the driver may replace entries of it.
+    """
+
+    tasks: frozenset[str] = frozenset({"embed"})
+    width: int | None = None
+    slots: int = 1
+    cost: Cost | None = None
+    description: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+
+class Driver(abc.ABC):
+    """Runs batches. `open` and `close` are called on one thread, `run` by up to `Facts.slots` threads at once."""
+
+    @abc.abstractmethod
+    def open(self, on_lost: Callable[[str], None]) -> Facts:
+        """Load what is needed and prove it by `probe`. Raises with the reason if it cannot serve.
+
+        From then on the driver may call `on_lost`, on any thread, with the reason why it can serve no more although
+        no item is at fault.
+        """
+
+    @abc.abstractmethod
+    def run(self, batch: Batch) -> Answer:
+        """A row for each item, in order. Raises UpstreamError for a remote's fault, UnsupportedOption, or anything."""
+
+    @abc.abstractmethod
+    def probe(self) -> None:
+        """Run a fixed text. Raises if the driver itself is at fault."""
+
+    def configure(self, config: Any) -> None:  # noqa: B027  (most drivers read nothing that may change)
+        """Take over a driver.config in which nothing has changed that loads anew. Called on any thread."""
+
+    def close(self) -> None:  # noqa: B027  (most drivers hold nothing)
+        """Give everything back."""
+
+
+def describe(**facts: Any) -> dict[str, object]:
+    """The facts that are known."""
+    return {key: value for key, value in facts.items() if value is not None}

@@ -1,0 +1,240 @@
+"""The embed task, texts to vectors: prompts and truncation before the queue, the final form of the vectors after it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import override
+
+from embedpool.config.spec import DriverConfig
+from embedpool.errors import EmbedpoolError, InferenceFailed, InvalidRequest, TextTooLong, UnsupportedOption
+from embedpool.tasks.item import Group, Item, Keys
+from embedpool.tasks.rows import Rows
+from embedpool.tasks.task import Measured, Task
+from embedpool.tasks.tokenizer import Tokenizer, estimated_tokens
+
+# What a text is for, in the words of OpenAI-like services, Cohere, Voyage and Jina; those of a line mean the same.
+QUERY = ("query", "search_query", "retrieval.query")
+DOCUMENT = ("document", "passage", "search_document", "retrieval.passage")
+INPUT_TYPES = (*QUERY, *DOCUMENT, "classification", "clustering", "separation", "text-matching")
+
+NO_FLOAT16 = "the vectors do not fit float16; ask for float32 or normalize"
+MOST_NAMED = 20  # texts that are too long, in an error
+
+Vectors = NDArray[Any]  # shape (texts, width)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EmbedOptions:
+    """Options of one request; None means the model's own setting. `extra` is passed on to remote services."""
+
+    normalize: bool | None = None
+    max_seq_length: int | None = None
+    dtype: str | None = None
+    dimensions: int | None = None
+    prompt: str | None = None
+    prompt_name: str | None = None
+    input_type: str | None = None
+    truncate: str | None = None
+    precision: str = "float32"
+    on_error: str = "fail"  # partial: a text that fails takes no other with it
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Embed(Task):
+    """Texts for a model, whose vectors are wanted."""
+
+    name: ClassVar = "embed"
+    texts: Sequence[str]
+    options: EmbedOptions = EmbedOptions()
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    @override
+    def partial(self) -> bool:
+        return self.options.on_error == "partial"
+
+    @override
+    def where(self, index: int) -> str:
+        return f"texts[{index}]"
+
+    @override
+    def measure(self, config: DriverConfig, tokenizer: Tokenizer) -> Measured:
+        texts, passed_on = prompted(self.texts, self.options, config, tokenizer)
+        ids = None if config.is_remote else tokenizer.encode(texts)
+        if ids is None:
+            return Measured(self._for_a_remote(texts, passed_on), [], {})
+        if extra := self.options.extra:
+            raise UnsupportedOption(
+                f"unknown option for a local model: {', '.join(sorted(extra))}",
+                fields={f"options.{name}": "not an option of local models" for name in extra},
+            )
+        limit = _limit_of(self.options, config, tokenizer)
+        too_long = [] if limit is None else [i for i, found in enumerate(ids) if len(found) > limit]
+        refused: dict[int, EmbedpoolError] = {}
+        if limit is not None and self.options.truncate == "error":
+            refused, too_long = self._refused(too_long, ids, limit), []
+        keys = Keys(LOCAL)
+        items = [
+            Item((text,), len(found), found, group=LOCAL, key=keys.of(found), index=i)
+            for i, (text, found) in enumerate(zip(texts, ids, strict=True))
+            if i not in refused
+        ]
+        for i in too_long:
+            assert limit is not None
+            item = items[i]
+            item.ids = tokenizer.cut(ids[i], limit, self.options.truncate or "right")
+            item.tokens = len(item.ids)
+            item.key = keys.of(item.ids, texts[i])  # a driver that is not fed by ids is given the text
+        return Measured(items, too_long, refused)
+
+    def _for_a_remote(self, texts: Sequence[str], passed_on: dict[str, object]) -> list[Item]:
+        for name in ("max_seq_length", "truncate"):
+            if (value := getattr(self.options, name)) is not None:
+                passed_on[name] = value
+        passed_on.update(self.options.extra)
+        group = Group(self.name, json.dumps(passed_on, sort_keys=True) if passed_on else "")
+        keys = Keys(group)
+        return [
+            Item((text,), estimated_tokens(text), group=group, key=keys.of(None, text), index=i)
+            for i, text in enumerate(texts)
+        ]
+
+    def _refused(self, too_long: list[int], ids: list[list[int]], limit: int) -> dict[int, EmbedpoolError]:
+        """The texts that go no further. Raises TextTooLong where nothing goes on without them."""
+        says = {i: f"{len(ids[i])} tokens, the limit is {limit}" for i in too_long}
+        if self.partial or not says:
+            return {i: TextTooLong(sentence) for i, sentence in says.items()}
+        first = too_long[0]
+        raise TextTooLong(
+            f"{self.where(first)} has {says[first]}", fields={self.where(i): says[i] for i in too_long[:MOST_NAMED]}
+        )
+
+    @override
+    def finish(self, rows: Rows, config: DriverConfig, errors: dict[int, EmbedpoolError]) -> Rows:
+        if not rows.width:
+            return rows
+        raw = rows.values
+        if self.partial and (too_large := self._overflowing(raw, config)):
+            errors.update({i: InferenceFailed(NO_FLOAT16) for i in too_large if i not in errors})
+            raw = raw.copy()
+            raw[too_large] = 0
+        return Rows(final_form(raw, self.options, normalize=config.normalize, dtype=config.dtype))
+
+    def _overflowing(self, raw: Vectors, config: DriverConfig) -> list[int]:
+        """The texts whose vectors do not fit the dtype that was asked for."""
+        if (self.options.dtype or config.dtype) != "float16" or self.options.precision != "float32":
+            return []
+        options = dataclasses.replace(self.options, dtype="float32")
+        final = final_form(raw, options, normalize=config.normalize, dtype="float32")
+        too_large: list[int] = np.flatnonzero(np.abs(final).max(axis=1, initial=0) > np.finfo(np.float16).max).tolist()
+        return too_large
+
+
+LOCAL = Group(Embed.name)
+
+
+# --- before the queue
+
+
+def prompted(
+    texts: Sequence[str], options: EmbedOptions, config: DriverConfig, tokenizer: Tokenizer
+) -> tuple[Sequence[str], dict[str, object]]:
+    """The texts behind their prompt, and what a remote service is asked to do instead. Raises InvalidRequest."""
+    prefix, passed_on = _prompt_of(options, config, tokenizer)
+    return [prefix + text for text in texts] if prefix else texts, passed_on
+
+
+def _prompt_of(options: EmbedOptions, config: DriverConfig, tokenizer: Tokenizer) -> tuple[str, dict[str, object]]:
+    """The text to put before each text, and what a remote service is asked to do instead."""
+    if options.prompt is not None:
+        if options.prompt_name is not None:
+            message = "give either prompt or prompt_name"
+            raise InvalidRequest(f"options.prompt: {message}", fields={"options.prompt": message})
+        return options.prompt, {}
+    prompts = {**tokenizer.prompts, **config.prompts}
+    if options.prompt_name is None:
+        return _prompt_for(options.input_type, prompts, config, tokenizer)
+    if options.prompt_name in prompts:
+        return prompts[options.prompt_name], {}
+    if config.is_remote:
+        return "", {"prompt_name": options.prompt_name}
+    known = f"known: {', '.join(sorted(prompts))}" if prompts else "this model has none"
+    message = f"no prompt {options.prompt_name!r}; {known}"
+    raise InvalidRequest(f"options.prompt_name: {message}", fields={"options.prompt_name": message})
+
+
+def _prompt_for(
+    input_type: str | None, prompts: Mapping[str, str], config: DriverConfig, tokenizer: Tokenizer
+) -> tuple[str, dict[str, object]]:
+    """The prompt for what the texts are for; a model that has none for it treats all texts alike."""
+    if input_type is None:
+        return tokenizer.default_prompt, {}
+    alike = next((words for words in (QUERY, DOCUMENT) if input_type in words), ())
+    for name in (input_type, *alike):
+        if name in prompts:
+            return prompts[name], {}
+    return tokenizer.default_prompt, {"input_type": input_type} if config.is_remote else {}
+
+
+def _limit_of(options: EmbedOptions, config: DriverConfig, tokenizer: Tokenizer) -> int | None:
+    asked = options.max_seq_length
+    if asked is not None and (fault := limit_fault(asked, tokenizer)):
+        raise InvalidRequest(f"options.max_seq_length: {fault}", fields={"options.max_seq_length": fault})
+    limits = [asked or config.max_seq_length or tokenizer.default_max_tokens, tokenizer.max_tokens]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def limit_fault(limit: int, tokenizer: Tokenizer) -> str | None:
+    """What is wrong with a max_seq_length for this model."""
+    if tokenizer.max_tokens is not None and limit > tokenizer.max_tokens:
+        return f"{limit} is more than the model's {tokenizer.max_tokens} positions"
+    if limit <= tokenizer.special_tokens:
+        return f"{limit} leaves nothing of a text: the model adds {tokenizer.special_tokens} special tokens"
+    return None
+
+
+# --- after it
+
+
+def final_form(vectors: Vectors, options: EmbedOptions, *, normalize: bool, dtype: str) -> Vectors:
+    """The vectors as asked: cut to `dimensions`, normalised, then in the asked precision and dtype.
+
+    Takes float32 of shape (n, width). int8 is clip(round(127·v)) of the normalised vector, so it does not depend on its
+    batch; uint8 is int8 + 128; binary packs the signs of 8 values into a byte, ubinary the same unsigned (both as
+    sentence-transformers does).
+    """
+    wanted = options.normalize if options.normalize is not None else normalize
+    if options.dimensions is not None:
+        if options.dimensions > vectors.shape[1]:
+            message = f"{options.dimensions} is more than the model's {vectors.shape[1]}"
+            raise InvalidRequest(f"options.dimensions: {message}", fields={"options.dimensions": message})
+        vectors = vectors[:, : options.dimensions]
+    if wanted or options.precision in ("int8", "uint8"):
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors = vectors / np.maximum(lengths, 1e-12)
+    if options.precision == "float32":
+        return _in_dtype(vectors, options.dtype or dtype)
+    if options.precision in ("int8", "uint8"):
+        scaled = np.clip(np.round(vectors * 127), -127, 127)
+        return scaled.astype(np.int8) if options.precision == "int8" else (scaled + 128).astype(np.uint8)
+    packed = np.packbits(vectors > 0, axis=1)
+    return packed if options.precision == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
+
+
+def _in_dtype(vectors: Vectors, dtype: str) -> Vectors:
+    if dtype == "float32":
+        return np.ascontiguousarray(vectors, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        cast = np.ascontiguousarray(vectors, dtype=np.float16)
+    if not np.isfinite(cast).all():
+        raise InferenceFailed(NO_FLOAT16)
+    return cast

@@ -1,0 +1,100 @@
+"""What travels to a model: an item is one input of a request, a batch is what one driver call serves."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+Ids = Sequence[int]  # token ids of one input, special tokens included
+
+KEY_BYTES = 16
+
+
+class Group(NamedTuple):
+    """Items of equal groups may share a batch: the task's name and, for a remote service, its options as JSON."""
+
+    task: str
+    options: str = ""
+
+
+NO_GROUP = Group("")
+
+
+class Item:
+    """One input of a request. Its task makes it, drivers read it, and the pool keeps book on it.
+
+    `parts` holds a text, or two (a query and a document); `ids` are their token ids, None where a remote service makes
+    them, and `second` is the index in `ids` at which the second part begins. `tokens` counts them, or estimates it.
+    Items of one model with equal `key` have equal rows. `index` is the input's place in its request.
+
+    The pool's own: `request`, to which the row goes; `duplicates`, the items with the same key that share it; `losses`,
+    which is 1 once a place was lost in a batch with this item, and one more each time the item was alone then.
+    """
+
+    __slots__ = ("duplicates", "group", "ids", "index", "key", "losses", "parts", "request", "second", "tokens")
+
+    def __init__(
+        self,
+        parts: tuple[str, ...],
+        tokens: int,
+        ids: Ids | None = None,
+        second: int | None = None,
+        *,
+        group: Group = NO_GROUP,
+        key: bytes = b"",
+        index: int = 0,
+    ) -> None:
+        self.parts = parts
+        self.tokens = tokens
+        self.ids = ids
+        self.second = second
+        self.group = group
+        self.key = key
+        self.index = index
+        self.request: Any = None
+        self.duplicates: list[Item] = []
+        self.losses = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What a driver in another process needs, and no more."""
+        return Item, (self.parts, self.tokens, self.ids, self.second)
+
+
+class Keys:
+    """Makes the `key` of each item of a group: a hash of all that decides its row inside one model."""
+
+    def __init__(self, group: Group) -> None:
+        self._of_group = hashlib.blake2b(repr(group).encode(), digest_size=KEY_BYTES)
+
+    def of(self, ids: Ids | None, *texts: str) -> bytes:
+        """The key of an item with these ids; texts count where ids are not known, or do not stand for all of it."""
+        found = self._of_group.copy()
+        if ids is not None:
+            found.update(array("I", ids).tobytes())
+        for text in texts:
+            encoded = text.encode("utf-8", "surrogatepass")
+            found.update(b"\0%d:%b" % (len(encoded), encoded))
+        return found.digest()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batch:
+    """Items of one task that one driver call serves. `options` are those that a remote service is to be given."""
+
+    task: str
+    items: Sequence[Item]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def texts(self) -> list[str]:
+        """The first part of each item."""
+        return [item.parts[0] for item in self.items]
+
+    @property
+    def ids(self) -> list[Ids] | None:
+        """The token ids of each item; None where a remote service makes them."""
+        ids = [item.ids for item in self.items if item.ids is not None]
+        return ids if len(ids) == len(self.items) else None

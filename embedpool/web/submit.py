@@ -1,0 +1,52 @@
+"""The web ring's one way into the pool: an HTTP request becomes a task for a model, and a call that says for whom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from embedpool.pool.pool import Pool
+from embedpool.pool.request import Call, Result
+from embedpool.tasks.embed import Embed, EmbedOptions
+from embedpool.tasks.task import Task
+from embedpool.web.http_request import HttpRequest
+from embedpool.web.schemas import timeout_s
+
+
+def embed(http: HttpRequest, pool: Pool, model: str, texts: Sequence[str], options: EmbedOptions) -> Result:
+    """The texts' vectors."""
+    return submit(http, pool, model, Embed(texts, options))
+
+
+def submit(http: HttpRequest, pool: Pool, model: str, task: Task) -> Result:
+    """Serve a whole request: within the client's deadline, while it listens, and as far as its key may go."""
+    http.model, http.texts = model, len(task)
+    http.caller.require(pool, model)
+    call = call_of(http, pool)
+    with http.caller.admitted():
+        http.caller.spend(len(task))
+        result = pool.submit(model, task, call)
+    http.add(result)
+    return result
+
+
+def call_of(
+    http: HttpRequest,
+    pool: Pool,
+    *,
+    within_s: float = math.inf,
+    share: float = 1.0,
+    client_gone: Callable[[], bool] | None = None,
+    is_patient: bool = False,
+) -> Call:
+    """For whom a request to the pool is. One of several that serve the same client has a `share` of its weight."""
+    return Call(
+        arrived_at=pool.clock(),
+        timeout_s=min(timeout_s(http) or math.inf, within_s, pool.request_timeout_s),
+        caller=http.caller.key.id if http.caller.key else "",
+        weight=http.caller.weight * share,
+        client_gone=client_gone or http.client_gone,
+        is_patient=is_patient,
+        hops=http.hops,
+        trace=http.trace,
+    )
