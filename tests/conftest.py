@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from embedpool.config import pool_yml
-from embedpool.config.spec import PoolSpec
-from embedpool.drivers import make_driver, open_meter
+from embedpool.config.spec import ModelSpec, PoolSpec
+from embedpool.drivers import make_driver, open_tokenizer
+from embedpool.places import open_place
 from embedpool.pool.pool import Pool
-from embedpool.pool.replica_set import Engine
+from embedpool.pool.request import Call, Result
+from embedpool.pool.settings import PoolSettings
+from embedpool.tasks.driver import Driver
+from embedpool.tasks.embed import Embed, EmbedOptions
+from embedpool.tasks.item import Batch, Ids, Item
+from embedpool.tasks.place import Place
+from embedpool.tasks.rows import Answer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -47,26 +56,43 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def open_fake(spec, memory=None):
-    """`open_driver` as the server passes it to the pool."""
-    driver = make_driver(spec, Path())
-    driver.memory = {} if memory is None else memory
-    driver.open()
+def open_fake(spec: ModelSpec, memory: dict[str, Any] | None = None) -> Place:
+    """`open_place` as the server passes it to the pool."""
+    return open_place(spec, functools.partial(make_driver, spec, Path(), {} if memory is None else memory))
+
+
+@pytest.fixture
+def pool_settings() -> PoolSettings:
+    """What the server gives the pool, with the shipped drivers."""
+    return PoolSettings(open_fake, open_tokenizer, request_timeout_s=20)
+
+
+@pytest.fixture
+def pool(pool_settings: PoolSettings) -> Iterator[Pool]:
+    """An empty pool, stopped at the end."""
+    made = Pool(pool_settings)
+    yield made
+    made.stop()
+
+
+def open_here(driver: Any) -> Any:
+    """Open a driver; `facts`, and the `reasons` for which it said that it was lost, stand on it for the test."""
+    driver.reasons = []
+    driver.facts = driver.open(driver.reasons.append)
     return driver
 
 
-@pytest.fixture
-def engine() -> Engine:
-    """What the server gives the pool, with the shipped drivers."""
-    return Engine(open_fake, open_meter, request_timeout_s=20)
+def ask(pool: Pool, model: str, *texts: str, **options: Any) -> Result:
+    """The pool's answer to somebody who waits for 20 seconds."""
+    return pool.submit(model, Embed(texts, EmbedOptions(**options)), Call(pool.clock(), 20))
 
 
-@pytest.fixture
-def pool(engine: Engine) -> Iterator[Pool]:
-    """An empty pool, stopped at the end."""
-    made = Pool(engine)
-    yield made
-    made.stop()
+def run(
+    driver: Driver | Place, texts: Sequence[str], ids: Sequence[Ids] | None = None, options: Mapping[str, Any] = {}
+) -> Answer:
+    """What a driver makes of texts."""
+    items = [Item((text,), 0, ids[i] if ids else None) for i, text in enumerate(texts)]
+    return driver.run(Batch("embed", items, options))
 
 
 def fake_pool_yml(*models: str) -> str:

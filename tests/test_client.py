@@ -16,7 +16,7 @@ from werkzeug.serving import make_server
 import embedpool
 from embedpool.client import TEXTS_PER_CALL, Client
 from embedpool.errors import EmbedpoolError, ServerUnreachable
-from embedpool.pool.replica_set import Engine
+from embedpool.pool.settings import PoolSettings
 from tests.conftest import settle
 from tests.web.conftest import MODEL, NAME, Web, raw, serving, unit
 
@@ -37,8 +37,8 @@ class Served:
 
 
 @pytest.fixture
-def web(tmp_path: Path, engine: Engine) -> Iterator[Web]:
-    with serving(tmp_path, engine, MODEL) as web:
+def web(tmp_path: Path, pool_settings: PoolSettings) -> Iterator[Web]:
+    with serving(tmp_path, pool_settings, MODEL) as web:
         settle(web.pool)
         yield web
 

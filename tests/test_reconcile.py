@@ -22,7 +22,7 @@ from embedpool.errors import (
     StorageError,
 )
 from embedpool.pool.pool import Pool
-from embedpool.pool.replica_set import Engine
+from embedpool.pool.settings import PoolSettings
 from embedpool.pool.request import EmbedRequest
 from embedpool.reconcile import Reconciler
 from tests.conftest import fake_pool_yml, open_fake, settle
@@ -39,7 +39,7 @@ class Gate:
         self.opened = threading.Event()
         self.loads: list[str] = []
 
-    def open_driver(self, spec: ModelSpec, memory: dict[str, Any]) -> Any:
+    def open_place(self, spec: ModelSpec, memory: dict[str, Any]) -> Any:
         self.loads.append(spec.model)
         if spec.driver.config.dim in self.held:
             self.entered.set()
@@ -55,8 +55,8 @@ def gate() -> Iterator[Gate]:
 
 
 @pytest.fixture
-def engine(engine: Engine, gate: Gate) -> Engine:
-    return Engine(gate.open_driver, engine.open_meter, request_timeout_s=WAIT_S)
+def engine(pool_settings: PoolSettings, gate: Gate) -> PoolSettings:
+    return PoolSettings(gate.open_place, pool_settings.open_tokenizer, request_timeout_s=WAIT_S)
 
 
 @pytest.fixture

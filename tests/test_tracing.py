@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind
 
 from embedpool import tracing
-from embedpool.pool.replica_set import Engine
+from embedpool.pool.settings import PoolSettings
 from embedpool.tracing import HOPS_HEADER, outgoing, trace_of
 from tests.conftest import settle
 from tests.test_client import Served
@@ -56,15 +56,15 @@ def test_a_batch_belongs_to_the_first_trace() -> None:
 
 
 @pytest.fixture
-def web(tmp_path: Path, engine: Engine) -> Iterator[Web]:
+def web(tmp_path: Path, pool_settings: PoolSettings) -> Iterator[Web]:
     """One ready model, m."""
-    with serving(tmp_path, engine, MODEL) as web:
+    with serving(tmp_path, pool_settings, MODEL) as web:
         settle(web.pool)
         yield web
 
 
 @pytest.fixture
-def remote(web: Web, tmp_path: Path, engine: Engine) -> Iterator[tuple[Web, list[dict[str, str]]]]:
+def remote(web: Web, tmp_path: Path, pool_settings: PoolSettings) -> Iterator[tuple[Web, list[dict[str, str]]]]:
     """A pool whose model is another pool's, and the headers that the other one is sent."""
     seen: list[dict[str, str]] = []
 
@@ -77,7 +77,7 @@ def remote(web: Web, tmp_path: Path, engine: Engine) -> Iterator[tuple[Web, list
     config = f"{{base_url: '{server.url}/embed', remote_model: m}}"
     folder = tmp_path / "near"
     folder.mkdir()
-    with serving(folder, engine, f"model: r, driver: {{type: http, config: {config}}}") as near:
+    with serving(folder, pool_settings, f"model: r, driver: {{type: http, config: {config}}}") as near:
         settle(near.pool)
         yield near, seen
     server.close()

@@ -20,6 +20,7 @@ import pytest
 
 from embedpool.config.spec import FakeConfig
 from embedpool.drivers.fake import FakeDriver
+from tests.conftest import run
 from tests.chaos.conftest import Figures, foreground
 from tests.chaos.http import Connection, Cut, address, embed_request
 from tests.live.conftest import Server, fake, wait_until
@@ -83,7 +84,7 @@ def remote() -> Iterator[Remote]:
 
 
 def vectors_of(texts: list[str], *, normal: bool = True) -> Any:
-    vectors = FakeDriver(FakeConfig(dim=DIM)).embed(texts, None, {}).vectors
+    vectors = run(FakeDriver(FakeConfig(dim=DIM)), texts).rows.values
     return (vectors / (vectors**2).sum(axis=1, keepdims=True) ** 0.5 if normal else vectors).tolist()
 
 

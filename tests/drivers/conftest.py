@@ -14,7 +14,8 @@ import pytest
 from embedpool.config.spec import LocalStConfig
 from embedpool.drivers.local_st import LocalStDriver
 from embedpool.drivers.model_folder import find_model_folder
-from embedpool.drivers.tokenizer import TokenizerMeter
+from embedpool.drivers.tokenizer import FolderTokenizer
+from tests.conftest import open_here
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -59,8 +60,8 @@ def folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def meter(folder: Path) -> TokenizerMeter:
-    return TokenizerMeter(folder)
+def tokenizer(folder: Path) -> FolderTokenizer:
+    return FolderTokenizer(folder)
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +86,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def torch_driver(folder: Path, cache_dir: Path) -> Iterator[LocalStDriver]:
     driver = LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, cache_dir)
-    driver.open()
+    open_here(driver)
     yield driver
     driver.close()
 
@@ -96,7 +97,7 @@ def openvino_driver(folder: Path, cache_dir: Path) -> Iterator[LocalStDriver]:
     if importlib.util.find_spec("openvino") is None:  # not importorskip: a bare import starts OpenVINO's telemetry
         pytest.skip("openvino is not installed")
     driver = LocalStDriver(MINILM, LocalStConfig(backend="openvino"), 1, cache_dir)
-    driver.open()
+    open_here(driver)
     yield driver
     driver.close()
 

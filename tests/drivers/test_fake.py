@@ -9,22 +9,22 @@ import numpy as np
 import pytest
 
 from embedpool.config.spec import DriverSpec, FakeConfig, ModelSpec
-from embedpool.drivers import make_driver, open_meter
-from embedpool.drivers.fake import END, START, FakeDriver, FakeMeter
+from embedpool.drivers import make_driver, open_tokenizer
+from embedpool.drivers.fake import END, START, FakeDriver, FakeTokenizer
+from tests.conftest import open_here, run
 
 
 def embed(*texts: str, **config: Any) -> np.ndarray:
-    return FakeDriver(FakeConfig(**config)).embed(texts, FakeMeter().measure(texts), {}).vectors
+    return run(FakeDriver(FakeConfig(**config)), texts, FakeTokenizer().encode(texts)).rows.values
 
 
 def test_the_table_knows_it() -> None:
-    """A spec of type fake gives this driver and this meter."""
+    """A spec of type fake gives this driver and this tokenizer."""
     spec = ModelSpec(model="m", driver=DriverSpec("fake", FakeConfig(dim=7)))
-    driver = make_driver(spec, Path())
-    driver.open()
-    assert driver.embed(["a"], None, {}).vectors.shape == (1, 7)
-    assert dict(driver.description) == {"dim": 7}
-    assert open_meter(spec).measure(["a b"]) == FakeMeter().measure(["a b"])
+    driver = open_here(make_driver(spec, Path(), {}))
+    assert run(driver, ["a"]).rows.values.shape == (1, 7)
+    assert dict(driver.facts.description) == {"dim": 7}
+    assert open_tokenizer(spec).encode(["a b"]) == FakeTokenizer().encode(["a b"])
 
 
 def test_equal_texts_give_equal_vectors_and_others_do_not() -> None:
@@ -38,29 +38,29 @@ def test_equal_texts_give_equal_vectors_and_others_do_not() -> None:
 
 def test_ids_decide() -> None:
     """Vectors follow the token ids, so that truncation shows in them; without ids the texts are tokenized."""
-    meter = FakeMeter()
+    tokenizer = FakeTokenizer()
     driver = FakeDriver(FakeConfig())
-    np.testing.assert_array_equal(driver.embed(["a b"], meter.measure(["a"]), {}).vectors, embed("a"))
-    np.testing.assert_array_equal(driver.embed(["a b"], None, {}).vectors, embed("a b"))
+    np.testing.assert_array_equal(run(driver, ["a b"], tokenizer.encode(["a"])).rows.values, embed("a"))
+    np.testing.assert_array_equal(run(driver, ["a b"]).rows.values, embed("a b"))
 
 
 @pytest.mark.parametrize(
     ("limit", "side", "words"), [(4, "right", [11, 12]), (4, "left", [13, 14]), (2, "left", []), (2, "right", [])]
 )
 def test_cut_keeps_the_special_tokens(limit: int, side: str, words: list[int]) -> None:
-    """The meter counts a token a word and two special ones, and cuts on the asked side without losing those."""
+    """The tokenizer counts a token a word and two special ones, and cuts on the asked side without losing those."""
     ids = [START, 11, 12, 13, 14, END]
-    assert FakeMeter().cut(ids, limit, side) == [START, *words, END]
-    assert [len(i) for i in FakeMeter().measure(["a b", ""])] == [4, 2]
+    assert FakeTokenizer().cut(ids, limit, side) == [START, *words, END]
+    assert [len(i) for i in FakeTokenizer().encode(["a b", ""])] == [4, 2]
 
 
 def test_fault_raise_names_itself_and_spares_other_texts() -> None:
     """`fault: raise` with a text fails batches that contain it, and those alone; the driver itself is well."""
     driver = FakeDriver(FakeConfig(fault="raise", fault_text="bad"))
-    driver.open()
+    open_here(driver)
     with pytest.raises(RuntimeError, match="fault: raise"):
-        driver.embed(["good", "a bad one"], None, {})
-    assert len(driver.embed(["good"], None, {}).vectors) == 1
+        run(driver, ["good", "a bad one"])
+    assert len(run(driver, ["good"]).rows.values) == 1
     driver.probe()
 
 
@@ -76,7 +76,7 @@ def test_fault_nan_and_short() -> None:
 def test_a_driver_at_fault_does_not_open(fault: str) -> None:
     """`load`, or a fault of no particular text, is the driver's own and shows when it opens."""
     with pytest.raises(RuntimeError, match=f"fault: {fault}"):
-        FakeDriver(FakeConfig(fault=fault)).open()
+        open_here(FakeDriver(FakeConfig(fault=fault)))
 
 
 def test_delays_are_slept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +84,6 @@ def test_delays_are_slept(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr("embedpool.drivers.fake.time.sleep", slept.append)
     driver = FakeDriver(FakeConfig(load_delay_ms=500, delay_ms=100, delay_ms_per_text=10))
-    driver.open()
-    driver.embed(["a", "b", "c"], None, {})
+    open_here(driver)
+    run(driver, ["a", "b", "c"])
     assert slept == pytest.approx([0.5, 0.13])

@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 
 from embedpool.config.spec import DriverSpec, HttpConfig, ModelSpec
-from embedpool.drivers import http, make_driver, open_meter, upstream
+from embedpool.drivers import http, make_driver, open_tokenizer, upstream
 from embedpool.drivers.http import HttpDriver
 from embedpool.errors import ModelFailed, UnsupportedOption, UpstreamError
 from embedpool.pool.pool import Pool
-from embedpool.pool.replica_set import Engine
-from embedpool.pool.request import EmbedOptions, EmbedRequest
-from tests.conftest import fake_spec, settle
+from embedpool.pool.settings import PoolSettings
+from embedpool.tasks.embed import Embed
+from tests.conftest import ask, fake_spec, open_here, run, settle
 
 KEY = "s3cr3t-key"
 
@@ -124,14 +124,13 @@ def opened(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     monkeypatch.setattr(http, "BACKOFF_FACTOR_S", 0)
     drivers: list[HttpDriver] = []
 
-    def open_driver(**config: Any) -> HttpDriver:
-        driver = HttpDriver("org/m", HttpConfig(**{"base_url": remote.url, **config}))
-        driver.open()
+    def open_one(**config: Any) -> HttpDriver:
+        driver = open_here(HttpDriver("org/m", HttpConfig(**{"base_url": remote.url, **config}), {}))
         drivers.append(driver)
         remote.seen.clear()
         return driver
 
-    yield open_driver
+    yield open_one
     for driver in drivers:
         driver.close()
 
@@ -160,16 +159,16 @@ def test_each_protocol_asks_and_reads_its_way(
 ) -> None:
     """A service is asked at the address and with the body of its protocol; counts it tells are taken over."""
     driver = opened(base_url=remote.url + path, protocol=protocol, remote_model="r")
-    answer = driver.embed(["a", "bc"], None, {})
+    answer = run(driver, ["a", "bc"])
     assert [(seen.path, seen.body) for seen in remote.seen] == [(url, body)]
-    np.testing.assert_array_equal(answer.vectors, [vector("a"), vector("bc")])
-    assert answer.vectors.dtype == np.float32
+    np.testing.assert_array_equal(answer.rows.values, [vector("a"), vector("bc")])
+    assert answer.rows.values.dtype == np.float32
     assert (answer.tokens, list(answer.truncated)) == (tokens, truncated)
 
 
 def test_the_remote_model_is_by_default_the_models_name(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
     """Without `remote_model` the service is asked for the name the model has here."""
-    opened().embed(["a"], None, {})
+    run(opened(), ["a"])
     assert remote.seen[0].body["model"] == "org/m"
 
 
@@ -188,13 +187,13 @@ def test_options_are_passed_on(
     remote: Remote, opened: Callable[..., HttpDriver], protocol: str, options: Any, sent: Any
 ) -> None:
     """Options that are not ours reach the service in the form of its protocol."""
-    opened(protocol=protocol).embed(["a"], None, options)
+    run(opened(protocol=protocol), ["a"], None, options)
     assert {name: remote.seen[0].body[name] for name in sent} == sent
 
 
 def test_tei_is_not_told_what_it_does_not_know(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
     """A client that always says what its texts are for works with a service that has no such notion."""
-    opened(protocol="tei").embed(["a"], None, {"input_type": "query"})
+    run(opened(protocol="tei"), ["a"], None, {"input_type": "query"})
     assert set(remote.seen[0].body) == {"inputs", "normalize", "truncate"}
 
 
@@ -207,7 +206,7 @@ def test_what_a_protocol_cannot_ask_for_is_refused(
 ) -> None:
     """An option that the service has no word for is refused by its path, not dropped."""
     with pytest.raises(UnsupportedOption) as caught:
-        opened(protocol=protocol).embed(["a"], None, {option: "x"})
+        run(opened(protocol=protocol), ["a"], None, {option: "x"})
     assert list(caught.value.fields) == [f"options.{option}"]
     assert not remote.seen
 
@@ -216,8 +215,8 @@ def test_openai_vectors_are_sorted_by_index(remote: Remote, opened: Callable[...
     """The order of `data` does not matter, its indices do."""
     driver = opened(protocol="openai")
     remote.script = [Reply({"data": [{"index": i, "embedding": [i, 0, 1]} for i in (2, 0, 1)]})]
-    answer = driver.embed(["a", "b", "c"], None, {})
-    np.testing.assert_array_equal(answer.vectors[:, 0], [0, 1, 2])
+    answer = run(driver, ["a", "b", "c"])
+    np.testing.assert_array_equal(answer.rows.values[:, 0], [0, 1, 2])
     assert answer.tokens is None
 
 
@@ -257,10 +256,10 @@ def test_an_answer_that_is_none_is_the_remotes_fault(
     driver = opened()
     remote.script = [NO_ANSWERS[kind]]
     with pytest.raises(UpstreamError) as caught:
-        driver.embed(["a", "b"], None, {})
+        run(driver, ["a", "b"])
     assert (caught.value.status, caught.value.code) == (502, "upstream_error")
     assert not caught.value.content_may_cause
-    assert len(driver.embed(["a", "b"], None, {}).vectors) == 2  # it goes on
+    assert len(run(driver, ["a", "b"]).rows.values) == 2  # it goes on
 
 
 @pytest.mark.parametrize("protocol", ["openai", "tei"])
@@ -277,7 +276,7 @@ def test_indices_beyond_the_texts_are_dropped(remote: Remote, opened: Callable[.
     """A service that tells nonsense about truncation does not harm its vectors."""
     driver = opened()
     remote.script = [Reply({"vectors": ONE * 2, "meta": {"truncated": [-1, 1, 7]}})]
-    assert list(driver.embed(["a", "b"], None, {}).truncated) == [1]
+    assert list(run(driver, ["a", "b"]).truncated) == [1]
 
 
 @pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"null", b"1e39"])
@@ -291,7 +290,7 @@ def test_a_service_without_finite_vectors_does_not_open(
 
 
 def test_one_vector_that_is_not_finite_fails_one_request(
-    remote: Remote, engine: Engine, pool: Pool, monkeypatch: pytest.MonkeyPatch
+    remote: Remote, pool_settings: PoolSettings, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A NaN in the remote's answer fails the request of that text, named by its place; others are served."""
 
@@ -302,8 +301,8 @@ def test_one_vector_that_is_not_finite_fails_one_request(
     pool.apply(fake_spec(f"model: m, driver: {{type: http, config: {{base_url: '{remote.url}'}}}}"))
     settle(pool)
     with pytest.raises(Exception, match=r"texts\[1\]"):
-        pool.submit(EmbedRequest("m", ["good", "bad"]))
-    assert pool.submit(EmbedRequest("m", ["good"])).vectors.shape == (1, 3)
+        ask(pool, "m", "good", "bad")
+    assert ask(pool, "m", "good").vectors.shape == (1, 3)
 
 
 def test_options_and_counts_through_the_pool(remote: Remote, pool: Pool) -> None:
@@ -311,9 +310,7 @@ def test_options_and_counts_through_the_pool(remote: Remote, pool: Pool) -> None
     pool.apply(fake_spec(f"model: m, driver: {{type: http, config: {{base_url: '{remote.url}', remote_model: r}}}}"))
     settle(pool)
     remote.seen.clear()
-    result = pool.submit(
-        EmbedRequest("m", ["a", "bc"], EmbedOptions(normalize=False, dimensions=2, extra={"instruction": "x"}))
-    )
+    result = ask(pool, "m", "a", "bc", normalize=False, dimensions=2, extra={"instruction": "x"})
     assert [seen.body for seen in remote.seen] == [
         {"model": "r", "texts": ["a", "bc"], "options": {"instruction": "x"}}
     ]
@@ -346,7 +343,7 @@ def test_the_status_of_a_refusal(
     driver = opened(retries=0)
     remote.script = [Reply({"error": {"message": "no thanks"}} if status != 204 else b"", status)]
     with pytest.raises(UpstreamError, match=str(status)) as caught:
-        driver.embed(["a"], None, {})
+        run(driver, ["a"])
     assert (caught.value.status, caught.value.content_may_cause) == (ours, content)
 
 
@@ -370,7 +367,7 @@ def test_the_message_of_a_refusal_is_passed_on(
     driver = opened(retries=retries)
     remote.answer = lambda seen: Reply(document, status)
     with pytest.raises(UpstreamError, match="no thanks"):
-        driver.embed(["a"], None, {})
+        run(driver, ["a"])
 
 
 def test_a_long_message_is_shortened(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
@@ -378,7 +375,7 @@ def test_a_long_message_is_shortened(remote: Remote, opened: Callable[..., HttpD
     driver = opened(retries=0)
     remote.script = [Reply(b"x" * 100_000, 400)]
     with pytest.raises(UpstreamError) as caught:
-        driver.embed(["a"], None, {})
+        run(driver, ["a"])
     assert len(caught.value.message) < 500
 
 
@@ -398,7 +395,7 @@ def test_a_passing_failure_is_tried_again(remote: Remote, opened: Callable[..., 
     """429, 5xx and connection errors are tried again, as often as `retries` says, and then nobody notices."""
     driver = opened(retries=2)
     remote.script = [failure, failure]
-    assert len(driver.embed(["a"], None, {}).vectors) == 1
+    assert len(run(driver, ["a"]).rows.values) == 1
     assert len(remote.seen) == 3
     assert remote.seen[0].body == remote.seen[2].body
 
@@ -414,7 +411,7 @@ def test_a_failure_keeps_nothing_of_its_caller(
     def call() -> weakref.ref[set[str]]:
         texts = {"a"}
         with suppress(UpstreamError):
-            driver.embed(list(texts), None, {})
+            run(driver, list(texts))
         return weakref.ref(texts)
 
     gc.disable()
@@ -430,7 +427,7 @@ def test_a_lasting_failure_is_given_up(remote: Remote, opened: Callable[..., Htt
     driver = opened(retries=1)
     remote.answer = lambda seen: failure
     with pytest.raises(UpstreamError) as caught:
-        driver.embed(["a"], None, {})
+        run(driver, ["a"])
     assert caught.value.status == 502
     assert len(remote.seen) == 2
 
@@ -441,7 +438,7 @@ def test_a_refusal_is_not_tried_again(remote: Remote, opened: Callable[..., Http
     driver = opened(retries=2)
     remote.script = [Reply({}, status)]
     with pytest.raises(UpstreamError):
-        driver.embed(["a"], None, {})
+        run(driver, ["a"])
     assert len(remote.seen) == 1
 
 
@@ -457,7 +454,7 @@ def test_retry_after_is_handed_on(
     driver = opened(retries=0)
     remote.script = [Reply({}, 429, {"Retry-After": given})]
     with pytest.raises(UpstreamError) as caught:
-        driver.embed(["a"], None, {})
+        run(driver, ["a"])
     assert caught.value.retry_after_s == (1.0 if seconds is None else seconds)  # a 429 always says when
 
 
@@ -466,7 +463,7 @@ def test_a_redirect_is_not_followed(remote: Remote, opened: Callable[..., HttpDr
     driver = opened()
     remote.script = [Reply({}, 307, {"Location": f"{remote.url}/elsewhere"})]
     with pytest.raises(UpstreamError, match="307"):
-        driver.embed(["a"], None, {})
+        run(driver, ["a"])
     assert [seen.path for seen in remote.seen] == ["/"]
 
 
@@ -474,9 +471,9 @@ def test_a_service_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """A refused connection is told without the address and its credentials."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    driver = HttpDriver("m", HttpConfig(base_url=f"http://user:{KEY}@127.0.0.1:{port}/embed", retries=0))
+    driver = HttpDriver("m", HttpConfig(base_url=f"http://user:{KEY}@127.0.0.1:{port}/embed", retries=0), {})
     with pytest.raises(UpstreamError, match="connection failed") as caught:
-        driver.open()
+        open_here(driver)
     assert KEY not in str(caught.value)
 
 
@@ -489,7 +486,7 @@ def test_a_service_that_does_not_answer_in_time(
     driver._config = dataclasses.replace(driver._config, timeout_s=0.05)
     remote.answer = lambda seen: HANG
     with pytest.raises(UpstreamError, match="timed out") as caught:
-        driver.embed(["a"], None, {})
+        run(driver, ["a"])
     assert (caught.value.status, caught.value.content_may_cause) == (502, False)
 
 
@@ -508,7 +505,7 @@ SECRET_CONFIG = {"api_key": "EMBEDPOOL_SECRET_KEY", "headers": {"X-Other": "EMBE
 @pytest.mark.usefixtures("key")
 def test_key_and_headers_come_from_the_environment(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
     """`api_key` names the variable of the bearer key, `headers` those of further headers."""
-    opened(**SECRET_CONFIG).embed(["a"], None, {})
+    run(opened(**SECRET_CONFIG), ["a"])
     assert remote.seen[0].headers["Authorization"] == f"Bearer {KEY}"
     assert remote.seen[0].headers["X-Other"] == "0th3r-secret"
 
@@ -520,7 +517,7 @@ def test_the_key_is_sent_whatever_netrc_says(
     """A ~/.netrc of whoever started the server does not take the place of the configured key."""
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password else\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    opened(**SECRET_CONFIG).embed(["a"], None, {})
+    run(opened(**SECRET_CONFIG), ["a"])
     assert remote.seen[0].headers["Authorization"] == f"Bearer {KEY}"
 
 
@@ -547,7 +544,7 @@ def test_a_key_that_the_remote_echoes_is_not_repeated(
     says = f"bad key Bearer {KEY} or 0th3r-secret"
     remote.script = [Reply({"error": {"message": says}} if as_json else says.encode(), 401)]
     with pytest.raises(UpstreamError, match="bad key") as caught:
-        driver.embed(["a"], None, {})
+        run(driver, ["a"])
     assert KEY not in caught.value.message
     assert "0th3r" not in caught.value.message
 
@@ -558,7 +555,7 @@ def test_a_key_at_the_edge_of_a_shortened_message(remote: Remote, opened: Callab
     driver = opened(retries=0, **SECRET_CONFIG)
     remote.script = [Reply(b"x" * (upstream.LONGEST_QUOTE - 4) + KEY.encode(), 401)]
     with pytest.raises(UpstreamError) as caught:
-        driver.embed(["a"], None, {})
+        run(driver, ["a"])
     assert KEY[:3] not in caught.value.message
 
 
@@ -569,9 +566,9 @@ def test_a_password_in_the_address_is_shown_nowhere(remote: Remote, opened: Call
     driver = opened(base_url=address, base_urls=(address + "/other",), retries=0)
     remote.answer = lambda seen: echo
     with pytest.raises(UpstreamError) as caught:
-        driver.embed(["a"], None, {})
+        run(driver, ["a"])
     assert KEY not in str(caught.value)
-    assert KEY not in str(driver.description)
+    assert KEY not in str(driver.facts.description)
 
 
 # --- several addresses, and one that fails for long
@@ -587,7 +584,7 @@ def several(first: Remote, second: Remote, **config: Any) -> dict[str, Any]:
 
 
 def states(driver: HttpDriver) -> list[str]:
-    found = driver.description["base_urls"]
+    found = driver.facts.description["base_urls"]
     assert isinstance(found, dict)
     return list(found.values())
 
@@ -614,7 +611,7 @@ def test_calls_go_to_the_least_busy_address(remote: Remote, second: Remote, open
     second.seen.clear()
     with driver._upstreams[0].call():
         for _ in range(5):
-            driver.embed(["a"], None, {})
+            run(driver, ["a"])
     assert (len(remote.seen), len(second.seen)) == (0, 5)
 
 
@@ -631,11 +628,11 @@ def test_another_address_takes_over(
     wait_until(lambda: states(driver) == ["serves", "serves"])
     remote.answer = lambda seen: failure
     for _ in range(60):
-        assert driver.embed(["abc"], None, {}).vectors[0, 0] == 3
+        assert run(driver, ["abc"]).rows.values[0, 0] == 3
         if driver._upstreams[0].fault:
             break
     assert states(driver)[0] != "serves"
-    assert driver.lost is None
+    assert not driver.reasons
     remote.answer = good
     wait_until(lambda: states(driver) == ["serves", "serves"])
 
@@ -650,7 +647,7 @@ def test_an_address_with_other_vectors_is_never_asked(
     driver = opened(**several(remote, second))
     wait_until(lambda: "a cosine of" in states(driver)[1])
     for _ in range(10):
-        assert driver.embed(["abc"], None, {}).vectors[0, 0] == 3
+        assert run(driver, ["abc"]).rows.values[0, 0] == 3
     assert not any("abc" in seen.body["texts"] for seen in second.seen)
     second.answer = good
     wait_until(lambda: states(driver) == ["serves", "serves"])
@@ -661,7 +658,7 @@ def test_one_address_is_enough_to_open(remote: Remote, second: Remote, opened: C
     """The first may be away; it joins when it comes."""
     remote.answer = lambda seen: Reply({}, 500)
     driver = opened(**several(remote, second))
-    assert driver.embed(["abc"], None, {}).vectors[0, 0] == 3
+    assert run(driver, ["abc"]).rows.values[0, 0] == 3
     remote.answer = good
     wait_until(lambda: states(driver) == ["serves", "serves"])
 
@@ -681,15 +678,14 @@ def test_a_model_never_changes_its_vectors_unasked(
     second.answer = other_space
     driver = opened(**several(remote, second))
     remote.answer = lambda seen: Reply({}, 503)
-    following = HttpDriver("org/m", HttpConfig(**several(remote, second)))
-    following.memory = driver.memory
+    following = HttpDriver("org/m", HttpConfig(**several(remote, second)), driver._memory)
     with pytest.raises(UpstreamError):
-        following.open()
+        open_here(following)
     remote.answer = good
-    following.open()
+    open_here(following)
     following.close()
-    fresh = HttpDriver("org/m", HttpConfig(**several(second, second)))  # a model registered anew
-    fresh.open()
+    fresh = HttpDriver("org/m", HttpConfig(**several(second, second)), {})  # a model registered anew
+    open_here(fresh)
     fresh.close()
 
 
@@ -702,7 +698,7 @@ def test_an_address_that_changes_its_vectors_is_found_out(
     wait_until(lambda: states(driver) == ["serves", "serves"])
     second.answer = other_space
     wait_until(lambda: "a cosine of" in states(driver)[1])
-    assert driver.lost is None
+    assert not driver.reasons
 
 
 @pytest.mark.parametrize(
@@ -720,7 +716,7 @@ def test_vectors_that_prove_nothing_admit_nobody(
         if order["base_url"] == second.url and "2.0" in str(answer(1)):
             continue  # as good as any, when it is the first
         driver = opened(**order)
-        assert driver.embed(["abc"], None, {}).vectors[0, 0] == 3
+        assert run(driver, ["abc"]).rows.values[0, 0] == 3
         wait_until(lambda driver=driver: "not asked yet" not in states(driver))
         assert sorted(state == "serves" for state in states(driver)) == [False, True]
 
@@ -733,7 +729,7 @@ def test_a_hung_address_holds_nothing_up(
     monkeypatch.setattr(http, "PROOF_TIMEOUT_S", 0.05)
     remote.answer = lambda seen: HANG
     driver = opened(**several(remote, second), timeout_s=600)
-    assert driver.embed(["abc"], None, {}).vectors[0, 0] == 3
+    assert run(driver, ["abc"]).rows.values[0, 0] == 3
     driver.close()
 
 
@@ -768,27 +764,24 @@ def test_a_remotes_words_are_for_the_caller_alone(
     wait_until(lambda: states(driver) == ["serves", "serves"])
     for service in (remote, second):
         service.answer = lambda seen: Reply({"error": {"message": f"cannot bear {seen.body['texts']}"}}, 500)
-    while driver.lost is None:
+    while not driver.reasons:
         with pytest.raises(UpstreamError, match="cannot bear"):
-            driver.embed(["private"], None, {})
-    assert "private" not in f"{driver.lost} {driver.description}"
-    assert "answered 500" in driver.lost
+            run(driver, ["private"])
+    assert "private" not in f"{driver.reasons} {driver.facts.description}"
+    assert "answered 500" in driver.reasons[0]
 
 
 def test_a_service_that_fails_in_a_row_is_left_alone(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
     """It is not asked any more, and whoever watches opens it anew."""
-    told = threading.Event()
     driver = opened(retries=0)
-    driver.watch(told.set)
     remote.answer = lambda seen: Reply({}, 500)
     for _ in range(upstream.FAILURES_TO_OPEN):
-        assert not told.is_set()
+        assert not driver.reasons
         with pytest.raises(UpstreamError, match="answered 500"):
-            driver.embed(["a"], None, {})
-    assert told.is_set()
-    assert driver.lost is not None
+            run(driver, ["a"])
+    assert driver.reasons
     with pytest.raises(UpstreamError, match="left alone after failures in a row: the remote service answered 500"):
-        driver.embed(["a"], None, {})
+        run(driver, ["a"])
     assert len(remote.seen) == upstream.FAILURES_TO_OPEN
 
 
@@ -801,8 +794,8 @@ def test_what_a_text_or_a_busy_hour_causes_is_no_failure(
     remote.answer = lambda seen: reply
     for _ in range(3 * upstream.FAILURES_TO_OPEN):
         with pytest.raises(UpstreamError):
-            driver.embed(["a"], None, {})
-    assert driver.lost is None
+            run(driver, ["a"])
+    assert not driver.reasons
 
 
 def test_retries_are_a_share_of_the_calls(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
@@ -811,7 +804,7 @@ def test_retries_are_a_share_of_the_calls(remote: Remote, opened: Callable[..., 
     remote.answer = lambda seen: Reply({}, 429, {"Retry-After": "0"})
     for _ in range(100):
         with pytest.raises(UpstreamError):
-            driver.embed(["a"], None, {})
+            run(driver, ["a"])
     retries = len(remote.seen) - 100
     assert retries <= upstream.RETRY_RESERVE + 100 * upstream.RETRY_SHARE
 
@@ -821,28 +814,27 @@ def test_a_service_that_is_down_says_so_and_serves_when_it_is_back(remote: Remot
     pool.apply(fake_spec(f"model: m, driver: {{type: http, config: {{base_url: '{remote.url}', retries: 0}}}}"))
     settle(pool)
     served = pool.find("m")
-    request = EmbedRequest("m", ["a"], EmbedOptions())
     remote.answer = lambda seen: Reply({}, 500)
     while served.state == "ready":
         with pytest.raises((UpstreamError, ModelFailed)):
-            pool.submit(request)
+            ask(pool, "m", "a")
     wait_until(lambda: served.state == "failed")
     with pytest.raises(ModelFailed, match="answered 500") as caught:
-        pool.submit(request)
+        ask(pool, "m", "a")
     assert 0 < (caught.value.retry_after_s or 0) <= 5
     remote.answer = good
     wait_until(lambda: served.state == "ready")
-    assert len(pool.submit(request).vectors) == 1
+    assert len(ask(pool, "m", "a").vectors) == 1
 
 
 # --- the rest
 
 
 def test_what_the_pool_is_told(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
-    """/status shows protocol and dimension; batches are bounded by `max_batch_texts`; eight may run at once."""
-    driver = opened(max_batch_texts=3)
-    assert dict(driver.description) == {"protocol": "embedpool", "dim": 3}
-    assert (driver.max_batch_texts, driver.parallel) == (3, 8)
+    """/status shows protocol and dimension; eight batches may run at once."""
+    driver = opened()
+    assert dict(driver.facts.description) == {"protocol": "embedpool", "dim": 3}
+    assert (driver.facts.width, driver.facts.slots) == (3, 8)
 
 
 def test_max_batch_texts_bounds_each_call(remote: Remote, pool: Pool) -> None:
@@ -851,17 +843,16 @@ def test_max_batch_texts_bounds_each_call(remote: Remote, pool: Pool) -> None:
     pool.apply(fake_spec(f"model: m, driver: {{type: http, config: {{{config}}}}}"))
     settle(pool)
     texts = ["x" * i for i in range(10)]
-    result = pool.submit(EmbedRequest("m", texts, EmbedOptions(normalize=False)))
+    result = ask(pool, "m", *texts, normalize=False)
     np.testing.assert_array_equal(result.vectors[:, 0], range(10))
     assert max(len(seen.body["texts"]) for seen in remote.seen) <= 3
 
 
 def test_the_remote_tokenizes() -> None:
-    """Texts for a remote are only estimated here; the table gives the driver and its meter."""
+    """Texts for a remote are only estimated here; the table gives the driver and its tokenizer."""
     spec = ModelSpec(model="m", driver=DriverSpec("http", HttpConfig(base_url="http://x")))
-    meter = open_meter(spec)
-    assert not meter.tokenizes
-    assert meter.measure(["a"]) is None
-    short, long = meter.estimate(["", "word " * 100])
-    assert 1 <= short < long
-    assert isinstance(make_driver(spec, Path()), HttpDriver)
+    tokenizer = open_tokenizer(spec)
+    assert tokenizer.encode(["a"]) is None
+    items = Embed(["", "word " * 100]).measure(spec.driver.config, tokenizer).items
+    assert 1 <= items[0].tokens < items[1].tokens
+    assert isinstance(make_driver(spec, Path(), {}), HttpDriver)

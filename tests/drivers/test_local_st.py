@@ -14,80 +14,83 @@ import numpy as np
 import pytest
 
 from embedpool.config.spec import DriverSpec, LocalStConfig, ModelSpec, Scaling
-from embedpool.drivers import local_st, make_driver, open_meter, openvino_graph, torch_pipeline
-from embedpool.drivers.base import available_cores
+from embedpool.drivers import local_st, make_driver, open_tokenizer, openvino_graph, torch_pipeline
 from embedpool.drivers.local_st import LocalStDriver
-from embedpool.drivers.tokenizer import TokenizerMeter
+from embedpool.drivers.tokenizer import FolderTokenizer
 from embedpool.errors import ModelFailed
+from embedpool.places.cores import available_cores
+from tests.conftest import open_here, run
 from tests.drivers.conftest import MINILM, TEXTS, cosines
 
 
-def ids_of(meter: TokenizerMeter, texts: list[str], limit: int | None = None) -> list[list[int]]:
+def ids_of(tokenizer: FolderTokenizer, texts: list[str], limit: int | None = None) -> list[list[int]]:
     """As the door makes them."""
-    limit = limit or meter.default_max_tokens or 0
-    return [meter.cut(i, limit, "right") for i in meter.measure(texts)]
+    limit = limit or tokenizer.default_max_tokens or 0
+    return [tokenizer.cut(i, limit, "right") for i in tokenizer.encode(texts)]
 
 
-def test_vectors_are_those_of_encode(driver: LocalStDriver, meter: TokenizerMeter, expected: np.ndarray) -> None:
+def test_vectors_are_those_of_encode(driver: LocalStDriver, tokenizer: FolderTokenizer, expected: np.ndarray) -> None:
     """Vectors of token ids equal SentenceTransformer.encode on every kind of text, long ones included."""
-    vectors = driver.embed(TEXTS, ids_of(meter, TEXTS), {}).vectors
+    vectors = run(driver, TEXTS, ids_of(tokenizer, TEXTS)).rows.values
     assert vectors.dtype == np.float32
     assert vectors.shape == expected.shape == (len(TEXTS), 384)
     assert cosines(vectors, expected).min() >= 0.99999
 
 
 def test_vectors_do_not_depend_on_their_batch(
-    driver: LocalStDriver, meter: TokenizerMeter, expected: np.ndarray
+    driver: LocalStDriver, tokenizer: FolderTokenizer, expected: np.ndarray
 ) -> None:
     """A text has the same vector alone, with others, and padded beside a long one."""
     order = list(reversed(range(len(TEXTS))))
     shuffled = [TEXTS[i] for i in order]
-    assert cosines(driver.embed(shuffled, ids_of(meter, shuffled), {}).vectors, expected[order]).min() >= 0.99999
+    assert cosines(run(driver, shuffled, ids_of(tokenizer, shuffled)).rows.values, expected[order]).min() >= 0.99999
     for i in (0, 2, 12, len(TEXTS) - 1):
-        alone = driver.embed([TEXTS[i]], ids_of(meter, [TEXTS[i]]), {}).vectors
+        alone = run(driver, [TEXTS[i]], ids_of(tokenizer, [TEXTS[i]])).rows.values
         assert cosines(alone, expected[[i]]).min() >= 0.99999
 
 
 def test_without_ids_the_texts_are_tokenized(driver: LocalStDriver, expected: np.ndarray) -> None:
     """A driver can be given texts alone."""
-    assert cosines(driver.embed(TEXTS[:4], None, {}).vectors, expected[:4]).min() >= 0.99999
+    assert cosines(run(driver, TEXTS[:4]).rows.values, expected[:4]).min() >= 0.99999
 
 
-def test_longer_texts_than_the_models_default(driver: LocalStDriver, meter: TokenizerMeter, reference: Any) -> None:
+def test_longer_texts_than_the_models_default(
+    driver: LocalStDriver, tokenizer: FolderTokenizer, reference: Any
+) -> None:
     """A request may raise max_seq_length up to the model's positions, and gets what the model makes of that much."""
     own, reference.max_seq_length = reference.max_seq_length, 512
     try:
         expected = reference.encode(TEXTS[-2:], show_progress_bar=False)
     finally:
         reference.max_seq_length = own
-    assert cosines(driver.embed(TEXTS[-2:], ids_of(meter, TEXTS[-2:], 512), {}).vectors, expected).min() >= 0.99999
+    assert cosines(run(driver, TEXTS[-2:], ids_of(tokenizer, TEXTS[-2:], 512)).rows.values, expected).min() >= 0.99999
 
 
 def test_as_many_threads_as_it_says_may_run_it(
-    openvino_driver: LocalStDriver, meter: TokenizerMeter, expected: np.ndarray
+    openvino_driver: LocalStDriver, tokenizer: FolderTokenizer, expected: np.ndarray
 ) -> None:
     """Batches that run at once in one OpenVINO model do not disturb each other's vectors."""
 
-    def run(i: int) -> np.ndarray:
+    def closeness(i: int) -> np.ndarray:
         part = TEXTS[i : i + 5]
-        return cosines(openvino_driver.embed(part, ids_of(meter, part), {}).vectors, expected[i : i + 5])
+        return cosines(run(openvino_driver, part, ids_of(tokenizer, part)).rows.values, expected[i : i + 5])
 
-    with ThreadPoolExecutor(max(openvino_driver.parallel, 2)) as threads:
-        assert min(c.min() for c in threads.map(run, range(0, 30, 2))) >= 0.99999
+    with ThreadPoolExecutor(max(openvino_driver.facts.slots, 2)) as threads:
+        assert min(c.min() for c in threads.map(closeness, range(0, 30, 2))) >= 0.99999
 
 
 def test_a_loaded_driver_tells_what_runs_where(torch_driver: LocalStDriver, openvino_driver: LocalStDriver) -> None:
     """/status can show backend, arithmetic, device and dimension; torch runs one batch at once, OpenVINO one a core."""
     for driver, backend in ((torch_driver, "torch"), (openvino_driver, "openvino")):
-        shown = driver.description
+        shown = driver.facts.description
         assert (shown["backend"], shown["compute_dtype"], shown["device"], shown["dim"]) == (
             backend,
             "float32",
             "cpu",
             384,
         )
-    assert torch_driver.parallel == 1
-    assert openvino_driver.parallel == available_cores()
+    assert torch_driver.facts.slots == 1
+    assert openvino_driver.facts.slots == available_cores()
 
 
 @pytest.mark.parametrize("bears_it", [True, False])
@@ -95,7 +98,7 @@ def test_weights_are_prepacked_where_that_is_faster(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    meter: TokenizerMeter,
+    tokenizer: FolderTokenizer,
     expected: np.ndarray,
     bears_it: bool,
 ) -> None:
@@ -110,9 +113,9 @@ def test_weights_are_prepacked_where_that_is_faster(
     if not bears_it:
         monkeypatch.setattr(torch_pipeline, "prepack", spoil)
     driver = LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, tmp_path)
-    driver.open()
-    assert ("prepacked" in driver.description) is bears_it
-    assert cosines(driver.embed(TEXTS, ids_of(meter, TEXTS), {}).vectors, expected).min() >= 0.99999
+    open_here(driver)
+    assert ("prepacked" in driver.facts.description) is bears_it
+    assert cosines(run(driver, TEXTS, ids_of(tokenizer, TEXTS)).rows.values, expected).min() >= 0.99999
     driver.close()
 
 
@@ -124,20 +127,20 @@ def test_profile_fast_takes_bfloat16_where_it_is_faster_and_names_its_cost(
     """`profile: fast` is a measurement, not a hope: what it found, and the cosine it costs, stand in /status."""
     monkeypatch.setattr(local_st, "FAST_LEAST_GAIN", least_gain)
     driver = LocalStDriver(MINILM, LocalStConfig(backend="openvino", profile="fast"), 1, cache_dir)
-    driver.open()
-    assert driver.description["compute_dtype"] == dtype
+    open_here(driver)
+    assert driver.facts.description["compute_dtype"] == dtype
     assert re.search(
-        r"bfloat16 is [\d.]+ times as fast here, at a cosine to float32 of [01]\.\d{6}", str(driver.description)
+        r"bfloat16 is [\d.]+ times as fast here, at a cosine to float32 of [01]\.\d{6}", str(driver.facts.description)
     )
     driver.close()
 
 
 @pytest.mark.usefixtures("openvino_driver")  # its graph is in the cache
-def test_bfloat16_is_close(cache_dir: Path, meter: TokenizerMeter, expected: np.ndarray) -> None:
+def test_bfloat16_is_close(cache_dir: Path, tokenizer: FolderTokenizer, expected: np.ndarray) -> None:
     """`compute_dtype: bfloat16` trades little: cosine of 0.999 and more."""
     driver = LocalStDriver(MINILM, LocalStConfig(backend="openvino", compute_dtype="bfloat16"), 1, cache_dir)
-    driver.open()
-    vectors = driver.embed(TEXTS, ids_of(meter, TEXTS), {}).vectors
+    open_here(driver)
+    vectors = run(driver, TEXTS, ids_of(tokenizer, TEXTS)).rows.values
     driver.close()
     assert cosines(vectors, expected).min() >= 0.999
 
@@ -150,7 +153,7 @@ def test_more_tokens_than_positions_are_refused(
     monkeypatch.setattr(LocalStDriver, "_load", lambda self, folder: pytest.fail("loaded"))
     driver = LocalStDriver(MINILM, LocalStConfig(backend=backend, max_seq_length=513), 1, tmp_path)
     with pytest.raises(ModelFailed, match="512"):
-        driver.open()
+        open_here(driver)
 
 
 class Watched(LocalStDriver):
@@ -165,7 +168,7 @@ class Watched(LocalStDriver):
 def test_close_gives_the_weights_back(folder: Path, tmp_path: Path) -> None:
     """A closed driver holds no weights; opened anew it serves again. Its own max_seq_length holds for encode."""
     driver = Watched(MINILM, LocalStConfig(backend="torch", max_seq_length=384), 1, tmp_path)
-    driver.open()
+    open_here(driver)
     assert driver.model().max_seq_length == 384
     driver.close()
     gc.collect()
@@ -193,11 +196,11 @@ def test_auto_falls_back_to_torch_and_says_why(
     monkeypatch.setattr(local_st, "find_model_folder", lambda *_: folder)
     monkeypatch.setattr(LocalStDriver, "_load_torch", fake_torch)
     driver = LocalStDriver(MINILM, LocalStConfig(), 1, tmp_path)
-    driver.open()
-    assert driver.description["backend"] == "torch"
-    assert why in str(driver.description["why"])
+    open_here(driver)
+    assert driver.facts.description["backend"] == "torch"
+    assert why in str(driver.facts.description["why"])
     with pytest.raises(type(error)):
-        LocalStDriver(MINILM, LocalStConfig(backend="openvino"), 1, tmp_path).open()
+        open_here(LocalStDriver(MINILM, LocalStConfig(backend="openvino"), 1, tmp_path))
 
 
 def test_vectors_that_are_not_finite_do_not_open(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +211,7 @@ def test_vectors_that_are_not_finite_do_not_open(folder: Path, tmp_path: Path, m
 
     monkeypatch.setattr(LocalStDriver, "_load_torch", broken)
     with pytest.raises(ModelFailed, match="not finite"):
-        LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, tmp_path).open()
+        open_here(LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, tmp_path))
 
 
 class TakesNoIds:
@@ -238,17 +241,17 @@ def test_a_model_that_cannot_be_fed_ids_is_run_by_encode(
     """Where token ids do not give encode's vectors, encode itself is used."""
     monkeypatch.setattr(LocalStDriver, "_sentence_transformer", lambda *_: TakesNoIds(by_ids))
     driver = LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, tmp_path)
-    driver.open()
-    np.testing.assert_array_equal(driver.embed(["abc", ""], [[1, 2], [1]], {}).vectors, [[3, 0], [0, 0]])
+    open_here(driver)
+    np.testing.assert_array_equal(run(driver, ["abc", ""], [[1, 2], [1]]).rows.values, [[3, 0], [0, 0]])
 
 
 def test_the_table_knows_it(folder: Path, tmp_path: Path) -> None:
     """A spec of type local_st gives this driver, its cores shared out among the replicas, and the model's tokenizer."""
     spec = ModelSpec(MINILM, DriverSpec("local_st", LocalStConfig()), scaling=Scaling(max=64))
-    driver = make_driver(spec, tmp_path)
+    driver = make_driver(spec, tmp_path, {})
     assert isinstance(driver, LocalStDriver)
     assert driver._cores == 1
-    assert open_meter(spec).measure([""]) == [[101, 102]]
+    assert open_tokenizer(spec).encode([""]) == [[101, 102]]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedpool.drivers.tokenizer import TokenizerMeter, pad
+from embedpool.drivers.tokenizer import FolderTokenizer, pad
 from embedpool.errors import ModelFailed
 from tests.drivers.conftest import TEXTS
 
@@ -29,78 +29,78 @@ def transformers_tokenizer(folder: Path) -> Any:
 
 
 @pytest.fixture
-def made(folder: Path, tmp_path: Path) -> Callable[..., TokenizerMeter]:
-    """Meters of folders with MiniLM's tokenizer and other configurations."""
+def made(folder: Path, tmp_path: Path) -> Callable[..., FolderTokenizer]:
+    """Tokenizers of folders with MiniLM's tokenizer and other configurations."""
 
-    def make(module: str = "", **files: Any) -> TokenizerMeter:
+    def make(module: str = "", **files: Any) -> FolderTokenizer:
         (tmp_path / module).mkdir(exist_ok=True)
         (tmp_path / module / "tokenizer.json").symlink_to(folder / "tokenizer.json")
         for name, document in files.items():
             inner = module if name in ("sentence_bert_config", "tokenizer_config") else ""
             (tmp_path / inner / f"{name}.json").write_text(json.dumps(document))
-        return TokenizerMeter(tmp_path)
+        return FolderTokenizer(tmp_path)
 
     return make
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: ascii(text[:20]))
-def test_ids_are_those_of_transformers(meter: TokenizerMeter, transformers_tokenizer: Any, text: str) -> None:
+def test_ids_are_those_of_transformers(tokenizer: FolderTokenizer, transformers_tokenizer: Any, text: str) -> None:
     """A text's ids are those of the model's own tokenizer, special tokens included, at full length."""
-    assert meter.measure([text]) == [transformers_tokenizer(text, truncation=False, verbose=False)["input_ids"]]
+    assert tokenizer.encode([text]) == [transformers_tokenizer(text, truncation=False, verbose=False)["input_ids"]]
 
 
-def test_a_batch_is_measured_like_its_texts(meter: TokenizerMeter) -> None:
+def test_a_batch_is_measured_like_its_texts(tokenizer: FolderTokenizer) -> None:
     """Texts measured together are neither padded nor truncated, and none changes another."""
-    assert meter.measure(TEXTS) == [meter.measure([text])[0] for text in TEXTS]
+    assert tokenizer.encode(TEXTS) == [tokenizer.encode([text])[0] for text in TEXTS]
 
 
 @pytest.mark.parametrize("limit", [3, 16, 256, 512])
 def test_the_right_cut_is_the_tokenizers_own_truncation(
-    meter: TokenizerMeter, transformers_tokenizer: Any, limit: int
+    tokenizer: FolderTokenizer, transformers_tokenizer: Any, limit: int
 ) -> None:
     """What is cut on the right is what the model's own tokenizer would cut."""
     theirs = transformers_tokenizer(LONG, truncation=True, max_length=limit)["input_ids"]
-    assert [meter.cut(ids, limit, "right") for ids in meter.measure(LONG)] == theirs
+    assert [tokenizer.cut(ids, limit, "right") for ids in tokenizer.encode(LONG)] == theirs
 
 
 @pytest.mark.parametrize("limit", [2, 3, 16, 256])
-def test_the_left_cut_keeps_the_special_tokens_and_the_end(meter: TokenizerMeter, limit: int) -> None:
+def test_the_left_cut_keeps_the_special_tokens_and_the_end(tokenizer: FolderTokenizer, limit: int) -> None:
     """What is cut on the left leaves the end of the text between the special tokens."""
-    ids = meter.measure(LONG[:1])[0]
-    cut = meter.cut(ids, limit, "left")
+    ids = tokenizer.encode(LONG[:1])[0]
+    cut = tokenizer.cut(ids, limit, "left")
     assert len(cut) == limit
     assert (cut[0], cut[-1]) == (ids[0], ids[-1])
     assert cut[1:-1] == ids[-1 - (limit - 2) : -1]
 
 
-def test_many_threads_share_a_meter(meter: TokenizerMeter) -> None:
-    """One meter serves all request threads."""
-    expected = meter.measure(TEXTS)
+def test_many_threads_share_a_tokenizer(tokenizer: FolderTokenizer) -> None:
+    """One tokenizer serves all request threads."""
+    expected = tokenizer.encode(TEXTS)
     with ThreadPoolExecutor(8) as threads:
-        assert all(ids == expected for ids in threads.map(lambda _: meter.measure(TEXTS), range(32)))
+        assert all(ids == expected for ids in threads.map(lambda _: tokenizer.encode(TEXTS), range(32)))
 
 
-def test_the_limits_of_the_model_are_read(meter: TokenizerMeter, folder: Path) -> None:
+def test_the_limits_of_the_model_are_read(tokenizer: FolderTokenizer, folder: Path) -> None:
     """MiniLM has 512 positions, and its makers cut at 256."""
-    assert (meter.max_tokens, meter.default_max_tokens, meter.pad_id) == (512, 256, 0)
-    assert (dict(meter.prompts), meter.default_prompt) == ({}, "")
+    assert (tokenizer.max_tokens, tokenizer.default_max_tokens, tokenizer.pad_id) == (512, 256, 0)
+    assert (dict(tokenizer.prompts), tokenizer.default_prompt) == ({}, "")
 
 
 def test_measuring_needs_no_torch(folder: Path) -> None:
     """A model that is not loaded can be measured: no torch, no transformers."""
     code = (
-        "import sys; from pathlib import Path; from embedpool.drivers.tokenizer import TokenizerMeter;"
-        f" TokenizerMeter(Path({str(folder)!r})).measure(['a']);"
+        "import sys; from pathlib import Path; from embedpool.drivers.tokenizer import FolderTokenizer;"
+        f" FolderTokenizer(Path({str(folder)!r})).encode(['a']);"
         " sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=False).returncode == 0
 
 
-def test_prompts_are_read(made: Callable[..., TokenizerMeter]) -> None:
+def test_prompts_are_read(made: Callable[..., FolderTokenizer]) -> None:
     """The model's own prompts are known, and the one it uses by default."""
     prompts = {"query": "find: ", "document": ""}
-    meter = made(config_sentence_transformers={"prompts": prompts, "default_prompt_name": "query"})
-    assert (dict(meter.prompts), meter.default_prompt) == (prompts, "find: ")
+    tokenizer = made(config_sentence_transformers={"prompts": prompts, "default_prompt_name": "query"})
+    assert (dict(tokenizer.prompts), tokenizer.default_prompt) == (prompts, "find: ")
 
 
 @pytest.mark.parametrize(
@@ -117,41 +117,43 @@ def test_prompts_are_read(made: Callable[..., TokenizerMeter]) -> None:
     ],
 )
 def test_limits_come_from_whatever_file_knows_them(
-    made: Callable[..., TokenizerMeter],
+    made: Callable[..., FolderTokenizer],
     config: Any,
     st_config: Any,
     tokenizer_config: Any,
     expected: tuple[int | None, int | None],
 ) -> None:
     """Positions come from config.json, minus those that a model type holds back; the own limit from its other files."""
-    meter = made(config=config, sentence_bert_config=st_config, tokenizer_config=tokenizer_config)
-    assert (meter.max_tokens, meter.default_max_tokens) == expected
+    tokenizer = made(config=config, sentence_bert_config=st_config, tokenizer_config=tokenizer_config)
+    assert (tokenizer.max_tokens, tokenizer.default_max_tokens) == expected
 
 
-def test_the_tokenizer_may_lie_in_a_modules_folder(made: Callable[..., TokenizerMeter], meter: TokenizerMeter) -> None:
+def test_the_tokenizer_may_lie_in_a_modules_folder(
+    made: Callable[..., FolderTokenizer], tokenizer: FolderTokenizer
+) -> None:
     """Where modules.json points elsewhere, the tokenizer and its limits are read there."""
     found = made("0_Transformer", modules=[{"path": "0_Transformer"}], sentence_bert_config={"max_seq_length": 99})
     assert found.default_max_tokens == 99
-    assert found.measure(["hello"]) == meter.measure(["hello"])
+    assert found.encode(["hello"]) == tokenizer.encode(["hello"])
 
 
-def test_lower_case_of_the_pipeline(made: Callable[..., TokenizerMeter]) -> None:
+def test_lower_case_of_the_pipeline(made: Callable[..., FolderTokenizer]) -> None:
     """A pipeline that lowers case before the tokenizer is followed."""
-    meter = made(sentence_bert_config={"do_lower_case": True})
-    assert meter.measure(["[SEP] ABC"]) == meter.measure(["[sep] abc"])
+    tokenizer = made(sentence_bert_config={"do_lower_case": True})
+    assert tokenizer.encode(["[SEP] ABC"]) == tokenizer.encode(["[sep] abc"])
 
 
-def test_older_files_give_a_fast_tokenizer(folder: Path, tmp_path: Path, meter: TokenizerMeter) -> None:
+def test_older_files_give_a_fast_tokenizer(folder: Path, tmp_path: Path, tokenizer: FolderTokenizer) -> None:
     """A model without tokenizer.json is measured by what transformers builds from its older files."""
     for name in ("vocab.txt", "config.json", "tokenizer_config.json", "special_tokens_map.json"):
         (tmp_path / name).symlink_to(folder / name)
-    assert TokenizerMeter(tmp_path).measure(TEXTS) == meter.measure(TEXTS)
+    assert FolderTokenizer(tmp_path).encode(TEXTS) == tokenizer.encode(TEXTS)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     """A folder that is no model is told in a sentence."""
     with pytest.raises(ModelFailed, match=tmp_path.name):
-        TokenizerMeter(tmp_path)
+        FolderTokenizer(tmp_path)
 
 
 def test_pad() -> None:
@@ -163,27 +165,27 @@ def test_pad() -> None:
     assert {array.dtype for array in padded.values()} == {np.dtype(np.int64)}
 
 
-def test_pad_is_what_transformers_pads(meter: TokenizerMeter, transformers_tokenizer: Any) -> None:
+def test_pad_is_what_transformers_pads(tokenizer: FolderTokenizer, transformers_tokenizer: Any) -> None:
     """The arrays are those that the model's own tokenizer would give."""
     theirs = transformers_tokenizer(TEXTS[:12], padding=True, return_tensors="np")
-    ours = pad(meter.measure(TEXTS[:12]), meter.pad_id)
+    ours = pad(tokenizer.encode(TEXTS[:12]), tokenizer.pad_id)
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name])
 
 
-def test_tokens_have_their_place_in_the_text(meter: TokenizerMeter) -> None:
+def test_tokens_have_their_place_in_the_text(tokenizer: FolderTokenizer) -> None:
     """Each is what stands between its start and stop; together they are the ids that are embedded."""
     text = "Tokenizers don't pad: ünïcode!"
-    (tokens,) = meter.tokens([text], special=True)
-    assert [token.id for token in tokens] == meter.measure([text])[0]
+    (tokens,) = tokenizer.tokens([text], special=True)
+    assert [token.id for token in tokens] == tokenizer.encode([text])[0]
     assert [token.text for token in (tokens[0], tokens[-1])] == ["[CLS]", "[SEP]"]
     inner = tokens[1:-1]
     assert [token.text for token in inner] == [text[token.start : token.stop] for token in inner]
-    assert meter.tokens([text], special=False) == [inner]
+    assert tokenizer.tokens([text], special=False) == [inner]
 
 
-def test_ids_are_decoded(meter: TokenizerMeter) -> None:
+def test_ids_are_decoded(tokenizer: FolderTokenizer) -> None:
     """What was tokenized comes back, as far as the tokenizer kept it."""
-    ids = meter.measure(["hello world"])
-    assert meter.decode(ids, skip_special=True) == ["hello world"]
-    assert meter.decode(ids, skip_special=False) == ["[CLS] hello world [SEP]"]
+    ids = tokenizer.encode(["hello world"])
+    assert tokenizer.decode(ids, skip_special=True) == ["hello world"]
+    assert tokenizer.decode(ids, skip_special=False) == ["[CLS] hello world [SEP]"]

@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 
 from embedpool.config.spec import DriverSpec, FakeConfig, ModelSpec, QueueSpec, Scaling
-from embedpool.drivers.base import Driver, Embeddings, Ids
-from embedpool.drivers.fake import open_meter
-from embedpool.pool.job import Flow, Job
+from embedpool.drivers.fake import FakeTokenizer
+from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.pool import Pool
-from embedpool.pool.replica_set import Engine
-from embedpool.pool.request import EmbedOptions, EmbedRequest, EmbedResult
+from embedpool.pool.request import Call, Request, Result
 from embedpool.pool.served_model import ServedModel
+from embedpool.pool.settings import PoolSettings
+from embedpool.tasks.driver import Facts
+from embedpool.tasks.embed import Embed, EmbedOptions
+from embedpool.tasks.item import Batch, Group, Item, Keys
+from embedpool.tasks.place import Loss, Place
+from embedpool.tasks.rows import Answer, Rows
 
 PATIENCE_S = 10  # before a test gives up; nothing waits that long when all is well
 A_WHILE_S = 0.3  # for what must not happen: a right implementation only waits it out, on any machine
@@ -32,44 +36,43 @@ def vectors_of(texts: Sequence[str]) -> np.ndarray:
     return np.stack([vector_of(text) for text in texts])
 
 
-class Scripted(Driver):
-    """Gives `vector_of` each text, unless `on_embed(texts)` raises or gives something else."""
+class Scripted(Place):
+    """An open place: gives `vector_of` each text, unless `on_run(texts)` raises or gives something else."""
 
     def __init__(
         self,
-        on_embed: Callable[[list[str]], Embeddings | np.ndarray | None] = lambda texts: None,
+        on_run: Callable[[list[str]], Answer | np.ndarray | None] = lambda texts: None,
         *,
         on_probe: Callable[[], None] = lambda: None,
         on_close: Callable[[], None] = lambda: None,
+        facts: Facts = Facts(),
     ) -> None:
+        super().__init__()
+        self.facts = facts
         self.calls: list[list[str]] = []
         self.options: list[Mapping[str, Any]] = []
         self.probes = 0
         self.closed = threading.Event()
-        self._on_embed, self._on_probe, self._on_close = on_embed, on_probe, on_close
+        self._on_run, self._on_probe, self._on_close = on_run, on_probe, on_close
 
-    def open(self) -> None:
-        raise AssertionError("a scripted driver is born open")
-
-    def embed(self, texts: Sequence[str], ids: Sequence[Ids] | None, options: Mapping[str, Any]) -> Embeddings:
-        self.calls.append(list(texts))
-        self.options.append(options)
-        answer = self._on_embed(list(texts))
-        if isinstance(answer, Embeddings):
+    def run(self, batch: Batch) -> Answer:
+        self.calls.append(batch.texts)
+        self.options.append(batch.options)
+        answer = self._on_run(batch.texts)
+        if isinstance(answer, Answer):
             return answer
-        return Embeddings(vectors_of(texts) if answer is None else answer)
+        return Answer(Rows(vectors_of(batch.texts) if answer is None else answer))
 
     def probe(self) -> None:
         self.probes += 1
         self._on_probe()
 
-    def lose(self, reason: str) -> None:
+    def lose(self, reason: str, *, innocent: bool = False) -> None:
         """As if its process had ended."""
-        self.lost = reason
-        self._tell_lost()
+        self._lose(Loss(reason, innocent))
 
     def close(self) -> None:
-        assert not self.closed.is_set(), "a driver is closed once"
+        assert not self.closed.is_set(), "a place is closed once"
         self._on_close()
         self.closed.set()
 
@@ -94,8 +97,8 @@ class Gate:
 
 
 class Opener:
-    """`open_driver`: each load follows the next step of the script: an error is raised, a driver is given,
-    something callable makes one. After the script, every load gives a new driver that works."""
+    """`open_place`: each load follows the next step of the script: an error is raised, a place is given,
+    something callable makes one. After the script, every load gives a new place that works."""
 
     def __init__(self, *script: Any) -> None:
         self._script = list(script)
@@ -120,8 +123,9 @@ class Opener:
         assert self.loads.acquire(timeout=PATIENCE_S)
 
 
-def engine_of(open_driver: Callable[..., Driver], **settings: Any) -> Engine:
-    return Engine(open_driver, settings.pop("open_meter", open_meter), **{"request_timeout_s": 20, **settings})
+def settings_of(open_place: Callable[..., Place], **given: Any) -> PoolSettings:
+    open_tokenizer = given.pop("open_tokenizer", lambda spec: FakeTokenizer())
+    return PoolSettings(open_place, open_tokenizer, **{"request_timeout_s": 20, **given})
 
 
 def model_spec(
@@ -145,13 +149,19 @@ def model_spec(
     )
 
 
-def request_of(*texts: str, model: str = "m", timeout_s: float | None = None, **options: Any) -> EmbedRequest:
-    return EmbedRequest(model, texts, EmbedOptions(**options), timeout_s=timeout_s)
-
-
-def ask(where: Pool | ServedModel, *texts: str, **kwargs: Any) -> EmbedResult:
-    request = request_of(*texts, **kwargs)
-    return where.submit(request) if isinstance(where, Pool) else where.embed(request)
+def ask(
+    where: Pool | ServedModel,
+    *texts: str,
+    model: str = "m",
+    timeout_s: float = 20,
+    call: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Result:
+    """The answer to a request for the texts; `call` holds further fields of its Call."""
+    clock = where.clock if isinstance(where, Pool) else where._settings.clock
+    made = Call(arrived_at=clock(), timeout_s=timeout_s, **(call or {}))
+    task = Embed(texts, EmbedOptions(**options))
+    return where.submit(model, task, made) if isinstance(where, Pool) else where.admission.serve(task, made)
 
 
 def in_thread(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
@@ -169,39 +179,57 @@ def in_thread(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any
 
 
 def puts_of(served: ServedModel) -> threading.Semaphore:
-    """Released once for each job that gets into the queue from now on."""
+    """Released once for each item that gets into the queue from now on."""
     puts = threading.Semaphore(0)
     put = served.queue._put
 
-    def counted(job: Job) -> None:
-        put(job)
+    def counted(item: Item) -> None:
+        put(item)
         puts.release()
 
     served.queue._put = counted  # type: ignore[method-assign]
     return puts
 
 
-def assert_answers(result: EmbedResult, *texts: str) -> None:
+def assert_answers(result: Result, *texts: str) -> None:
     np.testing.assert_array_equal(result.vectors, vectors_of(texts))
 
 
 def broken_on(text: str) -> Scripted:
     """A driver that fails on a text and then on its probe."""
 
-    def on_embed(texts: list[str]) -> None:
+    def on_run(texts: list[str]) -> None:
         if text in texts:
             raise RuntimeError("out of order")
 
     def on_probe() -> None:
         raise RuntimeError("out of order")
 
-    return Scripted(on_embed, on_probe=on_probe)
+    return Scripted(on_run, on_probe=on_probe)
 
 
-def job_of(*texts: str, flow: Flow | None = None, offset: int = 0, group: str | None = None) -> Job:
-    """A job of such texts; a text's length stands for its tokens."""
-    return Job(flow or flow_of(), texts, None, [len(t) for t in texts], offset=offset, group=group)
+class Asked(Request):
+    """A request for texts whose items are at hand; a text's length stands for its tokens."""
+
+    __slots__ = ("items",)
+
+    def __init__(self, *texts: str, group: Group = Group("embed"), options: EmbedOptions = EmbedOptions(), **call: Any):
+        super().__init__(Embed(texts, options), Call(**{"arrived_at": 0.0, "timeout_s": 1e9, **call}))
+        keys = Keys(group)
+        self.items = [
+            Item((text,), len(text), group=group, key=keys.of(None, text), index=i) for i, text in enumerate(texts)
+        ]
+        self.expect(self.items, {})
+
+    @property
+    def texts(self) -> Sequence[str]:
+        return self.task.texts
+
+    def admitted_to(self, queue: ModelQueue) -> Asked:
+        """Itself, whose items wait in the queue."""
+        assert queue.admit(self.items) == len(self.items)
+        return self
 
 
-def flow_of(*, deadline: float = 1e9, weight: float = 1.0, client_gone: Callable[[], bool] = lambda: False) -> Flow:
-    return Flow(deadline, weight, client_gone)
+def texts_of(items: Sequence[Item]) -> list[str]:
+    return [item.parts[0] for item in items]

@@ -46,7 +46,7 @@ class Model:
         self._changes = threading.Condition()
         self._opener = opener
 
-    def open_driver(self) -> Driver:
+    def open_place(self) -> Driver:
         return self._opener(model_spec())
 
     def make_worker(self, name: str, driver: Driver) -> Worker:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from embedpool.drivers.base import Embeddings
-from embedpool.drivers.fake import FakeMeter
+from embedpool.drivers.fake import FakeTokenizer
 from embedpool.errors import (
     ClientGone,
     DeadlineExceeded,
@@ -492,12 +492,12 @@ def test_a_meter_that_cannot_be_had_leaks_no_driver(serve) -> None:
     """When the tokenizer of a model fails to load, the load is tried again and no loaded model stays behind."""
     failures = [OSError("no tokenizer")]
 
-    def open_meter(spec) -> FakeMeter:
+    def open_tokenizer(spec) -> FakeTokenizer:
         if failures:
             raise failures.pop()
-        return FakeMeter()
+        return FakeTokenizer()
 
-    served, _opener = serve(engine={"open_meter": open_meter})
+    served, _opener = serve(engine={"open_tokenizer": open_tokenizer})
     settled(served)
     wait_until_ready(served)
     assert_answers(ask(served, "a"), "a")
@@ -648,11 +648,11 @@ def test_a_tokenizer_that_opens_for_long_delays_nobody_else(serve) -> None:
     """While one request opens the tokenizer, others keep their deadlines and a change of the spec applies."""
     opening = Gate()
 
-    def open_meter(spec) -> FakeMeter:
+    def open_tokenizer(spec) -> FakeTokenizer:
         opening()
-        return FakeMeter()
+        return FakeTokenizer()
 
-    served, _ = serve(min=0, engine={"open_meter": open_meter})
+    served, _ = serve(min=0, engine={"open_tokenizer": open_tokenizer})
     first = in_thread(ask, served, "a")
     opening.arrived()
     with pytest.raises(DeadlineExceeded):
@@ -719,7 +719,7 @@ def test_a_model_that_is_stuck_says_so(serve, inflight: int) -> None:
     now = 1000.0
     gate = Gate()
     engine = {"clock": lambda: now, "request_timeout_s": 20, "max_batch_texts": 1}
-    served, _ = serve(lambda: Scripted(gate), engine=engine, inflight=inflight)
+    served, _ = serve(lambda: Scripted(gate), engine=pool_settings, inflight=inflight)
     settled(served)
     asking = []
     for number in range(inflight):
@@ -752,7 +752,7 @@ def test_a_model_of_which_a_part_is_stuck_serves(serve) -> None:
             gate()
 
     engine = {"clock": lambda: now, "request_timeout_s": 20, "max_batch_texts": 1}
-    served, _ = serve(lambda: Scripted(hang), engine=engine, inflight=2)
+    served, _ = serve(lambda: Scripted(hang), engine=pool_settings, inflight=2)
     settled(served)
     hanging = in_thread(ask, served, "hang")
     gate.arrived()

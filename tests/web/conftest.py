@@ -17,13 +17,13 @@ from werkzeug.test import TestResponse
 from embedpool.config.pool_yml import PoolFile
 from embedpool.config.settings import Settings
 from embedpool.config.spec import FakeConfig
-from embedpool.drivers.fake import FakeDriver, FakeMeter
+from embedpool.drivers.fake import FakeDriver, FakeTokenizer
 from embedpool.pool.pool import Pool
-from embedpool.pool.replica_set import Engine
+from embedpool.pool.settings import PoolSettings
 from embedpool.reconcile import Reconciler
 from embedpool.web.app import create_app
 from embedpool.web.metrics import Metrics
-from tests.conftest import fake_pool_yml, open_fake, settle
+from tests.conftest import fake_pool_yml, open_fake, run, settle
 
 NAME = "org/team/m"
 MODEL = f"model: {NAME}, alias: m"
@@ -62,15 +62,15 @@ class Web:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, engine: Engine, *models: str, settings: Settings = DEFAULTS) -> Iterator[Web]:
+def serving(folder: Path, pool_settings: PoolSettings, *models: str, settings: Settings = DEFAULTS) -> Iterator[Web]:
     """An app whose models (see fake_pool_yml) have begun to load."""
     settings = dataclasses.replace(settings)
     object.__setattr__(settings, "base_dir", folder)  # not the developer's
     pool_yml = folder / "pool.yml"
     pool_yml.write_text(fake_pool_yml(*models))
     metrics = Metrics()
-    engine = dataclasses.replace(engine, observer=metrics)
-    pool = Pool(engine, max_inflight_global=settings.defaults.max_inflight_global)
+    engine = dataclasses.replace(pool_settings, observer=metrics)
+    pool = Pool(pool_settings, max_inflight_global=settings.defaults.max_inflight_global)
     reconciler = Reconciler(PoolFile(pool_yml), pool, load_timeout_s=20)
     try:
         reconciler.reload("start")
@@ -83,13 +83,13 @@ MakeWeb = Callable[..., Web]
 
 
 @pytest.fixture
-def make_web(tmp_path: Path, engine: Engine) -> Iterator[MakeWeb]:
+def make_web(tmp_path: Path, pool_settings: PoolSettings) -> Iterator[MakeWeb]:
     """Apps to measure; `wait=False` does not wait for the first loads, `engine` fields may be replaced."""
     with contextlib.ExitStack() as stack:
 
         def make(*models: str, wait: bool = True, settings: Settings = DEFAULTS, **replaced: Any) -> Web:
             web = stack.enter_context(
-                serving(tmp_path, dataclasses.replace(engine, **replaced), *models, settings=settings)
+                serving(tmp_path, dataclasses.replace(pool_settings, **replaced), *models, settings=settings)
             )
             if wait:
                 settle(web.pool)
@@ -116,12 +116,12 @@ class Gate:
         assert self.opened.wait(20)
 
     def load(self, spec: Any, memory: Any) -> Any:
-        """An `open_driver` that waits."""
+        """An `open_place` that waits."""
         self._wait()
         return open_fake(spec)
 
     def run(self, spec: Any, memory: Any) -> Any:
-        """An `open_driver` whose batches wait."""
+        """An `open_place` whose batches wait."""
         driver = open_fake(spec)
         embed = driver.embed
 
@@ -142,7 +142,7 @@ def gate() -> Iterator[Gate]:
 
 def raw(*texts: str, **config: Any) -> np.ndarray:
     """What the fake driver makes of the texts, not normalised."""
-    return FakeDriver(FakeConfig(**config)).embed(texts, FakeMeter().measure(texts), {}).vectors
+    return run(FakeDriver(FakeConfig(**config)), texts, FakeTokenizer().encode(texts)).rows.values
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import pytest
 
 from embedpool.config.keys import KeysFile, make_key
 from embedpool.config.settings import Security, Settings
-from embedpool.pool.replica_set import Engine
+from embedpool.pool.settings import PoolSettings
 from embedpool.web.app import refusal
 from embedpool.web.lines import CHUNK_TEXTS
 from embedpool.web.openapi import document
@@ -67,11 +67,11 @@ class Guarded:
 
 
 @pytest.fixture
-def guarded(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
+def guarded(tmp_path: Path, pool_settings: PoolSettings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
     """No key yet; a new one counts at once."""
     monkeypatch.setattr("embedpool.config.keys.LOOK_EVERY_S", 0.0)
     settings = Settings(security=Security(keys_file=str(tmp_path / "keys.yml")))
-    with serving(tmp_path, engine, MODEL, "model: new", settings=settings) as web:
+    with serving(tmp_path, pool_settings, MODEL, "model: new", settings=settings) as web:
         settle(web.pool)
         yield Guarded(web, KeysFile(tmp_path / "keys.yml"), settings)
 
@@ -170,7 +170,9 @@ def test_a_key_may_come_in_another_header(guarded: Guarded, header: dict[str, st
     assert guarded.web.embed("a", headers=headers).status_code == 200
 
 
-def test_keys_from_the_environment(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_from_the_environment(
+    tmp_path: Path, pool_settings: PoolSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One for embedding, one for management, by the names of their variables; one that is not set opens nothing."""
     monkeypatch.setenv("EMBEDPOOL_SECRET_E", "for embedding")
     monkeypatch.setenv("EMBEDPOOL_SECRET_A", "for management")
@@ -178,7 +180,7 @@ def test_keys_from_the_environment(tmp_path: Path, engine: Engine, monkeypatch: 
         embed_key_env="EMBEDPOOL_SECRET_E", admin_key_env="EMBEDPOOL_SECRET_A", keys_file=str(tmp_path / "none.yml")
     )
     expected = {None: (401, 401), "for embedding": (200, 403), "for management": (200, 200)}
-    with serving(tmp_path, engine, MODEL, settings=Settings(security=security)) as web:
+    with serving(tmp_path, pool_settings, MODEL, settings=Settings(security=security)) as web:
         settle(web.pool)
         for key, (embed, manage) in expected.items():
             headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -186,7 +188,7 @@ def test_keys_from_the_environment(tmp_path: Path, engine: Engine, monkeypatch: 
             assert web.post("/reload", {}, headers=headers).status_code == manage
     monkeypatch.delenv("EMBEDPOOL_SECRET_E")
     with serving(
-        tmp_path, engine, MODEL, settings=Settings(security=dataclasses.replace(security, admin_key_env=None))
+        tmp_path, pool_settings, MODEL, settings=Settings(security=dataclasses.replace(security, admin_key_env=None))
     ) as web:
         assert web.embed("a").status_code == 403
 
@@ -205,7 +207,7 @@ def test_a_keys_rates_are_its_own(guarded: Guarded) -> None:
 
 
 def test_a_key_may_have_so_many_requests_at_once(
-    tmp_path: Path, engine: Engine, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pool_settings: PoolSettings, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next gets 429; when one is answered there is room again."""
     entry, key = make_key("", concurrent=1)
@@ -213,7 +215,7 @@ def test_a_key_may_have_so_many_requests_at_once(
     file.edit(lambda keys: (entry,))
     settings = Settings(security=Security(keys_file=str(file.path)))
     headers = {"Authorization": f"Bearer {key}"}
-    with serving(tmp_path, dataclasses.replace(engine, open_driver=gate.run), MODEL, settings=settings) as web:
+    with serving(tmp_path, dataclasses.replace(pool_settings, open_place=gate.run), MODEL, settings=settings) as web:
         settle(web.pool)
         with ThreadPoolExecutor(1) as threads:
             first = threads.submit(web.embed, "a", headers=headers)

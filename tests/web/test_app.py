@@ -231,7 +231,7 @@ def test_so_does_one_that_a_remote_service_fails_or_nobody_answers(
     """An error does not hold what it came through: when a remote is down, there are many."""
     caplog.set_level(logging.CRITICAL)
 
-    def open_driver(spec: ModelSpec, memory: object) -> FakeDriver:
+    def open_place(spec: ModelSpec, memory: object) -> FakeDriver:
         driver = open_fake(spec)
         embed = driver.embed
 
@@ -243,7 +243,7 @@ def test_so_does_one_that_a_remote_service_fails_or_nobody_answers(
         driver.embed = failing
         return driver
 
-    assert _kept(make_web(MODEL, open_driver=open_driver), path, status, **sent) <= 0
+    assert _kept(make_web(MODEL, open_place=open_driver), path, status, **sent) <= 0
 
 
 def _kept(web: Web, path: str, status: int, **sent: Any) -> int:

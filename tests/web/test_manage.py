@@ -92,7 +92,7 @@ def test_null_fields_of_a_registration_are_absent(web: Web) -> None:
 
 def test_register_without_waiting(make_web: MakeWeb, gate: Gate) -> None:
     """With wait=false a registration answers 202 at once, while the model loads."""
-    web = make_web(open_driver=gate.load)
+    web = make_web(open_place=gate.load)
     answer = web.post("/models/register?wait=false", NEW)
     assert (answer.status_code, answer.json["state"]) == (202, "loading")
     assert names_in_file(web) == ["org/new"]

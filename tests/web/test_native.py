@@ -314,7 +314,7 @@ def test_a_disabled_model_says_so(make_web: MakeWeb) -> None:
 
 def test_a_first_load_is_not_waited_for(make_web: MakeWeb, gate: Gate) -> None:
     """While a model loads for the first time its requests get 503 with a time to come back."""
-    web = make_web(MODEL, wait=False, open_driver=gate.load)
+    web = make_web(MODEL, wait=False, open_place=gate.load)
     answer = web.embed("a")
     refused(answer, 503, "model_loading")
     assert int(answer.headers["Retry-After"]) >= 1
@@ -341,13 +341,13 @@ def test_a_text_that_breaks_the_model_is_named(make_web: MakeWeb, fault: str) ->
 
 def test_at_its_deadline_a_request_gets_504_while_its_batch_runs(make_web: MakeWeb, gate: Gate) -> None:
     """`X-Request-Timeout-Ms` is kept even though the running batch cannot be interrupted."""
-    web = make_web(MODEL, open_driver=gate.run)
+    web = make_web(MODEL, open_place=gate.run)
     refused(web.embed("a", headers={"X-Request-Timeout-Ms": "1"}), 504, "deadline_exceeded")
 
 
 def test_a_deadline_is_never_above_the_servers(make_web: MakeWeb, gate: Gate) -> None:
     """A client cannot wait longer than the server allows."""
-    web = make_web(MODEL, open_driver=gate.run, request_timeout_s=0.001)
+    web = make_web(MODEL, open_place=gate.run, request_timeout_s=0.001)
     refused(web.embed("a", headers={"X-Request-Timeout-Ms": "3600000"}), 504, "deadline_exceeded")
 
 
@@ -366,7 +366,7 @@ def test_an_absurd_deadline_is_no_fault_of_the_server(web: Web, digits: int) -> 
 
 def test_more_requests_than_may_run_at_once_are_refused(make_web: MakeWeb, gate: Gate) -> None:
     """A request above `max_inflight_global` gets 429 and a time to come back, at once."""
-    web = make_web(MODEL, open_driver=gate.run, settings=Settings(defaults=Defaults(max_inflight_global=1)))
+    web = make_web(MODEL, open_place=gate.run, settings=Settings(defaults=Defaults(max_inflight_global=1)))
     answers: list[int] = []
     running = threading.Thread(target=lambda: answers.append(web.embed("first").status_code))
     running.start()

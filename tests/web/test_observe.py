@@ -14,7 +14,7 @@ SECRET = "s3cr3t-value"
 
 def test_health_says_the_process_is_up(make_web: MakeWeb, gate: Gate) -> None:
     """/health is 200 from the start; `booted` becomes true with the last first load."""
-    web = make_web(MODEL, "model: b", wait=False, open_driver=gate.load)
+    web = make_web(MODEL, "model: b", wait=False, open_place=gate.load)
     assert web.get("/health").json == {"ok": True, "booted": False, "models": 2}
     gate.opened.set()
     settle(web.pool)
@@ -23,7 +23,7 @@ def test_health_says_the_process_is_up(make_web: MakeWeb, gate: Gate) -> None:
 
 def test_ready_waits_for_first_loads(make_web: MakeWeb, gate: Gate) -> None:
     """/ready is 503 while an enabled model loads for the first time and says which; then 200."""
-    web = make_web(MODEL, "model: off, enabled: false", wait=False, open_driver=gate.load)
+    web = make_web(MODEL, "model: off, enabled: false", wait=False, open_place=gate.load)
     answer = web.get("/ready")
     assert answer.status_code == 503
     assert answer.json["loading"] == [NAME]
@@ -107,7 +107,7 @@ def test_the_state_of_a_model_is_shown_everywhere(make_web: MakeWeb, model: str,
 
 def test_a_loading_and_a_failed_model_in_status(make_web: MakeWeb, gate: Gate) -> None:
     """A model in its first load is shown as loading; one that failed with its reason."""
-    web = make_web("model: x, driver: {type: fake, config: {fault: load}}", wait=False, open_driver=gate.load)
+    web = make_web("model: x, driver: {type: fake, config: {fault: load}}", wait=False, open_place=gate.load)
     assert web.status("x")["state"] == "loading"
     gate.opened.set()
     settle(web.pool)

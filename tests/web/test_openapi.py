@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import Case, GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from embedpool.pool.replica_set import Engine
+from embedpool.pool.settings import PoolSettings
 from embedpool.web.openapi import DOCS, DOCS_FILES, document
 from embedpool.web.schemas import TIMEOUT_HEADER
 from tests.conftest import settle
@@ -70,9 +70,9 @@ def test_the_page_needs_no_other_file(web: Web, name: str) -> None:
 
 
 @pytest.fixture
-def fuzzed(tmp_path: Path, engine: Engine) -> Iterator[Any]:
+def fuzzed(tmp_path: Path, pool_settings: PoolSettings) -> Iterator[Any]:
     """The document of an app with two ready models."""
-    with serving(tmp_path, engine, MODEL, "model: other") as web:
+    with serving(tmp_path, pool_settings, MODEL, "model: other") as web:
         settle(web.pool)
 
         def from_this_machine(environ: dict[str, Any], start_response: Any) -> Any:

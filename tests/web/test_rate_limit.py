@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedpool.pool.allowance import Allowance
+from embedpool.web.rate_limit import RateLimit
 
 
 class Clock:
@@ -19,7 +19,7 @@ class Clock:
 def test_a_seconds_worth_is_in_hand() -> None:
     """Then the rate decides, and how long to wait is told."""
     clock = Clock()
-    allowance = Allowance(10, clock)
+    allowance = RateLimit(10, clock)
     assert [allowance.take(1) for _ in range(10)] == [0] * 10
     assert allowance.take(1) == pytest.approx(0.1)
     clock.now = 0.1
@@ -30,7 +30,7 @@ def test_a_seconds_worth_is_in_hand() -> None:
 def test_a_large_request_is_let_in_and_paid_off() -> None:
     """Else it could never be let in."""
     clock = Clock()
-    allowance = Allowance(10, clock)
+    allowance = RateLimit(10, clock)
     assert allowance.take(110) == 0
     assert allowance.take(1) == pytest.approx(10.1)
     clock.now = 10.1
@@ -40,7 +40,7 @@ def test_a_large_request_is_let_in_and_paid_off() -> None:
 def test_less_than_one_a_second() -> None:
     """One at once, and the next after its time."""
     clock = Clock()
-    allowance = Allowance(0.5, clock)
+    allowance = RateLimit(0.5, clock)
     assert allowance.take(1) == 0
     assert allowance.take(1) == pytest.approx(2.0)
     clock.now = 2.0
@@ -52,7 +52,7 @@ def test_less_than_one_a_second() -> None:
 def test_in_the_long_run_it_is_the_rate(rate: float, asked: list[tuple[float, int]]) -> None:
     """What is let in is never more than the rate, a second's worth and one request; who waits as told is let in."""
     clock = Clock()
-    allowance = Allowance(rate, clock)
+    allowance = RateLimit(rate, clock)
     taken, largest = 0, 0
     for pause, amount in asked:
         clock.now += pause

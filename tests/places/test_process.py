@@ -24,6 +24,7 @@ from embedpool.drivers.base import Driver, Embeddings
 from embedpool.drivers.fake import FakeDriver
 from embedpool.drivers.in_child import Call
 from embedpool.errors import ModelFailed
+from tests.conftest import run
 from tests.pool.scripted import PATIENCE_S
 
 
@@ -65,9 +66,7 @@ def test_its_vectors_are_the_drivers_own(opened) -> None:
     """A child gives what the driver gives in this process, and says where it runs."""
     texts = ["a", "b c", "", "ü"]
     driver = opened()
-    np.testing.assert_array_equal(
-        driver.embed(texts, None, {}).vectors, FakeDriver(FakeConfig(dim=8)).embed(texts, None, {}).vectors
-    )
+    np.testing.assert_array_equal(run(driver, texts).rows.values, run(FakeDriver(FakeConfig(dim=8)), texts).rows.values)
     driver.probe()
     assert driver.description["isolation"] == "process"
     assert driver.description["dim"] == 8
@@ -79,9 +78,9 @@ def test_vectors_larger_than_the_shared_memory_come_all_the_same(opened) -> None
     """They go through the pipe."""
     driver = opened(dim=65_536)
     texts = [f"text {i}" for i in range(child.BLOCK_FLOATS // 65_536 + 1)]
-    vectors = driver.embed(texts, None, {}).vectors
+    vectors = run(driver, texts).rows.values
     assert vectors.size > child.BLOCK_FLOATS
-    np.testing.assert_array_equal(vectors, FakeDriver(FakeConfig(dim=65_536)).embed(texts, None, {}).vectors)
+    np.testing.assert_array_equal(vectors, run(FakeDriver(FakeConfig(dim=65_536)), texts).rows.values)
 
 
 def test_batches_at_once_do_not_mix(opened) -> None:
@@ -91,7 +90,7 @@ def test_batches_at_once_do_not_mix(opened) -> None:
 
     def ask(number: int) -> bool:
         texts = [f"{number} {i}" for i in range(number % 5 + 1)]
-        return np.array_equal(driver.embed(texts, None, {}).vectors, expected.embed(texts, None, {}).vectors)
+        return np.array_equal(run(driver, texts).rows.values, run(expected, texts).rows.values)
 
     with ThreadPoolExecutor(8) as threads:
         assert all(threads.map(ask, range(200)))
@@ -101,8 +100,8 @@ def test_a_fault_of_a_batch_is_told_and_nothing_ends(opened) -> None:
     """What the driver raises there is raised here."""
     driver = opened(fault="raise", fault_text="bad")
     with pytest.raises(RuntimeError, match=r"^fault: raise$"):
-        driver.embed(["bad"], None, {})
-    assert driver.embed(["good"], None, {}).vectors.shape == (1, 8)
+        run(driver, ["bad"])
+    assert run(driver, ["good"]).rows.values.shape == (1, 8)
     assert driver.lost is None
 
 
@@ -133,13 +132,13 @@ def test_a_batch_that_ends_its_process_ends_nothing_else(opened, config: dict[st
     told = threading.Event()
     driver = opened(fault_text="bad", **config)
     driver.watch(told.set)
-    assert driver.embed(["good"], None, {}).vectors.shape == (1, 8)
+    assert run(driver, ["good"]).rows.values.shape == (1, 8)
     while driver.lost is None:  # growth takes a few
         with contextlib.suppress(ChildProcessError):
-            driver.embed(["bad"], None, {})
+            run(driver, ["bad"])
     assert told.wait(PATIENCE_S)
     with pytest.raises(ChildProcessError, match=reason):
-        driver.embed(["good"], None, {})
+        run(driver, ["good"])
 
 
 def test_a_kill_between_batches_is_told_at_once(opened) -> None:
@@ -169,7 +168,7 @@ def test_limits_apply_at_once(opened) -> None:
     driver = opened(fault="hang", fault_text="bad", batch_timeout_s=600)
     driver.configure(FakeConfig(batch_timeout_s=0.1))
     with pytest.raises(ChildProcessError, match=r"more than 0\.1 s"):
-        driver.embed(["bad"], None, {})
+        run(driver, ["bad"])
 
 
 def test_a_batch_that_is_to_be_alone_is(opened) -> None:
@@ -200,7 +199,7 @@ def test_a_child_that_stops_reading_is_ended_too(opened) -> None:
     driver = opened(batch_timeout_s=0.2)
     os.kill(pid_of(driver), signal.SIGSTOP)
     with pytest.raises(ChildProcessError, match=r"more than 0\.2 s"):
-        driver.embed(["x" * 2_000_000], None, {})
+        run(driver, ["x" * 2_000_000])
 
 
 def test_a_process_that_outlives_the_child_keeps_nobody_waiting(opened) -> None:
@@ -258,7 +257,7 @@ def test_an_error_of_a_class_unknown_here_keeps_its_words() -> None:
     driver.open()
     try:
         with pytest.raises(RuntimeError, match=r"^Strange: out of order$"):
-            driver.embed(["a"], None, {})
+            run(driver, ["a"])
     finally:
         driver.close()
 

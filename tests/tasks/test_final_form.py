@@ -9,14 +9,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from embedpool.errors import InferenceFailed, InvalidRequest
-from embedpool.pool.answer import finish
-from embedpool.pool.request import EmbedOptions
+from embedpool.tasks.embed import EmbedOptions, final_form
 
 RAW = np.random.default_rng(7).standard_normal((5, 24), dtype=np.float32) * 3
 
 
 def finished(vectors: np.ndarray = RAW, *, normalize: bool = False, dtype: str = "float32", **options: object):
-    return finish(vectors, EmbedOptions(**options), normalize=normalize, dtype=dtype)
+    return final_form(vectors, EmbedOptions(**options), normalize=normalize, dtype=dtype)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -28,7 +27,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 ])  # fmt: skip
 def test_normalize_is_the_requests_or_else_the_models(model: bool, asked: bool | None, normalized: bool) -> None:
     """A request's `normalize` wins over the model's; without normalising, vectors come as the model made them."""
-    vectors = finish(RAW, EmbedOptions(normalize=asked), normalize=model, dtype="float32")
+    vectors = final_form(RAW, EmbedOptions(normalize=asked), normalize=model, dtype="float32")
     np.testing.assert_allclose(vectors, unit(RAW) if normalized else RAW, rtol=1e-6)
 
 
@@ -58,7 +57,7 @@ def test_a_zero_vector_stays_zero() -> None:
 ])  # fmt: skip
 def test_dtype_is_the_requests_or_else_the_models(model: str, asked: str | None, given: type) -> None:
     """A request's `dtype` wins over the model's, and values survive within its precision."""
-    vectors = finish(RAW, EmbedOptions(dtype=asked), normalize=True, dtype=model)
+    vectors = final_form(RAW, EmbedOptions(dtype=asked), normalize=True, dtype=model)
     assert vectors.dtype == given
     np.testing.assert_allclose(vectors.astype(np.float32), unit(RAW), atol=1e-3)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from embedpool.drivers.base import Cost
+from embedpool.tasks.driver import Cost
 from embedpool.pool.batcher import UNKNOWN_FIXED_TOKENS, Batcher, cut
 from embedpool.pool.job import Row
 from tests.pool.scripted import job_of

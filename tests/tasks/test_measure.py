@@ -1,32 +1,26 @@
-"""At the door: prompts, counts, truncation."""
+"""Before the queue: prompts, counts, truncation, keys."""
 
 from __future__ import annotations
 
 import json
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import pytest
 
 from embedpool.config.spec import DriverConfig, FakeConfig, HttpConfig
-from embedpool.drivers.base import Meter
-from embedpool.drivers.fake import FakeMeter
+from embedpool.drivers.fake import FakeTokenizer
+from embedpool.drivers.http import RemoteTokenizer
 from embedpool.errors import InvalidRequest, TextTooLong, UnsupportedOption
-from embedpool.pool.door import Measured, measure
-from tests.pool.scripted import request_of
+from embedpool.tasks.embed import LOCAL, Embed, EmbedOptions
+from embedpool.tasks.item import Group, Ids
+from embedpool.tasks.tokenizer import Tokenizer
 
 FIVE = "one two three four five"  # seven tokens
 
 
-class Local(FakeMeter):
+class Local(FakeTokenizer):
     prompts: ClassVar = {"query": "q: ", "document": "d: "}
     default_max_tokens = 64
-
-
-class Remote(Meter):
-    tokenizes = False
-
-    def measure(self, texts):
-        return None
 
 
 class Prompted(Local):
@@ -36,14 +30,39 @@ class Prompted(Local):
 HTTP = HttpConfig(base_url="http://remote/embed", prompts={"query": "rq: "})
 
 
-def measured(*texts: str, config: DriverConfig | None = None, meter: Meter | None = None, **options) -> Measured:
-    return measure(request_of(*texts, **options), config or FakeConfig(), meter or Local())
+class Found(NamedTuple):
+    """What stands in the items of a request, item by item."""
+
+    texts: list[str]
+    ids: list[Ids | None]
+    tokens: list[int]
+    keys: list[bytes]
+    group: Group
+    truncated: list[int]
+
+
+def measured(
+    *texts: str, config: DriverConfig | None = None, tokenizer: Tokenizer | None = None, **options: object
+) -> Found:
+    config, tokenizer = config or FakeConfig(), tokenizer or Local()
+    items, truncated, refused = Embed(texts, EmbedOptions(**options)).measure(config, tokenizer)
+    assert not refused
+    assert [item.index for item in items] == list(range(len(texts)))
+    (group,) = {item.group for item in items}
+    return Found(
+        [item.parts[0] for item in items],
+        [item.ids for item in items],
+        [item.tokens for item in items],
+        [item.key for item in items],
+        group,
+        truncated,
+    )
 
 
 def test_tokens_count_special_ones_too() -> None:
     """A request pays for, and is shown, every token the model sees."""
     found = measured(FIVE, "", "one")
-    assert (found.tokens, found.truncated, found.group) == ([7, 2, 3], [], None)
+    assert (found.tokens, found.truncated, found.group) == ([7, 2, 3], [], LOCAL)
     assert [len(i) for i in found.ids] == found.tokens
 
 
@@ -85,7 +104,7 @@ def test_more_positions_than_the_model_has_are_refused() -> None:
     assert measured("w " * 600, max_seq_length=512).tokens == [512]
 
 
-@pytest.mark.parametrize(("meter", "options", "text"), [
+@pytest.mark.parametrize(("tokenizer", "options", "text"), [
     (Local, {}, "one"), (Local, {"prompt": "x "}, "x one"), (Local, {"prompt_name": "query"}, "q: one"),
     (Local, {"prompt_name": "own"}, "o: one"), (Local, {"prompt_name": "document"}, "D: one"),
     (Local, {"input_type": "search_query"}, "q: one"), (Local, {"input_type": "passage"}, "D: one"),
@@ -93,11 +112,11 @@ def test_more_positions_than_the_model_has_are_refused() -> None:
     (Local, {"input_type": "query", "prompt_name": "own"}, "o: one"),
     (Prompted, {}, "p: one"), (Prompted, {"prompt": ""}, "one"), (Prompted, {"prompt_name": "query"}, "q: one"),
 ])  # fmt: skip
-def test_a_prompt_goes_before_each_text(meter: type[Meter], options: dict, text: str) -> None:
+def test_a_prompt_goes_before_each_text(tokenizer: type[Tokenizer], options: dict, text: str) -> None:
     """A prompt given, named (pool.yml's replace the model's), or the model's default, is part of what is measured."""
     config = FakeConfig(prompts={"own": "o: ", "document": "D: "})
-    found = measured("one", config=config, meter=meter(), **options)
-    assert (list(found.texts), found.ids) == ([text], measured(text).ids)
+    found = measured("one", config=config, tokenizer=tokenizer(), **options)
+    assert (found.texts, found.ids) == ([text], measured(text).ids)
 
 
 def test_an_unknown_prompt_lists_the_known_ones() -> None:
@@ -106,7 +125,7 @@ def test_an_unknown_prompt_lists_the_known_ones() -> None:
         measured("one", prompt_name="nope")
     assert set(caught.value.fields) == {"options.prompt_name"}
     with pytest.raises(InvalidRequest, match="this model has none"):
-        measured("one", meter=FakeMeter(), prompt_name="nope")
+        measured("one", tokenizer=FakeTokenizer(), prompt_name="nope")
 
 
 def test_an_unknown_option_of_a_local_model_is_refused() -> None:
@@ -119,19 +138,52 @@ def test_an_unknown_option_of_a_local_model_is_refused() -> None:
 def test_a_remote_service_gets_the_options_that_are_its_business() -> None:
     """Truncation, its own prompt names and unknown options are passed on; only equal ones may share a call."""
     options = {"max_seq_length": 9999, "truncate": "left", "prompt_name": "theirs", "extra": {"task": "t"}}
-    found = measured("one", "four" * 4, config=HTTP, meter=Remote(), **options)
-    assert json.loads(found.group) == {"max_seq_length": 9999, "truncate": "left", "prompt_name": "theirs", "task": "t"}
-    assert (found.ids, found.tokens, list(found.texts)) == (None, [1, 5], ["one", "four" * 4])
-    again = measured("two", config=HTTP, meter=Remote(), **options)
+    found = measured("one", "four" * 4, config=HTTP, tokenizer=RemoteTokenizer(), **options)
+    assert json.loads(found.group.options) == {
+        "max_seq_length": 9999,
+        "truncate": "left",
+        "prompt_name": "theirs",
+        "task": "t",
+    }
+    assert (found.ids, found.tokens, found.texts) == ([None, None], [1, 5], ["one", "four" * 4])
+    again = measured("two", config=HTTP, tokenizer=RemoteTokenizer(), **options)
     assert again.group == found.group
-    assert measured("one", config=HTTP, meter=Remote()).group is None
+    assert measured("one", config=HTTP, tokenizer=RemoteTokenizer()).group == Group("embed")
 
 
 def test_a_prompt_known_here_is_applied_here_for_a_remote_service_too() -> None:
     """A prompt of pool.yml is put before the text and not passed on."""
     for options in ({"prompt_name": "query"}, {"input_type": "search_query"}):
-        found = measured("one", config=HTTP, meter=Remote(), **options)
-        assert (list(found.texts), found.group) == (["rq: one"], None)
-    assert json.loads(measured("one", config=HTTP, meter=Remote(), input_type="document").group) == {
-        "input_type": "document"
-    }
+        found = measured("one", config=HTTP, tokenizer=RemoteTokenizer(), **options)
+        assert (found.texts, found.group) == (["rq: one"], Group("embed"))
+    assert json.loads(
+        measured("one", config=HTTP, tokenizer=RemoteTokenizer(), input_type="document").group.options
+    ) == {"input_type": "document"}
+
+
+def test_equal_keys_mean_equal_rows() -> None:
+    """A local model's row is decided by the ids: by the words behind the prompt, as far as they are kept."""
+    keys = measured("a b", "a  b", "a b c").keys
+    assert keys[0] == keys[1] != keys[2]
+    assert measured("a b", prompt="q: ").keys == measured("q: a b").keys != measured("a b").keys
+    assert measured("a b c d", max_seq_length=4).keys == measured("a b c d", max_seq_length=4, normalize=True).keys
+    assert measured("a b c d", max_seq_length=4).keys != measured("a b c d", max_seq_length=4, truncate="left").keys
+    assert measured("a b c d", max_seq_length=4).keys != measured("a b c e", max_seq_length=4).keys, "no text is given"
+
+
+def test_a_remote_services_row_is_decided_by_the_text_and_what_is_asked_of_it() -> None:
+    """Where the ids are not known the text stands for them, and so do the options that are passed on."""
+
+    def keys(*texts: str, **options: object) -> list[bytes]:
+        return measured(*texts, config=HTTP, tokenizer=RemoteTokenizer(), **options).keys
+
+    assert len(set(keys("a b", "a  b", "", "\ud800"))) == 4
+    assert keys("a") == keys("a", dimensions=3) != keys("a", extra={"task": 1}) != keys("a", extra={"task": 2})
+
+
+def test_texts_that_are_too_long_go_no_further_where_the_others_do() -> None:
+    """A partial request loses them alone, and the others keep their places."""
+    task = Embed(["one", FIVE, "two"], EmbedOptions(max_seq_length=4, truncate="error", on_error="partial"))
+    items, truncated, refused = task.measure(FakeConfig(), Local())
+    assert ([item.index for item in items], truncated) == ([0, 2], [])
+    assert {i: error.message for i, error in refused.items()} == {1: "7 tokens, the limit is 4"}
