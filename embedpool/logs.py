@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import logging
-import os
 import re
 import sys
 import time
@@ -14,7 +11,6 @@ from typing import Any, TextIO
 
 import orjson
 
-from embedpool import nonblocking
 from embedpool.config.settings import Settings
 
 PLAIN = re.compile(r"[\w./:@#<>+-]+\Z")  # written as it is; anything else in quotes
@@ -62,35 +58,10 @@ def _shown(value: Any) -> str:
     return text if isinstance(value, int | float) or PLAIN.match(text) else _json(text)
 
 
-class _Lines:
-    """A stream to which a line is written with the GIL held, as far as that waits for nothing."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._write = nonblocking.writer(stream.fileno())
-        self._owes = False  # the stream still has something that is to come first
-
-    def write(self, line: str) -> None:
-        """One line at a time: the handler sees to that."""
-        data = line.encode(self._stream.encoding, self._stream.errors or "strict")
-        if rest := data if self._owes else data[self._write(data) :]:
-            self._owes = True
-            self._stream.buffer.write(rest)
-
-    def flush(self) -> None:
-        """See io."""
-        self._owes = True  # if this fails; it may be what others wrote
-        self._stream.flush()
-        self._owes = False
-
-
 def to_stream(stream: TextIO | None) -> logging.Handler:
-    """What writes records to it, if it is open. What merely resembles a file gets them as it wants."""
+    """A handler that writes records to the stream; one that drops them where the stream is missing or closed."""
     if stream is None or getattr(stream, "closed", False):
         return logging.NullHandler()
-    if type(stream) is io.TextIOWrapper and os.linesep == "\n":
-        with contextlib.suppress(OSError):  # it is in memory
-            return logging.StreamHandler(_Lines(stream))
     return logging.StreamHandler(stream)
 
 

@@ -1,27 +1,18 @@
 """System calls that wait for nothing, made with the GIL held.
 
 Python gives the GIL up for each system call, and then waits for its turn to have it back: among many request threads
-that takes far longer than to send an answer or to write a line. Where such a call fails, or there is no C library to
-make it with, Python's own is made, which says what is still wrong.
+that takes far longer than to send an answer. Where such a call fails, or there is no C library to make it with,
+Python's own is made, which says what is still wrong.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import socket
-import stat
 from collections.abc import Callable
 from typing import Any
 
 MOST_BYTES = 1 << 16  # above it copying alone takes longer than other threads should wait
-RWF_NOWAIT = 8  # of Linux: fail rather than wait
-
-
-class _Piece(ctypes.Structure):
-    """`struct iovec`."""
-
-    _fields_ = [("start", ctypes.c_char_p), ("size", ctypes.c_size_t)]
 
 
 def _c_function(name: str, *arguments: Any) -> Callable[..., int]:
@@ -36,8 +27,6 @@ def _c_function(name: str, *arguments: Any) -> Callable[..., int]:
 
 _send = _c_function("send", ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
 _recv = _c_function("recv", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-_write = _c_function("write", ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t)
-_pwritev2 = _c_function("pwritev2", ctypes.c_int, ctypes.POINTER(_Piece), ctypes.c_int, ctypes.c_long, ctypes.c_int)
 
 
 class Socket(socket.socket):
@@ -64,18 +53,3 @@ class Socket(socket.socket):
         buffer = ctypes.create_string_buffer(size)
         received = _recv(self.fileno(), buffer, size, flags)
         return ctypes.string_at(buffer, received) if received >= 0 else super().recv(size, flags)
-
-
-def writer(fd: int) -> Callable[[bytes], int]:
-    """What writes to an open file as much as it takes without waiting, and tells how many bytes that were.
-
-    0 may mean anything. To a file on a disk with room all is written, in no time unless the file system hangs.
-    """
-
-    def to_file(data: bytes) -> int:
-        return max(_write(fd, data, len(data)), 0)
-
-    def elsewhere(data: bytes) -> int:
-        return max(_pwritev2(fd, _Piece(data, len(data)), 1, -1, RWF_NOWAIT), 0)
-
-    return to_file if stat.S_ISREG(os.fstat(fd).st_mode) else elsewhere

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "process": {"config", "client", "errors"},
     "client": {"errors"},
     "server": {"web", "pool", "drivers", "config", "reconcile", "process", "loop", "logs", "tracing", "errors"},
-    "logs": {"config", "nonblocking"},
+    "logs": {"config"},
     "tracing": {"errors"},
     "loop": {"connections", "readiness", "config"},
     "readiness": set(),
