@@ -1,4 +1,4 @@
-"""waitress's parts as we need them: a request is read, an answer leaves, a thread is found to serve.
+"""waitress's parts as we need them: a request is read, an answer leaves.
 
 The loop over them is loop.py.
 """
@@ -9,7 +9,6 @@ import contextlib
 import logging
 import socket
 import sys
-import threading
 import time
 import uuid
 import weakref
@@ -20,7 +19,7 @@ import orjson
 from waitress.buffers import OverflowableBuffer
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
-from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
+from waitress.task import ErrorTask, WSGITask
 from waitress.utilities import Error
 
 from embedpool.errors import BadRequest, BodyTooLarge, EmbedpoolError, StorageError, as_document
@@ -262,42 +261,3 @@ class _Quiet:
         if self._server.is_stopping or not self._channel.waits_for_its_client:
             self._channel.ask()
             self._server.pull_trigger()
-
-
-class _LastInFirstOut:
-    """A condition that wakes the thread which has waited for the shortest time."""
-
-    def __init__(self, lock: threading.Lock) -> None:
-        self._lock = lock
-        self._waiting: list[threading.Lock] = []
-
-    def wait(self) -> None:
-        """With the lock held; it is let go meanwhile."""
-        alarm = threading.Lock()
-        alarm.acquire()
-        self._waiting.append(alarm)
-        self._lock.release()
-        alarm.acquire()
-        self._lock.acquire()
-
-    def notify(self) -> None:
-        """With the lock held."""
-        if self._waiting:
-            self._waiting.pop().release()
-
-    def notify_all(self) -> None:
-        """With the lock held."""
-        while self._waiting:
-            self.notify()
-
-
-class Dispatcher(ThreadedTaskDispatcher):  # type: ignore[misc]
-    """As few request threads are kept busy as the load needs.
-
-    In turns all of them would be, and each keeps memory of its own: its stack, and what malloc holds back for it.
-    """
-
-    def __init__(self, threads: int) -> None:
-        super().__init__()
-        self.queue_cv = _LastInFirstOut(self.lock)
-        self.set_thread_count(threads)

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from waitress.server import BaseWSGIServer, create_server
 
 from embedpool.config.settings import Settings
-from embedpool.connections import Channel, Dispatcher
+from embedpool.connections import Channel
 from embedpool.readiness import OpenSockets
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class Loop:
             app,
             map=self._open,
             sockets=list(sockets),
-            _dispatcher=Dispatcher(settings.threads),
+            threads=settings.threads,
             connection_limit=self._most,
             max_request_body_size=settings.limits.max_body_bytes,
             outbuf_overflow=sys.maxsize,  # Channel has buffers of its own; those waitress adds, for 16 MB, need no disk
