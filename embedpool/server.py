@@ -1,6 +1,6 @@
 """The only place where the parts meet: EmbedpoolApp joins them, `run` serves it under gunicorn or waitress.
 
-Both servers run the same loop (loop.py); under gunicorn it runs in the worker class of gunicorn_worker.py.
+Both servers run the same loop (serve/loop.py); under gunicorn it runs in the worker class of serve/gunicorn_worker.py.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from embedpool.drivers import make_driver, open_meter
 from embedpool.drivers.base import Driver, Meter
 from embedpool.errors import ConfigError, PoolFileInvalid
 from embedpool.logs import configure_logging
-from embedpool.loop import LISTEN_BACKLOG, Loop
 from embedpool.pool.pool import Pool
 from embedpool.pool.replica_set import Engine
-from embedpool.process import PidFile, has_service_manager, tell_service_manager
 from embedpool.reconcile import Reconciler
+from embedpool.serve.loop import LISTEN_BACKLOG, Loop
+from embedpool.serve.process import PidFile, has_service_manager, tell_service_manager
 from embedpool.web import metrics
 from embedpool.web.app import create_app, refusal
 
@@ -235,7 +235,7 @@ def gunicorn_settings() -> dict[str, Any]:
 
     return {
         "bind": f"{_shown(server.host)}:{server.port}",
-        "worker_class": "embedpool.gunicorn_worker.WaitressWorker",
+        "worker_class": "embedpool.serve.gunicorn_worker.WaitressWorker",
         "workers": server.workers,
         "threads": settings.threads,
         "backlog": LISTEN_BACKLOG,
@@ -243,7 +243,7 @@ def gunicorn_settings() -> dict[str, Any]:
         "timeout": 60,  # for the I/O loop's heartbeat; deadlines of requests are ours
         "graceful_timeout": server.graceful_timeout_s + STOP_MARGIN_S,
         "loglevel": settings.logging.level,
-        "logger_class": "embedpool.gunicorn_worker.GunicornLogger",
+        "logger_class": "embedpool.serve.gunicorn_worker.GunicornLogger",
         "control_socket_disable": True,
         "worker_tmp_dir": folder_in_memory(),  # a heartbeat is a file: not on a disk that may be full
         "when_ready": lambda arbiter: pid_file.write(_address(arbiter.LISTENERS[0].sock)),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedpool.readiness import OpenSockets
+from embedpool.serve.readiness import OpenSockets
 
 
 class Side:

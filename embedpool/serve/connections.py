@@ -23,7 +23,7 @@ from waitress.task import ErrorTask, WSGITask
 from waitress.utilities import Error
 
 from embedpool.errors import BadRequest, BodyTooLarge, EmbedpoolError, StorageError, as_document
-from embedpool.nonblocking import Socket
+from embedpool.serve.nonblocking import Socket
 
 logger = logging.getLogger(__name__)
 

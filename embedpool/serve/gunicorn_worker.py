@@ -12,7 +12,7 @@ from gunicorn.config import Config
 from gunicorn.glogging import Logger
 from gunicorn.workers.base import Worker
 
-from embedpool.loop import BEAT_S, Loop
+from embedpool.serve.loop import BEAT_S, Loop
 
 
 class GunicornLogger(Logger):  # type: ignore[misc]

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from embedpool import nonblocking
-from embedpool.nonblocking import Socket
+from embedpool.serve import nonblocking
+from embedpool.serve.nonblocking import Socket
 
 NEXT_TO_NOTHING = b"a\0b\xff"
 

@@ -21,8 +21,8 @@ from typing import Any, Protocol
 from waitress.server import BaseWSGIServer, create_server
 
 from embedpool.config.settings import Settings
-from embedpool.connections import Channel
-from embedpool.readiness import OpenSockets
+from embedpool.serve.connections import Channel
+from embedpool.serve.readiness import OpenSockets
 
 logger = logging.getLogger(__name__)
 

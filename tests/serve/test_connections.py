@@ -18,8 +18,8 @@ from waitress.adjustments import Adjustments
 from waitress.buffers import OverflowableBuffer
 from waitress.channel import ClientDisconnected
 
-from embedpool.connections import Channel, _Parser
-from embedpool.readiness import OpenSockets
+from embedpool.serve.connections import Channel, _Parser
+from embedpool.serve.readiness import OpenSockets
 
 
 class Listener:
@@ -159,7 +159,7 @@ class Full(io.BytesIO):
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> type[Full]:
     """Where large bodies and answers go, from 10 KB on; full."""
-    monkeypatch.setattr("embedpool.connections.SPOOLED_FROM_BYTES", 10_000)
+    monkeypatch.setattr("embedpool.serve.connections.SPOOLED_FROM_BYTES", 10_000)
     monkeypatch.setattr("waitress.buffers.TempfileBasedBuffer.newfile", lambda self: Full())
     monkeypatch.setattr(Full, "room", 0)
     return Full
