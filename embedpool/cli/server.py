@@ -85,9 +85,9 @@ def start(arguments: Arguments) -> int:
             running = start_detached(settings)
         print(f"started: pid {running.pid}, {running.address}; `embedpool pool status` shows when models are loaded")
         return OK
-    from embedpool import server
+    from embedpool.serve import run
 
-    server.run(settings, settings.server.server)
+    run.run(settings, settings.server.server)
     return OK
 
 

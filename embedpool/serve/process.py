@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
 import subprocess
 import sys
@@ -15,8 +14,6 @@ import psutil
 
 from embedpool.config.settings import Settings
 from embedpool.errors import ConfigError, StorageError
-
-logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60
 STOP_MARGIN_S = 30  # beyond the grace period; longer than the server itself takes at the most
@@ -123,19 +120,6 @@ def stop(running: Running, grace_s: float) -> bool:
         running.process.wait(10)
         return False
     return True
-
-
-def has_service_manager() -> bool:
-    """Whether systemd, or whoever else, has set NOTIFY_SOCKET."""
-    return "NOTIFY_SOCKET" in os.environ
-
-
-def tell_service_manager(state: str) -> None:
-    """sd_notify, a line a variable; nothing without a service manager."""
-    if has_service_manager():
-        from gunicorn.systemd import sd_notify
-
-        sd_notify(state, logger)
 
 
 def _answers(address: str) -> bool:
