@@ -113,6 +113,12 @@ def test_an_import_stays_light(module: str, forbidden: tuple[str, ...]) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_one_file_knows_waitress() -> None:
+    """Every name of waitress's that is relied on stands there, and tests/serve/test_waitress.py checks it."""
+    knowing = {f.name for f in modules() for module in runtime_imports(f) if module.split(".")[0] == "waitress"}
+    assert knowing == {"connections.py"}
+
+
 def test_the_rooms_stay_small() -> None:
     """A file that outgrows a screenful of screens is two ideas."""
     sizes = {f: len(f.read_text().splitlines()) for f in modules()}

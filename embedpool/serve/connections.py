@@ -1,32 +1,43 @@
-"""waitress's parts as we need them: a request is read, an answer leaves.
+"""waitress, adapted. Only this file imports it: every name of waitress's that we rely on stands here.
 
-The loop over them is loop.py.
+It accepts and closes connections, parses requests, buffers bodies and answers. The loop over them is loop.py, and
+readiness.py waits for their sockets. tests/serve/test_waitress.py says what each of those names is and does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
+import math
 import socket
 import sys
 import time
 import uuid
 import weakref
+from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
+from waitress import wasyncore
 from waitress.buffers import OverflowableBuffer
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
+from waitress.server import BaseWSGIServer, create_server
 from waitress.task import ErrorTask, WSGITask
 from waitress.utilities import Error
 
 from embedpool.errors import BadRequest, BodyTooLarge, EmbedpoolError, StorageError, as_document
 from embedpool.serve.nonblocking import Socket
 
+if TYPE_CHECKING:
+    from embedpool.serve.loop import App
+    from embedpool.serve.readiness import OpenSockets
+
 logger = logging.getLogger(__name__)
 
+LISTEN_BACKLOG = 2048
 LINES_PATH, LINES_TYPE = "/embed", "application/x-ndjson"
 LARGEST_JOINED_BYTES = 1 << 16  # above it copying costs more than a second packet
 SPOOLED_FROM_BYTES = 1 << 20  # of a body or an answer
@@ -169,12 +180,22 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     @property
     def is_idle(self) -> bool:
         """No request begun, running or half answered."""
-        return not (self.requests or self.request or self.total_outbufs_len)
+        return not (self.requests or self.request or self.unsent_bytes)
 
     @property
     def waits_for_a_request(self) -> bool:
         """Whole; it may have begun."""
-        return not (self.requests or self.total_outbufs_len)
+        return not (self.requests or self.unsent_bytes)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """How much of its answers its client has not taken yet."""
+        return int(self.total_outbufs_len)
+
+    @property
+    def quiet_s(self) -> float:
+        """How long ago anything was read from it or sent on it."""
+        return float(time.time() - self.last_activity)
 
     @property
     def may_bring_a_request(self) -> bool:
@@ -195,6 +216,10 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     def lingers_within(self, longest_s: float) -> bool:
         """Whether it lingers (see handle_write), for no longer than this yet."""
         return self.lingers and time.monotonic() - self.waits_since <= longest_s
+
+    def cut(self) -> None:
+        """Close it here and now, whatever it still owes."""
+        self.handle_close()
 
     def handle_write(self) -> None:
         """As waitress does, but from a client that may still be sending it goes on to read, and throws it away.
@@ -261,3 +286,82 @@ class _Quiet:
         if self._server.is_stopping or not self._channel.waits_for_its_client:
             self._channel.ask()
             self._server.pull_trigger()
+
+
+class Listener:
+    """A socket that listens: waitress's server of it, as the loop uses it."""
+
+    def __init__(self, app: App, server: Any, opened: OpenSockets, accepted_at_once: int) -> None:
+        """`accepted_at_once` bounds the connections that one turn of the loop accepts."""
+        self._server, self._opened, self._accepted_at_once = server, opened, accepted_at_once
+        self.fd: int = server._fileno
+        server.channel_class = Channel
+        server.handle_accept = self._accept_some
+        server.adj.refusal = app.refusal
+        server.adj.for_lines = copy.copy(server.adj)
+        server.adj.for_lines.max_request_body_size = app.settings.limits.max_stream_body_bytes
+        server.is_stopping = False
+        server.next_channel_cleanup = math.inf  # the loop closes idle connections itself
+
+    def wake(self) -> None:
+        """End the turn of the loop that waits. Safe on any thread and in a signal handler."""
+        self._server.pull_trigger()
+
+    def end_keep_alive(self) -> None:
+        """From now on each answer closes its connection."""
+        self._server.is_stopping = True
+
+    def close(self) -> None:
+        """Take what the system has accepted already. Later connections are refused, not parked."""
+        while self._accept():
+            pass
+        self._server.accepting = False
+        self._server.del_channel()
+        self._server.socket.close()
+
+    def end_threads(self, longest_s: float) -> None:
+        """Let the request threads, which all listeners share, end; wait for those that are free."""
+        self._server.task_dispatcher.shutdown(timeout=longest_s)
+
+    def _accept_some(self) -> None:
+        """Of the connections that wait, as far as there is room for them."""
+        for _ in range(self._accepted_at_once):
+            if not (self._server.readable() and self._accept()):
+                return
+
+    def _accept(self) -> bool:
+        """A connection, if one waits."""
+        before = len(self._opened)
+        BaseWSGIServer.handle_accept(self._server)
+        return len(self._opened) > before
+
+
+def listen(
+    app: App, sockets: Sequence[socket.socket], opened: OpenSockets, *, most: int, accepted_at_once: int
+) -> list[Listener]:
+    """Serve the app on these sockets, with `most` entries in `opened`: connections and what the server itself needs."""
+    create_server(
+        app,
+        map=opened,
+        sockets=list(sockets),
+        threads=app.settings.threads,
+        connection_limit=most,
+        max_request_body_size=app.settings.limits.max_body_bytes,
+        outbuf_overflow=sys.maxsize,  # Channel has buffers of its own; those waitress adds, for 16 MB, need no disk
+        channel_request_lookahead=1,  # else a client that goes away is not noticed
+        clear_untrusted_proxy_headers=False,  # management looks at them
+        backlog=LISTEN_BACKLOG,
+        ident="embedpool",
+    )
+    servers = [opened_one for opened_one in opened.values() if isinstance(opened_one, BaseWSGIServer)]
+    return [Listener(app, server, opened, accepted_at_once) for server in servers]
+
+
+# What readiness.py asks of anything that waitress has open: a socket that listens, a client's, the one that wakes the
+# loop. These two close it if its handler raises.
+handle_input, handle_output = wasyncore.read, wasyncore.write
+
+
+def interest_of(opened_one: Any) -> tuple[bool, bool]:
+    """Whether it waits for input, and whether it waits to be written to."""
+    return bool(opened_one.readable()), bool(opened_one.writable()) and not opened_one.accepting

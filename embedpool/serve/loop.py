@@ -7,27 +7,20 @@ hold none. Nor do they keep others out: where as many are connected as may be, t
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 import logging
-import math
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from waitress.server import BaseWSGIServer, create_server
-
 from embedpool.config.settings import Settings
-from embedpool.serve.connections import Channel
+from embedpool.serve.connections import Channel, listen
 from embedpool.serve.readiness import OpenSockets
 
 logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
-LISTEN_BACKLOG = 2048
 MOST_ACCEPTED_AT_ONCE = 16  # connections in a turn; 1 where others are to have theirs
 FILES_BESIDE = 256  # open ones that are no connections of requests: models, pipes to children, logs, pool.yml
 MOST_ON_WINDOWS = 500  # sockets that its `select` takes, and a few less
@@ -93,38 +86,21 @@ class Loop:
         self._next_beat = 0.0
         self._look_every_s = min(settings.server.idle_connection_s, 30) / 2
         self._most = connections_that_fit(settings.server.connection_limit, settings.threads)
-        self._accepted_at_once = 1 if shared else MOST_ACCEPTED_AT_ONCE
         self._gave_way = 0
         self._next_room = 0.0
         self._open = OpenSockets()
-        create_server(
+        self._listeners = listen(
             app,
-            map=self._open,
-            sockets=list(sockets),
-            threads=settings.threads,
-            connection_limit=self._most,
-            max_request_body_size=settings.limits.max_body_bytes,
-            outbuf_overflow=sys.maxsize,  # Channel has buffers of its own; those waitress adds, for 16 MB, need no disk
-            channel_request_lookahead=1,  # else a client that goes away is not noticed
-            clear_untrusted_proxy_headers=False,  # management looks at them
-            backlog=LISTEN_BACKLOG,
-            ident="embedpool",
+            sockets,
+            self._open,
+            most=self._most,
+            accepted_at_once=1 if shared else MOST_ACCEPTED_AT_ONCE,
         )
-        self._listening = [fd for fd, dispatcher in self._open.items() if isinstance(dispatcher, BaseWSGIServer)]
-        self._listeners: list[BaseWSGIServer] = [self._open[fd] for fd in self._listening]
-        for listener in self._listeners:
-            listener.channel_class = Channel
-            listener.handle_accept = functools.partial(self._accept_some, listener)
-            listener.adj.refusal = app.refusal
-            listener.adj.for_lines = copy.copy(listener.adj)
-            listener.adj.for_lines.max_request_body_size = settings.limits.max_stream_body_bytes
-            listener.is_stopping = False
-            listener.next_channel_cleanup = math.inf  # this loop does it, see _close_idle
 
     def stop(self) -> None:
         """Let `run` drain and return. Safe in a signal handler."""
         self._stopping = True
-        self._listeners[0].pull_trigger()
+        self._listeners[0].wake()
 
     def run(self, heartbeat: Callable[[], bool] = lambda: True) -> None:
         """Serve until `stop`, or until `heartbeat`, called at least once a second, says False; then drain."""
@@ -141,8 +117,8 @@ class Loop:
     def _turn(self, longest_s: float) -> None:
         """What has come and what can leave; waits up to `longest_s` for it."""
         self._make_room()
-        for fd in self._listening:
-            self._open.ask(fd)  # there may be room for connections again
+        for listener in self._listeners:
+            self._open.ask(listener.fd)  # there may be room for connections again
         self._open.turn(longest_s)
         if time.monotonic() >= self._next_beat:
             self._next_beat = time.monotonic() + BEAT_S
@@ -157,7 +133,7 @@ class Loop:
         waiting = [c for c in self._channels() if c.waits_for_a_request and now - c.waits_since >= LEAST_WAIT_S]
         for channel in sorted(waiting, key=lambda channel: channel.waits_since):
             if not channel.may_bring_a_request:
-                channel.handle_close()
+                channel.cut()
                 self._gave_way += 1
                 return
         self._next_room = now + LOOK_FOR_ROOM_EVERY_S
@@ -169,33 +145,32 @@ class Loop:
 
     def _close_idle(self) -> None:
         """Here and now, not when it could be written to: that may be never."""
-        since = time.time() - self._app.settings.server.idle_connection_s
+        longest_s = self._app.settings.server.idle_connection_s
         for channel in self._channels():
-            is_idle = channel.waits_for_a_request and channel.last_activity < since and not channel.may_bring_a_request
+            is_idle = channel.waits_for_a_request and channel.quiet_s > longest_s and not channel.may_bring_a_request
             if is_idle or (channel.lingers and not channel.lingers_within(LONGEST_LINGER_S)):
-                channel.handle_close()
+                channel.cut()
 
     def _close_stalled(self) -> None:
         """A client that does not read its answer holds a thread; waitress itself would wait for it for ever."""
         longest_s = self._app.settings.server.idle_connection_s
         for channel in self._channels():
-            if channel.total_outbufs_len and time.time() - channel.last_activity > longest_s:
+            if channel.unsent_bytes and channel.quiet_s > longest_s:
                 logger.info("a client that read nothing of its answer for %d s is cut off", longest_s)
-                channel.handle_close()
+                channel.cut()
 
     def _drain(self, heartbeat: Callable[[], bool]) -> None:
         """Watch → listener → drain → pool → threads, in this order and in bounded time."""
         grace_s = self._app.settings.server.graceful_timeout_s
         self._app.begin_to_stop()
         for listener in self._listeners:
-            listener.is_stopping = True
-        self._close_listeners()
+            listener.end_keep_alive()
+        for listener in self._listeners:
+            listener.close()
         self._serve_what_is_left(grace_s, heartbeat)
         given_up = self._give_up(heartbeat)
         cut = len(self._channels())
-        self._listeners[0].task_dispatcher.shutdown(timeout=1)
-        for dispatcher in list(self._open.values()):
-            dispatcher.close()
+        self._listeners[0].end_threads(1)
         self._open.close()
         log = logger.warning if given_up or cut else logger.info
         log("stopped: %d requests got 503 shutting_down, %d connections were cut", given_up, cut)
@@ -210,27 +185,6 @@ class Loop:
         self._serve_what_is_left(2.0, heartbeat)
         return sum(counts)
 
-    def _accept_some(self, listener: BaseWSGIServer) -> None:
-        """Of the connections that wait, as far as there is room for them."""
-        for _ in range(self._accepted_at_once):
-            if not (listener.readable() and self._accept(listener)):
-                return
-
-    def _accept(self, listener: BaseWSGIServer) -> bool:
-        """A connection, if one waits."""
-        before = len(self._open)
-        BaseWSGIServer.handle_accept(listener)
-        return len(self._open) > before
-
-    def _close_listeners(self) -> None:
-        """What the system has accepted already is served; later connections are refused, not parked."""
-        for listener in self._listeners:
-            while self._accept(listener):
-                pass
-            listener.accepting = False
-            listener.del_channel()
-            listener.socket.close()
-
     def _serve_what_is_left(self, longest_s: float, heartbeat: Callable[[], bool]) -> None:
         """Go on until every connection is closed. One is closed when nothing has arrived on it and nothing is owed.
 
@@ -243,9 +197,9 @@ class Loop:
             for channel in self._channels():
                 is_needed = channel.lingers_within(LINGER_AT_STOP_S) or channel.may_bring_a_request
                 if channel.is_idle and not is_needed:
-                    channel.handle_close()
+                    channel.cut()
             if not self._channels() or time.monotonic() >= deadline:
                 return
 
     def _channels(self) -> list[Channel]:
-        return [d for d in list(self._open.values()) if isinstance(d, Channel)]
+        return [each for each in list(self._open.values()) if isinstance(each, Channel)]

@@ -9,23 +9,11 @@ from __future__ import annotations
 import collections
 import selectors
 import threading
-from typing import Any, Protocol
+from typing import Any
 
-from waitress import wasyncore
+from embedpool.serve.connections import handle_input, handle_output, interest_of
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-
-
-class OpenSocket(Protocol):
-    """One of waitress's dispatchers: a socket that listens, a client's, the one that wakes the loop."""
-
-    accepting: bool
-
-    def readable(self) -> Any:
-        """Whether it waits for input."""
-
-    def writable(self) -> Any:
-        """Whether it has output that waits."""
 
 
 class OpenSockets(dict[int, Any]):
@@ -38,7 +26,7 @@ class OpenSockets(dict[int, Any]):
         self._awaited: dict[int, int] = {}
         self._to_ask: collections.deque[int] = collections.deque()
 
-    def __setitem__(self, fd: int, dispatcher: OpenSocket) -> None:
+    def __setitem__(self, fd: int, dispatcher: Any) -> None:
         super().__setitem__(fd, dispatcher)
         self._to_ask.append(fd)
 
@@ -64,26 +52,29 @@ class OpenSockets(dict[int, Any]):
         while self._to_ask:
             self._follow(self._to_ask.popleft())
         for key, events in self._selector.select(longest_s):
-            for event, handle in ((READ, wasyncore.read), (WRITE, wasyncore.write)):
+            for event, handle in ((READ, handle_input), (WRITE, handle_output)):
                 if events & event and self.get(key.fd) is key.data:
                     handle(key.data)
             self.ask(key.fd)
 
     def close(self) -> None:
-        """Give back what waiting takes. The sockets are not closed."""
+        """Close every socket, and give back what waiting for them takes."""
+        for dispatcher in list(self.values()):
+            dispatcher.close()
         self._selector.close()
 
     def _follow(self, fd: int) -> None:
         """Until the system waits for what the dispatcher waits for: it may change its mind on another thread."""
         while (dispatcher := self.get(fd)) is not None:
-            events = _wanted(dispatcher)
+            reads, writes = interest_of(dispatcher)
+            events = READ * reads | WRITE * writes
             if events == self._awaited.get(fd, 0):
                 return
             with self._lock:
                 if self.get(fd) is dispatcher:
                     self._await(fd, events, dispatcher)
 
-    def _await(self, fd: int, events: int, dispatcher: OpenSocket | None = None) -> None:
+    def _await(self, fd: int, events: int, dispatcher: Any = None) -> None:
         """With the lock held."""
         before = self._awaited.pop(fd, 0)
         if events:
@@ -91,8 +82,3 @@ class OpenSockets(dict[int, Any]):
             (self._selector.modify if before else self._selector.register)(fd, events, dispatcher)
         elif before:
             self._selector.unregister(fd)
-
-
-def _wanted(dispatcher: OpenSocket) -> int:
-    can_write = dispatcher.writable() and not dispatcher.accepting
-    return (READ if dispatcher.readable() else 0) | (WRITE if can_write else 0)

@@ -16,7 +16,8 @@ from embedpool.config.keys import KeysFile
 from embedpool.config.settings import Settings, find_config_yml, load_settings
 from embedpool.errors import ConfigError
 from embedpool.logs import configure_logging
-from embedpool.serve.loop import LISTEN_BACKLOG, Loop
+from embedpool.serve.connections import LISTEN_BACKLOG
+from embedpool.serve.loop import Loop
 from embedpool.serve.process import PidFile
 from embedpool.serve.service_manager import tell_service_manager
 from embedpool.server import EmbedpoolApp, wsgi

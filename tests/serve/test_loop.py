@@ -55,9 +55,7 @@ def make_loop() -> Iterator[Callable[..., tuple[Loop, tuple[str, int]]]]:
 
     yield make
     for loop in loops:
-        loop._listeners[0].task_dispatcher.shutdown(timeout=20)
-        for dispatcher in list(loop._open.values()):
-            dispatcher.close()
+        loop._listeners[0].end_threads(20)
         loop._open.close()
 
 

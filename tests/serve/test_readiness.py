@@ -57,10 +57,10 @@ def sockets() -> Iterator[OpenSockets]:
 def closing() -> Iterator[OpenSockets]:
     sockets = OpenSockets()
     yield sockets
-    for side in list(sockets.values()):
-        side.close()
-        side.other.close()
+    sides = list(sockets.values())
     sockets.close()
+    for side in sides:
+        side.other.close()
 
 
 def test_only_the_one_that_something_happens_to_is_asked(sockets: OpenSockets) -> None:
