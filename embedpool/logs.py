@@ -10,6 +10,7 @@ import time
 from typing import Any, TextIO
 
 import orjson
+from typing_extensions import override
 
 from embedpool.config.settings import Settings
 
@@ -22,8 +23,8 @@ class TextFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (its name there)
-        """See logging.Formatter."""
+    @override
+    def formatMessage(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {})
         return " ".join([super().formatMessage(record), *[f"{k}={_shown(v)}" for k, v in fields.items()]])
 
@@ -31,8 +32,8 @@ class TextFormatter(logging.Formatter):
 class JsonFormatter(logging.Formatter):
     """An object a line: time, level, logger, message, the record's `fields`, and the traceback of an exception."""
 
+    @override
     def format(self, record: logging.LogRecord) -> str:
-        """See logging.Formatter."""
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {
             "time": f"{at}.{int(record.msecs):03d}Z",

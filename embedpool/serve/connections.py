@@ -20,6 +20,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import orjson
+from typing_extensions import override
 from waitress import wasyncore
 from waitress.buffers import OverflowableBuffer
 from waitress.channel import HTTPChannel
@@ -50,12 +51,14 @@ class _Task(WSGITask):  # type: ignore[misc]
 
     wrote_header: bool
 
+    @override
     def build_response_header(self) -> bytes:
         if getattr(self.channel.server, "is_stopping", False):
             self.set_close_on_finish()
         header: bytes = super().build_response_header()
         return header
 
+    @override
     def write(self, data: bytes) -> None:
         """As waitress does, but a small answer leaves together with its header: one call, one packet."""
         whole = self.complete and not self.wrote_header and self.content_length == len(data) <= LARGEST_JOINED_BYTES
@@ -70,6 +73,7 @@ class _Task(WSGITask):  # type: ignore[misc]
 class _ErrorTask(ErrorTask):  # type: ignore[misc]
     """What is not even HTTP gets an error in our shape, too."""
 
+    @override
     def execute(self) -> None:
         self.channel.may_be_sending = True
         reason = self.request.error
@@ -100,6 +104,7 @@ class _Spool(OverflowableBuffer):  # type: ignore[misc]
         super().__init__(SPOOLED_FROM_BYTES)
         self._most = most
 
+    @override
     def _set_large_buffer(self) -> None:
         in_memory = self.buf.getfile()
         position = in_memory.tell()
@@ -129,6 +134,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
     adj: Any
     path = ""  # waitress logs it when a client leaves, also of what has none because it is not even HTTP
 
+    @override
     def parse_header(self, header_plus: bytes) -> None:
         super().parse_header(header_plus)
         if self.body_rcv is not None:
@@ -140,6 +146,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         ):
             self._refuse(*refusal)
 
+    @override
     def received(self, data: bytes) -> int:
         """Take in what belongs to this request, if there is room for it."""
         try:
@@ -221,6 +228,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Close it here and now, whatever it still owes."""
         self.handle_close()
 
+    @override
     def handle_write(self) -> None:
         """As waitress does, but from a client that may still be sending it goes on to read, and throws it away.
 
@@ -241,6 +249,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             with contextlib.suppress(OSError):  # it has gone
                 self.socket.shutdown(socket.SHUT_WR)
 
+    @override
     def received(self, data: bytes) -> bool:
         """Of its requests; what comes after the last answer is none."""
         return not self.lingers and bool(super().received(data))
@@ -249,6 +258,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Have the I/O thread look at it."""
         self._map.ask(self._fileno)
 
+    @override
     def _flush_some(self, do_close: bool = True) -> bool:
         """Under the lock always: a request's thread may send `100 Continue` while the I/O thread, which takes no lock
         where no request runs, would send the same bytes again."""

@@ -11,6 +11,7 @@ from typing import Any
 from gunicorn.config import Config
 from gunicorn.glogging import Logger
 from gunicorn.workers.base import Worker
+from typing_extensions import override
 
 from embedpool.serve.loop import BEAT_S, Loop
 
@@ -18,8 +19,8 @@ from embedpool.serve.loop import BEAT_S, Loop
 class GunicornLogger(Logger):  # type: ignore[misc]
     """What gunicorn has to say goes to our log, in its format."""
 
+    @override
     def setup(self, cfg: Config) -> None:
-        """See gunicorn."""
         super().setup(cfg)
         self.error_log.handlers.clear()
         self.error_log.propagate = True
@@ -32,6 +33,7 @@ class WaitressWorker(Worker):  # type: ignore[misc]
     _next_beat = 0.0
     _interrupted = False
 
+    @override
     def run(self) -> None:
         """Serve until told to stop, or until the master is gone."""
         for listener in self.sockets:
@@ -49,6 +51,7 @@ class WaitressWorker(Worker):  # type: ignore[misc]
             self.notify()
         return self.alive and self.ppid == os.getppid()
 
+    @override
     def handle_exit(self, sig: int, frame: Any) -> None:
         """SIGTERM, and what `handle_quit` makes of it."""
         self._interrupted |= sig != signal.SIGQUIT
@@ -56,6 +59,7 @@ class WaitressWorker(Worker):  # type: ignore[misc]
         if self._loop is not None:
             self._loop.stop()
 
+    @override
     def handle_quit(self, sig: int, frame: Any) -> None:
         """Ctrl-C reaches the whole process group, and the master passes it on as SIGQUIT, which may come first.
 

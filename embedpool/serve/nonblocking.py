@@ -12,6 +12,8 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from typing_extensions import override
+
 MOST_BYTES = 1 << 16  # above it copying alone takes longer than other threads should wait
 
 
@@ -39,15 +41,15 @@ class Socket(socket.socket):
         super().__init__(of.family, of.type, of.proto, fileno=of.detach())
         self.setblocking(False)
 
+    @override
     def send(self, data: Any, flags: int = 0) -> int:
-        """See socket."""
         if type(data) is not bytes or len(data) > MOST_BYTES:
             return super().send(data, flags)
         sent = _send(self.fileno(), data, len(data), flags)
         return sent if sent >= 0 else super().send(data, flags)
 
+    @override
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """See socket."""
         if size > MOST_BYTES:
             return super().recv(size, flags)
         buffer = ctypes.create_string_buffer(size)

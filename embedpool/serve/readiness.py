@@ -11,6 +11,8 @@ import selectors
 import threading
 from typing import Any
 
+from typing_extensions import override
+
 from embedpool.serve.connections import handle_input, handle_output, interest_of
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -26,10 +28,12 @@ class OpenSockets(dict[int, Any]):
         self._awaited: dict[int, int] = {}
         self._to_ask: collections.deque[int] = collections.deque()
 
+    @override
     def __setitem__(self, fd: int, dispatcher: Any) -> None:
         super().__setitem__(fd, dispatcher)
         self._to_ask.append(fd)
 
+    @override
     def __delitem__(self, fd: int) -> None:
         with self._lock:
             super().__delitem__(fd)
