@@ -43,11 +43,11 @@ LINES_PATH, LINES_TYPE = "/embed", "application/x-ndjson"
 LARGEST_JOINED_BYTES = 1 << 16  # above it copying costs more than a second packet
 SPOOLED_FROM_BYTES = 1 << 20  # of a body or an answer
 NEEDED_OF_A_SERVER = ("add_task", "adj", "application", "effective_port", "server_name")
-LARGEST_READ_UNSEEN_BYTES = 1 << 16  # of a body, before its sender is asked for a key
+LARGEST_READ_UNSEEN_BYTES = 1 << 16  # of a body; a larger one is read only once its head has been judged
 
 
 class _Task(WSGITask):  # type: ignore[misc]
-    """While the server stops, each answer closes its connection."""
+    """Answers a request, on a request thread. While the server stops, each answer closes its connection."""
 
     wrote_header: bool
 
@@ -71,10 +71,12 @@ class _Task(WSGITask):  # type: ignore[misc]
 
 
 class _ErrorTask(ErrorTask):  # type: ignore[misc]
-    """What is not even HTTP gets an error in our shape, too."""
+    """Answers what is not HTTP, or is refused by its head: with an error in our shape."""
 
     @override
     def execute(self) -> None:
+        # The I/O thread reads this flag in Channel.handle_write, once `close_when_flushed` is set. waitress sets that
+        # after this task has ended, so the order alone hands the flag over.
         self.channel.may_be_sending = True
         reason = self.request.error
         if isinstance(reason, _Refused):
@@ -96,7 +98,7 @@ def _document(error: EmbedpoolError) -> bytes:
 
 
 class _Spool(OverflowableBuffer):  # type: ignore[misc]
-    """A large body or answer waits in a file, or in memory where that finds no room: up to `most` bytes of it."""
+    """Buffers a body or an answer: a large one in a file, or on a full disk up to `most` bytes of it in memory."""
 
     overflow: int
 
@@ -118,7 +120,7 @@ class _Spool(OverflowableBuffer):  # type: ignore[misc]
 
 
 class _Refused(Error):  # type: ignore[misc]
-    """The answer to a request that is not read to its end."""
+    """The answer to a request whose body is not read to its end."""
 
     def __init__(self, status: int, body: bytes) -> None:
         super().__init__(body)
@@ -126,13 +128,14 @@ class _Refused(Error):  # type: ignore[misc]
 
 
 class _Parser(HTTPRequestParser):  # type: ignore[misc]
-    """A body of lines, which is answered line by line, has a limit of its own.
+    """Parses a request, on the I/O thread.
 
-    A large body is not read from somebody who may not send it.
+    A body of lines, which is answered line by line, has a limit of its own. A large body is refused by its head if its
+    sender has no right to send it.
     """
 
     adj: Any
-    path = ""  # waitress logs it when a client leaves, also of what has none because it is not even HTTP
+    path = ""  # waitress logs it when a client leaves, and what is not HTTP has none
 
     @override
     def parse_header(self, header_plus: bytes) -> None:
@@ -148,7 +151,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
 
     @override
     def received(self, data: bytes) -> int:
-        """Take in what belongs to this request, if there is room for it."""
+        """Take what belongs to this request. A disk without room for its body ends it with 507."""
         try:
             taken: int = super().received(data)
             return taken
@@ -170,6 +173,11 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
 class Channel(HTTPChannel):  # type: ignore[misc]
     """A client's connection."""
 
+    # The I/O thread reads, parses, closes and sends what was left unsent; the thread of the running request sends its
+    # answer. waitress has two locks for that. `requests_lock` guards `requests` and the hand-over of a whole request;
+    # `outbuf_lock` guards the buffers of the answer and the socket's sends. Whoever needs both takes `requests_lock`
+    # first. Closing then takes the lock of OpenSockets, last of all.
+
     parser_class = _Parser
     task_class = _Task
     error_task_class = _ErrorTask
@@ -178,35 +186,35 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     request: _Parser | None
 
     def __init__(self, server: Any, client: socket.socket, *arguments: Any, **named: Any) -> None:
-        super().__init__(_Quiet(server, self), Socket(client), *arguments, **named)
+        super().__init__(_ServerOfChannel(server, self), Socket(client), *arguments, **named)
         self.outbufs = [_Spool()]
         self.waits_since = time.monotonic()  # for a whole request, when none is served
-        self.may_be_sending = False  # a request of which no more is read
+        self.may_be_sending = False  # the rest of a request that was refused
         self.lingers = False
 
     @property
     def is_idle(self) -> bool:
-        """No request begun, running or half answered."""
+        """Whether no request has begun, runs or is half answered."""
         return not (self.requests or self.request or self.unsent_bytes)
 
     @property
     def waits_for_a_request(self) -> bool:
-        """Whole; it may have begun."""
+        """Whether no request runs or is half answered; part of one may have arrived."""
         return not (self.requests or self.unsent_bytes)
 
     @property
     def unsent_bytes(self) -> int:
-        """How much of its answers its client has not taken yet."""
+        """How much of its answers the client has not taken yet."""
         return int(self.total_outbufs_len)
 
     @property
     def quiet_s(self) -> float:
-        """How long ago anything was read from it or sent on it."""
+        """How long ago anything was received or sent."""
         return float(time.time() - self.last_activity)
 
     @property
     def may_bring_a_request(self) -> bool:
-        """Whether something has come, after the last request, that nobody has looked at yet."""
+        """Whether the system holds input, after the last request, that the I/O thread has not read yet."""
         if self.request is not None or self.lingers:
             return False
         try:
@@ -215,24 +223,28 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             return False
 
     @property
-    def waits_for_its_client(self) -> bool:
-        """Nothing is left to do for the I/O thread, which reads what comes next."""
+    def awaits_only_its_client(self) -> bool:
+        """Whether the I/O thread has nothing to do until the client sends something, and is waiting for that."""
+        # A request thread asks this without a lock, when its request has left `requests` and its answer `outbufs`. If
+        # the client has sent more meanwhile, the I/O thread has that in hand, and is at worst woken for nothing. If the
+        # I/O thread is just changing the system's list for this connection, see OpenSockets._follow.
         ends = self.will_close or self.close_when_flushed or not self.connected
         return self.is_idle and not ends and self._map.awaits_input_alone(self._fileno)
 
     def lingers_within(self, longest_s: float) -> bool:
-        """Whether it lingers (see handle_write), for no longer than this yet."""
+        """Whether its lingering close (see handle_write) has lasted no longer than this."""
         return self.lingers and time.monotonic() - self.waits_since <= longest_s
 
     def cut(self) -> None:
-        """Close it here and now, whatever it still owes."""
+        """Close it here and now, on the I/O thread, even if an answer is unsent."""
         self.handle_close()
 
     @override
     def handle_write(self) -> None:
-        """As waitress does, but from a client that may still be sending it goes on to read, and throws it away.
+        """As waitress does, but with a lingering close where the client may still be sending.
 
-        Closed at once, with something unread, the connection would be reset, and the client might never see its answer.
+        After the answer the server shuts down its side, and goes on to read and discard what arrives. Closed at once,
+        with input unread, the connection would be reset, and the client might never see its answer.
         """
         ends = self.close_when_flushed and self.may_be_sending
         if ends:
@@ -243,63 +255,70 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         elif ends and self.connected:
             self.lingers = True
             self.waits_since = time.monotonic()
-            if self.request is not None:  # what came together with the head of the refused one, read as another
+            if self.request is not None:  # came together with the refused head, and was parsed as a request of its own
                 self.request.close()
                 self.request = None
-            with contextlib.suppress(OSError):  # it has gone
+            with contextlib.suppress(OSError):  # the client has gone
                 self.socket.shutdown(socket.SHUT_WR)
 
     @override
     def received(self, data: bytes) -> bool:
-        """Of its requests; what comes after the last answer is none."""
+        """Parse input, and discard it in a lingering close."""
         return not self.lingers and bool(super().received(data))
 
     def ask(self) -> None:
-        """Have the I/O thread look at it."""
+        """Have the I/O thread ask it for its interest."""
         self._map.ask(self._fileno)
 
     @override
     def _flush_some(self, do_close: bool = True) -> bool:
-        """Under the lock always: a request's thread may send `100 Continue` while the I/O thread, which takes no lock
-        where no request runs, would send the same bytes again."""
+        """Send what the socket takes, under `outbuf_lock` always."""
+        # waitress's I/O thread takes no lock here while no request runs. But a request thread that is about to end may
+        # then send `100 Continue` for the next request, and both would send the same bytes. A caller may hold the lock
+        # already: it belongs to a thread. handle_close clears `connected` under it before it closes the socket, so
+        # nobody sends to a descriptor that may be another connection's by now.
         with self.outbuf_lock:
-            if not self.connected:  # its socket is closed, or about to be
+            if not self.connected:
                 return False
             sent: bool = super()._flush_some(do_close)
             if sent:
                 self.waits_since = time.monotonic()
                 if self.connected and not self.total_outbufs_len:
                     last = self.outbufs[-1]
-                    if last.buf is not None or not isinstance(last, _Spool):  # what was sent is still in it
+                    if last.buf is not None or not isinstance(last, _Spool):  # such a buffer keeps what it has sent
                         last.close()
                         self.outbufs = [_Spool()]
                     self.current_outbuf_count = 0
         return sent
 
 
-class _Quiet:
-    """The server as a channel sees it: the I/O thread is woken only where there is something to do for it.
+class _ServerOfChannel:
+    """The server as a channel sees it: it wakes the I/O thread only where that has something to do.
 
-    With a lookahead it reads from a channel while its request runs, so an answer that has left whole needs no wake-up.
+    The I/O thread reads from a channel while its request runs (the lookahead), so after an answer that has left whole
+    there is nothing to do. It holds the channel by a proxy, since a cycle would keep the memory of a closed one.
     """
 
     def __init__(self, server: Any, channel: Channel) -> None:
         self._server, self._channel = server, weakref.proxy(channel)
-        for name in NEEDED_OF_A_SERVER:  # for each request; the rest through __getattr__, which takes longer
+        for name in NEEDED_OF_A_SERVER:  # every request needs these; __getattr__ takes longer
             setattr(self, name, getattr(server, name))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._server, name)
 
     def pull_trigger(self) -> None:
-        """From a request's thread, when its answer is written."""
-        if self._server.is_stopping or not self._channel.waits_for_its_client:
+        """Wake the I/O thread: an answer is written, or its buffers are full and back-pressure holds its thread."""
+        # A request thread hands its channel over here. It queues the channel first and wakes the I/O thread then, whose
+        # next turn begins with the queue: the other way round that turn might come too early. While the server stops
+        # each answer wakes it, since it may be the last that the stop waits for.
+        if self._server.is_stopping or not self._channel.awaits_only_its_client:
             self._channel.ask()
             self._server.pull_trigger()
 
 
 class Listener:
-    """A socket that listens: waitress's server of it, as the loop uses it."""
+    """A listening socket, with waitress's server for it. All but `wake` belong to the I/O thread."""
 
     def __init__(self, app: App, server: Any, opened: OpenSockets, accepted_at_once: int) -> None:
         """`accepted_at_once` bounds the connections that one turn of the loop accepts."""
@@ -322,7 +341,7 @@ class Listener:
         self._server.is_stopping = True
 
     def close(self) -> None:
-        """Take what the system has accepted already. Later connections are refused, not parked."""
+        """Accept what the system holds already, then close. It refuses later connections instead of parking them."""
         while self._accept():
             pass
         self._server.accepting = False
@@ -330,17 +349,17 @@ class Listener:
         self._server.socket.close()
 
     def end_threads(self, longest_s: float) -> None:
-        """Let the request threads, which all listeners share, end; wait for those that are free."""
+        """End the request threads, which all listeners share; wait up to `longest_s` for them."""
         self._server.task_dispatcher.shutdown(timeout=longest_s)
 
     def _accept_some(self) -> None:
-        """Of the connections that wait, as far as there is room for them."""
+        """Accept connections that wait, as long as there are slots for them."""
         for _ in range(self._accepted_at_once):
             if not (self._server.readable() and self._accept()):
                 return
 
     def _accept(self) -> bool:
-        """A connection, if one waits."""
+        """Accept a connection; False if none waits."""
         before = len(self._opened)
         BaseWSGIServer.handle_accept(self._server)
         return len(self._opened) > before
@@ -349,7 +368,7 @@ class Listener:
 def listen(
     app: App, sockets: Sequence[socket.socket], opened: OpenSockets, *, most: int, accepted_at_once: int
 ) -> list[Listener]:
-    """Serve the app on these sockets, with `most` entries in `opened`: connections and what the server itself needs."""
+    """Have waitress serve the app on these sockets. `most` bounds `opened`: connections and the server's own."""
     create_server(
         app,
         map=opened,
@@ -357,9 +376,9 @@ def listen(
         threads=app.settings.threads,
         connection_limit=most,
         max_request_body_size=app.settings.limits.max_body_bytes,
-        outbuf_overflow=sys.maxsize,  # Channel has buffers of its own; those waitress adds, for 16 MB, need no disk
+        outbuf_overflow=sys.maxsize,  # a channel begins with a _Spool; after 16 MB waitress adds others, in memory
         channel_request_lookahead=1,  # else a client that goes away is not noticed
-        clear_untrusted_proxy_headers=False,  # management looks at them
+        clear_untrusted_proxy_headers=False,  # the app reads them to tell a proxy
         backlog=LISTEN_BACKLOG,
         ident="embedpool",
     )

@@ -1,7 +1,7 @@
-"""waitress's loop over our sockets, and its orderly end. gunicorn's worker and the waitress server both run it.
+"""The event loop that serves HTTP, and its graceful shutdown. gunicorn's worker and run.py's waitress server run it.
 
-One I/O thread reads every connection and gives a request thread only whole requests, so slow and idle clients
-hold none. Nor do they keep others out: where as many are connected as may be, they give way.
+One I/O thread reads every connection and hands only whole requests to the request threads, so slow and idle clients
+hold no thread. They do not keep others out either: at the connection limit the loop evicts them.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ from embedpool.serve.readiness import OpenSockets
 logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
-MOST_ACCEPTED_AT_ONCE = 16  # connections in a turn; 1 where others are to have theirs
-FILES_BESIDE = 256  # open ones that are no connections of requests: models, pipes to children, logs, pool.yml
-MOST_ON_WINDOWS = 500  # sockets that its `select` takes, and a few less
-LEAST_WAIT_S = 2.0  # of a connection for a whole request, before it gives way to another
-LONGEST_LINGER_S = 10.0  # of a client that goes on to send what nobody reads, after its answer
-LINGER_AT_STOP_S = 1.0
-LOOK_FOR_ROOM_EVERY_S = 0.1  # while nobody has waited for so long
+MOST_ACCEPTED_AT_ONCE = 16  # connections in a turn; 1 where other processes accept from the same socket
+FILES_BESIDE = 256  # files open beside the connections: models, pipes to children, logs, pool.yml
+MOST_ON_WINDOWS = 500  # a few less than the sockets that its `select` takes
+LEAST_WAIT_S = 2.0  # a connection that has waited less long for a whole request is not evicted
+LONGEST_LINGER_S = 10.0  # of a lingering close
+LINGER_AT_STOP_S = 1.0  # the same while the server stops
+LOOK_FOR_ROOM_EVERY_S = 0.1  # at the limit, while no connection may be evicted
 
 
 class App(Protocol):
-    """What the loop asks of the WSGI app it serves."""
+    """What the loop needs of the WSGI app it serves. The I/O thread calls it all, but for `__call__` and `stop`."""
 
     settings: Settings
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        """WSGI."""
+        """Answer a request, as WSGI says; request threads call this."""
 
     def beat(self) -> None:
-        """The loop lives; called once a second."""
+        """Learn that the loop turns; called once a second."""
 
     def refusal(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, bytes] | None:
-        """Status and body of the answer to a caller who may not send this; headers as CONTENT_TYPE."""
+        """Status and body of the answer to a caller who may not send this; None if he may. Headers as CONTENT_TYPE."""
 
     def begin_to_stop(self) -> None:
-        """Nothing changes the pool any more, and /ready says so; requests are still served."""
+        """Let nothing change the pool any more, and let /ready fail. Requests are still served."""
 
     def stop(self) -> int:
-        """Give up what is still being served; how many requests that were."""
+        """Give up the requests that are still being served, on a thread of its own. Returns how many."""
 
 
 def connections_that_fit(wanted: int, threads: int) -> int:
-    """How many connections may be open, `wanted` at the most, so that files are left for what serves them.
+    """How many connections may be open, at most `wanted`, so that enough open files remain for all else.
 
-    Each request thread may have one open, to a remote service, and each connection one for a large body. The system's
-    soft limit is raised as far as that takes; where it cannot be, large bodies are to be few.
+    A request thread may need one for a remote service, a connection a second one for a large body. The process raises
+    its soft limit (ulimit -n) as far as that takes. Where the hard limit forbids it, large bodies have to be few.
     """
     try:
         import resource
@@ -76,10 +76,10 @@ def connections_that_fit(wanted: int, threads: int) -> int:
 
 
 class Loop:
-    """waitress's loop over given listening sockets, and its orderly end."""
+    """Serves an app on listening sockets until `stop`, then shuts down gracefully."""
 
     def __init__(self, app: App, sockets: Sequence[socket.socket], *, shared: bool = False) -> None:
-        """`shared` with other processes, which accept connections from them, too."""
+        """`shared`: other processes accept connections from the same sockets."""
         settings = app.settings
         self._app = app
         self._stopping = False
@@ -98,7 +98,9 @@ class Loop:
         )
 
     def stop(self) -> None:
-        """Let `run` drain and return. Safe in a signal handler."""
+        """Let `run` drain and return."""
+        # A signal handler calls this, in the middle of whatever the main thread does: it takes no lock. It sets a flag
+        # that `run` reads after each turn, and writes a byte to the pipe that ends the turn at once.
         self._stopping = True
         self._listeners[0].wake()
 
@@ -115,18 +117,21 @@ class Loop:
         self._drain(heartbeat)
 
     def _turn(self, longest_s: float) -> None:
-        """What has come and what can leave; waits up to `longest_s` for it."""
+        """Accept, read and send whatever is ready; wait up to `longest_s` for it."""
         self._make_room()
         for listener in self._listeners:
-            self._open.ask(listener.fd)  # there may be room for connections again
+            self._open.ask(listener.fd)  # a connection may have closed: it may accept again
         self._open.turn(longest_s)
         if time.monotonic() >= self._next_beat:
             self._next_beat = time.monotonic() + BEAT_S
-            self._open.ask_all()  # should one have changed its mind untold, it is heard now
+            self._open.ask_all()  # in case one changed its interest and did not say so
             self._app.beat()
 
     def _make_room(self) -> None:
-        """For one that may come: the connection that has waited for a whole request for longest gives way."""
+        """At the connection limit, evict the connection that has waited longest for a whole request.
+
+        One slot stays free for a client that connects next.
+        """
         now = time.monotonic()
         if len(self._open) < self._most - 1 or now < self._next_room or self._stopping:
             return
@@ -144,7 +149,10 @@ class Loop:
             self._gave_way = 0
 
     def _close_idle(self) -> None:
-        """Here and now, not when it could be written to: that may be never."""
+        """Close idle connections, and end lingering closes.
+
+        Here and now: waitress would wait until the client can be written to, which may be never.
+        """
         longest_s = self._app.settings.server.idle_connection_s
         for channel in self._channels():
             is_idle = channel.waits_for_a_request and channel.quiet_s > longest_s and not channel.may_bring_a_request
@@ -152,7 +160,10 @@ class Loop:
                 channel.cut()
 
     def _close_stalled(self) -> None:
-        """A client that does not read its answer holds a thread; waitress itself would wait for it for ever."""
+        """Cut off clients that do not read their answers: back-pressure holds a request thread for as long.
+
+        waitress itself would wait for ever.
+        """
         longest_s = self._app.settings.server.idle_connection_s
         for channel in self._channels():
             if channel.unsent_bytes and channel.quiet_s > longest_s:
@@ -160,7 +171,7 @@ class Loop:
                 channel.cut()
 
     def _drain(self, heartbeat: Callable[[], bool]) -> None:
-        """Watch → listener → drain → pool → threads, in this order and in bounded time."""
+        """Stop the watch, the listeners, the requests, the pool and the threads, in this order and in bounded time."""
         grace_s = self._app.settings.server.graceful_timeout_s
         self._app.begin_to_stop()
         for listener in self._listeners:
@@ -176,7 +187,9 @@ class Loop:
         log("stopped: %d requests got 503 shutting_down, %d connections were cut", given_up, cut)
 
     def _give_up(self, heartbeat: Callable[[], bool]) -> int:
-        """Stop the app, which may wait for a hung batch, while the 503s it has made already leave."""
+        """Stop the app, and meanwhile send the 503s that it gives to the requests it gives up."""
+        # `stop` may wait for a hung batch, so it has a thread of its own and this one goes on sending. The count comes
+        # back through the list, which this thread reads only once the other has ended: no lock is needed.
         counts: list[int] = []
         stopping = threading.Thread(target=lambda: counts.append(self._app.stop()), name="stop-app")
         stopping.start()
@@ -186,9 +199,10 @@ class Loop:
         return sum(counts)
 
     def _serve_what_is_left(self, longest_s: float, heartbeat: Callable[[], bool]) -> None:
-        """Go on until every connection is closed. One is closed when nothing has arrived on it and nothing is owed.
+        """Turn until every connection is closed, for up to `longest_s`.
 
-        One that lingers is left to its client for a moment, to read its answer.
+        A connection is closed once its requests are answered and no other has arrived on it. A lingering close is given
+        a moment, so that the client can read its answer.
         """
         deadline = time.monotonic() + longest_s
         while True:

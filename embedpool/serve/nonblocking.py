@@ -1,8 +1,8 @@
-"""System calls that wait for nothing, made with the GIL held.
+"""A socket that sends and receives without releasing the GIL.
 
-Python gives the GIL up for each system call, and then waits for its turn to have it back: among many request threads
-that takes far longer than to send an answer. Where such a call fails, or there is no C library to make it with,
-Python's own is made, which says what is still wrong.
+Python releases the GIL for each system call and then waits until it gets it back: among many request threads that takes
+far longer than sending an answer does. These calls never block, so they keep it. Where one fails, or there is no C
+library to call, the socket makes Python's own call, which raises the right error.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 from typing_extensions import override
 
-MOST_BYTES = 1 << 16  # above it copying alone takes longer than other threads should wait
+MOST_BYTES = 1 << 16  # above it copying alone would keep other threads waiting
 
 
 def _c_function(name: str, *arguments: Any) -> Callable[..., int]:
-    """Of the C library; where it has none of that name, one that fails."""
+    """A function of the C library, or one that always fails where the library has none of that name."""
     try:
         function = getattr(ctypes.PyDLL(None), name)
-    except (AttributeError, OSError, TypeError):  # the last is Windows's
+    except (AttributeError, OSError, TypeError):  # TypeError on Windows
         return lambda *_: -1
     function.argtypes, function.restype = arguments, ctypes.c_ssize_t
     return function  # type: ignore[no-any-return]
@@ -32,9 +32,9 @@ _recv = _c_function("recv", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctyp
 
 
 class Socket(socket.socket):
-    """A connected socket that does not block, taken over from another object.
+    """A connected non-blocking socket, which takes over the descriptor of another object.
 
-    As with any other, no thread should close it while another uses it: its number may be another's then.
+    No thread may close it while another uses it: the descriptor may belong to another file by then.
     """
 
     def __init__(self, of: socket.socket) -> None:

@@ -1,7 +1,7 @@
-"""Waiting for sockets. A turn costs what has happened in it, however many connections are open beside.
+"""Waits for sockets with epoll or its like. A turn costs what happens in it, however many idle connections are open.
 
-waitress asks every connection at every turn what it waits for. Here the system keeps the answers, and a connection is
-asked anew when something has happened to it; all of them are when the owner says so.
+waitress asks every connection for its interest (input, output or both) on every turn. Here the system keeps a list of
+interests, and a connection is asked again only when something has happened to it, or when the loop asks all.
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class OpenSockets(dict[int, Any]):
-    """waitress's map of file descriptors to dispatchers. `turn` and `ask_all` belong to one thread, the rest to any."""
+    """waitress's map of file descriptors to what it has open. `turn` and `ask_all` belong to the I/O thread."""
+
+    # The I/O thread adds, asks and waits. A request thread may remove an entry, when it finds that its client has gone,
+    # and closes the socket right after. `_lock` orders this with the I/O thread's registration: a descriptor is
+    # registered only while its entry stands in the map, and unregistered before it can be closed and used again for
+    # another connection. Whoever takes it may hold waitress's `requests_lock` and `outbuf_lock`, in this order; with it
+    # nobody takes another lock. Reads go without it: a dict's are atomic, and `turn` looks at the entry again before it
+    # calls a handler.
 
     def __init__(self) -> None:
         super().__init__()
         self._selector = selectors.DefaultSelector()
-        self._lock = threading.Lock()  # what is registered is in the map, and so is still open
+        self._lock = threading.Lock()
         self._awaited: dict[int, int] = {}
         self._to_ask: collections.deque[int] = collections.deque()
 
@@ -40,19 +47,19 @@ class OpenSockets(dict[int, Any]):
             self._await(fd, 0)
 
     def ask(self, fd: int) -> None:
-        """Something has happened that may change what it waits for. The next turn asks it."""
+        """Let the next turn ask this one for its interest. Any thread may call this: a deque needs no lock."""
         self._to_ask.append(fd)
 
     def ask_all(self) -> None:
-        """The next turn asks everyone."""
+        """Let the next turn ask every one."""
         self._to_ask.extend(list(self))
 
     def awaits_input_alone(self, fd: int) -> bool:
-        """Whether the system waits for input of it, and for nothing else."""
+        """Whether the system waits for its input and nothing else."""
         return self._awaited.get(fd) == READ
 
     def turn(self, longest_s: float) -> None:
-        """Handle what has come and what can leave; wait up to `longest_s` for it."""
+        """Handle the input and output that is ready; wait up to `longest_s` for some."""
         while self._to_ask:
             self._follow(self._to_ask.popleft())
         for key, events in self._selector.select(longest_s):
@@ -62,13 +69,16 @@ class OpenSockets(dict[int, Any]):
             self.ask(key.fd)
 
     def close(self) -> None:
-        """Close every socket, and give back what waiting for them takes."""
+        """Close every socket, and the selector."""
         for dispatcher in list(self.values()):
             dispatcher.close()
         self._selector.close()
 
     def _follow(self, fd: int) -> None:
-        """Until the system waits for what the dispatcher waits for: it may change its mind on another thread."""
+        """Bring the system's list up to date with what it waits for."""
+        # Its request thread may change its interest at any time, and wakes this thread only if the system's list then
+        # says anything but "input" (see Channel.awaits_only_its_client). So after each change to the list this thread
+        # asks once more: the request thread has seen the list before the change or after it, and one of both acts.
         while (dispatcher := self.get(fd)) is not None:
             reads, writes = interest_of(dispatcher)
             events = READ * reads | WRITE * writes
@@ -79,7 +89,7 @@ class OpenSockets(dict[int, Any]):
                     self._await(fd, events, dispatcher)
 
     def _await(self, fd: int, events: int, dispatcher: Any = None) -> None:
-        """With the lock held."""
+        """Tell the system, with the lock held."""
         before = self._awaited.pop(fd, 0)
         if events:
             self._awaited[fd] = events

@@ -25,7 +25,7 @@ from embedpool.web import metrics
 
 logger = logging.getLogger(__name__)
 
-WORKER_STOP_MARGIN_S = 20  # beyond the grace period, for replicas to close before gunicorn kills the worker
+WORKER_STOP_MARGIN_S = 20  # beyond the grace period, so that replicas can close before gunicorn kills the worker
 
 
 def run(settings: Settings, kind: str) -> None:
@@ -39,7 +39,7 @@ def run(settings: Settings, kind: str) -> None:
 
 
 def run_waitress(settings: Settings) -> None:
-    """The loop in this process; works on every platform."""
+    """Run the loop in this process, on any platform."""
     require_a_key(settings)
     listener = bind(settings)
     app = EmbedpoolApp(settings)
@@ -59,7 +59,7 @@ def run_waitress(settings: Settings) -> None:
 
 
 def run_gunicorn() -> None:
-    """gunicorn's master in this process, embedpool in its workers; they read the file that `EMBEDPOOL_CONFIG` names."""
+    """Run gunicorn's master in this process. Its workers serve, by the file that `EMBEDPOOL_CONFIG` names."""
     from gunicorn.app.base import BaseApplication
 
     class Application(BaseApplication):  # type: ignore[misc]
@@ -79,8 +79,8 @@ _last_good: Settings | None = None
 def gunicorn_settings() -> dict[str, Any]:
     """gunicorn's settings from config.yml, for conf/gunicorn.conf.py and `pool start`.
 
-    gunicorn reads them again on SIGHUP, where an error would end its master: a broken config.yml or keys.yml then
-    leaves them as they were.
+    gunicorn reads them again on SIGHUP, when an error would end its master: so a config.yml or keys.yml that is broken
+    then leaves the settings as they were.
     """
     global _last_good  # noqa: PLW0603  (gunicorn executes its config file anew; only a module survives that)
     try:
@@ -125,7 +125,7 @@ def gunicorn_settings() -> dict[str, Any]:
 
 
 def require_a_key(settings: Settings) -> None:
-    """Raises ConfigError if other machines could reach a server that asks nobody for a key, or keys.yml is broken."""
+    """Raises ConfigError if other machines can reach a server that has no key, or if keys.yml is broken."""
     security = settings.security
     keys = KeysFile(settings.file(security.keys_file)).read()
     if security.insecure or _is_loopback(settings.server.host):
@@ -145,7 +145,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def bind(settings: Settings) -> socket.socket:
-    """A listening socket. Raises ConfigError with the reason."""
+    """Open the listening socket. Raises ConfigError with the reason."""
     host, port = settings.server.host, settings.server.port
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -155,7 +155,7 @@ def bind(settings: Settings) -> socket.socket:
 
 
 def _address(listener: socket.socket) -> str:
-    """Where a program on this machine finds the server."""
+    """The URL at which a program on this machine reaches the server."""
     host, port = listener.getsockname()[:2]
     return f"http://{_shown({'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host))}:{port}"  # noqa: S104
 

@@ -1,4 +1,4 @@
-"""What systemd, or another service manager, is told of the server."""
+"""Tells systemd, or another service manager that sets NOTIFY_SOCKET, how the server is (sd_notify)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ logger = logging.getLogger(__name__)
 
 
 def has_service_manager() -> bool:
-    """Whether systemd, or whoever else, has set NOTIFY_SOCKET."""
+    """Whether a service manager listens."""
     return "NOTIFY_SOCKET" in os.environ
 
 
 def tell_service_manager(state: str) -> None:
-    """sd_notify, a line a variable; nothing without a service manager."""
+    """Send lines of VARIABLE=value; without a service manager do nothing."""
     if has_service_manager():
         from gunicorn.systemd import sd_notify
 
