@@ -15,9 +15,9 @@ The road of a request, file by file:
     web/encoding.py       vectors become JSON, base64 or npy
 
 Beside the road: config/ (config.yml and pool.yml), reconcile.py (the file becomes the live pool), server.py (where the
-parts meet and run), loop.py, connections.py, readiness.py and nonblocking.py (HTTP, read and answered by waitress's
-parts), web/metrics.py, web/request_log.py, logs.py and tracing.py (what can be seen of it), process.py (pid file,
-detach, stop), client.py and cli/ (the operator's hands).
+parts meet), serve/ (HTTP, read and answered by waitress's parts under gunicorn or alone; pid file, detach, stop),
+web/metrics.py, web/request_log.py, logs.py and tracing.py (what can be seen of it), client.py and cli/ (the operator's
+hands).
 """
 
 from typing import TYPE_CHECKING, Any

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import logging
-import os
 import re
 import sys
 import time
 from typing import Any, TextIO
 
 import orjson
+from typing_extensions import override
 
-from embedpool import nonblocking
 from embedpool.config.settings import Settings
 
 PLAIN = re.compile(r"[\w./:@#<>+-]+\Z")  # written as it is; anything else in quotes
@@ -26,8 +23,8 @@ class TextFormatter(logging.Formatter):
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  (its name there)
-        """See logging.Formatter."""
+    @override
+    def formatMessage(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {})
         return " ".join([super().formatMessage(record), *[f"{k}={_shown(v)}" for k, v in fields.items()]])
 
@@ -35,8 +32,8 @@ class TextFormatter(logging.Formatter):
 class JsonFormatter(logging.Formatter):
     """An object a line: time, level, logger, message, the record's `fields`, and the traceback of an exception."""
 
+    @override
     def format(self, record: logging.LogRecord) -> str:
-        """See logging.Formatter."""
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, Any] = {
             "time": f"{at}.{int(record.msecs):03d}Z",
@@ -62,35 +59,10 @@ def _shown(value: Any) -> str:
     return text if isinstance(value, int | float) or PLAIN.match(text) else _json(text)
 
 
-class _Lines:
-    """A stream to which a line is written with the GIL held, as far as that waits for nothing."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._write = nonblocking.writer(stream.fileno())
-        self._owes = False  # the stream still has something that is to come first
-
-    def write(self, line: str) -> None:
-        """One line at a time: the handler sees to that."""
-        data = line.encode(self._stream.encoding, self._stream.errors or "strict")
-        if rest := data if self._owes else data[self._write(data) :]:
-            self._owes = True
-            self._stream.buffer.write(rest)
-
-    def flush(self) -> None:
-        """See io."""
-        self._owes = True  # if this fails; it may be what others wrote
-        self._stream.flush()
-        self._owes = False
-
-
 def to_stream(stream: TextIO | None) -> logging.Handler:
-    """What writes records to it, if it is open. What merely resembles a file gets them as it wants."""
+    """A handler that writes records to the stream; one that drops them where the stream is missing or closed."""
     if stream is None or getattr(stream, "closed", False):
         return logging.NullHandler()
-    if type(stream) is io.TextIOWrapper and os.linesep == "\n":
-        with contextlib.suppress(OSError):  # it is in memory
-            return logging.StreamHandler(_Lines(stream))
     return logging.StreamHandler(stream)
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from embedpool.config import pool_yml
 from embedpool.config.settings import Settings, parse_settings, sample_config_yml
-from embedpool.server import gunicorn_settings
+from embedpool.serve.run import gunicorn_settings
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -39,6 +39,13 @@ def test_the_gunicorn_file_is_the_package_s_own_settings(tmp_path: Path, monkeyp
     for name, value in own.items():
         if not callable(value):
             assert from_file[name] == value
+
+
+def test_an_older_copy_of_the_gunicorn_file_still_works() -> None:
+    """Copies ask embedpool.server for the settings."""
+    from embedpool.server import gunicorn_settings as from_its_old_place
+
+    assert from_its_old_place is gunicorn_settings
 
 
 def test_the_service_unit_runs_the_documented_command() -> None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import logging
-import os
-import sys
-import threading
 
 import pytest
 
@@ -55,70 +51,11 @@ def test_a_name_that_is_no_unicode_is_no_reason_to_lose_a_line() -> None:
         assert "udcff" in formatter.format(record(path="\udcff x"))
 
 
-def test_every_line_arrives_whole_and_in_order() -> None:
-    """However long it is, and however slowly they are read."""
-    lines = [f"{i} {'é' * (i * 7 % 9000)}" for i in range(300)]
-    reader, end = os.pipe()
-    with open(reader, encoding="utf-8") as read, open(end, "w", encoding="utf-8") as stream:
-        handler = to_stream(stream)
-        assert isinstance(handler, logging.StreamHandler)
-        assert handler.stream is not stream  # but what writes to it quickly
-
-        def write() -> None:
-            for line in lines:
-                handler.handle(logging.LogRecord("x", logging.INFO, "x.py", 1, line, (), None))
-            stream.close()
-
-        writing = threading.Thread(target=write)
-        writing.start()
-        assert read.read().splitlines() == lines
-        writing.join()
-
-
-def test_lines_stay_whole_and_in_order_when_a_stream_is_full_for_a_while() -> None:
-    """What it has no room for is owed, and comes before what is written later."""
-    lines = [letter * 1000 for letter in "abcdefgh"]
-    reader, end = os.pipe()
-    os.set_blocking(end, False)
-    os.set_blocking(reader, False)
-    with open(reader, "rb", buffering=0) as read, open(end, "w", encoding="utf-8") as stream:
-        handler = to_stream(stream)
-        full = 0
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                full += os.write(end, b"x")
-        read.read(4096)  # a page: room for four lines and a bit
-        for line in lines:
-            with contextlib.suppress(BlockingIOError):
-                handler.stream.write(line + "\n")
-                handler.stream.flush()
-            if line == lines[5]:
-                read.read(full - 4096)
-        stream.flush()
-        assert (read.read(full) or b"").lstrip(b"x").decode().splitlines() == lines
-
-
-class Tee:
-    """As something puts it in the place of standard error: it resembles the file, but has its own idea of writing."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(sys.__stderr__, name)
-
-    def write(self, line: str) -> None:
-        self.lines.append(line)
-
-
-def test_a_stream_that_is_no_file_has_lines_too() -> None:
-    """Nor is it an error if there is none, or none any more."""
-    stream, tee = io.StringIO(), Tee()
-    for target in (stream, tee):
-        to_stream(target).handle(record())
+def test_a_stream_that_is_missing_or_closed_is_no_error() -> None:
+    """A server without standard error serves all the same; elsewhere records are written."""
+    stream = io.StringIO()
+    to_stream(stream).handle(record())
     assert stream.getvalue() == "hello world\n"
-    assert tee.lines == ["hello world\n"]
-    with open(os.devnull, "w", encoding="utf-8") as closed:
-        pass
-    for nothing in (None, closed):
+    stream.close()
+    for nothing in (None, stream):
         to_stream(nothing).handle(record())

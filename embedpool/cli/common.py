@@ -44,7 +44,7 @@ def client_of(settings: Settings) -> Client | None:
     """A client of the server of the pid file, else of the one at client.base_url; None if none answers."""
     from embedpool.client import Client
     from embedpool.errors import ServerUnreachable
-    from embedpool.process import PidFile
+    from embedpool.serve.process import PidFile
 
     running = PidFile(settings).read()
     key = os.environ.get(settings.client.api_key_env) if settings.client.api_key_env else None

@@ -61,7 +61,7 @@ def _write_new(file: Path, text: str) -> None:
 def start(arguments: Arguments) -> int:
     """Serve, in the foreground or detached."""
     from embedpool.config.settings import find_config_yml
-    from embedpool.process import PidFile, start_detached
+    from embedpool.serve.process import PidFile, start_detached
 
     # The server, its workers and a detached child all read the same file and the same overrides.
     os.environ["EMBEDPOOL_CONFIG"] = str(find_config_yml(arguments["--config"]))
@@ -85,15 +85,15 @@ def start(arguments: Arguments) -> int:
             running = start_detached(settings)
         print(f"started: pid {running.pid}, {running.address}; `embedpool pool status` shows when models are loaded")
         return OK
-    from embedpool import server
+    from embedpool.serve import run
 
-    server.run(settings, settings.server.server)
+    run.run(settings, settings.server.server)
     return OK
 
 
 def stop(arguments: Arguments) -> int:
     """Drain, wait, and only then insist."""
-    from embedpool import process
+    from embedpool.serve import process
 
     settings = read_settings(arguments)
     running = process.PidFile(settings).read()

@@ -1,10 +1,9 @@
-"""The server's process as seen from outside: its pid file, starting it detached, stopping it."""
+"""The pid file, `pool start --detach` and `pool stop`: the server's process, as another process sees it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import logging
 import os
 import subprocess
 import sys
@@ -16,16 +15,14 @@ import psutil
 from embedpool.config.settings import Settings
 from embedpool.errors import ConfigError, StorageError
 
-logger = logging.getLogger(__name__)
-
 START_TIMEOUT_S = 60
-STOP_MARGIN_S = 30  # beyond the grace period; longer than the server itself takes at the most
+STOP_MARGIN_S = 30  # beyond the grace period, before it is killed: more than the server ever takes by itself
 LOG_TAIL_LINES = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Running:
-    """A server that lives now."""
+    """A server that runs now."""
 
     pid: int
     address: str
@@ -35,7 +32,7 @@ class Running:
 class PidFile:
     """Three lines: the pid of the server's parent process, its address, the process's start time.
 
-    The start time tells a stale file from a living server: pids are used again.
+    The start time tells a stale file from a running server, since the system uses pids again.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -60,7 +57,7 @@ class PidFile:
                 self.path.unlink()
 
     def read(self) -> Running | None:
-        """The living server of this file; None if there is none, or its pid is another program's by now."""
+        """The running server of this file. None if there is none, or if its pid now belongs to another program."""
         try:
             pid, address, started = self.path.read_text().split("\n")[:3]
             process = psutil.Process(int(pid))
@@ -72,9 +69,9 @@ class PidFile:
 
 
 def start_detached(settings: Settings) -> Running:
-    """Start `embedpool pool start` in a session of its own, by the environment, and wait until it answers.
+    """Start `embedpool pool start` in a session of its own and wait until it answers. It reads the environment.
 
-    Raises ConfigError with the end of the log if it ends or does not answer in time.
+    Raises ConfigError with the end of the log if the server ends or does not answer in time.
     """
     log = settings.file(settings.paths.logs_dir) / "embedpool.log"
     try:
@@ -106,7 +103,7 @@ def start_detached(settings: Settings) -> Running:
 
 
 def stop(running: Running, grace_s: float) -> bool:
-    """Ask the server to drain and end, wait, and only then insist. True if it ended by itself."""
+    """Send SIGTERM, wait up to `grace_s`, then kill. True if the server ended by itself."""
     try:
         children = running.process.children(recursive=True)
         running.process.terminate()
@@ -123,19 +120,6 @@ def stop(running: Running, grace_s: float) -> bool:
         running.process.wait(10)
         return False
     return True
-
-
-def has_service_manager() -> bool:
-    """Whether systemd, or whoever else, has set NOTIFY_SOCKET."""
-    return "NOTIFY_SOCKET" in os.environ
-
-
-def tell_service_manager(state: str) -> None:
-    """sd_notify, a line a variable; nothing without a service manager."""
-    if has_service_manager():
-        from gunicorn.systemd import sd_notify
-
-        sd_notify(state, logger)
 
 
 def _answers(address: str) -> bool:

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from embedpool import gunicorn_worker
-from embedpool.gunicorn_worker import BEAT_S, WaitressWorker
+from embedpool.serve import gunicorn_worker
+from embedpool.serve.gunicorn_worker import BEAT_S, WaitressWorker
 
 
 def test_gunicorn_is_told_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:

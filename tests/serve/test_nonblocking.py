@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import socket
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from embedpool import nonblocking
-from embedpool.nonblocking import Socket, writer
+from embedpool.serve import nonblocking
+from embedpool.serve.nonblocking import Socket
 
 NEXT_TO_NOTHING = b"a\0b\xff"
 
@@ -30,7 +27,7 @@ def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere some are missing")
-@pytest.mark.parametrize("name", ["_send", "_recv", "_write", "_pwritev2"])
+@pytest.mark.parametrize("name", ["_send", "_recv"])
 def test_the_gil_is_kept(name: str) -> None:
     """Which is what these are for."""
     keeps_the_gil = 4  # FUNCFLAG_PYTHONAPI
@@ -78,32 +75,3 @@ def test_one_that_has_no_room_or_nothing_to_read_says_so(pair: tuple[Socket, soc
         ours.send(b"x")
     with pytest.raises(OSError, match="Bad file"):
         ours.recv(1)
-
-
-def test_a_line_to_a_disk_is_added_to_the_file(tmp_path: Path) -> None:
-    """Whole, at its end."""
-    path = tmp_path / "log"
-    path.write_bytes(b"before\n")
-    with path.open("ab") as file:
-        assert writer(file.fileno())(NEXT_TO_NOTHING) == len(NEXT_TO_NOTHING)
-    assert path.read_bytes() == b"before\n" + NEXT_TO_NOTHING
-
-
-def test_a_pipe_takes_what_it_has_room_for() -> None:
-    """What it takes arrives. One that is full, or that nobody reads any more, takes nothing, at once."""
-    version = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
-    takes_at_once = sys.platform == "linux" and version >= (6, 5)
-    reader, end = os.pipe()
-    write, taken = writer(end), 0
-    while added := write(NEXT_TO_NOTHING * 1000):
-        taken += added
-    os.set_blocking(reader, False)
-    arrived = b""
-    while taken > len(arrived):
-        arrived += os.read(reader, 1 << 20)
-    assert taken or not takes_at_once
-    assert arrived == (NEXT_TO_NOTHING * (taken // len(NEXT_TO_NOTHING) + 1))[:taken]
-    os.close(reader)
-    assert write(b"x") == 0
-    os.close(end)
-    assert write(b"x") == 0

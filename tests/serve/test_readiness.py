@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedpool.readiness import OpenSockets
+from embedpool.serve.readiness import OpenSockets
 
 
 class Side:
@@ -57,10 +57,10 @@ def sockets() -> Iterator[OpenSockets]:
 def closing() -> Iterator[OpenSockets]:
     sockets = OpenSockets()
     yield sockets
-    for side in list(sockets.values()):
-        side.close()
-        side.other.close()
+    sides = list(sockets.values())
     sockets.close()
+    for side in sides:
+        side.other.close()
 
 
 def test_only_the_one_that_something_happens_to_is_asked(sockets: OpenSockets) -> None:

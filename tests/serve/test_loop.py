@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 from embedpool.config.settings import Server, Settings
-from embedpool.connections import Channel
-from embedpool.loop import FILES_BESIDE, MOST_ACCEPTED_AT_ONCE, Loop, connections_that_fit
+from embedpool.serve.connections import Channel
+from embedpool.serve.loop import FILES_BESIDE, MOST_ACCEPTED_AT_ONCE, Loop, connections_that_fit
 
 
 def test_a_client_that_reads_nothing_is_cut_off() -> None:
@@ -55,9 +55,7 @@ def make_loop() -> Iterator[Callable[..., tuple[Loop, tuple[str, int]]]]:
 
     yield make
     for loop in loops:
-        loop._listeners[0].task_dispatcher.shutdown(timeout=20)
-        for dispatcher in list(loop._open.values()):
-            dispatcher.close()
+        loop._listeners[0].end_threads(20)
         loop._open.close()
 
 
@@ -168,8 +166,8 @@ LONG_S = 1000.0  # longer than any test takes
 @pytest.fixture
 def crowd(make_loop, monkeypatch: pytest.MonkeyPatch) -> Iterator[Clients]:
     """Of a loop that takes three clients: beside them are the listening socket, the one that wakes it, and room."""
-    monkeypatch.setattr("embedpool.loop.LEAST_WAIT_S", LONG_S)
-    monkeypatch.setattr("embedpool.loop.LOOK_FOR_ROOM_EVERY_S", 0.0)
+    monkeypatch.setattr("embedpool.serve.loop.LEAST_WAIT_S", LONG_S)
+    monkeypatch.setattr("embedpool.serve.loop.LOOK_FOR_ROOM_EVERY_S", 0.0)
     loop, address = make_loop(connection_limit=6)
     with contextlib.ExitStack() as sockets:
         yield Clients(loop, address, sockets)
@@ -202,7 +200,7 @@ def test_the_log_tells_now_and_then_how_many_gave_way(crowd: Clients, caplog: py
     crowd.turn()
     for _ in range(2):
         crowd.loop._tell_who_gave_way()
-    told = [record.message for record in caplog.records if record.name == "embedpool.loop"]
+    told = [record.message for record in caplog.records if record.name == "embedpool.serve.loop"]
     assert told == ["4 idle or slow connections gave way: 6 may be open"]
 
 

@@ -1,4 +1,4 @@
-"""Our parts of waitress: what a connection sends, it sends once, and as few threads are busy as are needed."""
+"""Our parts of waitress: what a connection sends, it sends once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import io
 import math
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import NoReturn
@@ -19,8 +18,8 @@ from waitress.adjustments import Adjustments
 from waitress.buffers import OverflowableBuffer
 from waitress.channel import ClientDisconnected
 
-from embedpool.connections import Channel, Dispatcher, _Parser
-from embedpool.readiness import OpenSockets
+from embedpool.serve.connections import Channel, _Parser
+from embedpool.serve.readiness import OpenSockets
 
 
 class Listener:
@@ -142,57 +141,6 @@ def test_the_io_thread_is_woken_for_what_is_left(requests: int) -> None:
             assert sockets.awaits_input_alone(channel.socket.fileno())
 
 
-class Tasks:
-    """A dispatcher of three threads, and which of them served what."""
-
-    def __init__(self) -> None:
-        self.dispatcher = Dispatcher(3)
-        self.served_by: list[int] = []
-
-    def add(self, until: threading.Event | None = None) -> None:
-        def service() -> None:
-            if until:
-                until.wait(20)
-            self.served_by.append(threading.get_ident())
-
-        self.dispatcher.add_task(SimpleNamespace(service=service))
-
-    def wait_idle(self) -> None:
-        deadline = time.monotonic() + 20
-        while self.dispatcher.queue or self.dispatcher.active_count:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-
-
-def test_one_request_after_the_other_keeps_one_thread_busy() -> None:
-    """The memory of the others stays cold."""
-    tasks = Tasks()
-    for _ in range(10):
-        tasks.wait_idle()
-        tasks.add()
-    tasks.wait_idle()
-    assert len(tasks.served_by) == 10
-    assert len(set(tasks.served_by)) == 1
-    tasks.dispatcher.shutdown(timeout=20)
-
-
-def test_requests_that_come_together_have_a_thread_each() -> None:
-    """No thread sleeps while a request waits."""
-    tasks, gate = Tasks(), threading.Event()
-    tasks.wait_idle()
-    tasks.add(gate)
-    tasks.add(gate)
-    tasks.add()
-    deadline = time.monotonic() + 20
-    while not tasks.served_by:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    gate.set()
-    tasks.wait_idle()
-    assert len(set(tasks.served_by)) == 3
-    tasks.dispatcher.shutdown(timeout=20)
-
-
 class Full(io.BytesIO):
     """A file on a disk that is full when it has `room` bytes; it cannot even be closed in peace."""
 
@@ -211,7 +159,7 @@ class Full(io.BytesIO):
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> type[Full]:
     """Where large bodies and answers go, from 10 KB on; full."""
-    monkeypatch.setattr("embedpool.connections.SPOOLED_FROM_BYTES", 10_000)
+    monkeypatch.setattr("embedpool.serve.connections.SPOOLED_FROM_BYTES", 10_000)
     monkeypatch.setattr("waitress.buffers.TempfileBasedBuffer.newfile", lambda self: Full())
     monkeypatch.setattr(Full, "room", 0)
     return Full

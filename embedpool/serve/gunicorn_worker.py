@@ -1,4 +1,4 @@
-"""gunicorn's worker class that runs embedpool's loop: gunicorn supervises, waitress reads and answers. And its log."""
+"""gunicorn's worker class, which runs loop.py under gunicorn's supervision, and gunicorn's logger."""
 
 from __future__ import annotations
 
@@ -11,55 +11,62 @@ from typing import Any
 from gunicorn.config import Config
 from gunicorn.glogging import Logger
 from gunicorn.workers.base import Worker
+from typing_extensions import override
 
-from embedpool.loop import BEAT_S, Loop
+from embedpool.serve.loop import BEAT_S, Loop
 
 
 class GunicornLogger(Logger):  # type: ignore[misc]
-    """What gunicorn has to say goes to our log, in its format."""
+    """Sends what gunicorn logs to our log, in its format."""
 
+    @override
     def setup(self, cfg: Config) -> None:
-        """See gunicorn."""
         super().setup(cfg)
         self.error_log.handlers.clear()
         self.error_log.propagate = True
 
 
 class WaitressWorker(Worker):  # type: ignore[misc]
-    """SIGTERM and Ctrl-C drain; a second Ctrl-C ends at once."""
+    """A worker process: SIGTERM and Ctrl-C let it drain, a second Ctrl-C ends it at once."""
 
     _loop: Loop | None = None
     _next_beat = 0.0
     _interrupted = False
 
+    @override
     def run(self) -> None:
-        """Serve until told to stop, or until the master is gone."""
+        """Serve until gunicorn stops this worker, or until the master is gone."""
         for listener in self.sockets:
             listener.sock.setblocking(False)
         self._loop = Loop(self.wsgi, [listener.sock for listener in self.sockets], shared=self.cfg.workers > 1)
         self._loop.run(self._heartbeat)
 
     def _heartbeat(self) -> bool:
-        """Called on each turn of the loop; the file that tells gunicorn of it is touched once a second.
+        """Tell gunicorn that the loop turns. Called on each turn, it touches gunicorn's file once a second.
 
-        Touching it lets go of the GIL, which under load another thread then has.
+        Touching it releases the GIL, and under load another thread then takes it.
         """
         if time.monotonic() >= self._next_beat:
             self._next_beat = time.monotonic() + BEAT_S
             self.notify()
         return self.alive and self.ppid == os.getppid()
 
+    @override
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """SIGTERM, and what `handle_quit` makes of it."""
+        """Drain, on SIGTERM."""
+        # Signal handlers run on the main thread, which is the loop's, between two of its instructions: they set flags
+        # and wake the loop, and take no lock.
         self._interrupted |= sig != signal.SIGQUIT
         self.alive = False
         if self._loop is not None:
             self._loop.stop()
 
+    @override
     def handle_quit(self, sig: int, frame: Any) -> None:
-        """Ctrl-C reaches the whole process group, and the master passes it on as SIGQUIT, which may come first.
+        """Drain on Ctrl-C, and end on the second.
 
-        Both mean the same, so it alone does not make a SIGINT the second Ctrl-C.
+        The terminal sends SIGINT to the whole process group, and the master passes it on as SIGQUIT, which may arrive
+        first. So a SIGINT after a SIGQUIT alone is still the first Ctrl-C.
         """
         if self._interrupted and sig == signal.SIGINT:
             sys.exit(1)

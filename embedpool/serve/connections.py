@@ -1,0 +1,396 @@
+"""waitress, adapted. Only this file imports it: every name of waitress's that we rely on stands here.
+
+It accepts and closes connections, parses requests, buffers bodies and answers. The loop over them is loop.py, and
+readiness.py waits for their sockets. tests/serve/test_waitress.py says what each of those names is and does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+import socket
+import sys
+import time
+import uuid
+import weakref
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from typing_extensions import override
+from waitress import wasyncore
+from waitress.buffers import OverflowableBuffer
+from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser
+from waitress.server import BaseWSGIServer, create_server
+from waitress.task import ErrorTask, WSGITask
+from waitress.utilities import Error
+
+from embedpool.errors import BadRequest, BodyTooLarge, EmbedpoolError, StorageError, as_document
+from embedpool.serve.nonblocking import Socket
+
+if TYPE_CHECKING:
+    from embedpool.serve.loop import App
+    from embedpool.serve.readiness import OpenSockets
+
+logger = logging.getLogger(__name__)
+
+LISTEN_BACKLOG = 2048
+LINES_PATH, LINES_TYPE = "/embed", "application/x-ndjson"
+LARGEST_JOINED_BYTES = 1 << 16  # above it copying costs more than a second packet
+SPOOLED_FROM_BYTES = 1 << 20  # of a body or an answer
+NEEDED_OF_A_SERVER = ("add_task", "adj", "application", "effective_port", "server_name")
+LARGEST_READ_UNSEEN_BYTES = 1 << 16  # of a body; a larger one is read only once its head has been judged
+
+
+class _Task(WSGITask):  # type: ignore[misc]
+    """Answers a request, on a request thread. While the server stops, each answer closes its connection."""
+
+    wrote_header: bool
+
+    @override
+    def build_response_header(self) -> bytes:
+        if getattr(self.channel.server, "is_stopping", False):
+            self.set_close_on_finish()
+        header: bytes = super().build_response_header()
+        return header
+
+    @override
+    def write(self, data: bytes) -> None:
+        """As waitress does, but a small answer leaves together with its header: one call, one packet."""
+        whole = self.complete and not self.wrote_header and self.content_length == len(data) <= LARGEST_JOINED_BYTES
+        if not whole or not self.has_body:
+            super().write(data)
+            return
+        self.wrote_header = True
+        self.content_bytes_written = len(data)
+        self.channel.write_soon(self.build_response_header() + data)
+
+
+class _ErrorTask(ErrorTask):  # type: ignore[misc]
+    """Answers what is not HTTP, or is refused by its head: with an error in our shape."""
+
+    @override
+    def execute(self) -> None:
+        # The I/O thread reads this flag in Channel.handle_write, once `close_when_flushed` is set. waitress sets that
+        # after this task has ended, so the order alone hands the flag over.
+        self.channel.may_be_sending = True
+        reason = self.request.error
+        if isinstance(reason, _Refused):
+            body = reason.body
+        elif reason.code == 413:
+            limit = self.request.adj.max_request_body_size
+            body = _document(BodyTooLarge(f"the body is over the limit of {limit} bytes"))
+        else:
+            body = _document(BadRequest(f"{reason.reason}: {reason.body}"))
+        self.status = f"{reason.code} {reason.reason}"
+        self.response_headers.append(("Content-Type", "application/json"))
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+
+
+def _document(error: EmbedpoolError) -> bytes:
+    return orjson.dumps(as_document(error, uuid.uuid4().hex))
+
+
+class _Spool(OverflowableBuffer):  # type: ignore[misc]
+    """Buffers a body or an answer: a large one in a file, or on a full disk up to `most` bytes of it in memory."""
+
+    overflow: int
+
+    def __init__(self, most: int = sys.maxsize) -> None:
+        super().__init__(SPOOLED_FROM_BYTES)
+        self._most = most
+
+    @override
+    def _set_large_buffer(self) -> None:
+        in_memory = self.buf.getfile()
+        position = in_memory.tell()
+        try:
+            super()._set_large_buffer()
+        except OSError:
+            in_memory.seek(position)
+            if self.overflow >= self._most:
+                raise
+            self.overflow = self._most
+
+
+class _Refused(Error):  # type: ignore[misc]
+    """The answer to a request whose body is not read to its end."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        super().__init__(body)
+        self.code, self.reason = status, HTTPStatus(status).phrase
+
+
+class _Parser(HTTPRequestParser):  # type: ignore[misc]
+    """Parses a request, on the I/O thread.
+
+    A body of lines, which is answered line by line, has a limit of its own. A large body is refused by its head if its
+    sender has no right to send it.
+    """
+
+    adj: Any
+    path = ""  # waitress logs it when a client leaves, and what is not HTTP has none
+
+    @override
+    def parse_header(self, header_plus: bytes) -> None:
+        super().parse_header(header_plus)
+        if self.body_rcv is not None:
+            self.body_rcv.buf = _Spool(self.adj.max_request_body_size + self.adj.recv_bytes)
+        if self.path.rstrip("/") == LINES_PATH and self.headers.get("CONTENT_TYPE", "").startswith(LINES_TYPE):
+            self.adj = self.adj.for_lines
+        if (self.chunked or self.content_length > LARGEST_READ_UNSEEN_BYTES) and (
+            refusal := self.adj.refusal(self.command, self.path, self.headers)
+        ):
+            self._refuse(*refusal)
+
+    @override
+    def received(self, data: bytes) -> int:
+        """Take what belongs to this request. A disk without room for its body ends it with 507."""
+        try:
+            taken: int = super().received(data)
+            return taken
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.close()
+            self.body_rcv = None
+            reason = StorageError(f"there is no room for the body: {error.strerror or error}")
+            logger.warning("a request to %s is refused: %s", self.path, reason.message)
+            self._refuse(reason.status, _document(reason))
+            return len(data)
+
+    def _refuse(self, status: int, body: bytes) -> None:
+        self.error = _Refused(status, body)
+        self.completed = self.connection_close = True
+        self.expect_continue = False
+
+
+class Channel(HTTPChannel):  # type: ignore[misc]
+    """A client's connection."""
+
+    # The I/O thread reads, parses, closes and sends what was left unsent; the thread of the running request sends its
+    # answer. waitress has two locks for that. `requests_lock` guards `requests` and the hand-over of a whole request;
+    # `outbuf_lock` guards the buffers of the answer and the socket's sends. Whoever needs both takes `requests_lock`
+    # first. Closing then takes the lock of OpenSockets, last of all.
+
+    parser_class = _Parser
+    task_class = _Task
+    error_task_class = _ErrorTask
+
+    close_when_flushed: bool  # waitress's own, and so is the next
+    request: _Parser | None
+
+    def __init__(self, server: Any, client: socket.socket, *arguments: Any, **named: Any) -> None:
+        super().__init__(_ServerOfChannel(server, self), Socket(client), *arguments, **named)
+        self.outbufs = [_Spool()]
+        self.waits_since = time.monotonic()  # for a whole request, when none is served
+        self.may_be_sending = False  # the rest of a request that was refused
+        self.lingers = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request has begun, runs or is half answered."""
+        return not (self.requests or self.request or self.unsent_bytes)
+
+    @property
+    def waits_for_a_request(self) -> bool:
+        """Whether no request runs or is half answered; part of one may have arrived."""
+        return not (self.requests or self.unsent_bytes)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """How much of its answers the client has not taken yet."""
+        return int(self.total_outbufs_len)
+
+    @property
+    def quiet_s(self) -> float:
+        """How long ago anything was received or sent."""
+        return float(time.time() - self.last_activity)
+
+    @property
+    def may_bring_a_request(self) -> bool:
+        """Whether the system holds input, after the last request, that the I/O thread has not read yet."""
+        if self.request is not None or self.lingers:
+            return False
+        try:
+            return bool(self.socket.recv(1, socket.MSG_PEEK))
+        except OSError:  # nothing, or nobody
+            return False
+
+    @property
+    def awaits_only_its_client(self) -> bool:
+        """Whether the I/O thread has nothing to do until the client sends something, and is waiting for that."""
+        # A request thread asks this without a lock, when its request has left `requests` and its answer `outbufs`. If
+        # the client has sent more meanwhile, the I/O thread has that in hand, and is at worst woken for nothing. If the
+        # I/O thread is just changing the system's list for this connection, see OpenSockets._follow.
+        ends = self.will_close or self.close_when_flushed or not self.connected
+        return self.is_idle and not ends and self._map.awaits_input_alone(self._fileno)
+
+    def lingers_within(self, longest_s: float) -> bool:
+        """Whether its lingering close (see handle_write) has lasted no longer than this."""
+        return self.lingers and time.monotonic() - self.waits_since <= longest_s
+
+    def cut(self) -> None:
+        """Close it here and now, on the I/O thread, even if an answer is unsent."""
+        self.handle_close()
+
+    @override
+    def handle_write(self) -> None:
+        """As waitress does, but with a lingering close where the client may still be sending.
+
+        After the answer the server shuts down its side, and goes on to read and discard what arrives. Closed at once,
+        with input unread, the connection would be reset, and the client might never see its answer.
+        """
+        ends = self.close_when_flushed and self.may_be_sending
+        if ends:
+            self.close_when_flushed = False
+        super().handle_write()
+        if ends and self.total_outbufs_len:
+            self.close_when_flushed = True
+        elif ends and self.connected:
+            self.lingers = True
+            self.waits_since = time.monotonic()
+            if self.request is not None:  # came together with the refused head, and was parsed as a request of its own
+                self.request.close()
+                self.request = None
+            with contextlib.suppress(OSError):  # the client has gone
+                self.socket.shutdown(socket.SHUT_WR)
+
+    @override
+    def received(self, data: bytes) -> bool:
+        """Parse input, and discard it in a lingering close."""
+        return not self.lingers and bool(super().received(data))
+
+    def ask(self) -> None:
+        """Have the I/O thread ask it for its interest."""
+        self._map.ask(self._fileno)
+
+    @override
+    def _flush_some(self, do_close: bool = True) -> bool:
+        """Send what the socket takes, under `outbuf_lock` always."""
+        # waitress's I/O thread takes no lock here while no request runs. But a request thread that is about to end may
+        # then send `100 Continue` for the next request, and both would send the same bytes. A caller may hold the lock
+        # already: it belongs to a thread. handle_close clears `connected` under it before it closes the socket, so
+        # nobody sends to a descriptor that may be another connection's by now.
+        with self.outbuf_lock:
+            if not self.connected:
+                return False
+            sent: bool = super()._flush_some(do_close)
+            if sent:
+                self.waits_since = time.monotonic()
+                if self.connected and not self.total_outbufs_len:
+                    last = self.outbufs[-1]
+                    if last.buf is not None or not isinstance(last, _Spool):  # such a buffer keeps what it has sent
+                        last.close()
+                        self.outbufs = [_Spool()]
+                    self.current_outbuf_count = 0
+        return sent
+
+
+class _ServerOfChannel:
+    """The server as a channel sees it: it wakes the I/O thread only where that has something to do.
+
+    The I/O thread reads from a channel while its request runs (the lookahead), so after an answer that has left whole
+    there is nothing to do. It holds the channel by a proxy, since a cycle would keep the memory of a closed one.
+    """
+
+    def __init__(self, server: Any, channel: Channel) -> None:
+        self._server, self._channel = server, weakref.proxy(channel)
+        for name in NEEDED_OF_A_SERVER:  # every request needs these; __getattr__ takes longer
+            setattr(self, name, getattr(server, name))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._server, name)
+
+    def pull_trigger(self) -> None:
+        """Wake the I/O thread: an answer is written, or its buffers are full and back-pressure holds its thread."""
+        # A request thread hands its channel over here. It queues the channel first and wakes the I/O thread then, whose
+        # next turn begins with the queue: the other way round that turn might come too early. While the server stops
+        # each answer wakes it, since it may be the last that the stop waits for.
+        if self._server.is_stopping or not self._channel.awaits_only_its_client:
+            self._channel.ask()
+            self._server.pull_trigger()
+
+
+class Listener:
+    """A listening socket, with waitress's server for it. All but `wake` belong to the I/O thread."""
+
+    def __init__(self, app: App, server: Any, opened: OpenSockets, accepted_at_once: int) -> None:
+        """`accepted_at_once` bounds the connections that one turn of the loop accepts."""
+        self._server, self._opened, self._accepted_at_once = server, opened, accepted_at_once
+        self.fd: int = server._fileno
+        server.channel_class = Channel
+        server.handle_accept = self._accept_some
+        server.adj.refusal = app.refusal
+        server.adj.for_lines = copy.copy(server.adj)
+        server.adj.for_lines.max_request_body_size = app.settings.limits.max_stream_body_bytes
+        server.is_stopping = False
+        server.next_channel_cleanup = math.inf  # the loop closes idle connections itself
+
+    def wake(self) -> None:
+        """End the turn of the loop that waits. Safe on any thread and in a signal handler."""
+        self._server.pull_trigger()
+
+    def end_keep_alive(self) -> None:
+        """From now on each answer closes its connection."""
+        self._server.is_stopping = True
+
+    def close(self) -> None:
+        """Accept what the system holds already, then close. It refuses later connections instead of parking them."""
+        while self._accept():
+            pass
+        self._server.accepting = False
+        self._server.del_channel()
+        self._server.socket.close()
+
+    def end_threads(self, longest_s: float) -> None:
+        """End the request threads, which all listeners share; wait up to `longest_s` for them."""
+        self._server.task_dispatcher.shutdown(timeout=longest_s)
+
+    def _accept_some(self) -> None:
+        """Accept connections that wait, as long as there are slots for them."""
+        for _ in range(self._accepted_at_once):
+            if not (self._server.readable() and self._accept()):
+                return
+
+    def _accept(self) -> bool:
+        """Accept a connection; False if none waits."""
+        before = len(self._opened)
+        BaseWSGIServer.handle_accept(self._server)
+        return len(self._opened) > before
+
+
+def listen(
+    app: App, sockets: Sequence[socket.socket], opened: OpenSockets, *, most: int, accepted_at_once: int
+) -> list[Listener]:
+    """Have waitress serve the app on these sockets. `most` bounds `opened`: connections and the server's own."""
+    create_server(
+        app,
+        map=opened,
+        sockets=list(sockets),
+        threads=app.settings.threads,
+        connection_limit=most,
+        max_request_body_size=app.settings.limits.max_body_bytes,
+        outbuf_overflow=sys.maxsize,  # a channel begins with a _Spool; after 16 MB waitress adds others, in memory
+        channel_request_lookahead=1,  # else a client that goes away is not noticed
+        clear_untrusted_proxy_headers=False,  # the app reads them to tell a proxy
+        backlog=LISTEN_BACKLOG,
+        ident="embedpool",
+    )
+    servers = [opened_one for opened_one in opened.values() if isinstance(opened_one, BaseWSGIServer)]
+    return [Listener(app, server, opened, accepted_at_once) for server in servers]
+
+
+# What readiness.py asks of anything that waitress has open: a socket that listens, a client's, the one that wakes the
+# loop. These two close it if its handler raises.
+handle_input, handle_output = wasyncore.read, wasyncore.write
+
+
+def interest_of(opened_one: Any) -> tuple[bool, bool]:
+    """Whether it waits for input, and whether it waits to be written to."""
+    return bool(opened_one.readable()), bool(opened_one.writable()) and not opened_one.accepting
