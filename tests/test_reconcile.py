@@ -22,8 +22,8 @@ from embedpool.errors import (
     StorageError,
 )
 from embedpool.pool.pool import Pool
-from embedpool.pool.settings import PoolSettings
 from embedpool.pool.request import EmbedRequest
+from embedpool.pool.settings import PoolSettings
 from embedpool.reconcile import Reconciler
 from tests.conftest import fake_pool_yml, open_fake, settle
 

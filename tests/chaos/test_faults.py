@@ -20,9 +20,9 @@ import pytest
 
 from embedpool.config.spec import FakeConfig
 from embedpool.drivers.fake import FakeDriver
-from tests.conftest import run
 from tests.chaos.conftest import Figures, foreground
 from tests.chaos.http import Connection, Cut, address, embed_request
+from tests.conftest import run
 from tests.live.conftest import Server, fake, wait_until
 
 CLIENTS = 32

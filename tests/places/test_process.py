@@ -19,31 +19,37 @@ import psutil
 import pytest
 
 from embedpool.config.spec import DriverSpec, FakeConfig, ModelSpec, QueueSpec
-from embedpool.drivers import child, make_driver
-from embedpool.drivers.base import Driver, Embeddings
+from embedpool.drivers import make_driver
 from embedpool.drivers.fake import FakeDriver
-from embedpool.drivers.in_child import Call
 from embedpool.errors import ModelFailed
+from embedpool.places import open_place, process
+from embedpool.places.process import ProcessPlace
+from embedpool.tasks.driver import Driver
+from embedpool.tasks.item import Batch, Item
+from embedpool.tasks.place import Loss, Place
+from embedpool.tasks.rows import Answer
 from tests.conftest import run
 from tests.pool.scripted import PATIENCE_S
 
 
 def spec_of(*, inflight: int | None = None, **config: Any) -> ModelSpec:
-    config = {"isolation": "process", "dim": 8, **config}
-    return ModelSpec("m", DriverSpec("fake", FakeConfig(**config)), queue=QueueSpec(None, inflight))
+    driver = DriverSpec("fake", FakeConfig(**{"dim": 8, **config}))
+    return ModelSpec("m", driver, place="process", queue=QueueSpec(None, inflight))
+
+
+def opened_place(spec: ModelSpec, prepare: Callable[[], None] | None = None) -> Place:
+    return open_place(spec, functools.partial(make_driver, spec, Path(), {}), prepare_child=prepare)
 
 
 @pytest.fixture
-def opened() -> Iterator[Callable[..., Driver]]:
+def opened() -> Iterator[Callable[..., Place]]:
     """Open a driver in a child; at the end no child and no open file is left of it."""
     process = psutil.Process()
-    drivers: list[Driver] = []
+    drivers: list[Place] = []
 
-    def open_one(**config: Any) -> Driver:
-        driver = make_driver(spec_of(**config), Path())
-        driver.open()
-        drivers.append(driver)
-        return driver
+    def open_one(**config: Any) -> Place:
+        drivers.append(opened_place(spec_of(**config)))
+        return drivers[-1]
 
     open_one(inflight=4).close()  # multiprocessing keeps a helper and its shared memory for the next
     drivers.clear()
@@ -56,8 +62,8 @@ def opened() -> Iterator[Callable[..., Driver]]:
     assert process.num_fds() == files
 
 
-def pid_of(driver: Driver) -> int:
-    pid = driver.description["pid"]
+def pid_of(driver: Place) -> int:
+    pid = driver.facts.description["pid"]
     assert isinstance(pid, int)
     return pid
 
@@ -68,23 +74,23 @@ def test_its_vectors_are_the_drivers_own(opened) -> None:
     driver = opened()
     np.testing.assert_array_equal(run(driver, texts).rows.values, run(FakeDriver(FakeConfig(dim=8)), texts).rows.values)
     driver.probe()
-    assert driver.description["isolation"] == "process"
-    assert driver.description["dim"] == 8
+    assert driver.facts.description["place"] == driver.facts.description["isolation"] == "process"
+    assert driver.facts.description["dim"] == driver.facts.width == 8
     assert pid_of(driver) != os.getpid()
-    assert driver.parallel == 1
+    assert driver.facts.slots == 1
 
 
 def test_vectors_larger_than_the_shared_memory_come_all_the_same(opened) -> None:
     """They go through the pipe."""
     driver = opened(dim=65_536)
-    texts = [f"text {i}" for i in range(child.BLOCK_FLOATS // 65_536 + 1)]
+    texts = [f"text {i}" for i in range(process.BLOCK_BYTES // (4 * 65_536) + 1)]
     vectors = run(driver, texts).rows.values
-    assert vectors.size > child.BLOCK_FLOATS
+    assert vectors.nbytes > process.BLOCK_BYTES
     np.testing.assert_array_equal(vectors, run(FakeDriver(FakeConfig(dim=65_536)), texts).rows.values)
 
 
 def test_batches_at_once_do_not_mix(opened) -> None:
-    """More threads than lanes: each gets the vectors of its own texts."""
+    """More threads than slots: each gets the vectors of its own texts."""
     driver = opened(inflight=3)
     expected = FakeDriver(FakeConfig(dim=8))
 
@@ -108,14 +114,13 @@ def test_a_fault_of_a_batch_is_told_and_nothing_ends(opened) -> None:
 def test_a_load_that_fails_says_why() -> None:
     """The child's error is the parent's; a child that ends says how; nothing is left of either."""
     with pytest.raises(RuntimeError, match=r"^fault: load$"):
-        make_driver(spec_of(fault="load"), Path()).open()
+        opened_place(spec_of(fault="load"))
     with pytest.raises(
         ModelFailed, match=r"did not load: its process was ended, because it held \d+ MB, more than max_rss_mb 1$"
     ):
-        make_driver(spec_of(max_rss_mb=1), Path()).open()
-    driver = make_driver(spec_of(), Path(), functools.partial(os._exit, 7))
+        opened_place(spec_of(max_rss_mb=1))
     with pytest.raises(ModelFailed, match="did not load: its process ended with exit code 7"):
-        driver.open()
+        opened_place(spec_of(), functools.partial(os._exit, 7))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +153,7 @@ def test_a_kill_between_batches_is_told_at_once(opened) -> None:
     driver.watch(told.set)
     os.kill(pid_of(driver), signal.SIGKILL)
     assert told.wait(PATIENCE_S)
-    assert driver.lost == "its process was ended by SIGKILL"
+    assert driver.lost == Loss("its process was ended by SIGKILL", innocent=True)
     told.clear()
     driver.watch(told.set)  # too late to see it happen
     assert told.is_set()
@@ -180,12 +185,12 @@ def test_a_batch_that_is_to_be_alone_is(opened) -> None:
     def ask(number: int) -> None:
         alone = number % 3 == 0
         with driver.alone() if alone else contextlib.nullcontext():
-            with driver._lane() as lane:
+            with driver._slot() as slot:
                 with lock:
                     running[0] += 1
                     most[0] = max(most[0], running[0])
                     assert not alone or running[0] == 1
-                driver._ask(lane, Call(["a"], None, {}))
+                driver._ask(slot, Batch("embed", [Item(("a",), 1)]))
                 with lock:
                     running[0] -= 1
 
@@ -223,9 +228,9 @@ def test_no_thread_to_watch_it_no_child(monkeypatch: pytest.MonkeyPatch) -> None
     def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(child.threading.Thread, "start", refuse)
+    monkeypatch.setattr(process.threading.Thread, "start", refuse)
     with pytest.raises(RuntimeError, match="new thread"):
-        make_driver(spec_of(), Path()).open()
+        opened_place(spec_of())
     assert set(multiprocessing.active_children()) <= children
 
 
@@ -236,13 +241,13 @@ def test_an_end_by_any_signal_is_told(opened) -> None:
     with contextlib.suppress(ChildProcessError):
         while driver.lost is None:
             driver.probe()
-    assert driver.lost == f"its process was ended by signal {signal.SIGRTMIN + 1}"
+    assert driver.lost == Loss(f"its process was ended by signal {signal.SIGRTMIN + 1}")
 
 
 class _Odd(FakeDriver):
     """Fails with an error whose class the parent does not know."""
 
-    def embed(self, *arguments: Any) -> Embeddings:
+    def run(self, batch: Batch) -> Answer:
         error = type("Strange", (Exception,), {"__module__": "somewhere"})
         raise error("out of order")
 
@@ -253,8 +258,7 @@ def _make_odd() -> Driver:
 
 def test_an_error_of_a_class_unknown_here_keeps_its_words() -> None:
     """The parent needs none of the model's libraries to say what went wrong."""
-    driver = child.ChildDriver(spec_of(), _make_odd, None, 60)
-    driver.open()
+    driver = ProcessPlace(spec_of(), _make_odd, None, 60)
     try:
         with pytest.raises(RuntimeError, match=r"^Strange: out of order$"):
             run(driver, ["a"])
@@ -264,5 +268,50 @@ def test_an_error_of_a_class_unknown_here_keeps_its_words() -> None:
 
 def test_a_crash_in_the_servers_own_process_is_refused() -> None:
     """The stand-in's `fault: crash` would end the server."""
-    with pytest.raises(ModelFailed, match="isolation: process"):
-        make_driver(spec_of(fault="crash", isolation="thread"), Path()).open()
+    spec = ModelSpec("m", DriverSpec("fake", FakeConfig(fault="crash")))
+    with pytest.raises(ModelFailed, match="place: process"):
+        opened_place(spec)
+
+
+@pytest.mark.parametrize(
+    ("number", "kills", "grown", "innocent"),
+    [
+        (signal.SIGKILL, 0, False, True),  # by a person
+        (signal.SIGKILL, 0, True, True),
+        (signal.SIGKILL, 1, False, True),  # by the kernel, for what another process took
+        (signal.SIGKILL, 1, True, False),  # by the kernel, perhaps for what a text took
+        (signal.SIGSEGV, 0, False, False),
+        (signal.SIGABRT, 1, False, False),
+    ],
+)
+def test_a_loss_is_innocent_if_no_text_can_have_caused_it(
+    opened, monkeypatch: pytest.MonkeyPatch, number: int, kills: int, grown: bool, innocent: bool
+) -> None:
+    """The kernel's count of processes ended for want of memory, and this one's own growth, tell."""
+    found = {"kills": 5, "bytes": 100}
+    monkeypatch.setattr(process, "_kills_for_memory", lambda: found["kills"])
+    monkeypatch.setattr(process, "_rss_bytes", lambda pid: found["bytes"])
+    told = threading.Event()
+    driver = opened()
+    driver.watch(told.set)
+    found["bytes"] = 200 if grown else 101
+    driver._memory.look(None)
+    found["kills"] += kills
+    os.kill(pid_of(driver), number)
+    assert told.wait(PATIENCE_S)
+    assert driver.lost is not None
+    assert driver.lost.innocent is innocent
+
+
+def test_an_end_that_we_bring_about_is_not_innocent(opened) -> None:
+    """A batch that takes too long, or too much, may do so because of a text."""
+    driver = opened(fault="hang", fault_text="bad", batch_timeout_s=0.2)
+    with pytest.raises(ChildProcessError):
+        run(driver, ["bad"])
+    assert driver.lost is not None
+    assert not driver.lost.innocent
+
+
+def test_the_kernels_count_is_read() -> None:
+    """Where the kernel keeps none it never changes."""
+    assert process._kills_for_memory() >= 0

@@ -18,12 +18,13 @@ from embedpool.pool.request import Call, Request, Result
 from embedpool.pool.served_model import ServedModel
 from embedpool.pool.settings import PoolSettings
 from embedpool.tasks.driver import Facts
-from embedpool.tasks.embed import Embed, EmbedOptions
+from embedpool.tasks.embed import LOCAL, Embed, EmbedOptions
 from embedpool.tasks.item import Batch, Group, Item, Keys
 from embedpool.tasks.place import Loss, Place
 from embedpool.tasks.rows import Answer, Rows
 
 PATIENCE_S = 10  # before a test gives up; nothing waits that long when all is well
+FACTS, OPTIONS = Facts(), EmbedOptions()
 A_WHILE_S = 0.3  # for what must not happen: a right implementation only waits it out, on any machine
 
 
@@ -45,7 +46,7 @@ class Scripted(Place):
         *,
         on_probe: Callable[[], None] = lambda: None,
         on_close: Callable[[], None] = lambda: None,
-        facts: Facts = Facts(),
+        facts: Facts = FACTS,
     ) -> None:
         super().__init__()
         self.facts = facts
@@ -213,7 +214,7 @@ class Asked(Request):
 
     __slots__ = ("items",)
 
-    def __init__(self, *texts: str, group: Group = Group("embed"), options: EmbedOptions = EmbedOptions(), **call: Any):
+    def __init__(self, *texts: str, group: Group = LOCAL, options: EmbedOptions = OPTIONS, **call: Any) -> None:
         super().__init__(Embed(texts, options), Call(**{"arrived_at": 0.0, "timeout_s": 1e9, **call}))
         keys = Keys(group)
         self.items = [

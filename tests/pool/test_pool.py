@@ -30,10 +30,10 @@ from tests.pool.scripted import (
     Scripted,
     ask,
     assert_answers,
-    engine_of,
     in_thread,
     model_spec,
     puts_of,
+    settings_of,
 )
 
 
@@ -42,9 +42,9 @@ def run() -> Iterator[Callable[..., tuple[Pool, Opener]]]:
     """A pool whose loads follow the script; stopped at the end, when every driver must have been closed."""
     made: list[tuple[Pool, Opener]] = []
 
-    def begin(*script: Any, models: tuple[ModelSpec, ...] = (), engine: dict | None = None, **limits: Any):
+    def begin(*script: Any, models: tuple[ModelSpec, ...] = (), settings: dict | None = None, **limits: Any):
         opener = Opener(*script)
-        pool = Pool(engine_of(opener, **(engine or {})), **limits)
+        pool = Pool(settings_of(opener, **(settings or {})), **limits)
         made.append((pool, opener))
         if models:
             apply(pool, *models)
@@ -272,7 +272,7 @@ def test_a_change_taken_back_keeps_the_old_model(run) -> None:
 def test_a_request_inside_the_old_model_is_answered_by_it(run, promotions) -> None:
     """A large request that began before a change is answered whole by the model that took it."""
     gate = Gate()
-    pool, opener = run(Scripted(gate), models=(model_spec(max_size=4),), engine={"max_batch_texts": 2})
+    pool, opener = run(Scripted(gate), models=(model_spec(max_size=4),), settings={"max_batch_texts": 2})
     texts = [str(i) for i in range(20)]
     inside = in_thread(ask, pool, *texts)
     gate.arrived()
@@ -289,13 +289,13 @@ def test_a_request_that_meets_a_closed_door_goes_to_the_successor(run, promotion
     old = pool.find("m")
     admit = old.queue.admit
 
-    def admit_after_the_change(job) -> None:
+    def admit_after_the_change(items) -> int:
         old.queue.admit = admit
         apply(pool, changed())
         promotions.wait()
         while old.state != "draining":
             threading.Event().wait(0.001)
-        admit(job)
+        return admit(items)
 
     old.queue.admit = admit_after_the_change
     assert_answers(ask(pool, "a"), "a")
@@ -306,10 +306,10 @@ def test_a_change_while_the_model_is_opened_anew_refuses_nobody(run, promotions)
     """A model that is being reopened lets requests wait, also when its spec is changed just then."""
     reopening = Gate()
 
-    def on_embed(texts: list[str]) -> None:
+    def on_run(texts: list[str]) -> None:
         raise RuntimeError("out of order")
 
-    broken = Scripted(on_embed, on_probe=lambda: on_embed([]))
+    broken = Scripted(on_run, on_probe=lambda: on_run([]))
     pool, _ = run(broken, *[lambda: reopening() or Scripted()] * 2, models=(model_spec(),))
     with pytest.raises(EmbedpoolError):
         ask(pool, "bad")
@@ -384,7 +384,7 @@ def test_a_model_that_does_not_load_is_not_prepared(run, monkeypatch, min_replic
         replicas = self.replicas._replicas
         settled = wait_settled(self, timeout_s)
         for replica in replicas:
-            replica.join(A_WHILE_S)  # so that a replica that would leave has left
+            replica.threads[0].join(A_WHILE_S)  # so that a replica that would leave has left
         return settled
 
     monkeypatch.setattr(ServedModel, "wait_settled", wait_and_a_little_longer)
@@ -548,7 +548,7 @@ def test_any_sequence_of_specs_keeps_every_promise(first: ModelSpec, sequence) -
     """Whatever changes follow each other: names lead where the last spec says, a model that stays answers every
     request rightly throughout, the others answer rightly or say why not, and nothing is left at the end."""
     opener = Opener()
-    pool = Pool(engine_of(opener))
+    pool = Pool(settings_of(opener))
     over = threading.Event()
 
     def keep_asking(model: str) -> int:

@@ -3,69 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
 
-from embedpool.drivers.base import Driver
+from embedpool.config.spec import ModelSpec
 from embedpool.errors import EmbedpoolError, InferenceFailed
 from embedpool.pool import replica as replica_module
-from embedpool.pool.batcher import Batcher
-from embedpool.pool.culprits import Culprits
-from embedpool.pool.job import Job
-from embedpool.pool.lanes import Lanes
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.replica import Replica
+from embedpool.pool.replica_set import ReplicaSet
+from embedpool.pool.runner import DriverLost
 from embedpool.pool.stats import ModelStats
-from embedpool.pool.worker import DriverLost, Worker
-from tests.pool.scripted import PATIENCE_S, Gate, Opener, Scripted, broken_on, job_of, model_spec
+from tests.pool.scripted import PATIENCE_S, Asked, Gate, Opener, Scripted, broken_on, model_spec, settings_of
 
 
 class Panic(BaseException):
     """As raised by libraries in Rust when they panic."""
 
 
-class Model:
-    """The owner of one replica, as a replica sees it."""
+class OneReplica(ReplicaSet):
+    """A set of one replica, which remembers what became of it."""
 
-    driver_config = None
-    probe_idle_s: float | None = None
-
-    def is_surplus(self, replica: Replica) -> bool:
-        return False
-
-    def __init__(self, opener: Opener) -> None:
+    def __init__(self, opener: Opener, spec: ModelSpec, probe_idle_s: float | None) -> None:
         self.queue = ModelQueue(100)
-        self.idle_s: float | None = None
-        self.keep = True
-        self.batches = 1
+        settings = settings_of(opener, max_batch_texts=4, max_batch_tokens=1000, probe_idle_s=probe_idle_s)
+        super().__init__(spec, settings, self.queue, ModelStats())
         self.grown = 0
         self.states: list[str] = []
         self._changes = threading.Condition()
-        self._opener = opener
+        self.start(1)
+        (self.replica,) = self._replicas
+        (self.lead,) = self.replica.threads[:1]
 
-    def open_place(self) -> Driver:
-        return self._opener(model_spec())
-
-    def make_worker(self, name: str, driver: Driver) -> Worker:
-        batcher, lanes = Batcher(4, 1000), Lanes(time.monotonic)
-        return Worker(name, driver, self.queue, batcher, ModelStats(), culprits=Culprits(), lanes=lanes)
-
-    def inflight(self, driver: Driver) -> int:
-        return self.batches
-
-    def idle_timeout_s(self) -> float | None:
-        return self.idle_s
-
-    def may_retire(self, replica: Replica) -> bool:
-        return not self.keep
-
-    def grow(self) -> None:
+    def _grow(self) -> None:
         self.grown += 1
 
-    def replica_changed(self, replica: Replica) -> None:
+    def _replica_changed(self, replica: Replica) -> None:
+        super()._replica_changed(replica)
         with self._changes:
             self.states.append(replica.state)
             self._changes.notify_all()
@@ -76,47 +53,51 @@ class Model:
             self._changes.wait_for(lambda: len(self.states) >= len(states), PATIENCE_S)
             assert self.states == list(states)
 
-    def put(self, text: str) -> Job:
-        job = job_of(text)
-        self.queue.admit(job)
-        return job
+    def put(self, text: str) -> Asked:
+        return Asked(text, timeout_s=1e12).admitted_to(self.queue)
+
+    def ended(self) -> bool:
+        """Whether the replica's life ends."""
+        self.lead.join(PATIENCE_S)
+        return not self.lead.is_alive()
 
 
 @pytest.fixture
 def start() -> Iterator:
-    """Start a replica on a model; stopped at the end, when every driver must have been closed."""
-    started: list[tuple[Replica, Opener]] = []
+    """Start a replica; stopped at the end, when every place must have been closed."""
+    started: list[tuple[OneReplica, Opener]] = []
 
-    def begin(*script: object, **model: object) -> tuple[Replica, Model, Opener]:
+    def begin(
+        *script: object,
+        probe_idle_s: float | None = None,
+        inflight: int | None = None,
+        needed: int = 1,
+        idle_s: float = 30,
+    ) -> tuple[Replica, OneReplica, Opener]:
         opener = Opener(*script)
-        owner = Model(opener)
-        for name, value in model.items():
-            setattr(owner, name, value)
-        replica = Replica("m#1", owner)
-        started.append((replica, opener))
-        replica.start()
-        return replica, owner, opener
+        model = OneReplica(opener, model_spec(min=needed, idle_ttl_s=idle_s, inflight=inflight), probe_idle_s)
+        started.append((model, opener))
+        return model.replica, model, opener
 
     yield begin
-    for replica, opener in started:
-        replica.stop()
-        assert replica.join(PATIENCE_S)
-        assert replica.state == "closed"
-        assert all(driver.closed.is_set() for driver in opener.opened)
+    for model, opener in started:
+        model.stop(PATIENCE_S)
+        assert model.ended()
+        assert model.replica.state == "closed"
+        assert all(place.closed.is_set() for place in opener.opened)
 
 
-def done(job: Job) -> Exception | None:
+def done(request: Asked) -> Exception | None:
     with contextlib.suppress(EmbedpoolError):
-        job.wait(PATIENCE_S)
-    return job.error
+        request.wait(PATIENCE_S)
+    return request.error
 
 
 def test_it_loads_serves_and_closes(start) -> None:
     """A replica serves once its driver is open, and gives the driver back when it stops."""
-    replica, model, opener = start()
+    _replica, model, opener = start()
     assert done(model.put("a")) is None
-    replica.stop()
-    assert replica.join(PATIENCE_S)
+    model.stop(PATIENCE_S)
     assert model.states == ["ready", "closed"]
     assert opener.opened[0].closed.is_set()
     assert model.grown == 1
@@ -125,8 +106,8 @@ def test_it_loads_serves_and_closes(start) -> None:
 def test_a_failed_load_is_tried_again(start) -> None:
     """A model that cannot be loaded is tried again with a growing delay, and serves what waited once it can."""
     replica, model, _opener = start(OSError("no file"), OSError("no file"), RuntimeError("no memory"))
-    job = model.put("a")
-    assert done(job) is None
+    request = model.put("a")
+    assert done(request) is None
     model.wait_for("failed", "failed", "failed", "ready")
     assert replica.last_error == "RuntimeError: no memory"
 
@@ -136,11 +117,11 @@ def test_the_delay_doubles_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(replica_module, "BACKOFF_FIRST_S", 0.5)
     monkeypatch.setattr(replica_module, "BACKOFF_LONGEST_S", 60.0)
     opener = Opener(*[OSError("down")] * 5)
-    replica = Replica("m#1", Model(opener), clock=lambda: 1000.0)
+    replica = Replica("m#1", opener, clock=lambda: 1000.0)
     delays = []
     for failures in (0, 1, 2, 5, 100):
         replica.failures = failures
-        replica._open()
+        assert not replica.open()
         delays.append(replica.retry_at - 1000)
     assert delays == [0.5, 1, 2, 16, 60]
 
@@ -151,30 +132,31 @@ def test_finding_a_text_that_ends_drivers_is_not_slowed_down_and_a_model_that_al
     """As many losses as it takes to find one text are followed by no pause; more of them in a row are, of up to a
     second, until a batch is served."""
     monkeypatch.setattr(replica_module, "BACKOFF_FIRST_S", 0.5)
-    replica = Replica("m#1", Model(Opener()), clock=lambda: 1000.0)
+    replica = Replica("m#1", Opener(), clock=lambda: 1000.0)
     pauses = []
-    for _ in range(replica_module.LOSSES_TO_FIND_A_TEXT + 4):
-        replica._failed(DriverLost("its process was ended by SIGSEGV"))
+    for _ in range(replica_module.LOSSES_TO_FIND_AN_ITEM + 4):
+        replica.fail(DriverLost("its process was ended by SIGSEGV"))
         pauses.append(replica.retry_at - 1000)
-    assert pauses == [0.0] * replica_module.LOSSES_TO_FIND_A_TEXT + [0.5, 1, 1, 1]
+    assert pauses == [0.0] * replica_module.LOSSES_TO_FIND_AN_ITEM + [0.5, 1, 1, 1]
     assert replica.failures == 0
     replica._end_work(served=True)
-    replica._failed(DriverLost("its process was ended by SIGSEGV"))
+    replica.fail(DriverLost("its process was ended by SIGSEGV"))
     assert replica.retry_at == 1000
 
 
 def test_it_goes_on_trying_for_days(start) -> None:
     """A remote that is down over a weekend is found again when it is back: thousands of failures end no replica."""
-    opener = Opener(OSError("down"))
-    model = Model(opener)
-    replica = Replica("m#1", model)
+    gate = Gate()
+
+    def down() -> Scripted:
+        gate()
+        raise OSError("down")
+
+    replica, model, _opener = start(down)
+    gate.arrived()
     replica.failures = 5000
-    replica.start()
-    try:
-        model.wait_for("failed", "ready")
-    finally:
-        replica.stop()
-        replica.join(PATIENCE_S)
+    gate.open()
+    model.wait_for("failed", "ready")
 
 
 def test_a_broken_driver_is_opened_anew(start) -> None:
@@ -195,33 +177,31 @@ def test_failures_in_a_row_count_until_a_batch_is_served(start) -> None:
     model.wait_for("ready", "failed", "ready", "failed", "ready")
     assert replica.failures == 2
     assert done(model.put("a")) is None
-    replica.stop()
-    assert replica.join(PATIENCE_S)
+    model.stop(PATIENCE_S)
     assert replica.failures == 0
 
 
 def test_a_round_that_only_dropped_work_earns_no_trust(start) -> None:
     """Work that was dropped because its client had gone says nothing about the driver's health."""
     replica, model, _opener = start(OSError("down"))
-    job = job_of("a")
-    job.flow.abandoned = True
-    model.queue.admit(job)
-    assert done(job) is not None
-    replica.stop()
-    assert replica.join(PATIENCE_S)
+    request = Asked("a")
+    request.abandoned = True
+    request.admitted_to(model.queue)
+    assert done(request) is not None
+    model.stop(PATIENCE_S)
     assert replica.failures == 1
 
 
 def test_several_batches_run_in_one_replica(start) -> None:
     """A driver that serves several batches at once gets them at once, from one load."""
     gate = Gate()
-    _replica, model, opener = start(Scripted(gate), batches=2)
-    jobs = [model.put("a")]
+    _replica, model, opener = start(Scripted(gate), inflight=2)
+    requests = [model.put("a")]
     gate.arrived()
-    jobs.append(model.put("b"))
+    requests.append(model.put("b"))
     gate.arrived()
     gate.open()
-    assert [done(job) for job in jobs] == [None, None]
+    assert [done(request) for request in requests] == [None, None]
     assert len(opener.opened) == 1
 
 
@@ -229,7 +209,7 @@ def test_when_one_batch_finds_the_driver_broken_the_others_finish_first(start) -
     """The driver is closed after the last batch that runs in it, and once."""
     gate = Gate()
 
-    def on_embed(texts: list[str]) -> None:
+    def on_run(texts: list[str]) -> None:
         if "slow" in texts:
             gate()
         if "bad" in texts:
@@ -238,7 +218,7 @@ def test_when_one_batch_finds_the_driver_broken_the_others_finish_first(start) -
     def on_probe() -> None:
         raise RuntimeError("out of order")
 
-    _replica, model, opener = start(Scripted(on_embed, on_probe=on_probe), batches=2)
+    _replica, model, opener = start(Scripted(on_run, on_probe=on_probe), inflight=2)
     slow = model.put("slow")
     gate.arrived()
     assert isinstance(done(model.put("bad")), InferenceFailed)
@@ -252,8 +232,8 @@ def test_when_one_batch_finds_the_driver_broken_the_others_finish_first(start) -
 
 def test_an_idle_replica_leaves_when_it_may(start) -> None:
     """A replica that is not needed closes its driver after its idle time."""
-    replica, model, _opener = start(idle_s=0.001, keep=False, batches=2)
-    assert replica.join(PATIENCE_S)
+    _replica, model, _opener = start(idle_s=0.001, needed=0, inflight=2)
+    assert model.ended()
     assert model.states == ["ready", "closed"]
 
 
@@ -267,31 +247,32 @@ def test_an_idle_replica_that_may_not_leave_stays(start) -> None:
 
 def test_a_new_idle_time_is_never_missed(start, monkeypatch: pytest.MonkeyPatch) -> None:
     """A change of scaling that comes just before a replica begins to wait for work applies all the same."""
+    timeout_of = OneReplica._idle_timeout_s
 
-    def idle_timeout_s(self: Model) -> float | None:
-        before = self.idle_s
+    def idle_timeout_s(self: OneReplica) -> float | None:
+        before = timeout_of(self)
         if before is None:  # pool.yml changes in this very moment
-            self.idle_s, self.keep = 0.001, False
+            self.spec = model_spec(min=0, idle_ttl_s=0.001)
             self.queue.wake()
         return before
 
-    monkeypatch.setattr(Model, "idle_timeout_s", idle_timeout_s)
-    replica, _, _ = start()
-    assert replica.join(PATIENCE_S / 4)
+    monkeypatch.setattr(OneReplica, "_idle_timeout_s", idle_timeout_s)
+    _, model, _ = start()
+    assert model.ended()
 
 
 def test_a_busy_replica_is_not_idle(start) -> None:
     """A batch that runs longer than the idle time keeps its replica."""
-    gate = Gate()
-    replica, model, _opener = start(Scripted(gate), idle_s=0.001, batches=2)
-    job = model.put("a")
+    gate, loading = Gate(), Gate()
+    replica, model, _opener = start(lambda: loading() or Scripted(gate), idle_s=0.001, inflight=2, needed=0)
+    request = model.put("a")
+    loading.open()
     gate.arrived()
-    model.keep = False
-    assert replica.busy
+    assert replica.is_busy
     assert model.states == ["ready"]
     gate.open()
-    assert done(job) is None
-    assert replica.join(PATIENCE_S)
+    assert done(request) is None
+    assert model.ended()
 
 
 def test_a_stop_lets_the_batch_finish(start) -> None:
@@ -304,7 +285,7 @@ def test_a_stop_lets_the_batch_finish(start) -> None:
     replica.stop()
     gate.open()
     assert done(running) is None
-    assert replica.join(PATIENCE_S)
+    assert model.ended()
     assert not waiting.is_done
 
 
@@ -312,10 +293,9 @@ def test_a_stop_during_the_back_off_does_not_wait_for_it(start, monkeypatch: pyt
     """A model that waits to be tried again can be stopped at once."""
     monkeypatch.setattr(replica_module, "BACKOFF_FIRST_S", 1000.0)
     monkeypatch.setattr(replica_module, "BACKOFF_LONGEST_S", 1000.0)
-    replica, model, _opener = start(OSError("down"))
+    _replica, model, _opener = start(OSError("down"))
     model.wait_for("failed")
-    replica.stop()
-    assert replica.join(PATIENCE_S)
+    model.stop(PATIENCE_S)
 
 
 def test_a_stop_during_the_load_closes_what_was_loaded(start) -> None:
@@ -326,11 +306,11 @@ def test_a_stop_during_the_load_closes_what_was_loaded(start) -> None:
         gate()
         return Scripted()
 
-    replica, _model, opener = start(slow_load)
+    replica, model, opener = start(slow_load)
     gate.arrived()
     replica.stop()
     gate.open()
-    assert replica.join(PATIENCE_S)
+    assert model.ended()
     assert opener.opened[0].closed.is_set()
 
 
@@ -375,20 +355,20 @@ def test_a_driver_lost_in_its_batches_is_opened_anew_and_serves_them(start) -> N
     """All of its threads leave it; it has failed once, not once a thread; nobody gets an error."""
     gate = Gate()
 
-    def on_embed(texts: list[str]) -> None:
+    def on_run(texts: list[str]) -> None:
         gate()
         if driver.lost:
             raise ChildProcessError(driver.lost)
 
-    driver = Scripted(on_embed)
-    _, model, opener = start(driver, batches=2)
-    jobs = [model.put("a")]
+    driver = Scripted(on_run)
+    _, model, opener = start(driver, inflight=2)
+    requests = [model.put("a")]
     gate.arrived()
-    jobs.append(model.put("b"))
+    requests.append(model.put("b"))
     gate.arrived()
     driver.lose("its process was ended by SIGKILL")
     gate.open()
-    assert [done(job) for job in jobs] == [None, None]
+    assert [done(request) for request in requests] == [None, None]
     assert model.states == ["ready", "failed", "ready"]
     assert driver.closed.is_set()
     assert len(opener.opened) == 2
@@ -414,8 +394,8 @@ def test_a_replica_without_work_is_tried_with_a_text(start) -> None:
 
 def test_a_probe_does_not_keep_an_idle_replica(start) -> None:
     """It is no work."""
-    replica, model, _ = start(probe_idle_s=0.001, idle_s=0.05, keep=False)
-    assert replica.join(PATIENCE_S)
+    _replica, model, _ = start(probe_idle_s=0.001, idle_s=0.05, needed=0)
+    assert model.ended()
     assert model.states == ["ready", "closed"]
 
 
@@ -424,7 +404,7 @@ def test_a_probe_that_hangs_is_seen(start) -> None:
     gate = Gate()
     replica, _, _ = start(Scripted(on_probe=gate), probe_idle_s=0.001)
     gate.arrived()
-    assert replica.busy
+    assert replica.is_busy
     assert replica.stuck_s(0.0) > 0
     gate.open()
 
@@ -433,29 +413,29 @@ def test_a_replica_at_work_is_not_probed(start) -> None:
     """Its batches say how it is."""
     gate = Gate()
     driver = Scripted(gate, on_probe=lambda: pytest.fail("probed"))
-    replica, model, _ = start(driver, batches=2)
-    job = model.put("a")
+    replica, model, _ = start(driver, inflight=2)
+    request = model.put("a")
     gate.arrived()
-    model.probe_idle_s = 0.001
+    model._settings = dataclasses.replace(model._settings, probe_idle_s=0.001)
     for _ in range(20):
         model.queue.wake()
-    model.probe_idle_s = None
-    gate.open()
     replica.stop()
-    assert done(job) is None
+    gate.open()
+    model.stop(PATIENCE_S)
+    assert done(request) is None
     assert driver.probes == 0
 
 
 def test_a_batch_that_ends_driver_after_driver_is_no_failure_of_the_model(start) -> None:
     """Its texts are tried apart; meanwhile the model neither counts as failed nor waits before it is opened again."""
 
-    def on_embed(texts: list[str]) -> None:
+    def on_run(texts: list[str]) -> None:
         if "deadly" in texts:
             opener.opened[-1].lost = "its process was ended by SIGSEGV"
             raise ChildProcessError("its process was ended by SIGSEGV")
 
-    replica, model, opener = start(*[Scripted(on_embed) for _ in range(8)])
-    jobs = [model.put(text) for text in ("a", "deadly", "b", "deadly", "c")]
-    errors = [done(job) for job in jobs]
+    replica, model, opener = start(*[Scripted(on_run) for _ in range(8)])
+    requests = [model.put(text) for text in ("a", "deadly", "b", "deadly", "c")]
+    errors = [done(request) for request in requests]
     assert [type(error) for error in errors] == [type(None), InferenceFailed, type(None), InferenceFailed, type(None)]
     assert replica.failures == 0

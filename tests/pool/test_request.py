@@ -1,8 +1,10 @@
-"""Jobs: how a request is cut, and how its parts are done."""
+"""A request: it is done once, with a row or an error for each of its items."""
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,112 +14,126 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedpool.errors import InferenceFailed
-from embedpool.pool.job import Flow, Row, split
-from tests.pool.scripted import PATIENCE_S, flow_of, in_thread, job_of, vector_of
+from embedpool.pool.request import Call, Request
+from embedpool.tasks.embed import Embed, EmbedOptions
+from embedpool.tasks.item import Item
+from embedpool.tasks.rows import Rows
+from tests.pool.scripted import PATIENCE_S, Asked, in_thread, vectors_of
 
 
-@settings(max_examples=200, deadline=None, database=None)
-@given(
-    st.lists(st.integers(1, 40), min_size=1, max_size=60),
-    st.integers(1, 9),
-    st.integers(1, 80),
-    st.booleans(),
-)
-def test_a_request_is_cut_into_runs_that_fit(tokens: list[int], max_texts: int, max_tokens: int, has_ids: bool) -> None:
-    """Every text is in one job, in order and with its own ids; no job of two or more texts is over a bound."""
-    texts = [f"t{i}" for i in range(len(tokens))]
-    ids = [[i] * n for i, n in enumerate(tokens)] if has_ids else None
-    flow = flow_of()
-    jobs = list(split(flow, texts, ids, tokens, group="g", max_texts=max_texts, max_tokens=max_tokens))
-    assert [t for job in jobs for t in job.texts] == texts
-    assert [n for job in jobs for n in job.tokens] == tokens
-    assert [i for job in jobs for i in job.ids or []] == (ids or [])
-    assert [job.offset for job in jobs] == [texts.index(job.texts[0]) for job in jobs]
-    for job, following in zip(jobs, [*jobs[1:], None], strict=True):
-        assert job.flow is flow
-        assert job.group == "g"
-        assert 1 <= len(job) <= max_texts
-        assert len(job) == 1 or sum(job.tokens) <= max_tokens
-        if following:  # nothing is cut without need
-            assert len(job) == max_texts or sum(job.tokens) + following.tokens[0] > max_tokens
+def fill(request: Asked, *indices: int) -> None:
+    """As a batch of these would."""
+    rows = Rows(vectors_of([request.texts[i] for i in indices]))
+    for row, index in enumerate(indices):
+        request.fill(index, rows, row)
 
 
-def test_a_job_is_done_when_its_last_vector_is_there() -> None:
-    """Vectors may come in any order; the request is answered when all are there, each in its place."""
-    job = job_of("a", "b")
-    job.fill(1, vector_of("b"))
-    assert not job.is_done
-    job.fill(0, vector_of("a"))
-    assert job.is_done
-    np.testing.assert_array_equal(job.vectors, [vector_of("a"), vector_of("b")])
+def test_a_request_is_done_when_its_last_row_is_there() -> None:
+    """Rows may come in any order; the request is answered when all are there, each in its place."""
+    request = Asked("a", "b", "c")
+    fill(request, 1)
+    assert not request.is_done
+    fill(request, 2, 0)
+    assert request.is_done
+    request.wait(0)
+    np.testing.assert_array_equal(request.gather().values, vectors_of(["a", "b", "c"]))
+
+
+def test_a_request_without_an_item_is_done() -> None:
+    """Each of its inputs was refused before the queue."""
+    request = Asked("a", options=EmbedOptions(on_error="partial"))
+    assert not request.is_done
+    request.expect([], {0: InferenceFailed("no")})
+    request.wait(0)
 
 
 def test_the_first_outcome_stands() -> None:
-    """A request gets one answer: an error after the vectors, or vectors after an error, change nothing."""
-    done, failed = job_of("a"), job_of("a")
-    done.fill(0, vector_of("a"))
+    """A request gets one answer: an error after the rows, or rows after an error, change nothing."""
+    done, failed = Asked("a"), Asked("a")
+    fill(done, 0)
     done.fail(InferenceFailed("late"))
     done.wait(0)
     failed.fail(InferenceFailed("first"))
     failed.fail(InferenceFailed("second"))
-    failed.fill(0, vector_of("a"))
+    fill(failed, 0)
     with pytest.raises(InferenceFailed, match="first"):
         failed.wait(0)
 
 
-def test_two_threads_may_end_a_job_at_once() -> None:
-    """A stop that gives a job up in the very moment its batch ends disturbs neither thread, nor the one that waits."""
+def test_a_wait_ends_with_its_time() -> None:
+    """Nobody waits longer than the deadline."""
+    with pytest.raises(TimeoutError):
+        Asked("a").wait(0.001)
+
+
+def test_two_threads_may_end_a_request_at_once() -> None:
+    """A stop that gives a request up in the moment its batch ends disturbs neither thread, nor the one that waits."""
     for _ in range(200):
-        job, error, start = job_of("a"), InferenceFailed("given up"), threading.Barrier(3)
+        request, error, start = Asked("a"), InferenceFailed("given up"), threading.Barrier(3)
 
         def at_once(call: Callable[..., None], *arguments: Any, start: threading.Barrier = start) -> None:
             start.wait(PATIENCE_S)
             call(*arguments)
 
-        ends = [in_thread(at_once, job.fail, error), in_thread(at_once, job.fill, 0, vector_of("a"))]
-        waits = in_thread(at_once, job.wait, PATIENCE_S)
+        ends = [in_thread(at_once, request.fail, error), in_thread(at_once, fill, request, 0)]
+        waits = in_thread(at_once, request.wait, PATIENCE_S)
         assert [end.exception(PATIENCE_S) for end in ends] == [None, None]
-        assert waits.exception(PATIENCE_S) is job.error
-        assert job.is_done
-        assert job.error is job.flow.error
-        assert job.error in (None, error)
+        assert waits.exception(PATIENCE_S) is request.error
+        assert request.is_done
+        assert request.error in (None, error)
 
 
-def test_a_row_is_one_text_of_its_job() -> None:
-    """It knows its text, its tokens, and what its vector depends on."""
-    job = job_of("abc", "de")
-    row = Row(job, 1)
-    assert (row.text, row.tokens, len(job)) == ("de", 2, 2)
-    assert row.same_as == Row(job_of("de"), 0).same_as
-    assert row.same_as != Row(job_of("de", group="{}"), 0).same_as
-
-
-def test_several_workers_may_fill_a_job_at_once() -> None:
-    """Rows of one request travel in different batches; the answer is complete when the last one arrives, once."""
+def test_several_replicas_may_fill_a_request_at_once() -> None:
+    """Items of one request travel in different batches; the answer is complete when the last one arrives, once."""
     texts = [f"text {i}" for i in range(200)]
-    job = job_of(*texts)
-    fillers = [in_thread(lambda rows=rows: [job.fill(i, vector_of(texts[i])) for i in rows]) for rows in
-               (range(0, 200, 4), range(1, 200, 4), range(2, 200, 4), range(3, 200, 4))]  # fmt: skip
-    for filler in fillers:
+    request = Asked(*texts)
+    for filler in [in_thread(fill, request, *range(start, 200, 4)) for start in range(4)]:
         filler.result(PATIENCE_S)
-    assert np.array_equal(job.vectors, [vector_of(text) for text in texts])
+    request.wait(0)
+    np.testing.assert_array_equal(request.gather().values, vectors_of(texts))
 
 
 @settings(max_examples=100, deadline=None, database=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=8), st.randoms(use_true_random=False))
-def test_a_job_that_goes_on_without_texts_is_done_when_each_is_filled_or_lost(fates: list[bool], random: Any) -> None:
-    """In any order; a text that is said to be lost twice is lost once."""
-    flow = Flow(1e9, 1.0, lambda: False, partial=True)
-    (job,) = split(flow, ["t"] * len(fates), None, [1] * len(fates), group=None, max_texts=9, max_tokens=99)
-    rows = list(enumerate(fates))
-    random.shuffle(rows)
-    for row, is_lost in rows:
-        assert not job.is_done
+def test_a_request_that_goes_on_without_items_is_done_when_each_is_filled_or_lost(
+    fates: list[bool], random: Any
+) -> None:
+    """In any order; an item that is said to be lost twice is lost once."""
+    request = Asked(*(f"text {i}" for i in range(len(fates))), options=EmbedOptions(on_error="partial"))
+    items = list(enumerate(fates))
+    random.shuffle(items)
+    for index, is_lost in items:
+        assert not request.is_done
         if is_lost:
-            job.lose(row, InferenceFailed("no"))
-            job.lose(row, InferenceFailed("no"))
+            request.lose(index, InferenceFailed("no"))
+            request.lose(index, InferenceFailed("no"))
         else:
-            job.fill(row, np.ones(2, dtype=np.float32))
-    assert job.is_done
-    assert set(job.lost) == {row for row, is_lost in rows if is_lost}
-    assert flow.error is None
+            fill(request, index)
+    request.wait(0)
+    assert set(request.errors) == {index for index, is_lost in items if is_lost}
+
+
+def test_counts_of_a_remote_service_add_up() -> None:
+    """Whichever threads say them."""
+    request = Asked(*"abcdefgh")
+    for told in [in_thread(request.note, i, 0.5, is_truncated=i % 3 == 0) for i in range(8)]:
+        told.result(PATIENCE_S)
+    assert (request.counted, sorted(request.truncated)) == (4, [0, 3, 6])
+
+
+def test_nothing_keeps_a_request_that_is_done() -> None:
+    """No cycle that only the garbage collector would end: vectors of requests long answered would stay in memory."""
+    task = Embed(["a", "b"])
+    request = Request(task, Call(0.0, 1.0))
+    request.expect([Item((text,), 1, index=i) for i, text in enumerate(task.texts)], {})
+    gc.disable()
+    try:
+        rows = Rows(vectors_of(["a", "b"]))
+        kept = [weakref.ref(rows.values), weakref.ref(task)]
+        for index in range(2):
+            request.fill(index, rows, index)
+        request.gather()
+        del task, request, rows
+        assert [ref() is None for ref in kept] == [True, True]
+    finally:
+        gc.enable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import threading
 from collections.abc import Callable, Iterator
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedpool.drivers.base import Embeddings
+from embedpool.config.spec import DriverSpec, HttpConfig, ModelSpec
 from embedpool.drivers.fake import FakeTokenizer
+from embedpool.drivers.http import RemoteTokenizer
 from embedpool.errors import (
     ClientGone,
     DeadlineExceeded,
@@ -25,9 +27,11 @@ from embedpool.errors import (
     ShuttingDown,
 )
 from embedpool.pool.model_queue import QueueClosed
-from embedpool.pool.replica import Replica
-from embedpool.pool.request import EmbedRequest
+from embedpool.pool.replica_set import ReplicaSet
 from embedpool.pool.served_model import ServedModel
+from embedpool.tasks.driver import Cost, Facts
+from embedpool.tasks.place import Loss
+from embedpool.tasks.rows import Answer, Rows
 from tests.pool.scripted import (
     A_WHILE_S,
     PATIENCE_S,
@@ -37,10 +41,10 @@ from tests.pool.scripted import (
     ask,
     assert_answers,
     broken_on,
-    engine_of,
     in_thread,
     model_spec,
     puts_of,
+    settings_of,
     vectors_of,
 )
 
@@ -54,13 +58,13 @@ def serve() -> Iterator[Callable[..., tuple[ServedModel, Opener]]]:
         *script: Any,
         start: bool = True,
         prove: bool = False,
-        engine: dict | None = None,
+        settings: dict | None = None,
         on_ready: Any = None,
         **spec: Any,
     ) -> tuple[ServedModel, Opener]:
         opener = Opener(*script)
         served = ServedModel(
-            model_spec(**spec), engine_of(opener, **(engine or {})), on_ready=on_ready or (lambda served: None)
+            model_spec(**spec), settings_of(opener, **(settings or {})), on_ready=on_ready or (lambda served: None)
         )
         made.append((served, opener))
         if start:
@@ -88,7 +92,7 @@ def test_a_request_gets_its_vectors_and_their_story(serve) -> None:
     settled(served)
     result = ask(served, "one two", "", "three")
     assert_answers(result, "one two", "", "three")
-    assert (result.model, result.dim, result.tokens, result.truncated) == ("m", 8, 4 + 2 + 3, [])
+    assert (result.model, result.width, result.tokens, result.truncated) == ("m", 8, 4 + 2 + 3, [])
     assert result.replicas == ["m#1"]
     assert result.queue_ms >= 0
     assert result.total_ms >= result.compute_ms >= 0
@@ -97,7 +101,7 @@ def test_a_request_gets_its_vectors_and_their_story(serve) -> None:
 
 def test_a_large_request_is_split_and_gathered_in_order(serve) -> None:
     """A request larger than queue and batch comes back whole and in order, whichever batch each text travelled in."""
-    served, opener = serve(engine={"max_batch_texts": 4}, max_size=6, inflight=2, max=3)
+    served, opener = serve(settings={"max_batch_texts": 4}, max_size=6, inflight=2, max=3)
     settled(served)
     texts = ["w " * (i * 7 % 11) + str(i) for i in range(50)]
     result = ask(served, *texts)
@@ -114,21 +118,21 @@ def test_output_options_are_applied_after_the_model(serve) -> None:
     result = ask(served, "a", dimensions=3, normalize=True, dtype="float16")
     cut = vectors_of(["a"])[:, :3]
     np.testing.assert_allclose(result.vectors, cut / np.linalg.norm(cut), atol=1e-3)
-    assert (result.dim, result.vectors.dtype) == (3, np.float16)
+    assert (result.width, result.vectors.shape, result.vectors.dtype) == (8, (1, 3), np.float16)
     with pytest.raises(InvalidRequest):
         ask(served, "a", dimensions=9)
 
 
 def test_truncated_texts_are_told_by_their_place_in_the_request(serve) -> None:
-    """`truncated` holds indices into the request's texts, over all its jobs."""
-    served, _ = serve(engine={"max_batch_texts": 2})
+    """`truncated` holds indices into the request's texts, over all its batches."""
+    served, _ = serve(settings={"max_batch_texts": 2})
     settled(served)
     assert ask(served, "a", "b c d", "e", "f g h", max_seq_length=4).truncated == [1, 3]
 
 
 def test_counts_of_a_remote_win_over_estimates(serve) -> None:
     """What a remote service counted is what the caller is told."""
-    served, _ = serve(Scripted(lambda texts: Embeddings(vectors_of(texts), tokens=11, truncated=[0])))
+    served, _ = serve(Scripted(lambda texts: Answer(Rows(vectors_of(texts)), tokens=11, truncated=[0])))
     settled(served)
     result = ask(served, "a", "b")
     assert (result.tokens, result.truncated) == (11, [0])
@@ -157,11 +161,11 @@ def test_a_full_queue_says_no_at_once_and_when_to_come_back(serve) -> None:
 def test_retry_after_follows_the_measured_rate(serve) -> None:
     """The time to come back is what waits divided by the rate, within a second and a minute."""
     served, _ = serve(start=False)
-    assert served.retry_after_s() == 1
+    assert served.admission.retry_after_s() == 1
     served.stats.batch(10, 10, 10, 2.0)
     for waiting, expected in ((0, 1), (50, 10), (900, 60)):
         served.queue.qsize = lambda waiting=waiting: waiting
-        assert served.retry_after_s() == pytest.approx(expected)
+        assert served.admission.retry_after_s() == pytest.approx(expected)
 
 
 def test_a_deadline_is_kept_while_the_batch_runs(serve) -> None:
@@ -178,20 +182,10 @@ def test_a_deadline_is_kept_while_the_batch_runs(serve) -> None:
 def test_a_deadline_is_kept_while_the_rest_waits_for_room(serve) -> None:
     """A large request that cannot get all its texts into the queue in time is answered at its deadline."""
     gate = Gate()
-    served, _ = serve(Scripted(gate), max_size=1, engine={"max_batch_texts": 1})
+    served, _ = serve(Scripted(gate), max_size=1, settings={"max_batch_texts": 1})
     settled(served)
     with pytest.raises(DeadlineExceeded):
         ask(served, "a", "b", "c", timeout_s=0.05)
-    gate.open()
-
-
-def test_the_servers_timeout_bounds_every_request(serve) -> None:
-    """A request may ask for less time than the server gives, never for more."""
-    gate = Gate()
-    served, _ = serve(Scripted(gate), engine={"request_timeout_s": 0.05})
-    settled(served)
-    with pytest.raises(DeadlineExceeded):
-        ask(served, "a", timeout_s=1000)
     gate.open()
 
 
@@ -200,18 +194,18 @@ def test_a_client_that_left_costs_no_compute(serve) -> None:
     served, opener = serve()
     settled(served)
     with pytest.raises(ClientGone):
-        served.embed(EmbedRequest("m", ["a"], client_gone=lambda: True))
+        ask(served, "a", call={"client_gone": lambda: True})
     assert opener.opened[0].calls == []
 
 
 def test_an_error_names_the_text_by_its_place_in_the_request(serve) -> None:
     """However a request was split, the text at fault is named as the caller counts."""
 
-    def on_embed(texts: list[str]) -> None:
+    def on_run(texts: list[str]) -> None:
         if "bad" in texts:
             raise RuntimeError("cannot bear it")
 
-    served, _ = serve(Scripted(on_embed), engine={"max_batch_texts": 2})
+    served, _ = serve(Scripted(on_run), settings={"max_batch_texts": 2})
     settled(served)
     with pytest.raises(InferenceFailed) as caught:
         ask(served, "a", "b", "c", "bad", "e")
@@ -262,19 +256,18 @@ def test_min_0_unloads_when_idle_and_loads_again(serve) -> None:
 
 def test_a_request_that_arrives_while_the_last_replica_leaves_is_served(serve, monkeypatch) -> None:
     """No moment is wrong for a request: one that comes as the idle model is being unloaded loads it again."""
-    start = Replica.start
     with monkeypatch.context() as patch:
-        patch.setattr(Replica, "start", lambda self: None)
+        patch.setattr(ReplicaSet, "_start_thread", lambda *arguments: None)
         served, _ = serve(min=0, prove=True)  # its replica does nothing but what this test does for it
     (replica,) = served.replicas._replicas
     served.replicas.loads_first = False
     admit, qsize, puts = served.queue.admit, served.queue.qsize, puts_of(served)
-    at_the_door, may_enter = threading.Event(), threading.Event()
+    about_to_enter, may_enter = threading.Event(), threading.Event()
 
-    def admit_when_told(job) -> None:
-        at_the_door.set()
+    def admit_when_told(items) -> int:
+        about_to_enter.set()
         assert may_enter.wait(PATIENCE_S)
-        admit(job)
+        return admit(items)
 
     def qsize_and_then_a_request() -> int:
         size = qsize()
@@ -286,9 +279,9 @@ def test_a_request_that_arrives_while_the_last_replica_leaves_is_served(serve, m
 
     served.queue.admit, served.queue.qsize = admit_when_told, qsize_and_then_a_request
     request = in_thread(ask, served, "a", timeout_s=2)
-    assert at_the_door.wait(PATIENCE_S)
-    if not served.replicas.may_retire(replica):
-        start(replica)
+    assert about_to_enter.wait(PATIENCE_S)
+    if not served.replicas._retires(replica, is_idle=True):
+        served.replicas._start_thread(replica, served.replicas._live, replica.name)
     assert_answers(request.result(PATIENCE_S), "a")
 
 
@@ -327,26 +320,37 @@ def test_a_model_of_several_replicas_has_failed_when_all_have(serve) -> None:
     settled(served)
 
 
-def test_lanes_that_do_not_run_shorten_no_batch(serve) -> None:
-    """A replica that loads has no lane that comes free, so the batches of the others are not cut for it."""
+def test_slots_that_do_not_run_shorten_no_batch(serve) -> None:
+    """A replica that loads has no slot that comes free, so the batches of the others are not cut for it."""
     slow = Gate()
-    driver = Scripted()
-    served, _ = serve(driver, lambda: slow() or Scripted(), min=2, max=2)
+    served, _ = serve(Scripted(facts=Facts(slots=3)), lambda: slow() or Scripted(), min=2, max=2)
     slow.arrived()
     wait_until_ready(served)
-    lanes = served.replicas.make_worker("m#1", driver)._batcher.lanes
+    counted = served.replicas._slots.count
     slow.open()
-    assert lanes == driver.parallel
+    assert counted == 3
 
 
-def test_the_lanes_of_a_model_know_of_each_other(serve) -> None:
+def test_the_slots_of_a_model_know_of_each_other(serve) -> None:
     """Also those of different replicas: what one runs, the next cuts its batch by."""
-    driver = Scripted()
-    served, _ = serve(driver)
+    gate = Gate()
+    facts = Facts(slots=1, cost=Cost(1.0, 1.0))
+    served, opener = serve(
+        *[Scripted(gate, facts=facts) for _ in range(2)], min=2, max=2, settings={"max_batch_s": 8.0}
+    )
     settled(served)
-    one, other = (served.replicas.make_worker(name, driver) for name in ("m#1", "m#2"))
-    one._lanes.begin(60.0)
-    assert other._lanes.busy_s() > 0
+    for _ in range(2):
+        opener.wait_for_load()
+    asking = [in_thread(ask, served, "a b c")]
+    gate.arrived()
+    assert served.replicas._slots.busy_s() > 0
+    served.update(model_spec(min=2, max=2, alias="other"))
+    assert any(served.replicas._slots.count == 2 or threading.Event().wait(0.01) for _ in range(1000))
+    asking.append(in_thread(ask, served, "d e f"))
+    gate.arrived()
+    gate.open()
+    for future in asking:
+        future.result(PATIENCE_S)
 
 
 def test_requests_wait_while_a_replica_is_opened_anew(serve) -> None:
@@ -417,10 +421,10 @@ def test_replicas_are_added_while_work_waits_up_to_max(serve) -> None:
     """Work that waits behind busy replicas brings further ones, up to max, and every request is answered."""
     first, others = Gate(), Gate()
 
-    def on_embed(texts: list[str]) -> None:
+    def on_run(texts: list[str]) -> None:
         (first if texts == ["0"] else others)()
 
-    served, opener = serve(*[lambda: Scripted(on_embed)] * 5, engine={"max_batch_texts": 1}, max=3)
+    served, opener = serve(*[lambda: Scripted(on_run)] * 5, settings={"max_batch_texts": 1}, max=3)
     settled(served)
     puts = puts_of(served)
     requests = []
@@ -465,7 +469,7 @@ def test_more_batches_at_once_apply_at_once(serve) -> None:
     """max_inflight_per_replica is no load option: a larger one applies to the replicas that run."""
     gate = Gate()
     driver = Scripted(lambda texts: gate() if texts != ["before"] else None)
-    served, opener = serve(driver, inflight=1, engine={"max_batch_texts": 1})
+    served, opener = serve(driver, inflight=1, settings={"max_batch_texts": 1})
     settled(served)
     served.update(model_spec(inflight=2))
     assert_answers(ask(served, "before"), "before")
@@ -482,13 +486,13 @@ def test_more_batches_at_once_apply_at_once(serve) -> None:
 
 def test_a_smaller_or_larger_queue_applies_at_once(serve) -> None:
     """The queue's bound follows pool.yml, and the server's default where pool.yml has none."""
-    served, _ = serve(min=0, max_size=5, engine={"max_queue_per_model": 7})
+    served, _ = serve(min=0, max_size=5, settings={"max_queue_per_model": 7})
     assert served.snapshot()["queue_max"] == 5
     served.update(model_spec(min=0))
     assert served.snapshot()["queue_max"] == 7
 
 
-def test_a_meter_that_cannot_be_had_leaks_no_driver(serve) -> None:
+def test_a_tokenizer_that_cannot_be_had_leaks_no_driver(serve) -> None:
     """When the tokenizer of a model fails to load, the load is tried again and no loaded model stays behind."""
     failures = [OSError("no tokenizer")]
 
@@ -497,7 +501,7 @@ def test_a_meter_that_cannot_be_had_leaks_no_driver(serve) -> None:
             raise failures.pop()
         return FakeTokenizer()
 
-    served, _opener = serve(engine={"open_tokenizer": open_tokenizer})
+    served, _opener = serve(settings={"open_tokenizer": open_tokenizer})
     settled(served)
     wait_until_ready(served)
     assert_answers(ask(served, "a"), "a")
@@ -506,18 +510,15 @@ def test_a_meter_that_cannot_be_had_leaks_no_driver(serve) -> None:
 def test_a_thread_that_cannot_be_started_wedges_nothing(serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the system has no thread to give, that request fails and the next one finds a model that can load."""
 
-    def no_thread(self: Replica) -> None:
+    def no_thread(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     served, _ = serve(min=0)
     with monkeypatch.context() as patch:
-        patch.setattr(Replica, "start", no_thread)
+        patch.setattr(threading.Thread, "start", no_thread)
         with pytest.raises(RuntimeError):
             ask(served, "a")
-    try:
-        assert_answers(ask(served, "b", timeout_s=1), "b")
-    finally:
-        served.replicas._replicas = tuple(r for r in served.replicas._replicas if r._thread.ident)
+    assert_answers(ask(served, "b", timeout_s=1), "b")
 
 
 # --- leaving
@@ -526,7 +527,7 @@ def test_a_thread_that_cannot_be_started_wedges_nothing(serve, monkeypatch: pyte
 def test_a_drain_answers_those_inside_and_refuses_the_rest(serve) -> None:
     """A model that is replaced answers every request it has taken, the large one too, and takes no more."""
     gate = Gate()
-    served, _ = serve(Scripted(gate), max_size=4, engine={"max_batch_texts": 2})
+    served, _ = serve(Scripted(gate), max_size=4, settings={"max_batch_texts": 2})
     settled(served)
     texts = [str(i) for i in range(20)]
     inside = in_thread(ask, served, *texts)
@@ -542,11 +543,11 @@ def test_a_drain_answers_those_inside_and_refuses_the_rest(serve) -> None:
     assert served.stats.snapshot()["errors"] == {}
 
 
-@pytest.mark.parametrize("where", ["just admitted", "between two jobs"])
+@pytest.mark.parametrize("where", ["just admitted", "between two items"])
 def test_a_drain_loads_what_an_admitted_request_still_needs(serve, where: str) -> None:
     """A request that a model of min 0 has taken is answered although the model is replaced before it was loaded."""
     first = Scripted()
-    served, _ = serve(first, min=0, idle_ttl_s=0.001, engine={"max_batch_texts": 1})
+    served, _ = serve(first, min=0, idle_ttl_s=0.001, settings={"max_batch_texts": 1})
     drains = []
     admit, feed = served.queue.admit, served.queue.feed
 
@@ -554,16 +555,17 @@ def test_a_drain_loads_what_an_admitted_request_still_needs(serve, where: str) -
         served.close()
         drains.append(in_thread(served.drain, PATIENCE_S))
 
-    def admit_then_drain(job) -> None:
-        admit(job)
+    def admit_then_drain(items) -> int:
+        put = admit(items[:1])
         if where == "just admitted":
             drain()
+        return put
 
-    def feed_late(job, timeout_s: float) -> None:
-        if where == "between two jobs" and not drains:
+    def feed_late(items, timeout_s: float) -> int:
+        if where == "between two items" and not drains:
             assert first.closed.wait(PATIENCE_S)  # unloaded: idle
             drain()
-        feed(job, timeout_s)
+        return feed(items, timeout_s)
 
     served.queue.admit, served.queue.feed = admit_then_drain, feed_late
     result = in_thread(ask, served, "a", "b", timeout_s=2)
@@ -574,7 +576,7 @@ def test_a_drain_loads_what_an_admitted_request_still_needs(serve, where: str) -
 def test_what_is_left_at_the_end_of_a_drain_is_told_and_counted(serve) -> None:
     """When the time is up, those inside get 503 at once, running, waiting and not yet queued, and are counted."""
     gate = Gate()
-    served, _ = serve(Scripted(gate), max_size=4, engine={"max_batch_texts": 1})
+    served, _ = serve(Scripted(gate), max_size=4, settings={"max_batch_texts": 1})
     settled(served)
     puts = puts_of(served)
     running = in_thread(ask, served, "running")
@@ -595,15 +597,15 @@ def test_what_is_left_at_the_end_of_a_drain_is_told_and_counted(serve) -> None:
 def test_a_drain_meets_a_replica_that_is_only_being_started(serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model may be stopped in the very moment its first request loads it."""
     served, _ = serve(min=0)
-    start = Replica.start
+    start = ReplicaSet._start_thread
     drains = []
 
-    def start_during_a_drain(self: Replica) -> None:
+    def start_during_a_drain(*arguments: Any) -> None:
         drains.append(in_thread(served.drain, 0))
         threading.Event().wait(A_WHILE_S)  # it gets as far as it can
-        start(self)
+        start(*arguments)
 
-    monkeypatch.setattr(Replica, "start", start_during_a_drain)
+    monkeypatch.setattr(ReplicaSet, "_start_thread", start_during_a_drain)
     with contextlib.suppress(ShuttingDown, QueueClosed):  # it may be answered, or told
         assert_answers(ask(served, "a"), "a")
     assert drains[0].result(PATIENCE_S) in (0, 1)
@@ -652,7 +654,7 @@ def test_a_tokenizer_that_opens_for_long_delays_nobody_else(serve) -> None:
         opening()
         return FakeTokenizer()
 
-    served, _ = serve(min=0, engine={"open_tokenizer": open_tokenizer})
+    served, _ = serve(min=0, settings={"open_tokenizer": open_tokenizer})
     first = in_thread(ask, served, "a")
     opening.arrived()
     with pytest.raises(DeadlineExceeded):
@@ -664,10 +666,10 @@ def test_a_tokenizer_that_opens_for_long_delays_nobody_else(serve) -> None:
 
 
 def test_compute_time_counts_each_batch_once(serve) -> None:
-    """`compute_ms` is the sum over a request's batches, however its texts were split into jobs."""
-    served, _ = serve(engine={"max_batch_texts": 2, "clock": itertools.count().__next__, "request_timeout_s": 1e9})
+    """`compute_ms` is the sum over a request's batches, however its texts were split."""
+    served, _ = serve(settings={"max_batch_texts": 2, "clock": itertools.count().__next__, "request_timeout_s": 1e9})
     settled(served)
-    answer = ask(served, "a", "b", "c", "d", "e", "f")
+    answer = ask(served, "a", "b", "c", "d", "e", "f", timeout_s=1e6)
     assert answer.compute_ms == 1000 * served.stats.snapshot()["compute_s"]
 
 
@@ -686,30 +688,37 @@ def test_fewer_replicas_apply_under_load(serve) -> None:
 def test_a_fault_of_our_own_opens_the_replica_anew(serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception outside the driver leaves no dead replica behind that requests would wait for."""
     failures = [RuntimeError("can't start new thread")]
-    adjust = Replica.adjust
+    adjust = ReplicaSet._adjust
 
-    def adjust_and_fail_once(self: Replica) -> None:
+    def adjust_and_fail_once(self: ReplicaSet, replica: Any) -> None:
         if failures:
             raise failures.pop()
-        adjust(self)
+        adjust(self, replica)
 
-    monkeypatch.setattr(Replica, "adjust", adjust_and_fail_once)
+    monkeypatch.setattr(ReplicaSet, "_adjust", adjust_and_fail_once)
     served, opener = serve()
     settled(served)
     assert_answers(ask(served, "a"), "a")
     assert len(opener.opened) == 2
 
 
-def test_a_driver_s_new_batch_size_applies_at_once(serve) -> None:
-    """`max_batch_texts` of a remote service is no load option."""
-    driver = Scripted()
-    driver.max_batch_texts = 64
-    driver.configure = lambda config: setattr(driver, "max_batch_texts", 1)
-    served, _ = serve(driver)
-    settled(served)
-    served.update(model_spec(alias="other"))
-    assert_answers(ask(served, "a", "b", "c"), "a", "b", "c")
-    assert [len(call) for call in driver.calls] == [1, 1, 1]
+def test_a_remote_services_new_batch_size_applies_at_once() -> None:
+    """`max_batch_texts` is no load option, and the driver is given the rest of its configuration too."""
+    place = Scripted()
+    told: list[HttpConfig] = []
+    place.configure = told.append
+    spec = ModelSpec("m", DriverSpec("http", HttpConfig(base_url="http://x", normalize=False)))
+    served = ServedModel(spec, settings_of(Opener(place), open_tokenizer=lambda spec: RemoteTokenizer()))
+    served.start()
+    try:
+        settled(served)
+        config = HttpConfig(base_url="http://x", normalize=False, max_batch_texts=1)
+        served.update(dataclasses.replace(spec, driver=DriverSpec("http", config)))
+        assert_answers(ask(served, "a", "b", "c"), "a", "b", "c")
+        assert [len(call) for call in place.calls] == [1, 1, 1]
+        assert told[-1] == config
+    finally:
+        served.drain(0)
 
 
 @pytest.mark.parametrize("inflight", [1, 2])
@@ -718,8 +727,8 @@ def test_a_model_that_is_stuck_says_so(serve, inflight: int) -> None:
     it serves again."""
     now = 1000.0
     gate = Gate()
-    engine = {"clock": lambda: now, "request_timeout_s": 20, "max_batch_texts": 1}
-    served, _ = serve(lambda: Scripted(gate), engine=pool_settings, inflight=inflight)
+    settings = {"clock": lambda: now, "request_timeout_s": 20, "max_batch_texts": 1}
+    served, _ = serve(lambda: Scripted(gate), settings=settings, inflight=inflight)
     settled(served)
     asking = []
     for number in range(inflight):
@@ -751,8 +760,8 @@ def test_a_model_of_which_a_part_is_stuck_serves(serve) -> None:
         if texts == ["hang"]:
             gate()
 
-    engine = {"clock": lambda: now, "request_timeout_s": 20, "max_batch_texts": 1}
-    served, _ = serve(lambda: Scripted(hang), engine=pool_settings, inflight=2)
+    settings = {"clock": lambda: now, "request_timeout_s": 20, "max_batch_texts": 1}
+    served, _ = serve(lambda: Scripted(hang), settings=settings, inflight=2)
     settled(served)
     hanging = in_thread(ask, served, "hang")
     gate.arrived()
@@ -767,7 +776,7 @@ def test_a_model_of_which_a_part_is_stuck_serves(serve) -> None:
 def test_a_full_queue_that_will_be_waited_for_is_no_refusal(serve) -> None:
     """A caller that asks again has been refused nothing; any other has."""
     gate = Gate()
-    served, _ = serve(lambda: Scripted(gate), engine={"max_batch_texts": 1}, max_size=1, inflight=1)
+    served, _ = serve(lambda: Scripted(gate), settings={"max_batch_texts": 1}, max_size=1, inflight=1)
     settled(served)
     puts = puts_of(served)
     asking = [in_thread(ask, served, "runs")]
@@ -775,9 +784,9 @@ def test_a_full_queue_that_will_be_waited_for_is_no_refusal(serve) -> None:
     asking.append(in_thread(ask, served, "waits"))
     while served.queue.qsize() == 0:
         assert puts.acquire(timeout=PATIENCE_S)
-    for asks_again, counted in ((True, {}), (False, {"overloaded": 1})):
+    for is_patient, counted in ((True, {}), (False, {"overloaded": 1})):
         with pytest.raises(Overloaded):
-            served.embed(EmbedRequest("m", ["more"], asks_again=asks_again))
+            ask(served, "more", call={"is_patient": is_patient})
         assert served.stats.snapshot()["errors"] == counted
     gate.open()
     for future in asking:
@@ -788,11 +797,11 @@ def test_a_changed_limit_gives_a_text_that_has_ended_processes_another_chance(se
     """What was too long or too large before may fit now."""
 
     class Mortal(Scripted):
-        def embed(self, texts, ids, options):
-            if "long" in texts:
-                self.lost = "a batch took more than 1 s"
-                raise ChildProcessError(self.lost)
-            return super().embed(texts, ids, options)
+        def run(self, batch):
+            if "long" in batch.texts:
+                self.lost = Loss("a batch took more than 1 s")
+                raise ChildProcessError(self.lost.reason)
+            return super().run(batch)
 
     served, opener = serve(*[Mortal() for _ in range(3)])
     for _ in range(2):

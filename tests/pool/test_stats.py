@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from embedpool.pool.request import EmbedResult
+from embedpool.pool.request import Result
 from embedpool.pool.stats import ModelStats
+from embedpool.tasks.rows import Rows
 
 
-def answer(texts: int, tokens: int, truncated: list[int]) -> EmbedResult:
-    return EmbedResult("m", np.zeros((texts, 2)), 2, tokens, truncated, 0.0, 0.0, 0.0, 0.0, [])
+def answer(texts: int, tokens: int, truncated: list[int]) -> Result:
+    return Result("m", Rows(np.zeros((texts, 2))), 2, tokens, truncated, 0.0, 0.0, 0.0, 0.0, [])
 
 
 def test_counters_tell_requests_batches_and_errors_apart() -> None:

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from embedpool.drivers.base import Embeddings
+from embedpool.pool.job import Flow, Job
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from embedpool.config.settings import Settings
 from embedpool.config.spec import ModelSpec
-from embedpool.drivers.base import Embeddings
 from embedpool.drivers.fake import FakeDriver
 from embedpool.errors import Overloaded, ShuttingDown, UpstreamError
-from embedpool.pool.job import Flow, Job
 from embedpool.pool.request import EmbedResult
 from embedpool.web.app import create_app
 from embedpool.web.http_request import HttpRequest
