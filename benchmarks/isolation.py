@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 
 from docopt import docopt
+from embedpool.drivers.base import Driver
 
 from benchmarks.texts import mixed, model_folder, short
 from embedpool.config.spec import DriverSpec, LocalStConfig, ModelSpec
 from embedpool.drivers import make_driver, open_meter
-from embedpool.drivers.base import Driver
 
 BATCH_TEXTS = 32
 

@@ -62,8 +62,9 @@ def _torch() -> dict[str, Any]:
 
 def _openvino(dtype: str, cache_dir: Path) -> dict[str, Any]:
     """The graph embedpool compiles: one stream on all cores, or a stream for each core with a thread of its own."""
-    from embedpool.drivers import openvino_graph
     from embedpool.drivers.base import available_cores
+
+    from embedpool.drivers import openvino_graph
     from embedpool.drivers.tokenizer import TokenizerMeter, pad
 
     cores = available_cores()

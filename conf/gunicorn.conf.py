@@ -4,6 +4,6 @@ Everything comes from config.yml (EMBEDPOOL_CONFIG names it, else .config/config
 Add gunicorn's own settings below.
 """
 
-from embedpool.serve.run import gunicorn_settings
+from embedpool.serve.gunicorn_settings import gunicorn_settings
 
 globals().update(gunicorn_settings())

@@ -1,22 +1,31 @@
 """embedpool: one server, many embedding models, one address.
 
-The road of a request, file by file:
+The road of a request, each file entered once on the way in and once on the way out:
 
-    web/native.py         POST /embed: HTTP to a request
+    web/native.py         POST /embed: a body becomes a task, and the result becomes an answer
     web/schemas.py        what may come in
-    pool/pool.py          the name or alias finds its model; a permit admits the request
-    pool/served_model.py  texts are measured, truncated, split into jobs
-    pool/model_queue.py   jobs wait here, counted in texts, served in fair order
-    pool/replica_set.py   replicas grow and shrink; replica.py is the life of one
-    pool/worker.py        a replica's thread takes what waits
-    pool/batcher.py       waiting jobs become batches
-    drivers/*.py          a batch becomes vectors
-    pool/answer.py        vectors get their final form: normalised, cut, quantised
-    web/encoding.py       vectors become JSON, base64 or npy
+    web/submit.py         the one way into the pool: the task, and a call that says for whom it is
+    tasks/embed.py        the task: prompts and truncation make items of texts, and rows get their final form
+    pool/pool.py          a permit admits the request, a name or an alias finds its model
+    pool/admission.py     the request is measured, put into the queue, waited for and finished
+    pool/model_queue.py   items wait, in fair order
+    pool/runner.py        a replica's thread takes a batch, and gives each item its row or its error
+    pool/planner.py       which items make the batch
+    places/thread.py      where the driver runs; places/process.py is the other one
+    drivers/local_st.py   a batch becomes rows; drivers/http.py and drivers/fake.py do so too
+    web/encoding.py       rows become JSON, base64 or npy
 
-Beside the road: config/ (config.yml and pool.yml), reconcile.py (the file becomes the live pool), server.py (where the
-parts meet), serve/ (HTTP, read and answered by waitress's parts under gunicorn or alone; pid file, detach, stop),
-web/metrics.py, web/request_log.py, logs.py and tracing.py (what can be seen of it), client.py and cli/ (the operator's
+What they hand on: tasks/item.py (items and batches), tasks/rows.py, pool/request.py (a call, a request, a result).
+A dialect in web/dialects/ takes the place of web/native.py; web/ndjson.py serves bodies of lines.
+
+Around the road: web/app.py puts web/ together, with web/http_request.py, web/access.py (who may), web/rate_limit.py,
+web/metrics.py, web/request_log.py and web/error_response.py. pool/served_model.py is the life of a model,
+pool/replica_set.py says how many replicas it has and runs their threads, pool/replica.py is the life of one,
+pool/quarantine.py knows what is not run again, pool/stats.py counts, pool/settings.py is what all models share. tasks/
+says what a task, a driver, a place and a tokenizer have to be; places/ and drivers/ fulfil it.
+
+Beside the road: serve/ (sockets, processes, signals), server.py (where the parts meet), config/ (config.yml, pool.yml,
+keys.yml), reconcile.py (pool.yml becomes the live pool), logs.py, tracing.py, errors.py, client.py and cli/ (the users'
 hands).
 """
 

@@ -147,9 +147,9 @@ def wsgi() -> EmbedpoolApp:
 
 
 def __getattr__(name: str) -> Any:
-    """`gunicorn_settings` moved to serve/run.py. Copies of conf/gunicorn.conf.py import it from here until 0.2."""
+    """`gunicorn_settings` has moved; copies of conf/gunicorn.conf.py may import it from here until 0.2."""
     if name == "gunicorn_settings":
-        from embedpool.serve.run import gunicorn_settings
+        from embedpool.serve.gunicorn_settings import gunicorn_settings
 
         return gunicorn_settings
     raise AttributeError(f"module 'embedpool.server' has no attribute {name!r}")

@@ -10,7 +10,7 @@ import pytest
 
 from embedpool.config import pool_yml
 from embedpool.config.settings import Settings, parse_settings, sample_config_yml
-from embedpool.serve.run import gunicorn_settings
+from embedpool.serve.gunicorn_settings import gunicorn_settings
 
 CONF = Path(__file__).parents[1] / "conf"
 

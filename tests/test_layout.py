@@ -1,100 +1,111 @@
-"""The house stays as drawn: who may import whom, and what an import may cost."""
+"""The house stays as drawn: who may import whom, what an import may cost, and the map at its front door."""
 
 from __future__ import annotations
 
 import ast
+import functools
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import embedpool
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "embedpool"
 
-# ring or file → what it may import, beside itself
+# room or file → what it may import, beside itself, be it at run time, inside a function or for types alone
 MAY_IMPORT = {
-    "web": {"pool", "config", "errors", "tracing"},
-    "pool": {"config.spec", "errors", "tracing"},
-    "drivers": {"config.spec", "errors", "tracing"},
-    "config": {"config", "errors"},
+    "web": {"reconcile", "pool", "tasks", "config", "tracing", "errors"},
+    "pool": {"tasks", "config.spec", "tracing", "errors"},
+    "tasks": {"config.spec", "errors"},
+    "places": {"tasks", "config.spec", "errors"},
+    "drivers": {"places.cores", "tasks", "config.spec", "tracing", "errors"},
+    "config": {"errors"},
     "reconcile": {"pool", "config", "errors"},
-    "serve": {"server", "config", "client", "logs", "errors", "web.metrics"},
+    "serve": {"server", "config", "client", "logs", "web.metrics", "errors"},
     "client": {"errors"},
-    "server": {"web", "pool", "drivers", "config", "reconcile", "serve.service_manager", "logs", "tracing", "errors"},
+    "server": {
+        "web", "pool", "places", "drivers", "tasks", "config", "reconcile", "logs", "tracing", "errors",
+        "serve.service_manager", "serve.gunicorn_settings",
+    },
     "logs": {"config"},
     "tracing": {"errors"},
     "cli": {"client", "serve", "config", "errors"},
     "errors": set(),
     "__main__": {"cli"},
     "__init__": {"client"},
-}
-FORWARDS = {"server": "embedpool.serve.run"}  # for a name that has moved there, imported when it is asked for
+}  # fmt: skip
 MAY_IMPORT_THIRD_PARTY = {
-    "pool": {"numpy"},
-    "web": {"flask", "werkzeug", "marshmallow", "orjson", "numpy", "prometheus_client", "apispec", "markupsafe"},
+    "tasks": {"numpy", "typing_extensions"},
+    "pool": set(),
+    "places": {"numpy", "psutil", "typing_extensions"},
+    "web": {
+        "flask", "werkzeug", "marshmallow", "orjson", "numpy", "prometheus_client", "apispec", "markupsafe",
+        "typing_extensions",
+    },
     "errors": set(),
     "reconcile": set(),
-}
+}  # fmt: skip
 
 
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
-def part_of(module: str) -> str:
-    """embedpool.pool.job → pool; embedpool.config.spec → config.spec, and likewise in serve and web."""
-    names = module.split(".")[1:] or ["__init__"]
-    return ".".join(names[:2]) if names[0] in ("config", "serve", "web") and len(names) > 1 else names[0]
+def name_of(file: Path) -> str:
+    """embedpool/pool/request.py → pool.request; embedpool/pool/__init__.py → pool."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-def runtime_imports(file: Path) -> set[str]:
-    """Every module imported by the file, also inside functions, but not for types alone."""
-    found = set()
+NAMES = {name_of(file) for file in modules()}
 
-    class Visitor(ast.NodeVisitor):
-        def visit_If(self, node: ast.If) -> None:
-            if not (isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
-                self.generic_visit(node)
 
-        def visit_Import(self, node: ast.Import) -> None:
+@functools.cache
+def imports(file: Path) -> frozenset[str]:
+    """Every module imported by the file, also inside functions and for types alone; ours without `embedpool.`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
-
-        def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: relative import"
-            module = node.module or ""
             for alias in node.names:
-                inner = f"{module}.{alias.name}"
-                is_module = (ROOT / Path(*inner.split("."))).with_suffix(".py").exists()
-                found.add(inner if is_module else module)
-
-    Visitor().visit(ast.parse(file.read_text()))
-    return found
+                whole = f"{node.module}.{alias.name}"
+                found.add(whole if whole.removeprefix("embedpool.") in NAMES else node.module or "")
+    return frozenset(name.removeprefix("embedpool.") for name in found - {"embedpool"})
 
 
 @pytest.mark.parametrize("file", modules(), ids=lambda f: str(f.relative_to(PACKAGE)))
 def test_imports_follow_the_arrows(file: Path) -> None:
-    """A ring imports only what the design lets it import."""
-    own = file.relative_to(PACKAGE).with_suffix("").parts[0]
-    allowed = MAY_IMPORT[own]
-    for module in runtime_imports(file):
-        if not module.startswith("embedpool") or module in ("embedpool", FORWARDS.get(own)):
-            continue
-        part = part_of(module)
-        assert part.split(".")[0] == own or part in allowed or part.split(".")[0] in allowed, (
-            f"{file.name} imports {module}"
-        )
+    """A room imports only what the design lets it import."""
+    own = name_of(file).split(".")[0]
+    for module in imports(file) & NAMES:
+        names = module.split(".")
+        assert names[0] == own or {names[0], ".".join(names[:2])} & MAY_IMPORT[own], f"{file} imports {module}"
 
 
-@pytest.mark.parametrize("ring", MAY_IMPORT_THIRD_PARTY)
-def test_a_ring_keeps_to_its_libraries(ring: str) -> None:
-    """Threads and queues need nothing but numpy; HTTP needs no requests and no torch."""
-    files = (PACKAGE / ring).rglob("*.py") if (PACKAGE / ring).is_dir() else [PACKAGE / f"{ring}.py"]
-    for file in files:
-        for module in runtime_imports(file):
-            top = module.split(".")[0]
-            if top not in sys.stdlib_module_names and top != "embedpool":
-                assert top in MAY_IMPORT_THIRD_PARTY[ring], f"{file} imports {module}"
+def test_no_two_files_import_each_other() -> None:
+    """Nor do several in a circle, not even for types."""
+    graph = {name_of(file): {m for m in imports(file) if m in NAMES} for file in modules()}
+    while graph:
+        ground = {name for name, needs in graph.items() if not needs & set(graph)}
+        assert ground, f"a circle among {sorted(graph)}"
+        for name in ground:
+            del graph[name]
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT_THIRD_PARTY)
+def test_a_room_keeps_to_its_libraries(room: str) -> None:
+    """Threads and queues need the standard library alone; HTTP needs no requests and no torch."""
+    for file in modules():
+        if name_of(file).split(".")[0] == room:
+            tops = {module.split(".")[0] for module in imports(file) - NAMES}
+            assert tops - set(sys.stdlib_module_names) <= MAY_IMPORT_THIRD_PARTY[room], file
 
 
 @pytest.mark.parametrize(
@@ -104,6 +115,7 @@ def test_a_ring_keeps_to_its_libraries(ring: str) -> None:
         ("embedpool.cli", ("torch", "flask", "requests", "marshmallow", "yaml", "numpy")),
         ("embedpool.server", ("torch", "sentence_transformers", "transformers", "openvino", "embedpool.serve.run")),
         ("embedpool.drivers.tokenizer", ("torch", "transformers")),
+        ("embedpool.places.in_child", ("torch", "flask", "requests", "transformers")),
     ],
 )
 def test_an_import_stays_light(module: str, forbidden: tuple[str, ...]) -> None:
@@ -115,8 +127,16 @@ def test_an_import_stays_light(module: str, forbidden: tuple[str, ...]) -> None:
 
 def test_one_file_knows_waitress() -> None:
     """Every name of waitress's that is relied on stands there, and tests/serve/test_waitress.py checks it."""
-    knowing = {f.name for f in modules() for module in runtime_imports(f) if module.split(".")[0] == "waitress"}
+    knowing = {f.name for f in modules() for module in imports(f) if module.split(".")[0] == "waitress"}
     assert knowing == {"connections.py"}
+
+
+def test_the_web_ring_has_one_way_into_the_pool() -> None:
+    """A request's task and call meet the pool in submit.py, and the chunks of a stream in ndjson.py with its help."""
+    asking = {f.name for f in (PACKAGE / "web").rglob("*.py") if re.search(r"pool\.submit\(", f.read_text())}
+    assert asking == {"submit.py", "ndjson.py"}
+    making = {f.name for f in (PACKAGE / "web").rglob("*.py") if re.search(r"\bCall\(", f.read_text())}
+    assert making == {"submit.py"}
 
 
 def test_the_rooms_stay_small() -> None:
@@ -130,3 +150,63 @@ def test_help_costs_little_cpu() -> None:
     code = "import sys; from embedpool.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert not {'numpy', 'flask', 'torch', 'requests', 'yaml', 'marshmallow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
+# --- the map
+
+
+def named_on_the_map() -> set[str]:
+    """The files and rooms that the package's docstring names."""
+    return set(re.findall(r"[\w/]+(?:\.py|/)(?=[\s,:;).]|$)", embedpool.__doc__ or ""))
+
+
+def test_the_map_is_true() -> None:
+    """Every file and room that it names is there, and no file of the package is on no map: it is named, or its room."""
+    named = named_on_the_map()
+    assert {name for name in named if not (PACKAGE / name).exists()} == set()
+    unknown = [
+        str(path)
+        for file in modules()
+        if (path := file.relative_to(PACKAGE)).name not in ("__init__.py", "__main__.py")
+        and not {str(path), *(f"{room}/" for room in path.parents)} & named
+    ]
+    assert unknown == []
+
+
+FOLLOW = """
+import json, sys, tempfile, threading
+from pathlib import Path
+
+import embedpool
+from tests.conftest import PoolSettings, open_fake, open_tokenizer, settle
+from tests.web.conftest import serving
+
+package, walked, recording = str(Path(embedpool.__file__).parent) + "/", [], []
+
+def note(frame, event, argument):
+    file = frame.f_code.co_filename
+    if recording and event == "call" and file.startswith(package) and file not in walked:
+        walked.append(file)
+
+threading.setprofile(note)  # of the replicas' threads
+with tempfile.TemporaryDirectory() as folder:
+    with serving(Path(folder), PoolSettings(open_fake, open_tokenizer), "model: m") as web:
+        settle(web.pool)
+        assert web.embed("a").status_code == 200
+        recording.append(True)
+        sys.setprofile(note)
+        assert web.embed("b").status_code == 200
+        sys.setprofile(None)
+        recording.clear()
+print(json.dumps([file.removeprefix(package) for file in walked]))
+"""
+
+
+def test_the_road_of_a_request_is_on_the_map_in_its_order() -> None:
+    """A request is followed by the files in which it makes a call: all are named, those of the road in their order."""
+    done = subprocess.run([sys.executable, "-c", FOLLOW], capture_output=True, text=True, check=True, cwd=ROOT)
+    walked = json.loads(done.stdout)
+    road = re.findall(r"^    ([\w/]+\.py)", embedpool.__doc__ or "", flags=re.MULTILINE)
+    assert [name for name in walked if name in road] == [name for name in road if not name.startswith("drivers/")]
+    rooms = ("web/", "pool/", "tasks/", "places/", "drivers/")
+    assert {name for name in walked if name.startswith(rooms)} <= named_on_the_map()

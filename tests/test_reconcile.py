@@ -22,10 +22,9 @@ from embedpool.errors import (
     StorageError,
 )
 from embedpool.pool.pool import Pool
-from embedpool.pool.request import EmbedRequest
 from embedpool.pool.settings import PoolSettings
 from embedpool.reconcile import Reconciler
-from tests.conftest import fake_pool_yml, open_fake, settle
+from tests.conftest import ask, fake_pool_yml, open_fake, settle
 
 WAIT_S = 20
 
@@ -55,7 +54,7 @@ def gate() -> Iterator[Gate]:
 
 
 @pytest.fixture
-def engine(pool_settings: PoolSettings, gate: Gate) -> PoolSettings:
+def pool_settings(pool_settings: PoolSettings, gate: Gate) -> PoolSettings:
     return PoolSettings(gate.open_place, pool_settings.open_tokenizer, request_timeout_s=WAIT_S)
 
 
@@ -83,7 +82,7 @@ def states(pool: Pool) -> dict[str, str]:
 
 
 def dim(pool: Pool, name: str) -> int:
-    return pool.submit(EmbedRequest(name, ["text"])).dim
+    return ask(pool, name, "text").width
 
 
 def unchanged(

@@ -88,7 +88,7 @@ def words_place(spec: ModelSpec, memory: dict[str, Any]) -> Place:
 def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
     made = Pool(PoolSettings(words_place, open_tokenizer, request_timeout_s=20, max_batch_texts=4))
     driver = DriverSpec("fake", FakeConfig(dim=DIM))
-    queue, scaling = QueueSpec(max_size=6, max_inflight_per_replica=2), Scaling(max=2)
+    queue, scaling = QueueSpec(max_size=20, max_inflight_per_replica=2), Scaling(max=2)
     made.apply(PoolSpec((ModelSpec("m", driver, place=request.param, queue=queue, scaling=scaling),)))
     settle(made)
     yield made

@@ -17,7 +17,7 @@ import uuid
 import weakref
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 from typing_extensions import override
@@ -30,11 +30,8 @@ from waitress.task import ErrorTask, WSGITask
 from waitress.utilities import Error
 
 from embedpool.errors import BadRequest, BodyTooLarge, EmbedpoolError, StorageError, as_document
+from embedpool.serve.app import App
 from embedpool.serve.nonblocking import Socket
-
-if TYPE_CHECKING:
-    from embedpool.serve.loop import App
-    from embedpool.serve.readiness import OpenSockets
 
 logger = logging.getLogger(__name__)
 
@@ -320,7 +317,7 @@ class _ServerOfChannel:
 class Listener:
     """A listening socket, with waitress's server for it. All but `wake` belong to the I/O thread."""
 
-    def __init__(self, app: App, server: Any, opened: OpenSockets, accepted_at_once: int) -> None:
+    def __init__(self, app: App, server: Any, opened: dict[int, Any], accepted_at_once: int) -> None:
         """`accepted_at_once` bounds the connections that one turn of the loop accepts."""
         self._server, self._opened, self._accepted_at_once = server, opened, accepted_at_once
         self.fd: int = server._fileno
@@ -366,7 +363,7 @@ class Listener:
 
 
 def listen(
-    app: App, sockets: Sequence[socket.socket], opened: OpenSockets, *, most: int, accepted_at_once: int
+    app: App, sockets: Sequence[socket.socket], opened: dict[int, Any], *, most: int, accepted_at_once: int
 ) -> list[Listener]:
     """Have waitress serve the app on these sockets. `most` bounds `opened`: connections and the server's own."""
     create_server(

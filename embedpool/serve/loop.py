@@ -11,10 +11,9 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
 
-from embedpool.config.settings import Settings
+from embedpool.serve.app import App
 from embedpool.serve.connections import Channel, listen
 from embedpool.serve.readiness import OpenSockets
 
@@ -28,27 +27,6 @@ LEAST_WAIT_S = 2.0  # a connection that has waited less long for a whole request
 LONGEST_LINGER_S = 10.0  # of a lingering close
 LINGER_AT_STOP_S = 1.0  # the same while the server stops
 LOOK_FOR_ROOM_EVERY_S = 0.1  # at the limit, while no connection may be evicted
-
-
-class App(Protocol):
-    """What the loop needs of the WSGI app it serves. The I/O thread calls it all, but for `__call__` and `stop`."""
-
-    settings: Settings
-
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        """Answer a request, as WSGI says; request threads call this."""
-
-    def beat(self) -> None:
-        """Learn that the loop turns; called once a second."""
-
-    def refusal(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, bytes] | None:
-        """Status and body of the answer to a caller who may not send this; None if he may. Headers as CONTENT_TYPE."""
-
-    def begin_to_stop(self) -> None:
-        """Let nothing change the pool any more, and let /ready fail. Requests are still served."""
-
-    def stop(self) -> int:
-        """Give up the requests that are still being served, on a thread of its own. Returns how many."""
 
 
 def connections_that_fit(wanted: int, threads: int) -> int:

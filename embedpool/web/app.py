@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flask import Flask, Response, request
 
@@ -12,6 +12,7 @@ from embedpool.config.keys import KeysFile
 from embedpool.config.settings import Settings
 from embedpool.errors import EmbedpoolError
 from embedpool.pool.pool import Pool
+from embedpool.reconcile import Reconciler
 from embedpool.web import manage, native, observe, openapi
 from embedpool.web.access import Access
 from embedpool.web.dialects import cohere, ollama, openai, tei
@@ -19,10 +20,6 @@ from embedpool.web.error_response import Shape, error_response, native_shape
 from embedpool.web.http_request import HttpRequest, here
 from embedpool.web.metrics import Metrics
 from embedpool.web.request_log import log_request, span_attributes
-
-if TYPE_CHECKING:
-    from embedpool.reconcile import Reconciler
-
 
 ACCESS = "embedpool.access"
 MOST_TRUNCATED_NAMED = 500

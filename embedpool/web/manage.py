@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from flask import Blueprint, Request, Response, request
@@ -13,12 +13,10 @@ from embedpool.config.keys import ADMIN
 from embedpool.config.settings import Settings
 from embedpool.errors import Forbidden, InvalidRequest, ModelNotFound
 from embedpool.pool.pool import Pool
+from embedpool.reconcile import Reconciler
 from embedpool.web.access import Access
 from embedpool.web.encoding import json_response
 from embedpool.web.schemas import AliasSchema, EnableSchema, RegisterSchema, ReloadSchema, read_json
-
-if TYPE_CHECKING:
-    from embedpool.reconcile import Reconciler
 
 PROXY_HEADERS = ("Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-Ip", "Via")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")

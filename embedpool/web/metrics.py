@@ -14,7 +14,7 @@ import threading
 from collections import Counter as Counts
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
@@ -27,9 +27,7 @@ from embedpool.config.files import folder_in_memory
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
 from embedpool.pool.stats import Observer
-
-if TYPE_CHECKING:
-    from embedpool.reconcile import Reconciler
+from embedpool.reconcile import Reconciler
 
 SHARED_DIR = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own
 SHARED_PREFIX, OWNER = "embedpool-metrics-", "owner"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flask import Blueprint, Response
 
@@ -11,12 +11,10 @@ from embedpool import __version__
 from embedpool.config.pool_yml import as_document
 from embedpool.pool.pool import Pool
 from embedpool.pool.served_model import ServedModel
+from embedpool.reconcile import Reconciler
 from embedpool.web.encoding import json_response
 from embedpool.web.http_request import here
 from embedpool.web.metrics import Metrics
-
-if TYPE_CHECKING:
-    from embedpool.reconcile import Reconciler
 
 
 def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics) -> Blueprint:

@@ -212,7 +212,7 @@ def test_a_process_that_outlives_the_child_keeps_nobody_waiting(opened) -> None:
     driver = opened(fault="hang", fault_text="bad")
     pid = pid_of(driver)
     with ThreadPoolExecutor(1) as threads:
-        hung = threads.submit(driver.embed, ["bad"], None, {})
+        hung = threads.submit(run, driver, ["bad"])
         with contextlib.ExitStack() as stack:
             for connection in driver._connections:  # as if held elsewhere: the pipe stays open in this process
                 stack.enter_context(socket.socket(fileno=os.dup(connection.fileno())))

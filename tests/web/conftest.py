@@ -69,7 +69,7 @@ def serving(folder: Path, pool_settings: PoolSettings, *models: str, settings: S
     pool_yml = folder / "pool.yml"
     pool_yml.write_text(fake_pool_yml(*models))
     metrics = Metrics()
-    engine = dataclasses.replace(pool_settings, observer=metrics)
+    pool_settings = dataclasses.replace(pool_settings, observer=metrics)
     pool = Pool(pool_settings, max_inflight_global=settings.defaults.max_inflight_global)
     reconciler = Reconciler(PoolFile(pool_yml), pool, load_timeout_s=20)
     try:
@@ -84,7 +84,7 @@ MakeWeb = Callable[..., Web]
 
 @pytest.fixture
 def make_web(tmp_path: Path, pool_settings: PoolSettings) -> Iterator[MakeWeb]:
-    """Apps to measure; `wait=False` does not wait for the first loads, `engine` fields may be replaced."""
+    """Apps to measure; `wait=False` does not wait for the first loads, the pool's settings may be replaced."""
     with contextlib.ExitStack() as stack:
 
         def make(*models: str, wait: bool = True, settings: Settings = DEFAULTS, **replaced: Any) -> Web:
@@ -122,15 +122,15 @@ class Gate:
 
     def run(self, spec: Any, memory: Any) -> Any:
         """An `open_place` whose batches wait."""
-        driver = open_fake(spec)
-        embed = driver.embed
+        place = open_fake(spec)
+        run = place.run
 
-        def waiting(*arguments: Any) -> Any:
+        def waiting(batch: Any) -> Any:
             self._wait()
-            return embed(*arguments)
+            return run(batch)
 
-        driver.embed = waiting
-        return driver
+        place.run = waiting
+        return place
 
 
 @pytest.fixture

@@ -253,9 +253,9 @@ def test_a_key_has_its_weight_in_the_queue(guarded: Guarded) -> None:
     seen = []
     submit = guarded.web.pool.submit
 
-    def watched(request: Any) -> Any:
-        seen.append(request.weight)
-        return submit(request)
+    def watched(model: str, task: Any, call: Any) -> Any:
+        seen.append(call.weight)
+        return submit(model, task, call)
 
     guarded.web.pool.submit = watched  # type: ignore[method-assign]
     guarded.ask("post", "/embed", guarded.key(weight=4))

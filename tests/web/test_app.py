@@ -6,19 +6,19 @@ import gc
 import json
 import logging
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from embedpool.drivers.base import Embeddings
-from embedpool.pool.job import Flow, Job
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from embedpool.config.settings import Settings
 from embedpool.config.spec import ModelSpec
-from embedpool.drivers.fake import FakeDriver
 from embedpool.errors import Overloaded, ShuttingDown, UpstreamError
-from embedpool.pool.request import EmbedResult
+from embedpool.pool.request import Request, Result
+from embedpool.tasks.embed import Embed
+from embedpool.tasks.item import Batch, Item
+from embedpool.tasks.place import Place
+from embedpool.tasks.rows import Answer, Rows
 from embedpool.web.app import create_app
 from embedpool.web.http_request import HttpRequest
 from embedpool.web.lines import CHUNK_TEXTS
@@ -139,7 +139,7 @@ def test_errors_of_the_pool_keep_status_code_and_retry_after(
 ) -> None:
     """What the pool refuses reaches the client with its status, code and time to come back, in whole seconds."""
 
-    def submit(request: object) -> None:
+    def submit(*arguments: object) -> None:
         raise error
 
     monkeypatch.setattr(web.pool, "submit", submit)
@@ -153,7 +153,7 @@ def test_an_unexpected_error_leaks_nothing(
 ) -> None:
     """A bug answers internal_error without its text; the log has it under the request's id."""
 
-    def submit(request: object) -> None:
+    def submit(*arguments: object) -> None:
         raise RuntimeError("hunter2 in /etc/passwd")
 
     monkeypatch.setattr(web.pool, "submit", submit)
@@ -180,7 +180,7 @@ def test_two_apps_in_one_process_do_not_meet(web: Web) -> None:
     assert other.test_client().get("/metrics").status_code == web.get("/metrics").status_code == 200
 
 
-LARGE = {HttpRequest, Flow, Job, EmbedResult}  # what holds texts, token ids and vectors
+LARGE = {HttpRequest, Embed, Item, Request, Rows, Result}  # what holds texts, token ids and vectors
 
 
 @pytest.mark.parametrize(
@@ -231,19 +231,19 @@ def test_so_does_one_that_a_remote_service_fails_or_nobody_answers(
     """An error does not hold what it came through: when a remote is down, there are many."""
     caplog.set_level(logging.CRITICAL)
 
-    def open_place(spec: ModelSpec, memory: object) -> FakeDriver:
-        driver = open_fake(spec)
-        embed = driver.embed
+    def open_place(spec: ModelSpec, memory: object) -> Place:
+        place = open_fake(spec)
+        run = place.run
 
-        def failing(texts: Sequence[str], *rest: Any) -> Embeddings:
-            if "bad" in texts:
+        def failing(batch: Batch) -> Answer:
+            if "bad" in batch.texts:
                 raise UpstreamError("it is down")
-            return embed(texts, *rest)
+            return run(batch)
 
-        driver.embed = failing
-        return driver
+        place.run = failing  # type: ignore[method-assign]
+        return place
 
-    assert _kept(make_web(MODEL, open_place=open_driver), path, status, **sent) <= 0
+    assert _kept(make_web(MODEL, open_place=open_place), path, status, **sent) <= 0
 
 
 def _kept(web: Web, path: str, status: int, **sent: Any) -> int:

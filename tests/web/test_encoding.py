@@ -8,14 +8,15 @@ import io
 import numpy as np
 import pytest
 
-from embedpool.pool.request import EmbedResult
+from embedpool.pool.request import Result
+from embedpool.tasks.rows import Rows
 from embedpool.web.encoding import as_base64, embed_response, json_response, npy_response
 
 VECTORS = np.array([[0.1, -1.5, 3e-8], [1, 2, 3]], np.float32)
 
 
-def result(vectors: np.ndarray) -> EmbedResult:
-    return EmbedResult("org/m", vectors, vectors.shape[1], 7, [1], 0.5, 0.12345, 1.0, 2.0, ["org/m#1"])
+def result(vectors: np.ndarray) -> Result:
+    return Result("org/m", Rows(vectors), vectors.shape[1], 7, [1], 0.5, 0.12345, 1.0, 2.0, ["org/m#1"])
 
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f2", ">f2", "i1", "u1"])

@@ -419,14 +419,14 @@ def test_an_array_has_no_place_for_errors(web: Web) -> None:
 def test_a_vector_that_does_not_fit_fails_alone(make_web: MakeWeb, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the request goes on without failed texts, float16 may be too small for one of them."""
     web = make_web(MODEL)
-    embed = FakeDriver.embed
+    run = FakeDriver.run
 
-    def huge(self: Any, texts: Any, ids: Any, options: Any) -> Any:
-        answer = embed(self, texts, ids, options)
-        answer.vectors[[i for i, text in enumerate(texts) if text == "huge"]] = 1e6
+    def huge(self: Any, batch: Any) -> Any:
+        answer = run(self, batch)
+        answer.rows.values[[i for i, text in enumerate(batch.texts) if text == "huge"]] = 1e6
         return answer
 
-    monkeypatch.setattr(FakeDriver, "embed", huge)
+    monkeypatch.setattr(FakeDriver, "run", huge)
     options = {"normalize": False, "dtype": "float16"}
     refused(web.embed("a", "huge", **options), 500, "inference_failed")
     answer = web.embed("a", "huge", on_error="partial", **options).json

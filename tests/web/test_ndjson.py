@@ -119,12 +119,12 @@ def test_done_first_is_answered_first(make_web: MakeWeb, gate: Gate) -> None:
     submit = web.pool.submit
     second_answered = gate.opened
 
-    def slow_second(request: Any) -> Any:
-        if request.texts[0] == f"text {CHUNK_TEXTS}":
+    def slow_second(model: str, task: Any, call: Any) -> Any:
+        if task.texts[0] == f"text {CHUNK_TEXTS}":
             assert second_answered.wait(20)
-        elif request.texts[0] == f"text {2 * CHUNK_TEXTS}":
+        elif task.texts[0] == f"text {2 * CHUNK_TEXTS}":
             second_answered.set()
-        return submit(request)
+        return submit(model, task, call)
 
     web.pool.submit = slow_second  # type: ignore[method-assign]
     texts = [f"text {i}" for i in range(4 * CHUNK_TEXTS)]
@@ -140,10 +140,10 @@ def test_a_pool_that_becomes_busy_is_waited_for(web: Web, monkeypatch: pytest.Mo
     submit = web.pool.submit
     refusals = [None, Overloaded("full", retry_after_s=0.001), Overloaded("full", retry_after_s=0.001)]
 
-    def busy(request: Any) -> Any:
+    def busy(model: str, task: Any, call: Any) -> Any:
         if refusals and (error := refusals.pop(0)):
             raise error
-        return submit(request)
+        return submit(model, task, call)
 
     web.pool.submit = busy  # type: ignore[method-assign]
     texts = [f"text {i}" for i in range(2 * CHUNK_TEXTS)]
@@ -159,10 +159,10 @@ def test_the_deadline_is_each_lines_own(web: Web) -> None:
     """Where the pool stays busy past it, those lines have the error; the others have their vectors."""
     submit = web.pool.submit
 
-    def busy(request: Any) -> Any:
-        if request.texts[0] == f"text {CHUNK_TEXTS}":
+    def busy(model: str, task: Any, call: Any) -> Any:
+        if task.texts[0] == f"text {CHUNK_TEXTS}":
             raise Overloaded("full", retry_after_s=60)
-        return submit(request)
+        return submit(model, task, call)
 
     web.pool.submit = busy  # type: ignore[method-assign]
     texts = [f"text {i}" for i in range(3 * CHUNK_TEXTS)]
@@ -200,9 +200,9 @@ def test_a_client_that_goes_away_costs_no_more(make_web: MakeWeb) -> None:
     seen = []
     submit = web.pool.submit
 
-    def watched(request: Any) -> Any:
-        seen.append(request)
-        return submit(request)
+    def watched(model: str, task: Any, call: Any) -> Any:
+        seen.append(call)
+        return submit(model, task, call)
 
     web.pool.submit = watched  # type: ignore[method-assign]
     body = lines_of(*(f"text {i}" for i in range(20 * CHUNK_TEXTS)))
@@ -212,7 +212,7 @@ def test_a_client_that_goes_away_costs_no_more(make_web: MakeWeb) -> None:
     stream = iter(response.response)
     next(stream)
     response.close()
-    assert all(request.client_gone() for request in seen)
+    assert all(call.client_gone() for call in seen)
     assert len(seen) <= 1 + ndjson.CHUNKS_AT_ONCE
 
 
@@ -230,9 +230,9 @@ def test_it_weighs_as_much_as_one_request(web: Web) -> None:
     weights = []
     submit = web.pool.submit
 
-    def watched(request: Any) -> Any:
-        weights.append(request.weight)
-        return submit(request)
+    def watched(model: str, task: Any, call: Any) -> Any:
+        weights.append(call.weight)
+        return submit(model, task, call)
 
     web.pool.submit = watched  # type: ignore[method-assign]
     answers(web, lines_of("a"))
@@ -257,12 +257,12 @@ def test_vectors_of_two_models_are_not_mixed(make_web: MakeWeb) -> None:
     submit = web.pool.submit
     asked = []
 
-    def switching(request: Any) -> Any:
-        asked.append(request)
+    def switching(model: str, task: Any, call: Any) -> Any:
+        asked.append(model)
         if len(asked) == 2:
             web.post("/models/alias", {"model": NAME, "alias": None})
             web.post("/models/alias", {"model": "other", "alias": "m"})
-        return submit(request)
+        return submit(model, task, call)
 
     web.pool.submit = switching  # type: ignore[method-assign]
     answer = send(web, lines_of(*(f"text {i}" for i in range(3 * CHUNK_TEXTS))))
@@ -279,9 +279,9 @@ def test_a_remote_service_that_is_down_is_no_matter_of_lines(make_web: MakeWeb) 
     web = make_web(MODEL)
     submit = web.pool.submit
 
-    def down(request: Any) -> Any:
-        result = submit(request)
-        return dataclasses.replace(result, errors=dict.fromkeys(range(len(request.texts)), UpstreamError("no")))
+    def down(model: str, task: Any, call: Any) -> Any:
+        result = submit(model, task, call)
+        return dataclasses.replace(result, errors=dict.fromkeys(range(len(task.texts)), UpstreamError("no")))
 
     web.pool.submit = down  # type: ignore[method-assign]
     refused(send(web, lines_of("a", "b")), 502, "upstream_error")
@@ -304,9 +304,9 @@ def test_waiting_for_room_is_no_refusal(web: Web, monkeypatch: pytest.MonkeyPatc
     asked = []
     submit = web.pool.submit
 
-    def watched(request: Any) -> Any:
-        asked.append(request.asks_again)
-        return submit(request)
+    def watched(model: str, task: Any, call: Any) -> Any:
+        asked.append(call.is_patient)
+        return submit(model, task, call)
 
     web.pool.submit = watched  # type: ignore[method-assign]
     answers(web, lines_of(*(f"text {i}" for i in range(2 * CHUNK_TEXTS))))

@@ -8,7 +8,7 @@ import pytest
 
 from embedpool.config.settings import Limits
 from embedpool.errors import EmptyInput, InvalidRequest, TooManyTexts
-from embedpool.pool.request import EmbedOptions
+from embedpool.tasks.embed import EmbedOptions
 from embedpool.web.schemas import (
     AliasSchema,
     EmbedSchema,

@@ -10,7 +10,7 @@ from werkzeug.test import TestResponse
 
 from embedpool.config.settings import Defaults, Settings
 from embedpool.errors import Overloaded
-from embedpool.pool.request import EmbedRequest
+from embedpool.tasks.embed import Embed
 from tests.web.conftest import MODEL, NAME, MakeWeb, Web, raw, unit
 
 TEXTS = ["Hello, world!", "This is a test sentence."]
@@ -66,8 +66,8 @@ def test_a_remote_service_is_left_to_its_own_default(make_web: MakeWeb, monkeypa
     web = make_web("model: r, driver: {type: http, config: {base_url: 'http://127.0.0.1:9'}}", wait=False)
     asked: list[str | None] = []
 
-    def submit(request: EmbedRequest) -> None:
-        asked.append(request.options.truncate)
+    def submit(model: str, task: Embed, call: object) -> None:
+        asked.append(task.options.truncate)
         raise Overloaded("enough")
 
     monkeypatch.setattr(web.pool, "submit", submit)
