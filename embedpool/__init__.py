@@ -9,10 +9,10 @@ The road of a request, each file entered once on the way in and once on the way 
     pool/pool.py          a permit admits the request, a name or an alias finds its model
     pool/admission.py     the request is measured, put into the queue, waited for and finished
     pool/model_queue.py   items wait, in fair order
-    pool/runner.py        a replica's thread takes a batch, and gives each item its row or its error
-    pool/planner.py       which items make the batch
-    places/thread.py      where the driver runs; places/process.py is the other one
-    drivers/local_st.py   a batch becomes rows; drivers/http.py and drivers/fake.py do so too
+    pool/planner.py       a replica's thread takes the items that make the best batch now
+    pool/runner.py        every item of the batch gets its row or its error
+    tasks/driver.py       the place where the driver runs: in this process, or places/process.py
+    drivers/local_st.py   the batch becomes rows; drivers/http.py and drivers/fake.py do so too
     web/encoding.py       rows become JSON, base64 or npy
 
 What they hand on: tasks/item.py (items and batches), tasks/rows.py, pool/request.py (a call, a request, a result).
@@ -21,7 +21,7 @@ A dialect in web/dialects/ takes the place of web/native.py; web/ndjson.py serve
 Around the road: web/app.py puts web/ together, with web/http_request.py, web/access.py (who may), web/rate_limit.py,
 web/metrics.py, web/request_log.py and web/error_response.py. pool/served_model.py is the life of a model,
 pool/replica_set.py says how many replicas it has and runs their threads, pool/replica.py is the life of one,
-pool/quarantine.py knows what is not run again, pool/stats.py counts, pool/settings.py is what all models share. tasks/
+pool/backoff.py says when it is tried again, pool/quarantine.py knows what is not run again, pool/stats.py counts, pool/settings.py is what all models share. tasks/
 says what a task, a driver, a place and a tokenizer have to be; places/ and drivers/ fulfil it.
 
 Beside the road: serve/ (sockets, processes, signals), server.py (where the parts meet), config/ (config.yml, pool.yml,

@@ -24,7 +24,7 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.settings import PoolSettings
 from embedpool.reconcile import Reconciler
 from embedpool.serve.service_manager import has_service_manager, tell_service_manager
-from embedpool.tasks.place import Place
+from embedpool.tasks.driver import Place
 from embedpool.tasks.tokenizer import Tokenizer
 from embedpool.web import metrics
 from embedpool.web.app import create_app, refusal

@@ -18,10 +18,9 @@ from embedpool.places import open_place
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call, Result
 from embedpool.pool.settings import PoolSettings
-from embedpool.tasks.driver import Driver
+from embedpool.tasks.driver import Driver, Place
 from embedpool.tasks.embed import Embed, EmbedOptions
 from embedpool.tasks.item import Batch, Ids, Item
-from embedpool.tasks.place import Place
 from embedpool.tasks.rows import Answer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -109,4 +108,4 @@ def fake_spec(*models: str) -> PoolSpec:
 def settle(pool: Pool) -> None:
     """Wait for every model's first load."""
     for served in pool.models:
-        assert served.wait_settled(20)
+        assert served.replicas.settled.wait(20)

@@ -454,7 +454,7 @@ def test_a_name_is_known_as_soon_as_the_file_has_it(reconciler: Reconciler, pool
     with pytest.raises(ModelNotFound):
         pool.find("new")
     reconciler.pool_file.path.write_text(fake_pool_yml("model: new"))
-    assert pool.find("new").wait_settled(WAIT_S)
+    assert pool.find("new").replicas.settled.wait(WAIT_S)
     assert pool.find("new").state == "ready"
 
 

@@ -18,10 +18,9 @@ from embedpool.places import open_place
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call, Result
 from embedpool.pool.settings import PoolSettings
-from embedpool.tasks.driver import Facts
+from embedpool.tasks.driver import Facts, Place
 from embedpool.tasks.embed import Embed
 from embedpool.tasks.item import Batch, Group, Item, Keys
-from embedpool.tasks.place import Place
 from embedpool.tasks.rows import Answer, Rows
 from embedpool.tasks.task import Measured, Task
 from embedpool.tasks.tokenizer import Tokenizer

@@ -7,9 +7,7 @@ from collections.abc import Callable
 
 from embedpool.config.spec import ModelSpec
 from embedpool.places.process import ProcessPlace
-from embedpool.places.thread import ThreadPlace
-from embedpool.tasks.driver import Driver
-from embedpool.tasks.place import Place
+from embedpool.tasks.driver import Driver, Place
 
 
 def open_place(
@@ -26,4 +24,4 @@ def open_place(
     """
     if spec.runs_in == "process":
         return ProcessPlace(spec, make_driver, prepare_child, longest_batch_s)
-    return ThreadPlace(make_driver())
+    return Place(make_driver())

@@ -14,6 +14,7 @@ import heapq
 import math
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import threading
@@ -31,9 +32,8 @@ from embedpool.config.spec import LocalConfig, ModelSpec
 from embedpool.errors import ModelFailed
 from embedpool.places.cores import available_cores
 from embedpool.places.in_child import InBlock, from_block, serve
-from embedpool.tasks.driver import Driver, Facts
+from embedpool.tasks.driver import Driver, Facts, Loss, Place
 from embedpool.tasks.item import Batch
-from embedpool.tasks.place import Loss, Place
 from embedpool.tasks.rows import Answer
 
 BLOCK_BYTES = 1 << 20  # of a slot; what is larger goes through the pipe
@@ -51,13 +51,8 @@ class ProcessPlace(Place):
     """
 
     def __init__(
-        self,
-        spec: ModelSpec,
-        make: Callable[[], Driver],
-        prepare: Callable[[], None] | None,
-        longest_batch_s: float,
+        self, spec: ModelSpec, make: Callable[[], Driver], prepare: Callable[[], None] | None, longest_batch_s: float
     ) -> None:
-        super().__init__()
         self._longest_batch_s = longest_batch_s
         self._count = spec.queue.max_inflight_per_replica or available_cores()
         self._free = list(range(self._count))  # a heap: a lone batch is always run by the thread that opened the model
@@ -68,11 +63,24 @@ class ProcessPlace(Place):
         self._slots_changed = threading.Condition()
         self._closing = threading.Event()
         self._ended = threading.Event()  # the child is gone and `lost` says why
-        self._memory = _Memory()
+        self._opened_bytes = self._last_bytes = 0  # that it held when it had opened the model, and at the last look
+        self._kills = _kills_for_memory()  # at the last look
         assert isinstance(spec.driver.config, LocalConfig)
         self.configure(spec.driver.config)
         self._start(make, prepare, f"watch-{spec.model}")
-        self.facts = self._opened(spec.model)
+        try:
+            facts = self._receive(0)
+            assert isinstance(facts, Facts)
+            if too_large := self._too_large():
+                raise ChildProcessError(f"its process {too_large}")
+        except BaseException as error:
+            self.close()
+            if isinstance(error, ChildProcessError):
+                raise ModelFailed(f"{spec.model!r} did not load: {error}") from None
+            raise
+        self._opened_bytes = _rss_bytes(self._process.pid)
+        where = {"place": "process", "isolation": "process", "pid": self._process.pid}
+        self.facts = dataclasses.replace(facts, description={**facts.description, **where})
 
     @override
     def configure(self, config: LocalConfig) -> None:
@@ -82,8 +90,7 @@ class ProcessPlace(Place):
     def _start(self, make: Callable[[], Driver], prepare: Callable[[], None] | None, watcher_name: str) -> None:
         context = multiprocessing.get_context("spawn")
         pipes = [context.Pipe() for _ in range(self._count)]
-        self._connections = [ours for ours, _ in pipes]
-        theirs = [their for _, their in pipes]
+        self._connections, theirs = [ours for ours, _ in pipes], [their for _, their in pipes]
         blocks = [context.RawArray("B", BLOCK_BYTES) for _ in pipes]
         self._blocks = [np.frombuffer(block, dtype=np.uint8) for block in blocks]
         self._process = context.Process(target=serve, args=(make, prepare, theirs, blocks))
@@ -98,22 +105,6 @@ class ProcessPlace(Place):
         finally:
             for connection in theirs:
                 connection.close()
-
-    def _opened(self, model: str) -> Facts:
-        """What the child says when it has opened the driver. Raises with the reason if it has not."""
-        try:
-            facts = self._receive(0)
-            assert isinstance(facts, Facts)
-            if too_large := self._too_large():
-                raise ChildProcessError(f"its process {too_large}")
-        except BaseException as error:
-            self.close()
-            if isinstance(error, ChildProcessError):
-                raise ModelFailed(f"{model!r} did not load: {error}") from None
-            raise
-        self._memory.opened(self._process.pid)
-        where = {"place": "process", "isolation": "process", "pid": self._process.pid}
-        return dataclasses.replace(facts, description={**facts.description, **where})
 
     @override
     def run(self, batch: Batch) -> Answer:
@@ -191,28 +182,30 @@ class ProcessPlace(Place):
     def _watch_child(self, ending: str | None = None) -> None:
         """As long as the child lives; with `ending` the child's life ends now."""
         closing_since: float | None = None
-        ended_by_us: str | None = None
+        our_doing: str | None = None
         while not wait([self._process.sentinel], 0 if ending else LOOK_S):
-            self._memory.look(self._process.pid)
+            self._last_bytes, self._kills = _rss_bytes(self._process.pid), _kills_for_memory()
             if self._closing.is_set():
                 closing_since = closing_since or time.monotonic()
                 ending = "was closed" if time.monotonic() - closing_since > CLOSE_TIMEOUT_S else None
             else:
                 ending = ending or self._too_slow() or self._too_large()
             if ending:
-                ended_by_us = ended_by_us or ending
+                our_doing = our_doing or ending
                 self._process.kill()
         self._process.join()
         atexit.unregister(self._process.kill)
-        exit_code = self._process.exitcode
-        by_others = ended_by_us is None and exit_code == -signal.SIGKILL
-        loss = Loss(f"its process {ended_by_us or _how(exit_code)}", innocent=by_others and self._memory.is_innocent())
-        self.lost = self.lost or loss
+        innocent = our_doing is None and self._process.exitcode == -signal.SIGKILL and not self._may_have_grown()
+        self.lost = Loss(f"its process {our_doing or _how(self._process.exitcode)}", innocent)
         for connection in self._connections:
             _shut_down(connection)  # a process that the child has started may hold the other end
         self._ended.set()
         if not self._closing.is_set():
-            self._lose(loss)
+            self._lose(self.lost)
+
+    def _may_have_grown(self) -> bool:
+        """Whether the kernel may have ended it for what it held: not if a person did, or for what others held."""
+        return _kills_for_memory() != self._kills and not 0 < self._last_bytes <= GROWN * self._opened_bytes
 
     def _too_slow(self) -> str | None:
         with self._slots_changed:
@@ -228,29 +221,6 @@ class ProcessPlace(Place):
         return f"was ended, because it held {rss_mb} MB, more than max_rss_mb {self._max_rss_mb}"
 
 
-class _Memory:
-    """What a child held when it had opened its model and when it was last looked at, and how often the kernel had
-    ended a process for want of memory by then: enough to tell whether SIGKILL can have been a batch's doing."""
-
-    def __init__(self) -> None:
-        self._opened_bytes = self._last_bytes = 0
-        self._kills = _kills_for_memory()
-
-    def opened(self, pid: int | None) -> None:
-        """It has opened its model."""
-        self._opened_bytes = _rss_bytes(pid)
-
-    def look(self, pid: int | None) -> None:
-        """It lives."""
-        self._last_bytes, self._kills = _rss_bytes(pid), _kills_for_memory()
-
-    def is_innocent(self) -> bool:
-        """Whether a person ended it, or the kernel although it was others that had grown."""
-        if _kills_for_memory() == self._kills:
-            return True
-        return 0 < self._last_bytes <= GROWN * self._opened_bytes
-
-
 def _rss_bytes(pid: int | None) -> int:
     with contextlib.suppress(psutil.Error, OSError):
         return int(psutil.Process(pid).memory_info().rss)
@@ -259,11 +229,9 @@ def _rss_bytes(pid: int | None) -> int:
 
 def _kills_for_memory() -> int:
     """Processes that the kernel has ended for want of memory since it started."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            name, _, count = line.partition(" ")
-            if name == "oom_kill":
-                return int(count)
+    with contextlib.suppress(OSError):
+        found = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), flags=re.MULTILINE)
+        return int(found[1]) if found else 0
     return 0
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Callable, Sequence
 
 from embedpool.tasks.driver import Cost
 from embedpool.tasks.item import Item
+
+logger = logging.getLogger(__name__)
 
 SHORT_BATCH_S = 0.05  # how long a query waits for the running batch, where the operator says nothing
 LEAST_FIXED_COSTS = 10  # but no batch is cut shorter than so many fixed costs: they would take more of the machine
@@ -124,3 +127,16 @@ class Planner:
                 return sorted(place for _, place in order[start:end])
             start = end
         raise AssertionError("a plan covers every item")
+
+    def plan_under_lock(self, window: Sequence[Item], slots: Slots) -> Sequence[int]:
+        """Choose a batch that begins now, in this thread; whatever fails, the next item can go alone.
+
+        Called with the queue's lock held: what is chosen for one slot decides what is left for the next.
+        """
+        try:
+            places = self.choose(window, slots.busy_s(), slots.count)
+            slots.begin(self.predicted_s([window[place].tokens for place in places]))
+            return places
+        except Exception:
+            logger.exception("the planner failed; the next item goes alone")
+            return [0]

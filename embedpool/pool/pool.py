@@ -8,7 +8,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
 
 from embedpool.config.spec import ModelSpec, PoolSpec, diff
 from embedpool.errors import ModelNotFound, Overloaded, ShuttingDown
@@ -41,10 +40,8 @@ class Pool:
         self._lock = threading.RLock()
         self._spec = PoolSpec()
         self._served: dict[str, ServedModel] = {}
-        self._successors: dict[str, ServedModel] = {}
         self._routes: Mapping[str, ServedModel] = MappingProxyType({})
-        self._preparing: set[ServedModel] = set()
-        self._candidates: list[ServedModel] = []  # prepared, for `apply` to adopt
+        self._candidates: list[ServedModel] = []  # being prepared; `apply` adopts those that are loaded
         self._leaving: dict[ServedModel, threading.Thread] = {}
 
     # --- the road of a request
@@ -60,7 +57,7 @@ class Pool:
                         raise ShuttingDown("the server is stopping") from None
                     if isinstance(gone, ModelNotFound):
                         raise
-                    continue  # the model was replaced between look-up and admission; its successor is routed already
+                # The model was replaced between look-up and admission; its successor is routed already.
 
     @contextlib.contextmanager
     def permit(self) -> Iterator[None]:
@@ -99,18 +96,15 @@ class Pool:
         with self._lock:
             if self.stopping:
                 raise ShuttingDown("the server is stopping")
-            self._preparing.add(candidate)
+            self._candidates.append(candidate)
         try:
             candidate.start(prove=True)
             candidate.require_loaded(timeout_s)
-            with self._lock:
-                self._candidates.append(candidate)
             yield
         finally:
             with self._lock:
-                self._preparing.discard(candidate)
-                self._candidates = [c for c in self._candidates if c is not candidate]
-                if candidate not in self._served.values() and candidate not in self._leaving:
+                if candidate in self._candidates:
+                    self._candidates.remove(candidate)
                     self._drain_in_background(candidate)
 
     def apply(self, spec: PoolSpec) -> None:
@@ -123,9 +117,9 @@ class Pool:
                 return
             change = diff(self._spec, spec)
             leaving = [s for name in change.removed if (s := self._served.pop(name, None))]
-            leaving += [s for name in change.removed if (s := self._successors.pop(name, None))]
+            leaving += [s.successor for s in leaving if s.successor]
             for model in change.added:
-                self._served[model.model] = self._candidate_for(model) or self._begin(model)
+                self._served[model.model] = self._candidate_for(model) or ServedModel(model, self._settings).start()
             for model in change.changed:
                 leaving += self._change(model)
             self._spec = spec
@@ -136,31 +130,24 @@ class Pool:
     def _change(self, model: ModelSpec) -> list[ServedModel]:
         """Bring one served model to its new spec; gives what leaves."""
         live = self._served[model.model]
-        obsolete = self._successors.pop(model.model, None)
-        leaving = [obsolete] if obsolete else []
+        leaving = [live.successor] if live.successor else []
+        live.successor = None
         if live.spec.load_key == model.load_key:
             live.update(model)
             return leaving
-        if candidate := self._candidate_for(model):
-            self._served[model.model] = candidate
-            return [*leaving, live]
-        if model.enabled and live.takes_requests:
+        candidate = self._candidate_for(model)
+        if candidate is None and model.enabled and live.takes_requests:
             # The old one goes on, under the new alias, until the successor is loaded.
             live.update(dataclasses.replace(live.spec, alias=model.alias))
-            successor = self._successors[model.model] = ServedModel(model, self._settings, on_ready=self._promote)
-            successor.start(prove=True)
+            live.successor = ServedModel(model, self._settings, on_ready=self._promote)
+            live.successor.start(prove=True)
             return leaving
-        self._served[model.model] = self._begin(model)
+        self._served[model.model] = candidate or ServedModel(model, self._settings).start()
         return [*leaving, live]
-
-    def _begin(self, model: ModelSpec) -> ServedModel:
-        served = ServedModel(model, self._settings)
-        served.start()
-        return served
 
     def _candidate_for(self, model: ModelSpec) -> ServedModel | None:
         for candidate in self._candidates:
-            if candidate.spec.load_key == model.load_key:
+            if candidate.spec.load_key == model.load_key and candidate.is_serving:
                 self._candidates.remove(candidate)
                 candidate.update(model)
                 return candidate
@@ -170,10 +157,10 @@ class Pool:
         """On the successor's replica thread, when it is ready. Until then the old one goes on; /status shows why."""
         with self._lock:
             name = successor.spec.model
-            if self._successors.get(name) is not successor:
+            old = self._served.get(name)
+            if old is None or old.successor is not successor:
                 return
-            del self._successors[name]
-            old, self._served[name] = self._served[name], successor
+            self._served[name], old.successor = successor, None
             self._route()
             self._drain_in_background(old)
         logger.info("%s: the changed model is loaded and takes over", name)
@@ -186,15 +173,15 @@ class Pool:
 
     def _drain_in_background(self, served: ServedModel) -> None:
         """Called under the lock, so that a stop sees the model either here or there."""
-        served.close()
-        thread = threading.Thread(target=self._drain, args=(served,), name=f"drain-{served.spec.model}", daemon=True)
-        self._leaving[served] = thread
-        thread.start()
 
-    def _drain(self, served: ServedModel) -> None:
-        served.drain(self._settings.request_timeout_s)
-        with self._lock:
-            self._leaving.pop(served, None)
+        def drain() -> None:
+            served.drain(self._settings.request_timeout_s)
+            with self._lock:
+                self._leaving.pop(served, None)
+
+        served.close()
+        self._leaving[served] = threading.Thread(target=drain, name=f"drain-{served.spec.model}", daemon=True)
+        self._leaving[served].start()
 
     def stop(self, grace_s: float = 0.0) -> int:
         """Refuse new requests, wait up to `grace_s` for those inside, fail the rest, stop every replica.
@@ -204,18 +191,15 @@ class Pool:
         """
         with self._lock:
             self.stopping = True
-            drains = list(self._leaving.values())
-            leaving = [*self._served.values(), *self._successors.values(), *self._leaving, *self._preparing]
-            self._routes = MappingProxyType({})
-            self._served, self._successors = {}, {}
+            leaving = {*self._served.values(), *self._leaving, *self._candidates}
+            leaving |= {s.successor for s in leaving if s.successor}
+            threads = list(self._leaving.values())
+            self._routes, self._served = MappingProxyType({}), {}
         given_up: list[int] = []
-        threads = [
-            threading.Thread(target=lambda s=served: given_up.append(s.drain(grace_s)), name="stop")
-            for served in leaving
-        ]
+        for served in leaving:
+            threads.append(threading.Thread(target=lambda s=served: given_up.append(s.drain(grace_s)), name="stop"))
+            threads[-1].start()
         for thread in threads:
-            thread.start()
-        for thread in [*threads, *drains]:
             thread.join(grace_s + STOP_TIMEOUT_S)
         return sum(given_up)
 
@@ -231,14 +215,3 @@ class Pool:
     def booted(self) -> bool:
         """Whether every enabled model has finished its first load or failed."""
         return all(s.settled for s in self.models)
-
-    def snapshot(self) -> list[dict[str, Any]]:
-        """The models' entries in /status; `successor` while a changed model is being loaded."""
-        entries = []
-        for served in self.models:
-            entry = served.snapshot()
-            successor = self._successors.get(served.spec.model)
-            if successor is not None:
-                entry["successor"] = {"state": successor.state, "last_error": successor.last_error}
-            entries.append(entry)
-        return entries

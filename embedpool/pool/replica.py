@@ -6,20 +6,18 @@ further slot.
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
-import time
 from collections.abc import Callable, Mapping
 
-from embedpool.errors import EmbedpoolError, UpstreamError
-from embedpool.pool.runner import DriverBroken, DriverLost, Runner
+from embedpool.errors import EmbedpoolError
+from embedpool.pool.backoff import Backoff
+from embedpool.pool.planner import Planner, Slots
+from embedpool.pool.runner import DriverBroken, Runner
+from embedpool.pool.settings import PoolSettings
 
 logger = logging.getLogger(__name__)
-
-BACKOFF_FIRST_S = 0.5
-BACKOFF_LONGEST_S = 60.0
-LOSSES_TO_FIND_AN_ITEM = 8  # halving a batch of 64, and the item alone
-BACKOFF_LONGEST_AFTER_S = ((DriverBroken, 1.0), (UpstreamError, 5.0))  # it does load, so trying again costs little
 
 
 class Replica:
@@ -29,123 +27,81 @@ class Replica:
         self,
         name: str,
         open_runner: Callable[[str], Runner],
+        slots: Slots,
+        settings: PoolSettings,
         on_change: Callable[[Replica], None] = lambda replica: None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
         self.state = "loading"
-        self.failures = 0  # in a row, without a served batch between
+        self.backoff = Backoff()
         self.last_error: str | None = None
         self.retry_at = 0.0  # on the clock, while failed
         self.description: Mapping[str, object] = {}
         self.runner: Runner | None = None  # while it is open
+        self.planner: Planner  # set before it steps, and anew when the model's spec changes
         self.stopping = threading.Event()  # it is to end
+        self.leaving = threading.Event()  # its threads are to leave the driver: it is broken, retires or stops
         self.threads: list[threading.Thread] = []  # the lead, then its siblings
+        self.running: dict[int, float] = {}  # the threads in which a batch runs, since when
         self._open_runner = open_runner
+        self._slots = slots
         self._on_change = on_change
-        self._clock = clock
-        self._losses = 0  # in a row, likewise, of places that a batch has ended
-        self._longest_backoff_s = BACKOFF_LONGEST_S
-        self._leave = threading.Event()  # its threads are to leave the driver: it is broken, retires or stops
+        self._clock = settings.clock
+        self._max_wait_s = settings.max_wait_s
+        self._last_busy = self._proved_at = self._clock()
         # Guards what its threads write about their work. Held for a few instructions, with no other lock inside.
         self._lock = threading.Lock()
-        self._running: dict[int, float] = {}  # the threads in which a batch runs, since when
-        self._last_busy = self._proved_at = clock()
-
-    # --- seen from any thread
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a batch runs."""
-        return bool(self._running)
-
-    @property
-    def is_leaving(self) -> bool:
-        """Whether its threads are to leave the driver."""
-        return self._leave.is_set()
-
-    @property
-    def is_lost(self) -> bool:
-        """Whether its place is."""
-        return self.runner is not None and self.runner.place.lost is not None
 
     def stuck_s(self, longest_s: float) -> float:
         """How long it has been stuck: every thread of it in a batch of more than `longest_s` seconds. Else 0."""
         with self._lock:
             alive = sum(thread.is_alive() for thread in self.threads)
-            if self.state != "ready" or len(self._running) < max(alive, 1):
+            if self.state != "ready" or len(self.running) < max(alive, 1):
                 return 0.0
-            shortest_s = self._clock() - max(self._running.values())
+            shortest_s = self._clock() - max(self.running.values())
         return shortest_s if shortest_s > longest_s else 0.0
-
-    def stop(self) -> None:
-        """Let it end after the running batches. The queue must be woken after this, as after `leave`."""
-        self.stopping.set()
-        self._leave.set()
-
-    def leave(self) -> None:
-        """Let its threads leave the driver."""
-        self._leave.set()
 
     # --- steps of its life, on the lead thread
 
     def open(self) -> bool:
         """Open the driver; whether that succeeded."""
-        self._leave.clear()
+        self.leaving.clear()
         if self.stopping.is_set():
             return False
         started = self._clock()
         try:
-            runner = self._open_runner(self.name)
+            self.runner = self._open_runner(self.name)
         except BaseException as error:  # a panic in a Rust library is no Exception
             logger.warning("%s did not load: %s", self.name, error)
             self.fail(error)
             return False
-        logger.info("%s loaded in %.1f s", self.name, self._clock() - started)
-        self.description = runner.place.facts.description
         self._last_busy = self._proved_at = self._clock()
-        self.runner = runner
+        logger.info("%s loaded in %.1f s", self.name, self._clock() - started)
+        self.description = self.runner.place.facts.description
         self.become("ready")
         return True
 
     def close(self) -> None:
         """Give the driver back; no thread steps any more."""
         runner, self.runner = self.runner, None
-        if runner is not None:
-            try:
+        try:
+            if runner is not None:
                 runner.place.close()
-            except Exception:
-                logger.exception("%s: the driver did not close cleanly", self.name)
+        except Exception:
+            logger.exception("%s: the driver did not close cleanly", self.name)
 
     def fail(self, error: BaseException) -> None:
         """It cannot serve, and is to be opened anew at `retry_at`."""
-        if isinstance(error, DriverLost):
-            self._losses += 1
-        else:
-            self.failures += 1
+        self.backoff.failed(error)
         is_said = isinstance(error, EmbedpoolError | DriverBroken)
         self.last_error = str(error) if is_said else f"{type(error).__name__}: {error}"
-        longest = (s for kind, s in BACKOFF_LONGEST_AFTER_S if isinstance(error, kind))
-        self._longest_backoff_s = next(longest, BACKOFF_LONGEST_S)
-        self.retry_at = self._clock() + self.backoff_s
+        self.retry_at = self._clock() + self.backoff.pause_s
         self.become("failed")
 
     def become(self, state: str) -> None:
         """Change the state, and say so."""
         self.state = state
         self._on_change(self)
-
-    @property
-    def setbacks(self) -> int:
-        """Failures, and losses beyond those that it takes to find one item at fault."""
-        return self.failures + max(self._losses - LOSSES_TO_FIND_AN_ITEM, 0)
-
-    @property
-    def backoff_s(self) -> float:
-        """How long to wait before it is opened again."""
-        if not self.setbacks:
-            return 0.0
-        return float(min(BACKOFF_FIRST_S * 2 ** min(self.setbacks - 1, 10), self._longest_backoff_s))
 
     # --- a step of any of its threads
 
@@ -157,31 +113,47 @@ class Replica:
         leaving: Callable[[], bool] = lambda: False,
         probe_s: float | None = None,
     ) -> bool:
-        """Serve one batch, see Runner.step; without work probe the driver if nothing has proved it for `probe_s`.
+        """Serve one batch of what waits; without work probe the driver if nothing has proved it for `probe_s`.
 
-        Whether there was work. When the driver turns out to be broken all threads are told to leave it.
+        Whether there was work within `timeout_s`, before the thread was `leaving`; `on_work` is called before it is
+        run. When the driver turns out to be broken all threads are told to leave it.
         """
-        runner = self.runner
+        runner, planner, slots = self.runner, self.planner, self._slots
         assert runner is not None
-
-        def begin() -> None:
-            with self._lock:
-                self._running[threading.get_ident()] = self._clock()
-            on_work()
-
+        served = False
         try:
             if runner.place.lost:
                 raise DriverBroken(runner.place.lost.reason)
-            succeeded = runner.step(timeout_s, on_work=begin, leaving=leaving)
-            if succeeded is None:
+            plan = functools.partial(planner.plan_under_lock, slots=slots)
+            items = runner.queue.take(
+                plan, timeout_s, enough=planner.max_items, max_wait_s=self._max_wait_s, leaving=leaving
+            )
+            if not items:
                 self._probe_if_due(runner, probe_s)
                 return False
+            with self._lock:
+                self.running[threading.get_ident()] = self._clock()
+            served = runner.run(items, on_work)
         except DriverBroken as error:
-            self._end_work(served=False)
             self._broke(error)
-        else:
-            self._end_work(served=succeeded)
+        finally:
+            slots.end()
+            with self._lock:
+                if self.running.pop(threading.get_ident(), None) is not None:
+                    self._last_busy = self._clock()
+                if served:
+                    self._proved_at = self._clock()
+                    self.backoff.served()
         return True
+
+    def _broke(self, error: DriverBroken) -> None:
+        """The first of its threads to say so is enough."""
+        with self._lock:
+            if self.leaving.is_set():
+                return
+            self.leaving.set()
+        logger.warning("%s is broken and is opened anew: %s", self.name, error)
+        self.fail(error)
 
     def wait_s(self, idle_s: float | None, probe_s: float | None) -> float | None:
         """How long the lead may wait for work before it looks whether to retire or to probe."""
@@ -195,36 +167,19 @@ class Replica:
     def is_idle_for(self, idle_s: float) -> bool:
         """Whether no batch has run for so long."""
         with self._lock:
-            return not self._running and self._clock() - self._last_busy >= idle_s
+            return not self.running and self._clock() - self._last_busy >= idle_s
 
     def _probe_if_due(self, runner: Runner, probe_s: float | None) -> None:
         """Raises DriverBroken."""
         with self._lock:
-            if probe_s is None or self._running or self._clock() - self._proved_at < probe_s:
+            if probe_s is None or self.running or self._clock() - self._proved_at < probe_s:
                 return
-            self._running[threading.get_ident()] = self._clock()
+            self.running[threading.get_ident()] = self._clock()
         try:
             runner.place.probe()
         except BaseException as error:
             raise DriverBroken(f"{type(error).__name__}: {error}") from error
         finally:
             with self._lock:
-                self._running.pop(threading.get_ident(), None)
+                del self.running[threading.get_ident()]
                 self._proved_at = self._clock()
-
-    def _broke(self, error: DriverBroken) -> None:
-        """The first of its threads to say so is enough."""
-        with self._lock:
-            if self._leave.is_set():
-                return
-            self._leave.set()
-        logger.warning("%s is broken and is opened anew: %s", self.name, error)
-        self.fail(error)
-
-    def _end_work(self, *, served: bool) -> None:
-        with self._lock:
-            self._running.pop(threading.get_ident(), None)
-            self._last_busy = self._clock()
-            if served:
-                self._proved_at = self._clock()
-                self.failures = self._losses = 0

@@ -7,7 +7,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from embedpool.config.spec import ModelSpec
@@ -18,7 +18,6 @@ from embedpool.pool.replica import Replica
 from embedpool.pool.runner import Runner
 from embedpool.pool.settings import PoolSettings
 from embedpool.pool.stats import ModelStats
-from embedpool.tasks.place import Place
 
 logger = logging.getLogger(__name__)
 
@@ -76,25 +75,24 @@ class ReplicaSet:
         """idle, loading, ready or failed."""
         replicas = self._replicas
         if any(r.state == "ready" for r in replicas):
-            return "failed" if self.stuck_s else "ready"
+            return "failed" if self._stuck_s(replicas) else "ready"
         if not replicas:
             return "idle"
         limit = 1 if self.loads_first else FAILURES_BEFORE_FAILED
-        return "failed" if all(r.failures >= limit for r in replicas) else "loading"
+        return "failed" if all(r.backoff.failures >= limit for r in replicas) else "loading"
 
-    @property
-    def stuck_s(self) -> float:
-        """How long every ready replica has been stuck: in batches that have outlived any request. Else 0.
+    def _stuck_s(self, replicas: Sequence[Replica]) -> float:
+        """How long every ready one has been stuck: in batches that have outlived any request. Else 0.
 
         Its threads cannot be stopped, but nobody need wait for them; when they come back the model is ready again.
         """
-        stuck = [r.stuck_s(self._settings.request_timeout_s) for r in self._replicas if r.state == "ready"]
+        stuck = [r.stuck_s(self._settings.request_timeout_s) for r in replicas if r.state == "ready"]
         return min(stuck, default=0.0)
 
     @property
     def trouble(self) -> str | None:
         """What is wrong, if something is: that it is stuck, else the last error."""
-        if stuck_s := self.stuck_s:
+        if stuck_s := self._stuck_s(self._replicas):
             return f"it is stuck: its batches have been running for {stuck_s:.0f} s"
         return self.last_error
 
@@ -104,22 +102,17 @@ class ReplicaSet:
         return min((r.retry_at for r in self._replicas), default=0.0)
 
     def counts(self) -> dict[str, object]:
-        """How many there are, idle and busy, and what they run on, for /status."""
+        """How many there are, idle and busy, and what an open one says of itself, for /status."""
         replicas = self._replicas
-        busy = sum(r.is_busy for r in replicas)
+        busy = sum(bool(r.running) for r in replicas)
         ready = sum(r.state == "ready" for r in replicas)
         return {
             "replicas": len(replicas),
             "replicas_idle": max(ready - busy, 0),
             "replicas_busy": busy,
-            "replicas_stuck": sum(r.stuck_s(self._settings.request_timeout_s) > 0 for r in replicas),
-            "runs_on": self.runs_on,
+            "replicas_stuck": sum(self._stuck_s([r]) > 0 for r in replicas),
+            "runs_on": next((dict(r.description) for r in replicas if r.description), {}),
         }
-
-    @property
-    def runs_on(self) -> dict[str, Any]:
-        """What an open replica says of itself; empty while none is open."""
-        return next((dict(r.description) for r in self._replicas if r.description), {})
 
     # --- how many
 
@@ -150,21 +143,21 @@ class ReplicaSet:
 
     def _grow(self) -> None:
         """One more if work waits behind what was just taken and all are at work."""
-        if self._queue.qsize() and len(self) < self.spec.scaling.max:
+        if self._queue.qsize() and self._may_grow():
             with contextlib.suppress(RuntimeError):  # no thread to be had: the ones there are go on
                 self._add_if(self._may_grow)
 
     def _may_grow(self) -> bool:
-        at_work = all(r.state == "ready" and r.is_busy for r in self._replicas)
-        return len(self) < self.spec.scaling.max and at_work
+        replicas = self._replicas
+        return len(replicas) < self.spec.scaling.max and all(r.state == "ready" and r.running for r in replicas)
 
-    def _add_if(self, wanted: Callable[[], bool]) -> None:
+    def _add_if(self, is_wanted: Callable[[], bool]) -> None:
         with self._lock:
-            if self.stopped or not self.spec.enabled or not wanted():
+            if self.stopped or not self.spec.enabled or not is_wanted():
                 return
             self._number += 1
             name = f"{self.spec.model}#{self._number}"
-            replica = Replica(name, self._open, self._replica_changed, self._settings.clock)
+            replica = Replica(name, self._open, self._slots, self._settings, self._replica_changed)
             before, self._replicas = self._replicas, (*self._replicas, replica)
             try:
                 self._start_thread(replica, self._live, name)
@@ -188,16 +181,17 @@ class ReplicaSet:
         """End every replica, also those that retire already."""
         with self._lock:
             self.stopped = True
-            leaving = [*self._replicas, *self._retiring]
+            ending = [*self._replicas, *self._retiring]
         self.settled.set()  # nobody waits for a load that will not be
-        for replica in leaving:
-            replica.stop()
+        for replica in ending:
+            replica.stopping.set()
+            replica.leaving.set()
         self._queue.wake()
         deadline = time.monotonic() + max(timeout_s, CLOSE_TIMEOUT_S)
-        for replica in leaving:
-            if lead := replica.threads[:1]:
-                lead[0].join(max(deadline - time.monotonic(), 0))
-                if lead[0].is_alive():
+        for replica in ending:
+            for lead in replica.threads[:1]:
+                lead.join(max(deadline - time.monotonic(), 0))
+                if lead.is_alive():
                     logger.error("%s did not stop; its batch hangs", replica.name)
 
     # --- the threads of a replica
@@ -205,12 +199,8 @@ class ReplicaSet:
     def _start_thread(self, replica: Replica, run: Callable[..., object], name: str, *arguments: int) -> None:
         """Called with the lock held, so that a stop sees the thread, and no replica, without the other."""
         thread = threading.Thread(target=run, args=(replica, *arguments), name=name, daemon=True)
+        thread.start()
         replica.threads.append(thread)
-        try:
-            thread.start()
-        except RuntimeError:
-            replica.threads.remove(thread)
-            raise
 
     def _live(self, replica: Replica) -> None:
         """The life of a lead: open, serve, close, and again until the replica retires or is stopped."""
@@ -218,7 +208,7 @@ class ReplicaSet:
             retired = False
             while not (retired or replica.stopping.is_set()):
                 if not replica.open():
-                    retired = self._retires(replica, is_idle=True) or replica.stopping.wait(replica.backoff_s)
+                    retired = self._retires(replica, is_idle=True) or replica.stopping.wait(replica.backoff.pause_s)
                     continue
                 try:
                     retired = self._serve(replica)
@@ -227,8 +217,8 @@ class ReplicaSet:
                     replica.fail(error)
                 finally:
                     replica.close()
-                if replica.setbacks > 1 and not retired:
-                    replica.stopping.wait(replica.backoff_s)
+                if replica.backoff.setbacks > 1 and not retired:
+                    replica.stopping.wait(replica.backoff.pause_s)
         finally:
             replica.become("closed")
 
@@ -243,7 +233,7 @@ class ReplicaSet:
             self._adjust(replica)
             return self._loop(replica, 1)
         finally:
-            replica.leave()
+            replica.leaving.set()
             self._queue.wake()
             with self._lock:
                 siblings = replica.threads[1:]
@@ -253,26 +243,23 @@ class ReplicaSet:
 
     def _loop(self, replica: Replica, number: int) -> bool:
         """One thread's batches. Only the lead, number 1, retires; the others leave when fewer are wanted."""
-        is_lead = number == 1
-        while not replica.is_leaving and (is_lead or number <= self._inflight(replica)):
-            if not is_lead:
-                replica.step(None, on_work=self._grow, leaving=lambda: replica.is_leaving)
+        while not replica.leaving.is_set() and (number == 1 or number <= self._inflight(replica)):
+            if number > 1:
+                replica.step(None, on_work=self._grow, leaving=replica.leaving.is_set)
                 continue
             idle_s, probe_s = self._idle_timeout_s(), self._settings.probe_idle_s
-            had_work = replica.step(
-                replica.wait_s(idle_s, probe_s),
-                on_work=self._grow,
-                leaving=functools.partial(self._should_look, replica, idle_s),
-                probe_s=probe_s,
-            )
+            should_look = functools.partial(self._should_look, replica, idle_s)
+            waits_s = replica.wait_s(idle_s, probe_s)
+            had_work = replica.step(waits_s, on_work=self._grow, leaving=should_look, probe_s=probe_s)
             is_idle = not had_work and idle_s is not None and replica.is_idle_for(idle_s)
-            if not replica.is_leaving and self._retires(replica, is_idle=is_idle):
+            if not replica.leaving.is_set() and self._retires(replica, is_idle=is_idle):
                 return True
         return False
 
     def _should_look(self, replica: Replica, idle_s: float | None) -> bool:
         """Whether the lead must look around instead of waiting for work: to leave, or for another idle time."""
-        return replica.is_leaving or replica.is_lost or self._idle_timeout_s() != idle_s
+        is_lost = replica.runner is not None and replica.runner.place.lost is not None
+        return replica.leaving.is_set() or is_lost or self._idle_timeout_s() != idle_s
 
     def _idle_timeout_s(self) -> float | None:
         """When an idle replica should ask to retire; None: it stays."""
@@ -285,31 +272,19 @@ class ReplicaSet:
         """An open place, and what serves the queue with it. On the lead thread."""
         self._before_load()
         place = self._settings.open_place(self.spec, self._memory)
-        return Runner(
-            name,
-            place,
-            self._queue,
-            self._planner(place),
-            self._stats,
-            quarantine=self._quarantine,
-            slots=self._slots,
-            max_wait_s=self._settings.max_wait_s,
-            clock=self._settings.clock,
-        )
-
-    def _planner(self, place: Place) -> Planner:
-        settings = self._settings
-        most = self.spec.driver.config.max_batch_texts or settings.max_batch_texts
-        return Planner(most, settings.max_batch_tokens, settings.max_batch_s, place.facts.cost)
+        return Runner(name, place, self._queue, self._quarantine, self._stats, self._settings.clock)
 
     def _adjust(self, replica: Replica) -> None:
         """Make an open replica follow the spec as it is now: its driver's settings, its planner, its threads."""
         with self._lock:
             runner = replica.runner
-            if runner is None or replica.is_leaving:
+            if runner is None or replica.leaving.is_set():
                 return
-            runner.place.configure(self.spec.driver.config)
-            runner.planner = self._planner(runner.place)
+            config, settings = self.spec.driver.config, self._settings
+            runner.place.configure(config)
+            most = config.max_batch_texts or settings.max_batch_texts
+            cost = runner.place.facts.cost
+            replica.planner = Planner(most, settings.max_batch_tokens, settings.max_batch_s, cost)
             replica.threads[1:] = [thread for thread in replica.threads[1:] if thread.is_alive()]
             for number in range(len(replica.threads) + 1, self._inflight(replica) + 1):
                 self._start_thread(replica, self._loop, f"{replica.name}/{number}", number)

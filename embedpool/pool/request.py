@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from embedpool.errors import EmbedpoolError
+from embedpool.errors import ClientGone, DeadlineExceeded, EmbedpoolError, InferenceFailed, forget_frames
 from embedpool.tasks.item import Item
 from embedpool.tasks.rows import Rows
-from embedpool.tasks.task import Task
+from embedpool.tasks.task import Measured, Task
 from embedpool.tracing import Trace
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,14 +99,15 @@ class Request:
         self._done = threading.Lock()
         self._done.acquire()
 
-    def expect(self, items: list[Item], refused: Mapping[int, EmbedpoolError]) -> None:
-        """These are to come back; without any it is done."""
-        for item in items:
+    def expect(self, measured: Measured) -> None:
+        """Its items are to come back; without any it is done."""
+        for item in measured.items:
             item.request = self
         with self._lock:
-            self.errors.update(refused)
-            self._missing = len(items)
-            if not items and not self.is_done:
+            self.truncated = measured.truncated
+            self.errors.update(measured.refused)
+            self._missing = len(measured.items)
+            if not self._missing and not self.is_done:
                 self._finish()
 
     def wait(self, timeout_s: float) -> None:
@@ -114,6 +118,21 @@ class Request:
             self._done.release()
         if self.error is not None:
             raise self.error
+
+    def is_wanted(self, now: float) -> bool:
+        """Whether somebody waits for it still; if not, it fails with the reason."""
+        if not self.is_done and (self.abandoned or now >= self.call.deadline):
+            self.fail(DeadlineExceeded("the request's deadline passed while its items waited"))
+        elif not self.is_done and self._client_gone():
+            self.fail(ClientGone("the client closed its connection"))
+        return not self.is_done
+
+    def _client_gone(self) -> bool:
+        try:
+            return self.call.client_gone()
+        except Exception:
+            logger.exception("asking for the client of a request failed")
+            return False
 
     def fill(self, index: int, rows: Rows, row: int) -> None:
         """The row of an input; the last one completes the request."""
@@ -171,3 +190,35 @@ class Request:
         """With the lock held."""
         self.is_done = True
         self._done.release()
+
+
+# --- what becomes of the items of a batch, and of their duplicates
+
+
+def give(items: list[Item], rows: Rows) -> None:
+    """Each gets its row, unless that is not finite."""
+    for row, (item, finite) in enumerate(zip(items, rows.finite().tolist(), strict=True)):
+        if not finite:
+            blame(item, "the model gave a vector that is not finite")
+            continue
+        for equal in item.equals:
+            equal.request.fill(equal.index, rows, row)
+
+
+def lose(items: list[Item], error: EmbedpoolError) -> None:
+    """All of them get this error."""
+    forget_frames(error)
+    for item in items:
+        for equal in item.equals:
+            equal.request.lose(equal.index, error)
+
+
+def blame(item: Item, message: str) -> None:
+    """An item is at fault: its requests fail, naming it by its place in each, or go on without it."""
+    for equal in item.equals:
+        task = equal.request.task
+        if task.partial:
+            equal.request.lose(equal.index, InferenceFailed(message))  # the answer says which
+            continue
+        where = task.where(equal.index)
+        equal.request.lose(equal.index, InferenceFailed(f"{where}: {message}", fields={where: message}))

@@ -1,30 +1,21 @@
-"""One step of a replica's thread: a batch is taken from the queue and run, and every item gets its row or its error."""
+"""A batch is run in a place, and every item of it gets its row or its error: who is at fault is found out."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from embedpool import tracing
-from embedpool.errors import (
-    ClientGone,
-    DeadlineExceeded,
-    EmbedpoolError,
-    InferenceFailed,
-    UnsupportedTask,
-    UpstreamError,
-    forget_frames,
-)
+from embedpool.errors import EmbedpoolError, InferenceFailed, UnsupportedTask, UpstreamError
 from embedpool.pool.model_queue import ModelQueue
-from embedpool.pool.planner import Planner, Slots
 from embedpool.pool.quarantine import Quarantine
-from embedpool.pool.request import Request
+from embedpool.pool.request import blame, give, lose
 from embedpool.pool.stats import ModelStats
+from embedpool.tasks.driver import Loss, Place
 from embedpool.tasks.item import Batch, Item
-from embedpool.tasks.place import Loss, Place
 from embedpool.tasks.rows import Answer, Rows
 
 logger = logging.getLogger(__name__)
@@ -40,114 +31,49 @@ class DriverLost(DriverBroken):
     """A batch ended the place, which must be opened anew; each item of the batch has its answer, or waits again."""
 
 
+@dataclasses.dataclass
 class Runner:
-    """Serves the queue of a model with one open place; up to `facts.slots` threads step it at once.
+    """Runs batches of a model in one open place; up to `facts.slots` threads at once."""
 
-    `planner` is replaced when the model's spec changes; a thread that plans just then uses the one or the other.
-    """
+    name: str
+    place: Place
+    queue: ModelQueue
+    quarantine: Quarantine
+    stats: ModelStats
+    clock: Callable[[], float]
 
-    def __init__(
-        self,
-        name: str,
-        place: Place,
-        queue: ModelQueue,
-        planner: Planner,
-        stats: ModelStats,
-        *,
-        quarantine: Quarantine,
-        slots: Slots,
-        max_wait_s: float = 0.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.name = name
-        self.place = place
-        self.planner = planner
-        self._queue = queue
-        self._stats = stats
-        self._quarantine = quarantine
-        self._slots = slots
-        self._max_wait_s = max_wait_s
-        self._clock = clock
+    def run(self, items: list[Item], on_work: Callable[[], None] = lambda: None) -> bool:
+        """Run what was taken from the queue, after `on_work`: whether a driver call succeeded.
 
-    def step(
-        self,
-        timeout_s: float | None = 0.0,
-        *,
-        on_work: Callable[[], None] = lambda: None,
-        leaving: Callable[[], bool] = lambda: False,
-    ) -> bool | None:
-        """Serve one batch of what waits: whether a driver call succeeded.
-
-        None if nothing came within `timeout_s`, or the thread is `leaving`. `on_work` is called after items were taken
-        and before they run. On return each item that was taken has its answer, whatever happens, or is in the queue
-        again. Raises DriverBroken after that if the driver must be opened anew.
+        On return each item has its answer, whatever happens, or is in the queue again. Raises DriverBroken after that
+        if the driver must be opened anew.
         """
-        items = self._queue.take(
-            self._plan, timeout_s, enough=self.planner.max_items, max_wait_s=self._max_wait_s, leaving=leaving
-        )
-        if not items:
-            return None
         try:
             on_work()
-            items = [item for item in items if self._is_wanted(item) and not self._is_quarantined(item)]
+            items = [item for item in items if self._is_to_run(item)]
             return self._run(items) if items else False
         except DriverBroken:
             raise
         except Exception as error:
             logger.exception("%s: a batch failed outside its driver", self.name)
-            _fail(items, InferenceFailed(f"{self.name}: the batch was given up: {type(error).__name__}"))
+            lose(items, InferenceFailed(f"{self.name}: the batch was given up: {type(error).__name__}"))
             return False
-        finally:
-            self._slots.end()
 
-    def _plan(self, window: Sequence[Item]) -> Sequence[int]:
-        """Called with the queue's lock held."""
-        try:
-            places = self.planner.choose(window, self._slots.busy_s(), self._slots.count)
-            self._slots.begin(self.planner.predicted_s([window[place].tokens for place in places]))
-            return places
-        except Exception:
-            logger.exception("%s: the planner failed; the next item goes alone", self.name)
-            return [0]
-
-    # --- what runs at all
-
-    def _is_wanted(self, item: Item) -> bool:
-        """Drop what is past its deadline, given up, or without a client, before it costs compute.
+    def _is_to_run(self, item: Item) -> bool:
+        """Drop what nobody waits for, and what is in quarantine, before it costs compute.
 
         An item that somebody else waits for too goes to the first of its duplicates that is wanted.
         """
-        wanted = [equal for equal in (item, *item.duplicates) if self._still_waits(equal.request)]
+        now = self.clock()
+        wanted = [equal for equal in item.equals if equal.request.is_wanted(now)]
         if not wanted:
             return False
-        if wanted[0] is not item:
-            item.request, item.index = wanted[0].request, wanted[0].index
-        item.duplicates = wanted[1:]
-        return True
+        item.request, item.index, item.duplicates = wanted[0].request, wanted[0].index, wanted[1:]
+        if reason := self.quarantine.reason(item):
+            blame(item, f"not tried again for a while, since the model failed on it: {reason}")
+        return not reason
 
-    def _still_waits(self, request: Request) -> bool:
-        if request.is_done:
-            return False
-        if request.abandoned or self._clock() >= request.call.deadline:
-            request.fail(DeadlineExceeded("the request's deadline passed while its items waited"))
-        elif self._client_gone(request):
-            request.fail(ClientGone("the client closed its connection"))
-        return not request.is_done
-
-    def _client_gone(self, request: Request) -> bool:
-        try:
-            return request.call.client_gone()
-        except Exception:
-            logger.exception("%s: asking for the client of a request failed", self.name)
-            return False
-
-    def _is_quarantined(self, item: Item) -> bool:
-        reason = self._quarantine.reason(item)
-        if reason:
-            _fail_item(item, f"not tried again for a while, since the model failed on it: {reason}")
-        return bool(reason)
-
-    # --- a batch, and who is to blame if it fails
+    # --- who is at fault if it fails
 
     def _run(self, items: list[Item]) -> bool:
         """Whether a call succeeded. A batch that content may have failed is bisected: only the item at fault fails."""
@@ -156,51 +82,48 @@ class Runner:
         except UpstreamError as error:
             if error.content_may_cause and len(items) > 1:
                 return self._halve(items)
-            _fail(items, error)
+            lose(items, error)
         except EmbedpoolError as error:
-            _fail(items, error)
+            lose(items, error)
         except DriverLost:  # by another batch, while this one waited to be alone: it has not run
-            self._queue.put_back(items)
+            self.queue.put_back(items)
             raise
         except BaseException as error:  # a panic in a Rust library is no Exception
             logger.warning("%s: a batch of %d failed: %s: %s", self.name, len(items), type(error).__name__, error)
-            return self._blame(items, error)
+            return self._find_fault(items, error)
         else:
-            self._scatter(items, rows)
+            give(items, rows)
             return True
         return False
 
-    def _blame(self, items: list[Item], error: BaseException) -> bool:
-        fault = self._fault_of_driver()
+    def _find_fault(self, items: list[Item], error: BaseException) -> bool:
+        """The place is lost, or the driver fails at its probe too, or a text is at fault."""
+        fault, says = None, f"{type(error).__name__}: {error}"
+        try:
+            if not self.place.lost:
+                self.place.probe()
+        except BaseException as failed:
+            fault = f"{type(failed).__name__}: {failed}"
         if loss := self.place.lost:
             self._hand_back(items, loss)
             raise DriverLost(loss.reason) from error
         if fault:
-            _fail(items, InferenceFailed(f"the model failed: {type(error).__name__}: {error}"))
+            lose(items, InferenceFailed(f"the model failed: {says}"))
             raise DriverBroken(fault) from error
         if len(items) > 1:
             return self._halve(items)
-        _fail_item(items[0], f"the model failed on it: {type(error).__name__}: {error}")
+        blame(items[0], f"the model failed on it: {says}")
         return False
-
-    def _fault_of_driver(self) -> str | None:
-        """What is wrong with it whatever the items are."""
-        if not self.place.lost:
-            try:
-                self.place.probe()
-            except BaseException as error:
-                return f"{type(error).__name__}: {error}"
-        return None
 
     def _halve(self, items: list[Item]) -> bool:
         middle = len(items) // 2
         try:
             succeeded = self._run(items[:middle])
         except DriverLost:
-            self._queue.put_back(items[middle:])
+            self.queue.put_back(items[middle:])
             raise
         except DriverBroken:
-            _fail(items[middle:], InferenceFailed("the model failed on another part of the batch"))
+            lose(items[middle:], InferenceFailed("the model failed on another part of the batch"))
             raise
         return self._run(items[middle:]) or succeeded
 
@@ -211,23 +134,25 @@ class Runner:
         twice, is at fault itself and goes into quarantine.
         """
         if loss.innocent:
-            self._queue.put_back(items)
+            self.queue.put_back(items)
         elif len(items) > 1:
             for item in items:
                 item.losses = 1
             middle = len(items) // 2
-            self._queue.put_back(items[:middle])
-            self._queue.put_back(items[middle:])
+            self.queue.put_back(items[:middle])
+            self.queue.put_back(items[middle:])
         elif items[0].losses < LOSSES_FORGIVEN:
             items[0].losses += 1
-            self._queue.put_back(items)
+            self.queue.put_back(items)
         else:
-            self._quarantine.add(items[0], loss.reason)
-            _fail_item(items[0], f"the model failed on it: {loss.reason}")
+            self.quarantine.add(items[0], loss.reason)
+            blame(items[0], f"the model failed on it: {loss.reason}")
+
+    # --- the call
 
     def _call(self, items: list[Item]) -> Rows:
         """One driver call; its answer checked for count and shape."""
-        started = self._clock()
+        started = self.clock()
         group, facts = items[0].group, self.place.facts
         if group.task not in facts.tasks:
             raise UnsupportedTask(f"{self.name}: this model cannot {group.task}; it can {', '.join(facts.tasks)}")
@@ -236,20 +161,28 @@ class Runner:
         seen = {"embedpool.replica": self.name, "embedpool.texts": len(items)}
         with (
             self._alone(items),
-            self._queue.joinable(items),
+            self.queue.joinable(items),
             tracing.batch("batch", [call.trace for call in calls], seen, hops=max(call.hops for call in calls)),
         ):
             answer = self.place.run(batch)
-        elapsed = self._clock() - started
+        elapsed_s = self.clock() - started
         if fault := answer.rows.fault(len(items), facts.width):
             raise ValueError(f"the driver gave {fault}")
-        for request in {equal.request for item in items for equal in (item, *item.duplicates)}:
-            request.ran(self.name, started, elapsed)
-        if answer.tokens is not None or answer.truncated:
-            _report(items, answer)
         lengths = [item.tokens for item in items]
-        self._stats.batch(len(items), sum(lengths), max(lengths) * len(items), elapsed)
+        self._note(items, answer, sum(lengths), started, elapsed_s)
+        self.stats.batch(len(items), sum(lengths), max(lengths) * len(items), elapsed_s)
         return answer.rows
+
+    def _note(self, items: list[Item], answer: Answer, tokens: int, started: float, elapsed_s: float) -> None:
+        """Tell the requests of the batch, and what a remote service says: its token count is shared out by length."""
+        for request in {equal.request for item in items for equal in item.equals}:
+            request.ran(self.name, started, elapsed_s)
+        if answer.tokens is None and not answer.truncated:
+            return
+        for row, item in enumerate(items):
+            share = (answer.tokens or 0) * item.tokens / (tokens or 1)
+            for equal in item.equals:
+                equal.request.note(equal.index, share, is_truncated=row in answer.truncated)
 
     @contextlib.contextmanager
     def _alone(self, items: list[Item]) -> Iterator[None]:
@@ -261,40 +194,3 @@ class Runner:
             if self.place.lost:
                 raise DriverLost(self.place.lost.reason)
             yield
-
-    def _scatter(self, items: list[Item], rows: Rows) -> None:
-        for row, (item, finite) in enumerate(zip(items, rows.finite().tolist(), strict=True)):
-            if not finite:
-                _fail_item(item, "the model gave a vector that is not finite")
-                continue
-            item.request.fill(item.index, rows, row)
-            for duplicate in item.duplicates:
-                duplicate.request.fill(duplicate.index, rows, row)
-
-
-def _report(items: list[Item], answer: Answer) -> None:
-    """What a remote service says of the items: its token count, shared out by length, and which ones it cut."""
-    estimated = sum(item.tokens for item in items) or 1
-    truncated = set(answer.truncated)
-    for row, item in enumerate(items):
-        tokens = (answer.tokens or 0) * item.tokens / estimated
-        for equal in (item, *item.duplicates):
-            equal.request.note(equal.index, tokens, is_truncated=row in truncated)
-
-
-def _fail(items: list[Item], error: EmbedpoolError) -> None:
-    forget_frames(error)
-    for item in items:
-        for equal in (item, *item.duplicates):
-            equal.request.lose(equal.index, error)
-
-
-def _fail_item(item: Item, message: str) -> None:
-    """Fail the requests of one item, naming it by its place in each."""
-    for equal in (item, *item.duplicates):
-        task = equal.request.task
-        if task.partial:
-            equal.request.lose(equal.index, InferenceFailed(message))  # the answer says which
-            continue
-        where = task.where(equal.index)
-        equal.request.lose(equal.index, InferenceFailed(f"{where}: {message}", fields={where: message}))

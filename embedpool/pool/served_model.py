@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from embedpool.config.spec import ModelSpec
-from embedpool.errors import InvalidRequest, ModelFailed, ShuttingDown
-from embedpool.pool.admission import Admission, TokenizerOnce
+from embedpool.errors import DeadlineExceeded, InvalidRequest, ModelFailed, ShuttingDown, UnsupportedOption
+from embedpool.pool.admission import Admission
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.replica_set import ReplicaSet
 from embedpool.pool.settings import PoolSettings
 from embedpool.pool.stats import ModelStats
 from embedpool.tasks.embed import limit_fault
+from embedpool.tasks.tokenizer import Tokenizer
 
 
 class ServedModel:
@@ -29,22 +31,26 @@ class ServedModel:
         *,
         on_ready: Callable[[ServedModel], None] = lambda served: None,
     ) -> None:
+        self.successor: ServedModel | None = None  # of another spec, while it loads; guarded by the pool's lock
         self.stats = ModelStats(spec.model, settings.observer)
+        self.queue = ModelQueue(spec.queue.max_size or settings.max_queue_per_model, settings.clock)
         self._settings = settings
         self._on_ready = on_ready
         self._draining = False
-        self._tokenizer = TokenizerOnce(lambda: settings.open_tokenizer(spec))
-        self.queue = ModelQueue(self._queue_bound(spec), settings.clock)
+        self._tokenizer: Tokenizer | None = None
+        # Held while the tokenizer is being opened, which may take as long as a download. A request's thread waits for
+        # it until its deadline, a replica's for as long as it takes. No other lock is taken inside it.
+        self._tokenizer_lock = threading.Lock()
         self.replicas = ReplicaSet(
             spec,
             settings,
             self.queue,
             self.stats,
-            before_load=self._tokenizer.get,  # so that the first request does not pay for it
+            before_load=self._open_tokenizer,  # so that the first request does not pay for it
             on_ready=lambda: self._on_ready(self),
             on_failed=lambda reason: self.admission.fail_waiting(ModelFailed(f"{spec.model!r} failed: {reason}")),
         )
-        self.admission = Admission(self.queue, self.replicas, self._tokenizer, self.stats, settings)
+        self.admission = Admission(self.queue, self.replicas, self._open_tokenizer, self.stats, settings)
 
     @property
     def spec(self) -> ModelSpec:
@@ -75,14 +81,9 @@ class ServedModel:
         """Whether a request would be served or wait to be."""
         return self.is_serving or (self.state == "loading" and not self.replicas.loads_first)
 
-    @property
-    def last_error(self) -> str | None:
-        """Of its replicas."""
-        return self.replicas.last_error
-
     def snapshot(self) -> dict[str, Any]:
-        """The model's entry in /status."""
-        return {
+        """The model's entry in /status; `successor` while a changed model is being loaded."""
+        found = {
             "model": self.spec.model,
             "alias": self.spec.alias,
             "enabled": self.spec.enabled,
@@ -95,41 +96,59 @@ class ServedModel:
             "counters": self.stats.snapshot(),
             "last_error": self.replicas.trouble,
         }
+        if successor := self.successor:
+            found["successor"] = {"state": successor.state, "last_error": successor.replicas.last_error}
+        return found
 
-    def limits(self) -> tuple[int | None, str | None]:
-        """Tokens that it keeps of a text, and the type of its arithmetic, as far as they are known. May open files."""
-        own = self._tokenizer.get().default_max_tokens
-        return self.spec.driver.config.max_seq_length or own, self.replicas.runs_on.get("compute_dtype")
+    # --- its tokenizer, which needs no loaded model
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises UnsupportedOption for a remote model, and what a request to the model would meet."""
+        if self.spec.driver.config.is_remote:
+            raise UnsupportedOption(f"{self.spec.model!r} is remote: its tokens are known only there")
+        self.admission.refuse_unless_serving()
+        return self._open_tokenizer(self._settings.request_timeout_s)
+
+    def max_tokens(self) -> int | None:
+        """Tokens that it keeps of a text, as far as that is known."""
+        return self.spec.driver.config.max_seq_length or self._open_tokenizer().default_max_tokens
+
+    def _open_tokenizer(self, timeout_s: float = -1) -> Tokenizer:
+        if self._tokenizer is None:
+            if not self._tokenizer_lock.acquire(timeout=timeout_s):
+                raise DeadlineExceeded("the deadline passed while the model's tokenizer was being opened")
+            try:
+                self._tokenizer = self._tokenizer or self._settings.open_tokenizer(self.spec)
+            finally:
+                self._tokenizer_lock.release()
+        return self._tokenizer
 
     # --- its life
 
-    def start(self, *, prove: bool = False) -> None:
-        """Begin to load in the background; with `prove` also a model of min 0, so that its first load is seen."""
+    def start(self, *, prove: bool = False) -> ServedModel:
+        """Itself, loading in the background; with `prove` also a model of min 0, so that its first load is seen."""
         wanted = max(self.spec.scaling.min, 1 if prove else 0)
         self.replicas.start(wanted if self.spec.enabled else 0)
-
-    def wait_settled(self, timeout_s: float | None = None) -> bool:
-        """Wait for the first load. True once it succeeded or failed."""
-        return self.replicas.settled.wait(timeout_s)
+        return self
 
     def require_loaded(self, timeout_s: float) -> None:
         """Wait for the first load. Raises ModelFailed with the reason unless it succeeded in time."""
-        settled = self.wait_settled(timeout_s)
+        settled = self.replicas.settled.wait(timeout_s)
         if self.replicas.stopped:
             raise ShuttingDown(f"{self.spec.model!r} is stopping")
         if not settled or self.state == "failed":
-            reason = self.last_error if settled else f"not ready within {timeout_s:g} s"
+            reason = self.replicas.last_error if settled else f"not ready within {timeout_s:g} s"
             raise ModelFailed(f"{self.spec.model!r} did not load: {reason}")
 
     def update(self, spec: ModelSpec) -> None:
         """Take over a spec of the same `load_key`: applies at once."""
-        self.queue.resize(self._queue_bound(spec))
+        self.queue.resize(spec.queue.max_size or self._settings.max_queue_per_model)
         self.replicas.update(spec)
 
     def check(self, spec: ModelSpec) -> None:
         """Raise InvalidRequest for a spec of the same `load_key` that this model cannot follow."""
         limit = spec.driver.config.max_seq_length
-        if limit and (fault := limit_fault(limit, self._tokenizer.get())):
+        if limit and (fault := limit_fault(limit, self._open_tokenizer())):
             path = "driver_config.max_seq_length"
             raise InvalidRequest(f"{path}: {fault}", fields={path: fault})
 
@@ -144,6 +163,3 @@ class ServedModel:
         given_up = self.admission.give_up(timeout_s)
         self.replicas.stop(timeout_s)
         return given_up
-
-    def _queue_bound(self, spec: ModelSpec) -> int:
-        return spec.queue.max_size or self._settings.max_queue_per_model

@@ -9,7 +9,7 @@ from typing import Any
 
 from embedpool.config.spec import ModelSpec
 from embedpool.pool.stats import Observer
-from embedpool.tasks.place import Place
+from embedpool.tasks.driver import Place
 from embedpool.tasks.tokenizer import Tokenizer
 
 

@@ -1,10 +1,12 @@
-"""What the pool asks of a driver, and what is true of one that is open: the contract that drivers/ fulfils."""
+"""What the pool asks of a driver, and of the place in which it runs: the contract that drivers/ and places/ fulfil."""
 
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from embedpool.tasks.item import Batch
@@ -69,3 +71,54 @@ class Driver(abc.ABC):
 def describe(**facts: Any) -> dict[str, object]:
     """The facts that are known."""
     return {key: value for key, value in facts.items() if value is not None}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loss:
+    """Why a place can serve no more. An `innocent` one is of a kind that no item can have caused."""
+
+    reason: str
+    innocent: bool = False
+
+
+class Place:
+    """An open driver in the threads of this process; that of a place of another kind is in places/."""
+
+    lost: Loss | None = None  # set, once, when it can serve no more
+    _on_lost: Callable[[], None] | None = None
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self.facts: Facts = driver.open(lambda reason: self._lose(Loss(reason, innocent=True)))
+
+    def run(self, batch: Batch) -> Answer:
+        """See Driver. Raises anything when the place is lost meanwhile."""
+        return self._driver.run(batch)
+
+    def probe(self) -> None:
+        """See Driver."""
+        self._driver.probe()
+
+    def configure(self, config: Any) -> None:
+        """See Driver."""
+        self._driver.configure(config)
+
+    def close(self) -> None:
+        """End it; what it held is the system's again."""
+        self._driver.close()
+
+    def alone(self) -> AbstractContextManager[None]:
+        """While it lasts the caller's batch is the only one: if the place is lost then, it is by that batch."""
+        return contextlib.nullcontext()
+
+    def watch(self, on_lost: Callable[[], None]) -> None:
+        """Have `on_lost` called, on any thread, when the place is lost; at once if it is."""
+        self._on_lost = on_lost
+        if self.lost:
+            on_lost()
+
+    def _lose(self, loss: Loss) -> None:
+        """`lost` is set before `_on_lost` is read, and `watch` does it the other way round: one of them sees both."""
+        self.lost = self.lost or loss
+        if self._on_lost:
+            self._on_lost()

@@ -58,6 +58,11 @@ class Item:
         self.duplicates: list[Item] = []
         self.losses = 0
 
+    @property
+    def equals(self) -> list[Item]:
+        """Itself and its duplicates."""
+        return [self, *self.duplicates]
+
     def __reduce__(self) -> tuple[Any, ...]:
         """What a driver in another process needs, and no more."""
         return Item, (self.parts, self.tokens, self.ids, self.second)

@@ -122,7 +122,7 @@ class Metrics(Observer):
         """Read what is no event: states, queues, replicas. Every known model has every series."""
         with self._lock:
             self._series(self.workers, os.getpid()).set(1)
-            for entry in pool.snapshot():
+            for entry in (served.snapshot() for served in pool.models):
                 model = entry["model"]
                 for metric in self._per_model:
                     self._series(metric, model)

@@ -50,7 +50,7 @@ def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics) -> Blueprint
                 "stopping": pool.draining,
                 "pool_file": str(reconciler.pool_file.path),
                 "last_reload": reconciler.last_reload,
-                "models": pool.snapshot(),
+                "models": [served.snapshot() for served in pool.models],
             }
         )
 

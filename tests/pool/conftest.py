@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from embedpool.pool import replica
+from embedpool.pool import backoff
 
 
 @pytest.fixture(autouse=True)
 def _short_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replica, "BACKOFF_FIRST_S", 0.001)
-    monkeypatch.setattr(replica, "BACKOFF_LONGEST_S", 0.004)
+    monkeypatch.setattr(backoff, "FIRST_S", 0.001)
+    monkeypatch.setattr(backoff, "LONGEST_S", 0.004)

@@ -17,11 +17,11 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call, Request, Result
 from embedpool.pool.served_model import ServedModel
 from embedpool.pool.settings import PoolSettings
-from embedpool.tasks.driver import Facts
+from embedpool.tasks.driver import Facts, Loss, Place
 from embedpool.tasks.embed import LOCAL, Embed, EmbedOptions
 from embedpool.tasks.item import Batch, Group, Item, Keys
-from embedpool.tasks.place import Loss, Place
 from embedpool.tasks.rows import Answer, Rows
+from embedpool.tasks.task import Measured
 
 PATIENCE_S = 10  # before a test gives up; nothing waits that long when all is well
 FACTS, OPTIONS = Facts(), EmbedOptions()
@@ -48,7 +48,6 @@ class Scripted(Place):
         on_close: Callable[[], None] = lambda: None,
         facts: Facts = FACTS,
     ) -> None:
-        super().__init__()
         self.facts = facts
         self.calls: list[list[str]] = []
         self.options: list[Mapping[str, Any]] = []
@@ -67,6 +66,9 @@ class Scripted(Place):
     def probe(self) -> None:
         self.probes += 1
         self._on_probe()
+
+    def configure(self, config: Any) -> None:
+        pass
 
     def lose(self, reason: str, *, innocent: bool = False) -> None:
         """As if its process had ended."""
@@ -220,7 +222,7 @@ class Asked(Request):
         self.items = [
             Item((text,), len(text), group=group, key=keys.of(None, text), index=i) for i, text in enumerate(texts)
         ]
-        self.expect(self.items, {})
+        self.expect(Measured(self.items, [], {}))
 
     @property
     def texts(self) -> Sequence[str]:

@@ -49,7 +49,7 @@ def run() -> Iterator[Callable[..., tuple[Pool, Opener]]]:
         if models:
             apply(pool, *models)
             for served in pool.models:
-                assert served.wait_settled(PATIENCE_S)
+                assert served.replicas.settled.wait(PATIENCE_S)
         return pool, opener
 
     yield begin
@@ -57,6 +57,10 @@ def run() -> Iterator[Callable[..., tuple[Pool, Opener]]]:
         pool.stop()
         for driver in opener.opened:
             assert driver.closed.wait(PATIENCE_S), "every driver is given back"
+
+
+def snapshots(pool: Pool) -> list[dict[str, Any]]:
+    return [served.snapshot() for served in pool.models]
 
 
 def apply(pool: Pool, *models: ModelSpec) -> None:
@@ -101,7 +105,7 @@ def test_a_model_answers_to_its_name_and_its_alias(run) -> None:
         assert_answers(result, "a")
         assert result.model == "m"
     assert [served.spec.model for served in pool.models] == ["m", "org/other"]
-    assert [entry["model"] for entry in pool.snapshot()] == ["m", "org/other"]
+    assert [entry["model"] for entry in snapshots(pool)] == ["m", "org/other"]
 
 
 @pytest.mark.parametrize(("name", "hint"), [
@@ -157,7 +161,7 @@ def test_a_new_model_is_loading_and_then_ready(run) -> None:
     with pytest.raises(ModelLoading):
         ask(pool, "a")
     gate.open()
-    assert pool.find("m").wait_settled(PATIENCE_S)
+    assert pool.find("m").replicas.settled.wait(PATIENCE_S)
     assert pool.booted
     assert_answers(ask(pool, "a"), "a")
 
@@ -214,7 +218,7 @@ def test_disabling_and_enabling(run) -> None:
     assert opener.opened[0].closed.wait(PATIENCE_S)
     assert pool.booted
     apply(pool, model_spec())
-    assert pool.find("m").wait_settled(PATIENCE_S)
+    assert pool.find("m").replicas.settled.wait(PATIENCE_S)
     assert_answers(ask(pool, "a"), "a")
 
 
@@ -226,14 +230,14 @@ def test_a_changed_model_goes_on_until_its_successor_is_ready(run, promotions) -
     apply(pool, changed(alias="y"))
     loading.arrived()
     assert_answers(ask(pool, "a", model="y"), "a")
-    assert pool.snapshot()[0]["successor"]["state"] == "loading"
+    assert snapshots(pool)[0]["successor"]["state"] == "loading"
     loading.open()
     promotions.wait()
     assert_answers(ask(pool, "b", model="y"), "b")
     assert [driver.calls for driver in opener.opened] == [[["a"]], [["b"]]]
     assert opener.opened[0].closed.wait(PATIENCE_S)
     assert pool.find("m") is not old
-    assert "successor" not in pool.snapshot()[0]
+    assert "successor" not in snapshots(pool)[0]
 
 
 @pytest.mark.parametrize("min_replicas", [0, 1])
@@ -246,8 +250,8 @@ def test_a_failing_successor_never_disturbs_and_is_tried_again(run, promotions, 
     apply(pool, changed(min=min_replicas))
     again.arrived()
     assert_answers(ask(pool, "a"), "a")
-    assert pool.snapshot()[0]["state"] == "ready"
-    assert "no such revision" in pool.snapshot()[0]["successor"]["last_error"]
+    assert snapshots(pool)[0]["state"] == "ready"
+    assert "no such revision" in snapshots(pool)[0]["successor"]["last_error"]
     again.open()
     promotions.wait()
     assert pool.find("m").spec == changed(min=min_replicas)
@@ -378,16 +382,16 @@ def test_an_adopted_model_that_is_removed_at_once_is_closed_once(run) -> None:
 @pytest.mark.parametrize("min_replicas", [0, 1])
 def test_a_model_that_does_not_load_is_not_prepared(run, monkeypatch, min_replicas: int) -> None:
     """A registration of a model that cannot be loaded fails with the reason, also for a model of min 0."""
-    wait_settled = ServedModel.wait_settled
+    require_loaded = ServedModel.require_loaded
 
-    def wait_and_a_little_longer(self: ServedModel, timeout_s: float | None = None) -> bool:
+    def require_a_little_later(self: ServedModel, timeout_s: float) -> None:
         replicas = self.replicas._replicas
-        settled = wait_settled(self, timeout_s)
+        self.replicas.settled.wait(timeout_s)
         for replica in replicas:
             replica.threads[0].join(A_WHILE_S)  # so that a replica that would leave has left
-        return settled
+        require_loaded(self, timeout_s)
 
-    monkeypatch.setattr(ServedModel, "wait_settled", wait_and_a_little_longer)
+    monkeypatch.setattr(ServedModel, "require_loaded", require_a_little_later)
     pool, _ = run(*[OSError("no such file")] * 10_000)
     with pytest.raises(ModelFailed, match="no such file"):
         with pool.prepared(model_spec(min=min_replicas), PATIENCE_S):
@@ -563,7 +567,7 @@ def test_any_sequence_of_specs_keeps_every_promise(first: ModelSpec, sequence) -
 
     try:
         apply(pool, first)
-        assert pool.find("m").wait_settled(PATIENCE_S)
+        assert pool.find("m").replicas.settled.wait(PATIENCE_S)
         asking = [in_thread(keep_asking, model) for model in ("m", "m", "b")]
         try:
             for kept, others in sequence:

@@ -11,11 +11,10 @@ import pytest
 
 from embedpool.config.spec import ModelSpec
 from embedpool.errors import EmbedpoolError, InferenceFailed
-from embedpool.pool import replica as replica_module
+from embedpool.pool import backoff
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.replica import Replica
 from embedpool.pool.replica_set import ReplicaSet
-from embedpool.pool.runner import DriverLost
 from embedpool.pool.stats import ModelStats
 from tests.pool.scripted import PATIENCE_S, Asked, Gate, Opener, Scripted, broken_on, model_spec, settings_of
 
@@ -55,6 +54,12 @@ class OneReplica(ReplicaSet):
 
     def put(self, text: str) -> Asked:
         return Asked(text, timeout_s=1e12).admitted_to(self.queue)
+
+    def tell_to_stop(self) -> None:
+        """As `stop` does, without waiting."""
+        self.replica.stopping.set()
+        self.replica.leaving.set()
+        self.queue.wake()
 
     def ended(self) -> bool:
         """Whether the replica's life ends."""
@@ -112,38 +117,6 @@ def test_a_failed_load_is_tried_again(start) -> None:
     assert replica.last_error == "RuntimeError: no memory"
 
 
-def test_the_delay_doubles_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Retries begin half a second apart and are never more than a minute apart, however long it lasts."""
-    monkeypatch.setattr(replica_module, "BACKOFF_FIRST_S", 0.5)
-    monkeypatch.setattr(replica_module, "BACKOFF_LONGEST_S", 60.0)
-    opener = Opener(*[OSError("down")] * 5)
-    replica = Replica("m#1", opener, clock=lambda: 1000.0)
-    delays = []
-    for failures in (0, 1, 2, 5, 100):
-        replica.failures = failures
-        assert not replica.open()
-        delays.append(replica.retry_at - 1000)
-    assert delays == [0.5, 1, 2, 16, 60]
-
-
-def test_finding_a_text_that_ends_drivers_is_not_slowed_down_and_a_model_that_always_ends_is(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """As many losses as it takes to find one text are followed by no pause; more of them in a row are, of up to a
-    second, until a batch is served."""
-    monkeypatch.setattr(replica_module, "BACKOFF_FIRST_S", 0.5)
-    replica = Replica("m#1", Opener(), clock=lambda: 1000.0)
-    pauses = []
-    for _ in range(replica_module.LOSSES_TO_FIND_AN_ITEM + 4):
-        replica.fail(DriverLost("its process was ended by SIGSEGV"))
-        pauses.append(replica.retry_at - 1000)
-    assert pauses == [0.0] * replica_module.LOSSES_TO_FIND_AN_ITEM + [0.5, 1, 1, 1]
-    assert replica.failures == 0
-    replica._end_work(served=True)
-    replica.fail(DriverLost("its process was ended by SIGSEGV"))
-    assert replica.retry_at == 1000
-
-
 def test_it_goes_on_trying_for_days(start) -> None:
     """A remote that is down over a weekend is found again when it is back: thousands of failures end no replica."""
     gate = Gate()
@@ -154,7 +127,7 @@ def test_it_goes_on_trying_for_days(start) -> None:
 
     replica, model, _opener = start(down)
     gate.arrived()
-    replica.failures = 5000
+    replica.backoff.failures = 5000
     gate.open()
     model.wait_for("failed", "ready")
 
@@ -175,10 +148,10 @@ def test_failures_in_a_row_count_until_a_batch_is_served(start) -> None:
     for _ in range(2):
         assert isinstance(done(model.put("bad")), InferenceFailed)
     model.wait_for("ready", "failed", "ready", "failed", "ready")
-    assert replica.failures == 2
+    assert replica.backoff.failures == 2
     assert done(model.put("a")) is None
     model.stop(PATIENCE_S)
-    assert replica.failures == 0
+    assert replica.backoff.failures == 0
 
 
 def test_a_round_that_only_dropped_work_earns_no_trust(start) -> None:
@@ -189,7 +162,7 @@ def test_a_round_that_only_dropped_work_earns_no_trust(start) -> None:
     request.admitted_to(model.queue)
     assert done(request) is not None
     model.stop(PATIENCE_S)
-    assert replica.failures == 1
+    assert replica.backoff.failures == 1
 
 
 def test_several_batches_run_in_one_replica(start) -> None:
@@ -268,7 +241,7 @@ def test_a_busy_replica_is_not_idle(start) -> None:
     request = model.put("a")
     loading.open()
     gate.arrived()
-    assert replica.is_busy
+    assert replica.running
     assert model.states == ["ready"]
     gate.open()
     assert done(request) is None
@@ -278,11 +251,11 @@ def test_a_busy_replica_is_not_idle(start) -> None:
 def test_a_stop_lets_the_batch_finish(start) -> None:
     """What runs when a replica is stopped still gets its vectors; what waits is left in the queue."""
     gate = Gate()
-    replica, model, _opener = start(Scripted(gate))
+    _replica, model, _opener = start(Scripted(gate))
     running = model.put("a")
     gate.arrived()
     waiting = model.put("b")
-    replica.stop()
+    model.tell_to_stop()
     gate.open()
     assert done(running) is None
     assert model.ended()
@@ -291,8 +264,8 @@ def test_a_stop_lets_the_batch_finish(start) -> None:
 
 def test_a_stop_during_the_back_off_does_not_wait_for_it(start, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that waits to be tried again can be stopped at once."""
-    monkeypatch.setattr(replica_module, "BACKOFF_FIRST_S", 1000.0)
-    monkeypatch.setattr(replica_module, "BACKOFF_LONGEST_S", 1000.0)
+    monkeypatch.setattr(backoff, "FIRST_S", 1000.0)
+    monkeypatch.setattr(backoff, "LONGEST_S", 1000.0)
     _replica, model, _opener = start(OSError("down"))
     model.wait_for("failed")
     model.stop(PATIENCE_S)
@@ -306,9 +279,9 @@ def test_a_stop_during_the_load_closes_what_was_loaded(start) -> None:
         gate()
         return Scripted()
 
-    replica, model, opener = start(slow_load)
+    _replica, model, opener = start(slow_load)
     gate.arrived()
-    replica.stop()
+    model.tell_to_stop()
     gate.open()
     assert model.ended()
     assert opener.opened[0].closed.is_set()
@@ -348,7 +321,7 @@ def test_a_driver_lost_while_nothing_runs_is_opened_anew_at_once(start) -> None:
     assert replica.last_error == "its process was ended by SIGKILL"
     assert opener.opened[0].closed.is_set()
     assert done(model.put("a")) is None
-    assert replica.failures == 0
+    assert replica.backoff.failures == 0
 
 
 def test_a_driver_lost_in_its_batches_is_opened_anew_and_serves_them(start) -> None:
@@ -404,7 +377,7 @@ def test_a_probe_that_hangs_is_seen(start) -> None:
     gate = Gate()
     replica, _, _ = start(Scripted(on_probe=gate), probe_idle_s=0.001)
     gate.arrived()
-    assert replica.is_busy
+    assert replica.running
     assert replica.stuck_s(0.0) > 0
     gate.open()
 
@@ -413,13 +386,13 @@ def test_a_replica_at_work_is_not_probed(start) -> None:
     """Its batches say how it is."""
     gate = Gate()
     driver = Scripted(gate, on_probe=lambda: pytest.fail("probed"))
-    replica, model, _ = start(driver, inflight=2)
+    _replica, model, _ = start(driver, inflight=2)
     request = model.put("a")
     gate.arrived()
     model._settings = dataclasses.replace(model._settings, probe_idle_s=0.001)
     for _ in range(20):
         model.queue.wake()
-    replica.stop()
+    model.tell_to_stop()
     gate.open()
     model.stop(PATIENCE_S)
     assert done(request) is None
@@ -438,4 +411,4 @@ def test_a_batch_that_ends_driver_after_driver_is_no_failure_of_the_model(start)
     requests = [model.put(text) for text in ("a", "deadly", "b", "deadly", "c")]
     errors = [done(request) for request in requests]
     assert [type(error) for error in errors] == [type(None), InferenceFailed, type(None), InferenceFailed, type(None)]
-    assert replica.failures == 0
+    assert replica.backoff.failures == 0

@@ -18,6 +18,7 @@ from embedpool.pool.request import Call, Request
 from embedpool.tasks.embed import Embed, EmbedOptions
 from embedpool.tasks.item import Item
 from embedpool.tasks.rows import Rows
+from embedpool.tasks.task import Measured
 from tests.pool.scripted import PATIENCE_S, Asked, in_thread, vectors_of
 
 
@@ -43,7 +44,7 @@ def test_a_request_without_an_item_is_done() -> None:
     """Each of its inputs was refused before the queue."""
     request = Asked("a", options=EmbedOptions(on_error="partial"))
     assert not request.is_done
-    request.expect([], {0: InferenceFailed("no")})
+    request.expect(Measured([], [], {0: InferenceFailed("no")}))
     request.wait(0)
 
 
@@ -125,7 +126,7 @@ def test_nothing_keeps_a_request_that_is_done() -> None:
     """No cycle that only the garbage collector would end: vectors of requests long answered would stay in memory."""
     task = Embed(["a", "b"])
     request = Request(task, Call(0.0, 1.0))
-    request.expect([Item((text,), 1, index=i) for i, text in enumerate(task.texts)], {})
+    request.expect(Measured([Item((text,), 1, index=i) for i, text in enumerate(task.texts)], [], {}))
     gc.disable()
     try:
         rows = Rows(vectors_of(["a", "b"]))

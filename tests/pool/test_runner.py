@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,15 +29,14 @@ from embedpool.pool.planner import Planner, Slots
 from embedpool.pool.quarantine import MOST_REMEMBERED, QUARANTINE_S, Quarantine
 from embedpool.pool.runner import DriverBroken, Runner
 from embedpool.pool.stats import ModelStats
-from embedpool.tasks.driver import Cost, Facts
+from embedpool.tasks.driver import Cost, Facts, Loss
 from embedpool.tasks.item import Group
-from embedpool.tasks.place import Loss
 from embedpool.tasks.rows import Answer, Rows
 from tests.pool.scripted import Asked, Scripted, vectors_of
 
 
 class Bench:
-    """A runner on its queue, stepped on the test's own thread; the clock stands at 100."""
+    """A runner and its queue, stepped on the test's own thread; the clock stands at 100."""
 
     def __init__(self, place: Scripted, max_items: int = 64, planner: Planner | None = None) -> None:
         self.queue = ModelQueue(1000)
@@ -43,22 +44,25 @@ class Bench:
         self.now = 100.0
         self.place = place
         self.slots = Slots(lambda: self.now)
-        self.runner = Runner(
-            "m#1",
-            place,
-            self.queue,
-            planner or Planner(max_items, 100_000),
-            self.stats,
-            quarantine=Quarantine(lambda: self.now),
-            slots=self.slots,
-            clock=lambda: self.now,
-        )
+        self.planner = planner or Planner(max_items, 100_000)
+        quarantine = Quarantine(lambda: self.now)
+        self.runner = Runner("m#1", place, self.queue, quarantine, self.stats, lambda: self.now)
+
+    def step(self, on_work: Callable[[], None] = lambda: None) -> bool:
+        """Serve one batch; whether there was one."""
+        items = self.queue.take(partial(self.planner.plan_under_lock, slots=self.slots), 0)
+        try:
+            if items:
+                self.runner.run(items, on_work)
+        finally:
+            self.slots.end()
+        return bool(items)
 
     def serve(self, *requests: Asked) -> None:
         for request in requests:
             request.admitted_to(self.queue)
         try:
-            while self.runner.step() is not None:
+            while self.step():
                 pass
         finally:
             assert all(request.is_done for request in requests)
@@ -118,14 +122,24 @@ def test_requests_share_a_batch_and_each_gets_its_own() -> None:
 def test_no_work_no_call() -> None:
     """A step without work says so and touches nothing; one with work says so before it runs."""
     bench = Bench(Scripted())
-    assert bench.runner.step() is None
+    assert not bench.step()
     Asked("a").admitted_to(bench.queue)
     seen: list[int] = []
-    assert bench.runner.step(on_work=lambda: seen.append(len(bench.place.calls)), leaving=lambda: False)
+    assert bench.step(on_work=lambda: seen.append(len(bench.place.calls)))
     assert seen == [0]
-    Asked("a").admitted_to(bench.queue)
-    assert bench.runner.step(leaving=lambda: True) is None
-    assert bench.queue.qsize() == 1
+
+
+def test_a_fault_of_our_own_before_a_batch_runs_costs_nobody_an_answer(caplog) -> None:
+    """Whoever waits is told."""
+    caplog.set_level(logging.CRITICAL)
+
+    def fail() -> None:
+        raise OSError("out of threads")
+
+    bench = Bench(Scripted())
+    request = Asked("a").admitted_to(bench.queue)
+    bench.step(on_work=fail)
+    assert isinstance(error_of(request), InferenceFailed)
 
 
 @pytest.mark.parametrize("on_run", [failing("bad"), nan_for("bad"), short_for("bad")], ids=["raise", "nan", "short"])
@@ -257,7 +271,7 @@ def test_a_broken_driver_is_told_and_everybody_gets_an_answer(broken_from: int, 
     for request in (*failed, waiting):
         request.admitted_to(bench.queue)
     with pytest.raises(DriverBroken, match="broken"):
-        bench.runner.step()
+        bench.step()
     assert all(isinstance(error_of(request), InferenceFailed) for request in failed)
     assert bench.queue.qsize() == 1, "what was not taken waits for the driver to be opened anew"
 
@@ -410,7 +424,7 @@ def serve_reviving(bench: Bench, driver: Mortal, *requests: Asked) -> None:
     served = True
     while served:
         try:
-            served = bench.runner.step()
+            served = bench.step()
         except DriverBroken:
             driver.revive()
 
@@ -525,7 +539,7 @@ def test_a_batch_whose_process_is_killed_from_outside_is_served_by_the_next() ->
         request = Asked(*texts)
         request.admitted_to(bench.queue)
         with pytest.raises(DriverBroken):
-            bench.runner.step()
+            bench.step()
         assert not request.is_done
         driver.revive()
         driver.deadly = ()
@@ -567,7 +581,7 @@ def test_a_process_that_ends_when_it_is_probed_costs_no_request() -> None:
     request = Asked("a", "b")
     request.admitted_to(bench.queue)
     with pytest.raises(DriverBroken, match="SIGKILL"):
-        bench.runner.step()
+        bench.step()
     driver.revive()
     bench.serve()
     assert_served(request)
@@ -590,7 +604,7 @@ def test_only_a_batch_that_was_alone_is_at_fault() -> None:
     innocent.admitted_to(bench.queue)
     driver.deadly = ("innocent",)  # its neighbour kills it
     with pytest.raises(DriverBroken):
-        bench.runner.step()
+        bench.step()
     assert together == []
     driver.revive()
     driver.deadly = ()
@@ -618,5 +632,5 @@ def test_a_driver_lost_by_its_neighbour_between_two_looks_is_asked_once() -> Non
     request = Asked("a")
     request.admitted_to(bench.queue)
     with pytest.raises(DriverBroken):
-        bench.runner.step()
+        bench.step()
     assert request.is_done != bool(bench.queue.qsize())

@@ -29,8 +29,7 @@ from embedpool.errors import (
 from embedpool.pool.model_queue import QueueClosed
 from embedpool.pool.replica_set import ReplicaSet
 from embedpool.pool.served_model import ServedModel
-from embedpool.tasks.driver import Cost, Facts
-from embedpool.tasks.place import Loss
+from embedpool.tasks.driver import Cost, Facts, Loss
 from embedpool.tasks.rows import Answer, Rows
 from tests.pool.scripted import (
     A_WHILE_S,
@@ -79,7 +78,7 @@ def serve() -> Iterator[Callable[..., tuple[ServedModel, Opener]]]:
 
 
 def settled(served: ServedModel) -> ServedModel:
-    assert served.wait_settled(PATIENCE_S)
+    assert served.replicas.settled.wait(PATIENCE_S)
     return served
 
 
@@ -161,11 +160,11 @@ def test_a_full_queue_says_no_at_once_and_when_to_come_back(serve) -> None:
 def test_retry_after_follows_the_measured_rate(serve) -> None:
     """The time to come back is what waits divided by the rate, within a second and a minute."""
     served, _ = serve(start=False)
-    assert served.admission.retry_after_s() == 1
+    assert served.admission._overloaded().retry_after_s == 1
     served.stats.batch(10, 10, 10, 2.0)
     for waiting, expected in ((0, 1), (50, 10), (900, 60)):
         served.queue.qsize = lambda waiting=waiting: waiting
-        assert served.admission.retry_after_s() == pytest.approx(expected)
+        assert served.admission._overloaded().retry_after_s == pytest.approx(expected)
 
 
 def test_a_deadline_is_kept_while_the_batch_runs(serve) -> None:

@@ -15,9 +15,9 @@ from embedpool.config.settings import Settings
 from embedpool.config.spec import ModelSpec
 from embedpool.errors import Overloaded, ShuttingDown, UpstreamError
 from embedpool.pool.request import Request, Result
+from embedpool.tasks.driver import Place
 from embedpool.tasks.embed import Embed
 from embedpool.tasks.item import Batch, Item
-from embedpool.tasks.place import Place
 from embedpool.tasks.rows import Answer, Rows
 from embedpool.web.app import create_app
 from embedpool.web.http_request import HttpRequest

@@ -14,7 +14,7 @@ from embedpool.config.settings import Limits
 from embedpool.errors import EmbedpoolError, EmptyInput, InvalidRequest, MethodNotAllowed, ModelFailed, TooManyTexts
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
-from embedpool.tasks.embed import EmbedOptions
+from embedpool.tasks.embed import EmbedOptions, prompted
 from embedpool.web import submit
 from embedpool.web.dialects import means, openai, options_of, part_of, texts_of
 from embedpool.web.encoding import json_response
@@ -141,7 +141,10 @@ def _tokenize(pool: Pool, limits: Limits, name: str) -> Response:
     _bound(sum(map(len, texts)), "characters")
     options = EmbedOptions(prompt_name=body.get("prompt_name"))
     with pool.permit():
-        found = pool.find(name).admission.tokens(texts, options, special=body["add_special_tokens"])
+        served = pool.find(name)
+        tokenizer = served.tokenizer()
+        behind_prompt, _ = prompted(texts, options, served.spec.driver.config, tokenizer)
+        found = tokenizer.tokens(behind_prompt, special=body["add_special_tokens"])
         return json_response([[token._asdict() for token in tokens] for tokens in found])
 
 
@@ -150,7 +153,7 @@ def _decode(pool: Pool, limits: Limits, name: str) -> Response:
     ids = _ids_of(body["ids"], limits)
     _bound(sum(map(len, ids)), "ids")
     with pool.permit():
-        return json_response(pool.find(name).admission.decode(ids, skip_special=body["skip_special_tokens"]))
+        return json_response(pool.find(name).tokenizer().decode(ids, skip_special=body["skip_special_tokens"]))
 
 
 def _bound(count: int, what: str) -> None:
@@ -174,15 +177,14 @@ def _ids_of(given: Any, limits: Limits) -> list[list[int]]:
 
 def _info(pool: Pool, limits: Limits, name: str) -> Response:
     served = pool.find(name)
-    max_tokens, compute_dtype = served.limits()
     return json_response(
         {
             "model_id": served.spec.model,
             "model_sha": None,
-            "model_dtype": compute_dtype,
+            "model_dtype": served.snapshot()["runs_on"].get("compute_dtype"),
             "model_type": {"embedding": {}},
             "max_concurrent_requests": pool.max_inflight_global,
-            "max_input_length": max_tokens,
+            "max_input_length": served.max_tokens(),
             "max_client_batch_size": limits.max_texts_per_request,
             "auto_truncate": False,
             "version": __version__,
