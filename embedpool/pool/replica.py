@@ -6,7 +6,6 @@ further slot.
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -118,15 +117,18 @@ class Replica:
         Whether there was work within `timeout_s`, before the thread was `leaving`; `on_work` is called before it is
         run. When the driver turns out to be broken all threads are told to leave it.
         """
-        runner, planner, slots = self.runner, self.planner, self._slots
+        runner = self.runner
         assert runner is not None
         served = False
         try:
             if runner.place.lost:
                 raise DriverBroken(runner.place.lost.reason)
-            plan = functools.partial(planner.plan_under_lock, slots=slots)
             items = runner.queue.take(
-                plan, timeout_s, enough=planner.max_items, max_wait_s=self._max_wait_s, leaving=leaving
+                lambda window: self.planner.plan_under_lock(window, self._slots),  # as it is when the wait is over
+                timeout_s,
+                enough=self.planner.max_items,
+                max_wait_s=self._max_wait_s,
+                leaving=leaving,
             )
             if not items:
                 self._probe_if_due(runner, probe_s)
@@ -137,7 +139,7 @@ class Replica:
         except DriverBroken as error:
             self._broke(error)
         finally:
-            slots.end()
+            self._slots.end()
             with self._lock:
                 if self.running.pop(threading.get_ident(), None) is not None:
                     self._last_busy = self._clock()

@@ -199,8 +199,12 @@ class ReplicaSet:
     def _start_thread(self, replica: Replica, run: Callable[..., object], name: str, *arguments: int) -> None:
         """Called with the lock held, so that a stop sees the thread, and no replica, without the other."""
         thread = threading.Thread(target=run, args=(replica, *arguments), name=name, daemon=True)
-        thread.start()
-        replica.threads.append(thread)
+        replica.threads.append(thread)  # before it can run: who is stuck is told by how many there are
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no thread to give
+            replica.threads.remove(thread)
+            raise
 
     def _live(self, replica: Replica) -> None:
         """The life of a lead: open, serve, close, and again until the replica retires or is stopped."""

@@ -16,6 +16,7 @@ from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.replica import Replica
 from embedpool.pool.replica_set import ReplicaSet
 from embedpool.pool.stats import ModelStats
+from embedpool.tasks.driver import Loss
 from tests.pool.scripted import PATIENCE_S, Asked, Gate, Opener, Scripted, broken_on, model_spec, settings_of
 
 
@@ -404,7 +405,7 @@ def test_a_batch_that_ends_driver_after_driver_is_no_failure_of_the_model(start)
 
     def on_run(texts: list[str]) -> None:
         if "deadly" in texts:
-            opener.opened[-1].lost = "its process was ended by SIGSEGV"
+            opener.opened[-1].lost = Loss("its process was ended by SIGSEGV")
             raise ChildProcessError("its process was ended by SIGSEGV")
 
     replica, model, opener = start(*[Scripted(on_run) for _ in range(8)])
