@@ -22,8 +22,8 @@ Around the road: web/app.py puts web/ together, with web/http_request.py, web/ac
 web/metrics.py, web/request_log.py and web/error_response.py. pool/served_model.py is the life of a model,
 pool/replica_set.py says how many replicas it has and runs their threads, pool/replica.py is the life of one,
 pool/backoff.py says when it is tried again, pool/quarantine.py knows what is not run again, pool/stats.py counts,
-pool/settings.py is what all models share. tasks/ says what a task, a driver, a place and a tokenizer have to be; places/
-and drivers/ fulfil it.
+pool/settings.py is what all models share. tasks/ says what a task, a driver, a place and a tokenizer have to be;
+places/ and drivers/ fulfil it.
 
 Beside the road: serve/ (sockets, processes, signals), server.py (where the parts meet), config/ (config.yml, pool.yml,
 keys.yml), reconcile.py (pool.yml becomes the live pool), logs.py, tracing.py, errors.py, client.py and cli/ (the users'

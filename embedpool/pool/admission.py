@@ -75,8 +75,7 @@ class Admission:
             raise ModelDisabled(f"{name!r} is disabled")
         state = replicas.state
         if state == "failed":
-            wait_s = replicas.retry_at - self._settings.clock()
-            raise ModelFailed(f"{name!r} failed: {replicas.trouble}", retry_after_s=max(wait_s, 1.0))
+            raise ModelFailed(f"{name!r} failed: {replicas.trouble}", retry_after_s=replicas.retry_after_s)
         if state == "loading" and replicas.loads_first:
             raise ModelLoading(f"{name!r} is being loaded", retry_after_s=2.0)
 

@@ -51,6 +51,11 @@ class Replica:
         # Guards what its threads write about their work. Held for a few instructions, with no other lock inside.
         self._lock = threading.Lock()
 
+    @property
+    def is_leaving_or_lost(self) -> bool:
+        """Whether its threads are to leave the driver, or will have to."""
+        return self.leaving.is_set() or (self.runner is not None and self.runner.place.lost is not None)
+
     def stuck_s(self, longest_s: float) -> float:
         """How long it has been stuck: every thread of it in a batch of more than `longest_s` seconds. Else 0."""
         with self._lock:
@@ -166,10 +171,10 @@ class Replica:
                 waits.append(left_s if left_s > 0 else whole_s)  # it has looked already, and stays
         return min(waits, default=None)
 
-    def is_idle_for(self, idle_s: float) -> bool:
-        """Whether no batch has run for so long."""
+    def is_idle_for(self, idle_s: float | None) -> bool:
+        """Whether no batch has run for so long; never for None."""
         with self._lock:
-            return not self.running and self._clock() - self._last_busy >= idle_s
+            return idle_s is not None and not self.running and self._clock() - self._last_busy >= idle_s
 
     def _probe_if_due(self, runner: Runner, probe_s: float | None) -> None:
         """Raises DriverBroken."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import threading
 import time
@@ -97,9 +96,9 @@ class ReplicaSet:
         return self.last_error
 
     @property
-    def retry_at(self) -> float:
-        """When the next attempt of a failed model is, on the clock."""
-        return min((r.retry_at for r in self._replicas), default=0.0)
+    def retry_after_s(self) -> float:
+        """How long until the next attempt of a failed model, and a second at least."""
+        return max(min((r.retry_at for r in self._replicas), default=0.0) - self._settings.clock(), 1.0)
 
     def counts(self) -> dict[str, object]:
         """How many there are, idle and busy, and what an open one says of itself, for /status."""
@@ -246,24 +245,25 @@ class ReplicaSet:
                 thread.join()
 
     def _loop(self, replica: Replica, number: int) -> bool:
-        """One thread's batches. Only the lead, number 1, retires; the others leave when fewer are wanted."""
+        """One thread's batches. Only the lead, number 1, retires; the others leave when fewer are wanted.
+
+        The lead looks around instead of waiting for work when it is to leave, and when its idle time has changed.
+        """
         while not replica.leaving.is_set() and (number == 1 or number <= self._inflight(replica)):
             if number > 1:
                 replica.step(None, on_work=self._grow, leaving=replica.leaving.is_set)
                 continue
             idle_s, probe_s = self._idle_timeout_s(), self._settings.probe_idle_s
-            should_look = functools.partial(self._should_look, replica, idle_s)
+
+            def must_look(idle_s: float | None = idle_s) -> bool:
+                return replica.is_leaving_or_lost or self._idle_timeout_s() != idle_s
+
             waits_s = replica.wait_s(idle_s, probe_s)
-            had_work = replica.step(waits_s, on_work=self._grow, leaving=should_look, probe_s=probe_s)
-            is_idle = not had_work and idle_s is not None and replica.is_idle_for(idle_s)
+            had_work = replica.step(waits_s, on_work=self._grow, leaving=must_look, probe_s=probe_s)
+            is_idle = not had_work and replica.is_idle_for(idle_s)
             if not replica.leaving.is_set() and self._retires(replica, is_idle=is_idle):
                 return True
         return False
-
-    def _should_look(self, replica: Replica, idle_s: float | None) -> bool:
-        """Whether the lead must look around instead of waiting for work: to leave, or for another idle time."""
-        is_lost = replica.runner is not None and replica.runner.place.lost is not None
-        return replica.leaving.is_set() or is_lost or self._idle_timeout_s() != idle_s
 
     def _idle_timeout_s(self) -> float | None:
         """When an idle replica should ask to retire; None: it stays."""

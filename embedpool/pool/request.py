@@ -136,20 +136,25 @@ class Request:
 
     def fill(self, index: int, rows: Rows, row: int) -> None:
         """The row of an input; the last one completes the request."""
-        with self._lock:
-            if self._is_missing(index):
-                self._rows[index] = rows, row
-                self._settle()
+        self._settle(index, (rows, row), None)
 
     def lose(self, index: int, error: EmbedpoolError) -> None:
         """An input failed: the request fails, or goes on without it. Saying so twice is saying it once."""
-        if not self.task.partial:
+        if self.task.partial:
+            self._settle(index, None, error)
+        else:
             self.fail(error)
-            return
+
+    def _settle(self, index: int, row: tuple[Rows, int] | None, error: EmbedpoolError | None) -> None:
         with self._lock:
-            if self._is_missing(index):
+            if self._rows[index] is not None or index in self.errors:
+                return
+            self._rows[index] = row
+            if error is not None:
                 self.errors[index] = error
-                self._settle()
+            self._missing -= 1
+            if not self._missing and not self.is_done:
+                self._finish()
 
     def fail(self, error: EmbedpoolError) -> None:
         """It is done, with this error, unless it is done already."""
@@ -176,18 +181,8 @@ class Request:
         """The rows of a request that is done, in order."""
         return Rows.gather(self._rows)
 
-    def _is_missing(self, index: int) -> bool:
-        """With the lock held."""
-        return self._rows[index] is None and index not in self.errors
-
-    def _settle(self) -> None:
-        """With the lock held."""
-        self._missing -= 1
-        if not self._missing and not self.is_done:
-            self._finish()
-
     def _finish(self) -> None:
-        """With the lock held."""
+        """Called with the lock held."""
         self.is_done = True
         self._done.release()
 

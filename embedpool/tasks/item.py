@@ -20,9 +20,6 @@ class Group(NamedTuple):
     options: str = ""
 
 
-NO_GROUP = Group("")
-
-
 class Item:
     """One input of a request. Its task makes it, drivers read it, and the pool keeps book on it.
 
@@ -43,7 +40,7 @@ class Item:
         ids: Ids | None = None,
         second: int | None = None,
         *,
-        group: Group = NO_GROUP,
+        group: Group = Group("embed"),  # noqa: B008  (it cannot be changed)
         key: bytes = b"",
         index: int = 0,
     ) -> None:
