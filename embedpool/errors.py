@@ -181,7 +181,7 @@ class LoopDetected(EmbedpoolError):
 
 
 class InferenceFailed(EmbedpoolError):
-    """The model failed on a text; `fields` names the culprit."""
+    """The model failed on a text; `fields` names it."""
 
     status, code = 500, "inference_failed"
 

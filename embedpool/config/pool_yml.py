@@ -38,16 +38,16 @@ class PoolSchema(StrictSchema):
 
     @ma.validates_schema(skip_on_field_errors=True)
     def _names_are_unique(self, data: dict[str, Any], **kwargs: Any) -> None:
-        owner: dict[str, int] = {}
+        used_by: dict[str, int] = {}
         for index, model in enumerate(data["models"]):
             for key, name in (("model", model.model), ("alias", model.alias)):
                 if name is None or (key == "alias" and name == model.model):
                     continue
-                if name in owner:
+                if name in used_by:
                     raise ma.ValidationError(
-                        {"models": {index: {key: [f"{name!r} is already used by models[{owner[name]}]"]}}}
+                        {"models": {index: {key: [f"{name!r} is already used by models[{used_by[name]}]"]}}}
                     )
-                owner[name] = index
+                used_by[name] = index
 
 
 def parse(text: str, name: str = "pool.yml") -> PoolSpec:

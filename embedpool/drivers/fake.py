@@ -131,11 +131,11 @@ class FakeDriver(Driver):
 
 
 def make_driver(spec: ModelSpec, cache_dir: Path, memory: dict[str, Any]) -> Driver:
-    """See embedpool.drivers."""
+    """For the table of drivers."""
     assert isinstance(spec.driver.config, FakeConfig)
     return FakeDriver(spec.driver.config, may_crash=spec.runs_in == "process")
 
 
 def open_tokenizer(spec: ModelSpec) -> Tokenizer:
-    """See embedpool.drivers."""
+    """For the table of drivers."""
     return FakeTokenizer()

@@ -247,11 +247,11 @@ def _pause_s(error: UpstreamError, attempts: int) -> float:
 
 
 def make_driver(spec: ModelSpec, cache_dir: Path, memory: dict[str, Any]) -> Driver:
-    """See embedpool.drivers."""
+    """For the table of drivers."""
     assert isinstance(spec.driver.config, HttpConfig)
     return HttpDriver(spec.model, spec.driver.config, memory)
 
 
 def open_tokenizer(spec: ModelSpec) -> Tokenizer:
-    """See embedpool.drivers."""
+    """For the table of drivers."""
     return RemoteTokenizer()

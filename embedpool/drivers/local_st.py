@@ -1,8 +1,8 @@
 """A local SentenceTransformer model.
 
-Token ids are made at the door, so here they are only padded and sent through the model's own modules: the same numbers
-as `SentenceTransformer.encode` without tokenising twice. What `encode` gives is checked against that at load, and used
-where a model cannot be fed ids.
+The request's thread makes the token ids; here they are only padded and sent through the model's own modules: the same
+numbers as `SentenceTransformer.encode` without tokenising twice. At load they are compared with what `encode` gives,
+which also serves models that cannot be fed ids.
 """
 
 from __future__ import annotations
@@ -243,12 +243,12 @@ def _encode(model: Any, texts: list[str]) -> Array:
 
 
 def make_driver(spec: ModelSpec, cache_dir: Path, memory: dict[str, Any]) -> Driver:
-    """See embedpool.drivers."""
+    """For the table of drivers."""
     assert isinstance(spec.driver.config, LocalStConfig)
     return LocalStDriver(spec.model, spec.driver.config, spec.scaling.max, cache_dir)
 
 
 def open_tokenizer(spec: ModelSpec) -> Tokenizer:
-    """See embedpool.drivers."""
+    """For the table of drivers."""
     assert isinstance(spec.driver.config, LocalStConfig)
     return FolderTokenizer(find_model_folder(spec.model, spec.driver.config))

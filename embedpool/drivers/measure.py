@@ -1,4 +1,4 @@
-"""How long a call takes, and how far two vectors are apart: what drivers try out when they load a model."""
+"""How long a call takes, and how alike two vectors are: what drivers try out when they load a model."""
 
 from __future__ import annotations
 

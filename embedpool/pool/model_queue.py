@@ -146,7 +146,7 @@ class ModelQueue(queue.Queue[Item]):
         return put
 
     def _has_room_for(self, request: Request) -> bool:
-        """Half of the queue is for the first items of requests, so that bulk work never shuts the door on a query.
+        """Half of the queue is for the first items of requests, so that a query is admitted beside bulk work.
 
         A request that has nothing waiting may use any room, so that queries never starve bulk work.
         """

@@ -92,15 +92,15 @@ class Place:
         self.facts: Facts = driver.open(lambda reason: self._lose(Loss(reason, innocent=True)))
 
     def run(self, batch: Batch) -> Answer:
-        """See Driver. Raises anything when the place is lost meanwhile."""
+        """A row for each item. Raises what the driver raises, and anything when the place is lost meanwhile."""
         return self._driver.run(batch)
 
     def probe(self) -> None:
-        """See Driver."""
+        """Raises if the driver itself is at fault, or the place is lost."""
         self._driver.probe()
 
     def configure(self, config: Any) -> None:
-        """See Driver."""
+        """Take over a driver.config, and what in it concerns the place itself."""
         self._driver.configure(config)
 
     def close(self) -> None:

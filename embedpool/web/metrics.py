@@ -22,6 +22,7 @@ from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
+from typing_extensions import override
 
 from embedpool.config.files import folder_in_memory
 from embedpool.pool.pool import Pool
@@ -31,9 +32,15 @@ from embedpool.reconcile import Reconciler
 
 SHARED_DIR = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own
 SHARED_PREFIX, OWNER = "embedpool-metrics-", "owner"
+UNTIL_0_2 = {  # older names of metrics, under which they are shown too
+    "embedpool_items": "embedpool_texts",
+    "embedpool_batch_items": "embedpool_batch_texts",
+    "embedpool_queue_items": "embedpool_queue_texts",
+    "embedpool_queue_max_items": "embedpool_queue_bound_texts",
+}
 STATES = ("idle", "loading", "ready", "failed", "disabled", "draining")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-TEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+ITEMS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -61,7 +68,7 @@ class Metrics(Observer):
             "http_requests", "Answers, by route and status; the code of an error.", "route", "status", "code"
         )
         self.requests = counter("requests", "Requests that reached the model, answered or refused.", "model")
-        self.texts = counter("texts", "Texts answered.", "model")
+        self.items = counter("items", "Inputs of requests answered: of POST /embed, texts.", "model")
         self.tokens = counter("tokens", "Tokens answered, special tokens included, after truncation.", "model")
         self.truncated = counter("truncated", "Texts truncated.", "model")
         self.errors = counter("errors", "Requests to the model refused, or texts of them, by code.", "model", "code")
@@ -71,15 +78,15 @@ class Metrics(Observer):
         self.request_seconds = histogram("request_seconds", "From the request's arrival to its vectors.", SECONDS)
         self.queue_seconds = histogram("queue_seconds", "Wait of a request until its first batch.", SECONDS)
         self.batch_seconds = histogram("batch_seconds", "Compute time of a driver call.", SECONDS)
-        self.batch_texts = histogram("batch_texts", "Texts in a driver call.", TEXTS)
+        self.batch_items = histogram("batch_items", "Items in a driver call.", ITEMS)
         self.state = gauge("model_state", "1 for the model's state, a worker.", "model", "state")
-        self.queue_texts = gauge("queue_texts", "Texts waiting.", "model")
-        self.queue_bound = gauge("queue_bound_texts", "Texts that may wait.", "model")
+        self.queue_items = gauge("queue_items", "Items waiting.", "model")
+        self.queue_max_items = gauge("queue_max_items", "Items that may wait.", "model")
         self.replicas = gauge("replicas", "Replicas, by state.", "model", "state")
         self.workers = gauge("worker", "1 for each process that serves and is counted here, by its pid.", "process")
         self._per_model = (
-            self.requests, self.texts, self.tokens, self.truncated, self.batch_tokens, self.padded_tokens,
-            self.request_seconds, self.queue_seconds, self.batch_seconds, self.batch_texts,
+            self.requests, self.items, self.tokens, self.truncated, self.batch_tokens, self.padded_tokens,
+            self.request_seconds, self.queue_seconds, self.batch_seconds, self.batch_items,
         )  # fmt: skip
 
     def http_answer(self, route: str, status: int, code: str) -> None:
@@ -88,10 +95,10 @@ class Metrics(Observer):
 
     # --- what the pool tells
 
+    @override
     def answered(self, model: str, result: Result) -> None:
-        """See Observer."""
         self._series(self.requests, model).inc()
-        self._series(self.texts, model).inc(len(result.rows) - len(result.errors))
+        self._series(self.items, model).inc(len(result.rows) - len(result.errors))
         self._series(self.tokens, model).inc(result.tokens)
         self._series(self.truncated, model).inc(len(result.truncated))
         for error in result.errors.values():
@@ -99,17 +106,17 @@ class Metrics(Observer):
         self._series(self.request_seconds, model).observe(result.total_ms / 1000)
         self._series(self.queue_seconds, model).observe(result.queue_ms / 1000)
 
+    @override
     def refused(self, model: str, code: str) -> None:
-        """See Observer."""
         self._series(self.requests, model).inc()
         self._series(self.errors, model, code).inc()
 
-    def batch(self, model: str, rows: int, tokens: int, padded_tokens: int, compute_s: float) -> None:
-        """See Observer."""
+    @override
+    def batch(self, model: str, items: int, tokens: int, padded_tokens: int, compute_s: float) -> None:
         self._series(self.batch_tokens, model).inc(tokens)
         self._series(self.padded_tokens, model).inc(padded_tokens)
         self._series(self.batch_seconds, model).observe(compute_s)
-        self._series(self.batch_texts, model).observe(rows)
+        self._series(self.batch_items, model).observe(items)
 
     # --- a scrape
 
@@ -128,8 +135,8 @@ class Metrics(Observer):
                     self._series(metric, model)
                 for name in STATES:
                     self._series(self.state, model, name).set(entry["state"] == name)
-                self._series(self.queue_texts, model).set(entry["queue_len"])
-                self._series(self.queue_bound, model).set(entry["queue_max"])
+                self._series(self.queue_items, model).set(entry["queue_len"])
+                self._series(self.queue_max_items, model).set(entry["queue_max"])
                 idle, busy = entry["replicas_idle"], entry["replicas_busy"]
                 not_ready = entry["replicas"] - idle - busy
                 for state, count in (("idle", idle), ("busy", busy), ("not_ready", not_ready)):
@@ -160,6 +167,10 @@ class _Known(Collector):
         for metric in self._source.collect():
             metric.samples = [s for s in metric.samples if s.labels.get("model") in {None, *self._models}]
             yield metric
+            if older := UNTIL_0_2.get(metric.name):
+                again = Metric(older, f"Until 0.2: the older name of {metric.name}.", metric.type, metric.unit)
+                again.samples = [s._replace(name=older + s.name.removeprefix(metric.name)) for s in metric.samples]
+                yield again
 
 
 # --- several workers; called in gunicorn's master

@@ -147,7 +147,7 @@ def test_two_workers_converge(make_server: Callable[..., Server]) -> None:
 
     wait_until(both_know)
     assert np.asarray(server.vectors("b", ["x"])).shape == (1, 384)
-    before = {series: total(server, series) for series in ("embedpool_requests_total", "embedpool_batch_texts_sum")}
+    before = {series: total(server, series) for series in ("embedpool_requests_total", "embedpool_batch_items_sum")}
     for i in range(20):
         server.vectors("b", [f"text {i}"])
     for _ in range(6):  # whichever worker answers

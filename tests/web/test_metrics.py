@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from embedpool.web.metrics import SHARED_DIR, forget_worker, share, unshare
+from embedpool.web.metrics import SHARED_DIR, UNTIL_0_2, forget_worker, share, unshare
 from tests.web.conftest import MODEL, NAME, MakeWeb, Web
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -42,13 +42,13 @@ def test_requests_are_counted(web: Web) -> None:
     web.embed("a", whatever=1)
     found = samples(web)
     assert found["embedpool_requests_total", NAME] == 3
-    assert found["embedpool_texts_total", NAME] == 3
+    assert found["embedpool_items_total", NAME] == 3
     assert found["embedpool_tokens_total", NAME] == 4 + 3 + 4
     assert found["embedpool_truncated_total", NAME] == 1
     assert found["embedpool_errors_total", "unsupported_option", NAME] == 1
-    assert found["embedpool_batch_texts_count", NAME] >= 2
-    assert found["embedpool_batch_texts_sum", NAME] == 3
-    assert found["embedpool_batch_seconds_count", NAME] == found["embedpool_batch_texts_count", NAME]
+    assert found["embedpool_batch_items_count", NAME] >= 2
+    assert found["embedpool_batch_items_sum", NAME] == 3
+    assert found["embedpool_batch_seconds_count", NAME] == found["embedpool_batch_items_count", NAME]
     assert found["embedpool_padded_tokens_total", NAME] >= found["embedpool_batch_tokens_total", NAME] == 11
     assert found["embedpool_request_seconds_count", NAME] == found["embedpool_queue_seconds_count", NAME] == 2
 
@@ -82,8 +82,8 @@ def test_state_replicas_queue_and_reloads(make_web: MakeWeb) -> None:
     assert {key[1:] for key, value in states.items() if value == 1} == {(NAME, "ready"), ("off", "disabled")}
     assert {key[2] for key in states} == {"idle", "loading", "ready", "failed", "disabled", "draining"}
     assert found["embedpool_replicas", NAME, "idle"] == 1
-    assert found["embedpool_queue_texts", NAME] == 0
-    assert found["embedpool_queue_bound_texts", NAME] == 1000
+    assert found["embedpool_queue_items", NAME] == 0
+    assert found["embedpool_queue_max_items", NAME] == 1000
     assert found["embedpool_reloads_total", "ok"] == 1
 
 
@@ -137,10 +137,10 @@ def test_workers_share_their_numbers(make_web: MakeWeb) -> None:
         pid = int(subprocess.run(other, check=True, capture_output=True, text=True).stdout)
         found = samples(web)
         assert found["embedpool_requests_total", NAME] == 1 + 2
-        assert found["embedpool_queue_texts", NAME] == 5
+        assert found["embedpool_queue_items", NAME] == 5
         assert found["embedpool_worker", str(os.getpid())] == 1
         forget_worker(pid)
-        assert samples(web)["embedpool_queue_texts", NAME] == 0
+        assert samples(web)["embedpool_queue_items", NAME] == 0
         assert samples(web)["embedpool_requests_total", NAME] == 1 + 2
     finally:
         unshare()
@@ -175,6 +175,17 @@ metrics = Metrics()
 metrics.refused("{name}", "overloaded")
 metrics.refused("{name}", "overloaded")
 metrics.refused("invented", "overloaded")
-metrics.queue_texts.labels("{name}").set(5)
+metrics.queue_items.labels("{name}").set(5)
 print(os.getpid())
 """
+
+
+def test_metrics_that_were_renamed_keep_their_older_names_for_a_release(web: Web) -> None:
+    """Dashboards of the release before show the same numbers, histograms included."""
+    web.embed("a", "b c")
+    found = samples(web)
+    for name, older in UNTIL_0_2.items():
+        shown = {key: value for key, value in found.items() if key[0].startswith(name)}
+        assert shown
+        for (series, *labels), value in shown.items():
+            assert found[(older + series.removeprefix(name), *labels)] == value
