@@ -16,6 +16,7 @@ from marshmallow import fields
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from embedpool.config import files
 from embedpool.config.fields import StrictInteger, StrictSchema, describe_faults, explicit, schema_of
@@ -23,6 +24,7 @@ from embedpool.config.settings import yaml_fault
 from embedpool.config.spec import ModelSpec, PoolSpec, diff
 from embedpool.errors import PoolFileInvalid
 
+NEXT_LINE = "\x85"
 EMPTY_POOL_YML = """\
 # The models of this pool. Edit by hand or with `embedpool register`; a running server follows within a moment.
 version: 1
@@ -116,7 +118,7 @@ def edited(text: str, old: PoolSpec, new: PoolSpec) -> str:
         document = _yaml(body).load(body)
         entries = {str(entry["model"]): entry for entry in document["models"]}
         for spec in change.changed:
-            _update(entries[spec.model], explicit(before[spec.model]), explicit(spec))
+            _update(entries[spec.model], _quoted(explicit(before[spec.model])), _quoted(explicit(spec)))
         if change.added and re.search(r"(?m)^models\s*:\s*\[\s*\]", body):
             document["models"] = []  # the block style of a file written by hand, instead of `[]`
         for spec in change.added:
@@ -142,7 +144,7 @@ def _split_head(text: str) -> tuple[str, str]:
 
 
 def _as_entry(spec: ModelSpec) -> CommentedMap:
-    values = explicit(spec)
+    values = _quoted(explicit(spec))
     ordered = {"model": spec.model, "alias": spec.alias, "place": spec.place, "enabled": spec.enabled}
     entry = CommentedMap({k: v for k, v in ordered.items() if v is not None})
     entry["driver"] = {"type": spec.driver.type, "config": values["driver"].get("config", {})}
@@ -150,6 +152,15 @@ def _as_entry(spec: ModelSpec) -> CommentedMap:
         if key in values:
             entry[key] = values[key]
     return entry
+
+
+def _quoted(value: Any) -> Any:
+    """The same to be written, with quotes in which a next-line character is escaped: elsewhere it reads as a space."""
+    if isinstance(value, dict):
+        return {_quoted(key): _quoted(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_quoted(inner) for inner in value]
+    return DoubleQuotedScalarString(value) if isinstance(value, str) and NEXT_LINE in value else value
 
 
 def _obsolete_keys(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, ...]]:

@@ -644,6 +644,17 @@ def test_a_spec_from_the_file_can_be_shown_as_json(inside: str) -> None:
     assert list(shown["scaling"]) == ["min", "max", "idle_ttl_s"]
 
 
+@pytest.mark.parametrize("odd", ["\x85", "a\x85b", "\u2028", "x\u2029", "\t", "\u00a0", "'\"\\"])
+def test_any_character_of_a_value_survives_an_edit(odd: str) -> None:
+    """Also one that YAML may take for the end of a line, in a value and in a key."""
+    old = parse(EMPTY_POOL_YML)
+    new = edit.register(old, model("a", driver_config={"prompts": {f"k{odd}": odd}}))
+    text = edited(EMPTY_POOL_YML, old, new)
+    assert parse(text) == new
+    changed = edit.register(new, model("a", driver_config={"prompts": {f"k{odd}": odd + odd}}), replace=True)
+    assert parse(edited(text, new, changed)) == changed
+
+
 def test_a_spec_from_the_file_equals_the_same_spec_from_a_request() -> None:
     """Registering over HTTP what stands in the file already is a success."""
     pool = fake_spec(

@@ -107,6 +107,26 @@ def test_only_the_listed_keys_of_a_local_model_load_it_anew(key: str) -> None:
     assert hash(after.load_key) is not None
 
 
+def test_a_place_is_named_beside_the_driver_or_in_its_older_spelling() -> None:
+    """Both mean the same and load the model anew; where nothing is said it is a thread."""
+    assert [spec(**given).runs_in for given in ({}, {"place": "thread"}, {"place": "process"})] == [
+        "thread", "thread", "process",
+    ]  # fmt: skip
+    older = spec(driver_config={"isolation": "process"})
+    assert older.runs_in == "process"
+    assert older.load_key == spec(place="process").load_key != spec().load_key
+    assert spec(place="thread").load_key == spec().load_key
+    assert spec(place="process", driver_config={"isolation": "process"}).runs_in == "process"
+
+
+def test_a_place_that_cannot_be_is_refused() -> None:
+    """One that contradicts the older spelling, one that there is not, and any for a remote service."""
+    assert "contradicts" in refusal(place="process", driver_config={"isolation": "thread"})["place"]
+    assert "must be one of thread, process" in refusal(place="moon")["place"]
+    remote = refusal(place="process", driver_type="http", driver_config={"base_url": "http://h/embed"})
+    assert "for local models" in remote["place"]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -27,6 +27,7 @@ from embedpool.errors import (
     ShuttingDown,
 )
 from embedpool.pool.model_queue import QueueClosed
+from embedpool.pool.planner import Planner
 from embedpool.pool.replica_set import ReplicaSet
 from embedpool.pool.served_model import ServedModel
 from embedpool.tasks.driver import Cost, Facts, Loss
@@ -718,6 +719,18 @@ def test_a_remote_services_new_batch_size_applies_at_once() -> None:
         assert told[-1] == config
     finally:
         served.drain(0)
+
+
+def test_a_batch_is_planned_by_the_limits_that_hold_when_its_work_comes(serve) -> None:
+    """A thread that waits for work when a limit changes does not go by the limit of before."""
+    served, opener = serve(inflight=1)
+    settled(served)
+    (replica,) = served.replicas._replicas
+    waiting = served.queue.not_empty._waiters  # type: ignore[attr-defined]
+    assert any(waiting or threading.Event().wait(0.01) for _ in range(1000))
+    replica.planner = Planner(1, 1000)  # as an update does, before it wakes the thread
+    assert_answers(ask(served, "a", "b", "c"), "a", "b", "c")
+    assert [len(call) for call in opener.opened[0].calls] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("inflight", [1, 2])

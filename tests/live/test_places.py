@@ -75,7 +75,7 @@ def test_a_real_model_in_a_process_of_its_own_gives_its_vectors(server: Server) 
     texts = ["a query", "a somewhat longer passage of text " * 20]
     in_thread = np.array(server.vectors("minilm", texts))
     server.cli("unregister", "--model", MINILM)
-    server.cli(*common, "--alias", "minilm", "--set", "isolation=process")
+    server.cli(*common, "--alias", "minilm", "--place", "process")
     apart = np.array(server.vectors("minilm", texts))
     assert (np.sum(in_thread * apart, axis=1) > 0.99999).all()
     child = child_of(server, "minilm")
