@@ -41,7 +41,7 @@ class Pool:
         self._spec = PoolSpec()
         self._served: dict[str, ServedModel] = {}
         self._routes: Mapping[str, ServedModel] = MappingProxyType({})
-        self._candidates: list[ServedModel] = []  # being prepared; `apply` adopts those that are loaded
+        self._candidates: dict[ServedModel, bool] = {}  # being prepared; whether `apply` may adopt it: it is loaded
         self._leaving: dict[ServedModel, threading.Thread] = {}
 
     # --- the road of a request
@@ -96,15 +96,15 @@ class Pool:
         with self._lock:
             if self.stopping:
                 raise ShuttingDown("the server is stopping")
-            self._candidates.append(candidate)
+            self._candidates[candidate] = False
         try:
             candidate.start(prove=True)
             candidate.require_loaded(timeout_s)
+            self._candidates[candidate] = True
             yield
         finally:
             with self._lock:
-                if candidate in self._candidates:
-                    self._candidates.remove(candidate)
+                if self._candidates.pop(candidate, None) is not None:
                     self._drain_in_background(candidate)
 
     def apply(self, spec: PoolSpec) -> None:
@@ -146,9 +146,9 @@ class Pool:
         return [*leaving, live]
 
     def _candidate_for(self, model: ModelSpec) -> ServedModel | None:
-        for candidate in self._candidates:
-            if candidate.spec.load_key == model.load_key and candidate.is_serving:
-                self._candidates.remove(candidate)
+        for candidate, is_loaded in self._candidates.items():
+            if is_loaded and candidate.spec.load_key == model.load_key:
+                del self._candidates[candidate]
                 candidate.update(model)
                 return candidate
         return None
