@@ -27,7 +27,7 @@ from embedpool.tasks.tokenizer import Tokenizer
 from tests.conftest import settle
 from tests.pool.scripted import in_thread
 
-DIM = 4
+DIM, WIDTH = 4, 3
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class WordsDriver(FakeDriver):
 
     def open(self, on_lost: Callable[[str], None]) -> Facts:
         facts = super().open(on_lost)
-        return Facts(facts.tasks | {"words"}, facts.width, 2, description=facts.description)
+        return Facts({**facts.tasks, "words": WIDTH}, 2, description=facts.description)
 
     def run(self, batch: Batch) -> Answer:
         if batch.task == "embed":
             return super().run(batch)
         ids = batch.ids or []
-        values = [[float(i), float(len(row)), 0.5, -1.0] for row in ids for i in row]
+        values = [[float(i), float(len(row)), 0.5] for row in ids for i in row]
         if any("bad" in text for text in batch.texts):
             raise RuntimeError("cannot bear it")
         return Answer(Rows(np.array(values, np.float32), np.cumsum([0, *map(len, ids)]).astype(np.int64)))
@@ -103,7 +103,7 @@ def assert_words(result: Result, texts: Sequence[str]) -> None:
     assert result.rows.splits is not None
     for i, text in enumerate(texts):
         row = result.rows.values[result.rows.splits[i] : result.rows.splits[i + 1]]
-        assert row.shape == (len(text.split()) + 2, DIM)
+        assert row.shape == (len(text.split()) + 2, WIDTH)
         assert set(row[:, 1].tolist()) == {len(text.split()) + 2}
 
 

@@ -44,7 +44,10 @@ PLACES = ("thread", "process")
 
 @dataclasses.dataclass(frozen=True)
 class LocalConfig:
-    """The part of a driver.config that all drivers of local models have."""
+    """The part of a driver.config that all drivers of local models have.
+
+    Of every driver's the pool reads `is_remote`, `max_batch_texts`, `max_seq_length`, `normalize`, `dtype`, `prompts`.
+    """
 
     is_remote: ClassVar = False
     max_batch_texts: ClassVar = None

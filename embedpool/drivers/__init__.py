@@ -1,4 +1,8 @@
-"""What runs models: a batch becomes rows. The table of drivers; a new kind of model is one file and one line here."""
+"""What runs models: a batch becomes rows. The table of drivers.
+
+A new driver is a file here with `make_driver` and `open_tokenizer`, a line in the table, its configuration in
+config/spec.py, and what it needs on the command line in cli/models.py. tasks/driver.py says what it has to be.
+"""
 
 from __future__ import annotations
 

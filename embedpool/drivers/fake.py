@@ -102,7 +102,7 @@ class FakeDriver(Driver):
         if self._config.fault == "crash" and not self._may_crash:
             raise ModelFailed("fault: crash would end the server; it needs place: process")
         self.probe()
-        return Facts(width=self._config.dim, description=describe(dim=self._config.dim))
+        return Facts({"embed": self._config.dim}, description=describe(dim=self._config.dim))
 
     @override
     def run(self, batch: Batch) -> Answer:
@@ -131,11 +131,11 @@ class FakeDriver(Driver):
 
 
 def make_driver(spec: ModelSpec, cache_dir: Path, memory: dict[str, Any]) -> Driver:
-    """For the table of drivers."""
+    """Called by the table of drivers, in drivers/__init__.py."""
     assert isinstance(spec.driver.config, FakeConfig)
     return FakeDriver(spec.driver.config, may_crash=spec.runs_in == "process")
 
 
 def open_tokenizer(spec: ModelSpec) -> Tokenizer:
-    """For the table of drivers."""
+    """Called by the table of drivers, in drivers/__init__.py."""
     return FakeTokenizer()

@@ -83,7 +83,7 @@ class HttpDriver(Driver):
         self._description |= describe(protocol=self._config.protocol, dim=self._dim)
         if len(self._upstreams) > 1:
             threading.Thread(target=self._check, name=f"check-{self._model}", daemon=True).start()
-        return Facts(width=self._dim, slots=SLOTS, description=self._description)
+        return Facts({"embed": self._dim}, slots=SLOTS, description=self._description)
 
     @override
     def configure(self, config: HttpConfig) -> None:
@@ -247,11 +247,11 @@ def _pause_s(error: UpstreamError, attempts: int) -> float:
 
 
 def make_driver(spec: ModelSpec, cache_dir: Path, memory: dict[str, Any]) -> Driver:
-    """For the table of drivers."""
+    """Called by the table of drivers, in drivers/__init__.py."""
     assert isinstance(spec.driver.config, HttpConfig)
     return HttpDriver(spec.model, spec.driver.config, memory)
 
 
 def open_tokenizer(spec: ModelSpec) -> Tokenizer:
-    """For the table of drivers."""
+    """Called by the table of drivers, in drivers/__init__.py."""
     return RemoteTokenizer()

@@ -92,7 +92,7 @@ class LocalStDriver(Driver):
             dim=width,
         )
         logger.info("%s runs on %s (%s)", self._model, backend, why)
-        return Facts(width=width, slots=self._slots, cost=cost, description=description)
+        return Facts({"embed": width}, slots=self._slots, cost=cost, description=description)
 
     @override
     def run(self, batch: Batch) -> Answer:
@@ -243,12 +243,12 @@ def _encode(model: Any, texts: list[str]) -> Array:
 
 
 def make_driver(spec: ModelSpec, cache_dir: Path, memory: dict[str, Any]) -> Driver:
-    """For the table of drivers."""
+    """Called by the table of drivers, in drivers/__init__.py."""
     assert isinstance(spec.driver.config, LocalStConfig)
     return LocalStDriver(spec.model, spec.driver.config, spec.scaling.max, cache_dir)
 
 
 def open_tokenizer(spec: ModelSpec) -> Tokenizer:
-    """For the table of drivers."""
+    """Called by the table of drivers, in drivers/__init__.py."""
     assert isinstance(spec.driver.config, LocalStConfig)
     return FolderTokenizer(find_model_folder(spec.model, spec.driver.config))

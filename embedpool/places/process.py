@@ -204,7 +204,7 @@ class ProcessPlace(Place):
             self._lose(self.lost)
 
     def _may_have_grown(self) -> bool:
-        """Whether the kernel may have ended it for what it held: not if a person did, or for what others held."""
+        """Whether the kernel may have ended it for its own memory, not an operator, nor for what others held."""
         return _kills_for_memory() != self._kills and not 0 < self._last_bytes <= GROWN * self._opened_bytes
 
     def _too_slow(self) -> str | None:

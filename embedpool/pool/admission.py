@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable
@@ -25,22 +26,17 @@ from embedpool.tasks.task import Task
 from embedpool.tasks.tokenizer import Tokenizer
 
 
+@dataclasses.dataclass(eq=False)
 class Admission:
     """Serves requests, each in its own thread, through the model's queue; `tokenizer` opens it, or waits so long."""
 
-    def __init__(
-        self,
-        model_queue: ModelQueue,
-        replicas: ReplicaSet,
-        tokenizer: Callable[[float], Tokenizer],
-        stats: ModelStats,
-        settings: PoolSettings,
-    ) -> None:
-        self._queue = model_queue
-        self._replicas = replicas
-        self._tokenizer = tokenizer
-        self._stats = stats
-        self._settings = settings
+    queue: ModelQueue
+    replicas: ReplicaSet
+    tokenizer: Callable[[float], Tokenizer]
+    stats: ModelStats
+    settings: PoolSettings
+
+    def __post_init__(self) -> None:
         self._inside: set[Request] = set()
         # Guards `_inside`. Requests' threads take it on their way in and out, one that stops the model waits on it.
         self._changed = threading.Condition()
@@ -58,19 +54,19 @@ class Admission:
             result = self._serve(request)
         except EmbedpoolError as error:
             if not (call.is_patient and isinstance(error, Overloaded)):
-                self._stats.refused(error.code)
+                self.stats.refused(error.code)
             raise
         finally:
             request.abandoned = True  # what is still queued is dropped before it costs compute
             with self._changed:
                 self._inside.discard(request)
                 self._changed.notify_all()
-        self._stats.answered(result)
+        self.stats.answered(result)
         return result
 
     def refuse_unless_serving(self) -> None:
         """Raises ModelDisabled, ModelFailed and ModelLoading."""
-        replicas, name = self._replicas, self._replicas.spec.model
+        replicas, name = self.replicas, self.replicas.spec.model
         if not replicas.spec.enabled:
             raise ModelDisabled(f"{name!r} is disabled")
         state = replicas.state
@@ -80,11 +76,11 @@ class Admission:
             raise ModelLoading(f"{name!r} is being loaded", retry_after_s=2.0)
 
     def _serve(self, request: Request) -> Result:
-        clock, task, call = self._settings.clock, request.task, request.call
-        spec = self._replicas.spec
-        if self._queue.full() and not self._queue.is_closed:
+        clock, task, call = self.settings.clock, request.task, request.call
+        spec = self.replicas.spec
+        if self.queue.full() and not self.queue.is_closed:
             raise self._overloaded()  # before it is measured
-        tokenizer = self._tokenizer(max(call.deadline - clock(), 0))
+        tokenizer = self.tokenizer(max(call.deadline - clock(), 0))
         measured = task.measure(spec.driver.config, tokenizer)
         measured_at = clock()
         request.expect(measured)
@@ -116,8 +112,8 @@ class Admission:
         put = 0
         while put < len(items) and request.error is None:
             try:
-                left_s = request.call.deadline - self._settings.clock()
-                put += self._queue.feed(items[put:], left_s) if put else self._queue.admit(items)
+                left_s = request.call.deadline - self.settings.clock()
+                put += self.queue.feed(items[put:], left_s) if put else self.queue.admit(items)
             except queue.Full:
                 if put:
                     raise
@@ -125,14 +121,14 @@ class Admission:
             except QueueClosed:
                 if not put:
                     raise
-                raise ShuttingDown(f"{self._replicas.spec.model!r} is stopping") from None
-            self._replicas.need_one()
+                raise ShuttingDown(f"{self.replicas.spec.model!r} is stopping") from None
+            self.replicas.need_one()
 
     def _overloaded(self) -> Overloaded:
         """With the time when what waits now should be done, by the measured rate."""
-        rate = self._stats.texts_per_busy_s() * max(len(self._replicas), 1)
-        retry_after_s = min(max(self._queue.qsize() / rate, 1.0), 60.0) if rate else 1.0
-        message = f"the queue of {self._replicas.spec.model!r} is full ({self._queue.maxsize} texts)"
+        rate = self.stats.texts_per_busy_s() * max(len(self.replicas), 1)
+        retry_after_s = min(max(self.queue.qsize() / rate, 1.0), 60.0) if rate else 1.0
+        message = f"the queue of {self.replicas.spec.model!r} is full ({self.queue.maxsize} texts)"
         return Overloaded(message, retry_after_s=retry_after_s)
 
     # --- leaving
@@ -142,8 +138,8 @@ class Admission:
         with self._changed:
             self._changed.wait_for(lambda: not self._inside, timeout_s)
             left = list(self._inside)
-        self._queue.stop()
-        stopping = ShuttingDown(f"{self._replicas.spec.model!r} is stopping")
+        self.queue.stop()
+        stopping = ShuttingDown(f"{self.replicas.spec.model!r} is stopping")
         self.fail_waiting(stopping)
         for request in left:
             request.fail(stopping)
@@ -151,6 +147,6 @@ class Admission:
 
     def fail_waiting(self, error: EmbedpoolError) -> None:
         """Fail every request that has an item in the queue."""
-        for item in self._queue.take_all():
+        for item in self.queue.take_all():
             for equal in item.equals:
                 equal.request.fail(error)

@@ -153,9 +153,9 @@ class ModelQueue(queue.Queue[Item]):
         return self._qsize() < (self.maxsize // 2 if request.waiting else self.maxsize)
 
     def put_back(self, items: Sequence[Item]) -> None:
-        """Let items that were taken run again, as a batch of their own: before all that waits, but in turn with it.
+        """Let items that were taken run again, as a batch of their own. The queue may be full by now.
 
-        So one that is lost again and again keeps nobody from being served. The queue may be full by now.
+        `take` alternates between such batches and what waits, so one that is lost again and again starves nobody.
         """
         with self.mutex:
             self._returned.append(list(items))

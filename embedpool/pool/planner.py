@@ -18,7 +18,7 @@ FIXED_COSTS_BETWEEN_OTHERS = 2  # likewise for a batch that is cut to end betwee
 UNKNOWN_FIXED_TOKENS = 150.0  # where a driver's cost is not known: a call costs as much as so many padded tokens
 
 
-def cut(lengths: Sequence[int], fixed_tokens: float, max_tokens: int, max_items: int) -> list[int]:
+def cuts(lengths: Sequence[int], fixed_tokens: float, max_tokens: int, max_items: int) -> list[int]:
     """Where to cut items of ascending `lengths` (tokens) into batches: the end of each batch, the last is len(lengths).
 
     Minimises the sum of `fixed_tokens` + padded tokens over batches of at most `max_items` items and `max_tokens`
@@ -80,8 +80,8 @@ class Planner:
 
     A batch is never planned to run longer than `max_s`, because a running one cannot be interrupted: that bounds how
     long an arriving query waits for it. Without `max_s` the bound is 50 ms, or ten fixed costs where these are more.
-    With several `slots`, which run a batch each at once, one is cut to end that bound ÷ slots after the last of the
-    others, if it can: then a query that finds all of them busy waits for no more than that until one comes free.
+    With several `slots`, which run a batch each at once, a batch is sized to end at most bound ÷ slots after the last
+    running one, where possible: so a query that finds all slots busy waits no longer than that until one is free.
     """
 
     max_items: int
@@ -122,7 +122,7 @@ class Planner:
             return sorted(place for _, place in order)  # padding all of them costs less than a second call
         first = next(i for i, (_, place) in enumerate(order) if place == 0)
         start = 0
-        for end in cut([tokens for tokens, _ in order], self.fixed_tokens, most, self.max_items):
+        for end in cuts([tokens for tokens, _ in order], self.fixed_tokens, most, self.max_items):
             if first < end:
                 return sorted(place for _, place in order[start:end])
             start = end

@@ -6,6 +6,7 @@ further slot.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -13,24 +14,26 @@ from collections.abc import Callable, Mapping
 from embedpool.errors import EmbedpoolError
 from embedpool.pool.backoff import Backoff
 from embedpool.pool.planner import Planner, Slots
-from embedpool.pool.runner import DriverBroken, Runner
+from embedpool.pool.runner import DriverBroken, DriverLost, Runner
 from embedpool.pool.settings import PoolSettings
 
 logger = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(eq=False)
 class Replica:
-    """States: loading, ready, failed, closed; `on_change` is called after each change, on the thread that made it."""
+    """States: loading, ready, failed, closed; `on_change` is called after each change, on the thread that made it.
 
-    def __init__(
-        self,
-        name: str,
-        open_runner: Callable[[str], Runner],
-        slots: Slots,
-        settings: PoolSettings,
-        on_change: Callable[[Replica], None] = lambda replica: None,
-    ) -> None:
-        self.name = name
+    `open_runner` opens a place and gives what runs batches in it.
+    """
+
+    name: str
+    open_runner: Callable[[str], Runner]
+    slots: Slots
+    settings: PoolSettings
+    on_change: Callable[[Replica], None] = lambda replica: None
+
+    def __post_init__(self) -> None:
         self.state = "loading"
         self.backoff = Backoff()
         self.last_error: str | None = None
@@ -42,11 +45,7 @@ class Replica:
         self.leaving = threading.Event()  # its threads are to leave the driver: it is broken, retires or stops
         self.threads: list[threading.Thread] = []  # the lead, then its siblings
         self.running: dict[int, float] = {}  # the threads in which a batch runs, since when
-        self._open_runner = open_runner
-        self._slots = slots
-        self._on_change = on_change
-        self._clock = settings.clock
-        self._max_wait_s = settings.max_wait_s
+        self._clock = self.settings.clock
         self._last_busy = self._proved_at = self._clock()
         # Guards what its threads write about their work. Held for a few instructions, with no other lock inside.
         self._lock = threading.Lock()
@@ -74,7 +73,7 @@ class Replica:
             return False
         started = self._clock()
         try:
-            self.runner = self._open_runner(self.name)
+            self.runner = self.open_runner(self.name)
         except BaseException as error:  # a panic in a Rust library is no Exception
             logger.warning("%s did not load: %s", self.name, error)
             self.fail(error)
@@ -105,7 +104,7 @@ class Replica:
     def become(self, state: str) -> None:
         """Change the state, and say so."""
         self.state = state
-        self._on_change(self)
+        self.on_change(self)
 
     # --- a step of any of its threads
 
@@ -127,12 +126,12 @@ class Replica:
         served = False
         try:
             if runner.place.lost:
-                raise DriverBroken(runner.place.lost.reason)
+                raise DriverLost(runner.place.lost.reason)
             items = runner.queue.take(
-                lambda window: self.planner.plan_under_lock(window, self._slots),  # as it is when the wait is over
+                lambda window: self.planner.plan_under_lock(window, self.slots),  # as it is when the wait is over
                 timeout_s,
                 enough=self.planner.max_items,
-                max_wait_s=self._max_wait_s,
+                max_wait_s=self.settings.max_wait_s,
                 leaving=leaving,
             )
             if not items:
@@ -144,7 +143,7 @@ class Replica:
         except DriverBroken as error:
             self._broke(error)
         finally:
-            self._slots.end()
+            self.slots.end()
             with self._lock:
                 if self.running.pop(threading.get_ident(), None) is not None:
                     self._last_busy = self._clock()

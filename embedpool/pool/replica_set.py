@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import threading
 import time
@@ -25,6 +26,7 @@ SHORTEST_IDLE_S = 0.02
 CLOSE_TIMEOUT_S = 5.0  # for a running batch and the driver's close
 
 
+@dataclasses.dataclass(eq=False)
 class ReplicaSet:
     """Grows while work waits, shrinks when idle.
 
@@ -32,28 +34,19 @@ class ReplicaSet:
     with the reason each time all have failed. All three are called on a replica's thread.
     """
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        settings: PoolSettings,
-        queue: ModelQueue,
-        stats: ModelStats,
-        *,
-        before_load: Callable[[], object] = lambda: None,
-        on_ready: Callable[[], None] = lambda: None,
-        on_failed: Callable[[str], None] = lambda reason: None,
-    ) -> None:
-        self.spec = spec
+    spec: ModelSpec
+    settings: PoolSettings
+    queue: ModelQueue
+    stats: ModelStats
+    before_load: Callable[[], object] = lambda: None
+    on_ready: Callable[[], None] = lambda: None
+    on_failed: Callable[[str], None] = lambda reason: None
+
+    def __post_init__(self) -> None:
         self.last_error: str | None = None
         self.loads_first = False  # the first load, at start or to prove itself: requests do not wait for it
         self.settled = threading.Event()  # the first load succeeded or failed
         self.stopped = False
-        self._settings = settings
-        self._queue = queue
-        self._stats = stats
-        self._before_load = before_load
-        self._on_ready = on_ready
-        self._on_failed = on_failed
         # Guards how many replicas there are and which threads they have. It may be taken while no other lock is held,
         # and inside it the queue's lock and a replica's, for a moment each. Callbacks are called outside of it.
         self._lock = threading.RLock()
@@ -61,8 +54,8 @@ class ReplicaSet:
         self._retiring: set[Replica] = set()
         self._number = 0
         self._memory: dict[str, Any] = {}
-        self._quarantine = Quarantine(settings.clock)
-        self._slots = Slots(settings.clock)
+        self._quarantine = Quarantine(self.settings.clock)
+        self._slots = Slots(self.settings.clock)
 
     def __len__(self) -> int:
         return len(self._replicas)
@@ -85,7 +78,7 @@ class ReplicaSet:
 
         Its threads cannot be stopped, but nobody need wait for them; when they come back the model is ready again.
         """
-        stuck = [r.stuck_s(self._settings.request_timeout_s) for r in replicas if r.state == "ready"]
+        stuck = [r.stuck_s(self.settings.request_timeout_s) for r in replicas if r.state == "ready"]
         return min(stuck, default=0.0)
 
     @property
@@ -98,7 +91,7 @@ class ReplicaSet:
     @property
     def retry_after_s(self) -> float:
         """How long until the next attempt of a failed model, and a second at least."""
-        return max(min((r.retry_at for r in self._replicas), default=0.0) - self._settings.clock(), 1.0)
+        return max(min((r.retry_at for r in self._replicas), default=0.0) - self.settings.clock(), 1.0)
 
     def counts(self) -> dict[str, object]:
         """How many there are, idle and busy, and what an open one says of itself, for /status."""
@@ -134,7 +127,7 @@ class ReplicaSet:
             self._add_if(lambda: len(self) < spec.scaling.min)
         for replica in self._replicas:
             self._adjust(replica)
-        self._queue.wake()  # idle times may have changed
+        self.queue.wake()  # idle times may have changed
 
     def need_one(self) -> None:
         """Work was put into the queue. Under the lock of `_retires`, so that no work is left without a replica."""
@@ -142,7 +135,7 @@ class ReplicaSet:
 
     def _grow(self) -> None:
         """One more if work waits behind what was just taken and all are at work."""
-        if self._queue.qsize() and self._may_grow():
+        if self.queue.qsize() and self._may_grow():
             with contextlib.suppress(RuntimeError):  # no thread to be had: the ones there are go on
                 self._add_if(self._may_grow)
 
@@ -156,7 +149,7 @@ class ReplicaSet:
                 return
             self._number += 1
             name = f"{self.spec.model}#{self._number}"
-            replica = Replica(name, self._open, self._slots, self._settings, self._replica_changed)
+            replica = Replica(name, self._open, self._slots, self.settings, self._replica_changed)
             before, self._replicas = self._replicas, (*self._replicas, replica)
             try:
                 self._start_thread(replica, self._live, name)
@@ -170,7 +163,7 @@ class ReplicaSet:
             scaling = self.spec.scaling
             needed = max(scaling.min, 1 if self.loads_first else 0)
             is_surplus = len(self) > scaling.max
-            if not is_surplus and not (is_idle and len(self) > needed and not self._queue.qsize()):
+            if not is_surplus and not (is_idle and len(self) > needed and not self.queue.qsize()):
                 return False
             self._replicas = tuple(r for r in self._replicas if r is not replica)
             self._retiring.add(replica)
@@ -185,7 +178,7 @@ class ReplicaSet:
         for replica in ending:
             replica.stopping.set()
             replica.leaving.set()
-        self._queue.wake()
+        self.queue.wake()
         deadline = time.monotonic() + max(timeout_s, CLOSE_TIMEOUT_S)
         for replica in ending:
             for lead in replica.threads[:1]:
@@ -232,12 +225,12 @@ class ReplicaSet:
         """
         assert replica.runner is not None
         try:
-            replica.runner.place.watch(self._queue.wake)
+            replica.runner.place.watch(self.queue.wake)
             self._adjust(replica)
             return self._loop(replica, 1)
         finally:
             replica.leaving.set()
-            self._queue.wake()
+            self.queue.wake()
             with self._lock:
                 siblings = replica.threads[1:]
                 del replica.threads[1:]
@@ -253,7 +246,7 @@ class ReplicaSet:
             if number > 1:
                 replica.step(None, on_work=self._grow, leaving=replica.leaving.is_set)
                 continue
-            idle_s, probe_s = self._idle_timeout_s(), self._settings.probe_idle_s
+            idle_s, probe_s = self._idle_timeout_s(), self.settings.probe_idle_s
 
             def must_look(idle_s: float | None = idle_s) -> bool:
                 return replica.is_leaving_or_lost or self._idle_timeout_s() != idle_s
@@ -274,9 +267,9 @@ class ReplicaSet:
 
     def _open(self, name: str) -> Runner:
         """An open place, and what serves the queue with it. On the lead thread."""
-        self._before_load()
-        place = self._settings.open_place(self.spec, self._memory)
-        return Runner(name, place, self._queue, self._quarantine, self._stats, self._settings.clock)
+        self.before_load()
+        place = self.settings.open_place(self.spec, self._memory)
+        return Runner(name, place, self.queue, self._quarantine, self.stats, self.settings.clock)
 
     def _adjust(self, replica: Replica) -> None:
         """Make an open replica follow the spec as it is now: its driver's settings, its planner, its threads."""
@@ -284,7 +277,7 @@ class ReplicaSet:
             runner = replica.runner
             if runner is None or replica.leaving.is_set():
                 return
-            config, settings = self.spec.driver.config, self._settings
+            config, settings = self.spec.driver.config, self.settings
             runner.place.configure(config)
             most = config.max_batch_texts or settings.max_batch_texts
             cost = runner.place.facts.cost
@@ -309,14 +302,14 @@ class ReplicaSet:
         if replica.state == "ready":
             self.loads_first = False
             self.settled.set()
-            self._on_ready()
+            self.on_ready()
         elif replica.state == "failed":
-            self._queue.wake()  # its other threads are to leave
+            self.queue.wake()  # its other threads are to leave
             self.last_error = replica.last_error
             with self._lock:
                 failed = self.state == "failed"
             if failed:
-                self._on_failed(replica.last_error or "")
+                self.on_failed(replica.last_error or "")
                 self.settled.set()
         else:
             self._retiring.discard(replica)

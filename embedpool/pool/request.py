@@ -138,8 +138,8 @@ class Request:
         """The row of an input; the last one completes the request."""
         self._settle(index, (rows, row), None)
 
-    def lose(self, index: int, error: EmbedpoolError) -> None:
-        """An input failed: the request fails, or goes on without it. Saying so twice is saying it once."""
+    def fail_input(self, index: int, error: EmbedpoolError) -> None:
+        """An input failed: the request fails, or goes on without it. A second failure of it changes nothing."""
         if self.task.partial:
             self._settle(index, None, error)
         else:
@@ -200,12 +200,12 @@ def give(items: list[Item], rows: Rows) -> None:
             equal.request.fill(equal.index, rows, row)
 
 
-def lose(items: list[Item], error: EmbedpoolError) -> None:
+def fail(items: list[Item], error: EmbedpoolError) -> None:
     """All of them get this error."""
     forget_frames(error)
     for item in items:
         for equal in item.equals:
-            equal.request.lose(equal.index, error)
+            equal.request.fail_input(equal.index, error)
 
 
 def blame(item: Item, message: str) -> None:
@@ -213,7 +213,7 @@ def blame(item: Item, message: str) -> None:
     for equal in item.equals:
         task = equal.request.task
         if task.partial:
-            equal.request.lose(equal.index, InferenceFailed(message))  # the answer says which
+            equal.request.fail_input(equal.index, InferenceFailed(message))  # the answer says which
             continue
         where = task.where(equal.index)
-        equal.request.lose(equal.index, InferenceFailed(f"{where}: {message}", fields={where: message}))
+        equal.request.fail_input(equal.index, InferenceFailed(f"{where}: {message}", fields={where: message}))

@@ -12,7 +12,7 @@ from embedpool import tracing
 from embedpool.errors import EmbedpoolError, InferenceFailed, UnsupportedTask, UpstreamError
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.quarantine import Quarantine
-from embedpool.pool.request import blame, give, lose
+from embedpool.pool.request import blame, fail, give
 from embedpool.pool.stats import ModelStats
 from embedpool.tasks.driver import Loss, Place
 from embedpool.tasks.item import Batch, Item
@@ -20,7 +20,7 @@ from embedpool.tasks.rows import Answer, Rows
 
 logger = logging.getLogger(__name__)
 
-LOSSES_FORGIVEN = 2  # of an item: one in a batch with others, and one alone; the next puts it into quarantine
+LOSSES_FORGIVEN = 2  # an item with so many losses goes into quarantine at its next: it was alone for the last two
 
 
 class DriverBroken(Exception):
@@ -56,7 +56,7 @@ class Runner:
             raise
         except Exception as error:
             logger.exception("%s: a batch failed outside its driver", self.name)
-            lose(items, InferenceFailed(f"{self.name}: the batch was given up: {type(error).__name__}"))
+            fail(items, InferenceFailed(f"{self.name}: the batch was given up: {type(error).__name__}"))
             return False
 
     def _is_to_run(self, item: Item) -> bool:
@@ -82,22 +82,22 @@ class Runner:
         except UpstreamError as error:
             if error.content_may_cause and len(items) > 1:
                 return self._halve(items)
-            lose(items, error)
+            fail(items, error)
         except EmbedpoolError as error:
-            lose(items, error)
+            fail(items, error)
         except DriverLost:  # by another batch, while this one waited to be alone: it has not run
             self.queue.put_back(items)
             raise
         except BaseException as error:  # a panic in a Rust library is no Exception
             logger.warning("%s: a batch of %d failed: %s: %s", self.name, len(items), type(error).__name__, error)
-            return self._find_fault(items, error)
+            return self._after_failure(items, error)
         else:
             give(items, rows)
             return True
         return False
 
-    def _find_fault(self, items: list[Item], error: BaseException) -> bool:
-        """The place is lost, or the driver fails at its probe too, or a text is at fault."""
+    def _after_failure(self, items: list[Item], error: BaseException) -> bool:
+        """Hand the batch back if the place is lost, fail it if the driver fails at its probe too, else bisect it."""
         fault, says = None, f"{type(error).__name__}: {error}"
         try:
             if not self.place.lost:
@@ -108,7 +108,7 @@ class Runner:
             self._hand_back(items, loss)
             raise DriverLost(loss.reason) from error
         if fault:
-            lose(items, InferenceFailed(f"the model failed: {says}"))
+            fail(items, InferenceFailed(f"the model failed: {says}"))
             raise DriverBroken(fault) from error
         if len(items) > 1:
             return self._halve(items)
@@ -123,7 +123,7 @@ class Runner:
             self.queue.put_back(items[middle:])
             raise
         except DriverBroken:
-            lose(items[middle:], InferenceFailed("the model failed on another part of the batch"))
+            fail(items[middle:], InferenceFailed("the model failed on another part of the batch"))
             raise
         return self._run(items[middle:]) or succeeded
 
@@ -166,7 +166,7 @@ class Runner:
         ):
             answer = self.place.run(batch)
         elapsed_s = self.clock() - started
-        if fault := answer.rows.fault(len(items), facts.width):
+        if fault := answer.rows.fault(len(items), facts.tasks[group.task]):
             raise ValueError(f"the driver gave {fault}")
         lengths = [item.tokens for item in items]
         self._note(items, answer, sum(lengths), started, elapsed_s)
@@ -186,7 +186,10 @@ class Runner:
 
     @contextlib.contextmanager
     def _alone(self, items: list[Item]) -> Iterator[None]:
-        """A batch with which a place was lost runs as the only one of its next; not at all if that is lost too."""
+        """A batch that was running when a place was lost runs with no other beside it.
+
+        It does not run if this place is lost, too, while it waits for that.
+        """
         if not items[0].losses:
             yield
             return

@@ -31,12 +31,12 @@ class Cost:
 class Facts:
     """What is true of an open driver.
 
-    `width` is the number of values of its vectors, `slots` how many batches at once serve it well, `cost` what a call
-    takes where padding costs, `description` what runs where, for /status: the driver may replace entries of it.
+    `tasks` are those that it can do, with the number of values of a vector of each; None where that varies. `slots` is
+    how many batches at once serve it well, `cost` what a call takes where padding costs, `description` what runs where,
+    for /status: the driver may replace entries of it.
     """
 
-    tasks: frozenset[str] = frozenset({"embed"})
-    width: int | None = None
+    tasks: Mapping[str, int | None] = dataclasses.field(default_factory=lambda: {"embed": None})
     slots: int = 1
     cost: Cost | None = None
     description: Mapping[str, object] = dataclasses.field(default_factory=dict)
@@ -62,7 +62,7 @@ class Driver(abc.ABC):
         """Run a fixed text. Raises if the driver itself is at fault."""
 
     def configure(self, config: Any) -> None:  # noqa: B027  (most drivers read nothing that may change)
-        """Take over a driver.config in which nothing has changed that loads anew. Called on any thread."""
+        """Apply a changed driver.config, on any thread. Keys that load the model anew are the same as before."""
 
     def close(self) -> None:  # noqa: B027  (most drivers hold nothing)
         """Give everything back."""
@@ -82,7 +82,7 @@ class Loss:
 
 
 class Place:
-    """An open driver in the threads of this process; that of a place of another kind is in places/."""
+    """Runs an open driver in the threads of this process. Its subclasses in places/ run it elsewhere."""
 
     lost: Loss | None = None  # set, once, when it can serve no more
     _on_lost: Callable[[], None] | None = None

@@ -28,7 +28,7 @@ class Item:
     Items of one model with equal `key` have equal rows. `index` is the input's place in its request.
 
     The pool's own: `request`, to which the row goes; `duplicates`, the items with the same key that share it; `losses`,
-    which is 1 once a place was lost in a batch with this item, and one more each time the item was alone then.
+    0 at first, 1 after a place was lost while this item's batch ran, and 1 more for each later loss while it ran alone.
     """
 
     __slots__ = ("duplicates", "group", "ids", "index", "key", "losses", "parts", "request", "second", "tokens")

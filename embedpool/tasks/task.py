@@ -13,7 +13,7 @@ from embedpool.tasks.tokenizer import Tokenizer
 
 
 class Measured(NamedTuple):
-    """The items of a request; the places of inputs that were cut; those that go no further, where the others do."""
+    """The items of a request, the indices of truncated inputs, and the errors of inputs refused while others go on."""
 
     items: list[Item]
     truncated: list[int]
@@ -44,7 +44,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def finish(self, rows: Rows, config: DriverConfig, errors: dict[int, EmbedpoolError]) -> Rows:
-        """After the last row: those of the inputs, in order, in the form that was asked for.
+        """After the last row: the rows of all inputs, in order, in the form that was asked for.
 
-        Rows of the inputs in `errors` mean nothing; a partial request may add to these.
+        Ignore the rows of inputs that are in `errors`, by index. A partial request may add errors.
         """

@@ -834,7 +834,7 @@ def test_what_the_pool_is_told(remote: Remote, opened: Callable[..., HttpDriver]
     """/status shows protocol and dimension; eight batches may run at once."""
     driver = opened()
     assert dict(driver.facts.description) == {"protocol": "embedpool", "dim": 3}
-    assert (driver.facts.width, driver.facts.slots) == (3, 8)
+    assert (driver.facts.tasks["embed"], driver.facts.slots) == (3, 8)
 
 
 def test_max_batch_texts_bounds_each_call(remote: Remote, pool: Pool) -> None:

@@ -74,7 +74,7 @@ def test_its_vectors_are_the_drivers_own(opened) -> None:
     np.testing.assert_array_equal(run(driver, texts).rows.values, run(FakeDriver(FakeConfig(dim=8)), texts).rows.values)
     driver.probe()
     assert driver.facts.description["place"] == driver.facts.description["isolation"] == "process"
-    assert driver.facts.description["dim"] == driver.facts.width == 8
+    assert driver.facts.description["dim"] == driver.facts.tasks["embed"] == 8
     assert pid_of(driver) != os.getpid()
     assert driver.facts.slots == 1
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from embedpool.pool.planner import UNKNOWN_FIXED_TOKENS, Planner, cut
+from embedpool.pool.planner import UNKNOWN_FIXED_TOKENS, Planner, cuts
 from embedpool.tasks.driver import Cost
 from embedpool.tasks.item import Group
 from tests.pool.scripted import Asked
@@ -41,7 +41,7 @@ def test_a_plan_covers_every_text_once_within_the_limits(
     lengths: list[int], fixed: float, max_tokens: int, max_items: int
 ) -> None:
     """Each text is in one batch; a batch over a limit holds one text alone."""
-    ends = cut(lengths, fixed, max_tokens, max_items)
+    ends = cuts(lengths, fixed, max_tokens, max_items)
     assert ends == sorted(set(ends))
     assert (ends[0] > 0, ends[-1]) == (True, len(lengths))
     for start, end in zip([0, *ends[:-1]], ends, strict=True):
@@ -57,10 +57,10 @@ def test_no_plan_within_the_limits_is_cheaper(
     lengths: list[int], fixed: float, max_tokens: int, max_items: int
 ) -> None:
     """The cuts are the best there are; so without limits they are never worse than one batch of all."""
-    found = price(lengths, cut(lengths, fixed, max_tokens, max_items), fixed)
+    found = price(lengths, cuts(lengths, fixed, max_tokens, max_items), fixed)
     assert found == pytest.approx(optimum(lengths, fixed, max_tokens, max_items))
     assert found <= sum(fixed + length for length in lengths) + 1e-6
-    unbound = price(lengths, cut(lengths, fixed, 10**9, 10**9), fixed)
+    unbound = price(lengths, cuts(lengths, fixed, 10**9, 10**9), fixed)
     assert unbound <= min(found, fixed + len(lengths) * lengths[-1]) + 1e-6
 
 

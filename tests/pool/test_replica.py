@@ -390,7 +390,7 @@ def test_a_replica_at_work_is_not_probed(start) -> None:
     _replica, model, _ = start(driver, inflight=2)
     request = model.put("a")
     gate.arrived()
-    model._settings = dataclasses.replace(model._settings, probe_idle_s=0.001)
+    model.settings = dataclasses.replace(model.settings, probe_idle_s=0.001)
     for _ in range(20):
         model.queue.wake()
     model.tell_to_stop()

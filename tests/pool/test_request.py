@@ -106,8 +106,8 @@ def test_a_request_that_goes_on_without_items_is_done_when_each_is_filled_or_los
     for index, is_lost in items:
         assert not request.is_done
         if is_lost:
-            request.lose(index, InferenceFailed("no"))
-            request.lose(index, InferenceFailed("no"))
+            request.fail_input(index, InferenceFailed("no"))
+            request.fail_input(index, InferenceFailed("no"))
         else:
             fill(request, index)
     request.wait(0)

@@ -210,7 +210,7 @@ def test_an_answer_of_the_wrong_shape_is_never_given_out(vectors) -> None:
 
 def test_vectors_of_another_size_are_never_given_out() -> None:
     """A driver that changes its mind about the dimension costs its requests an error."""
-    driver = Scripted(lambda texts: np.ones((len(texts), 7 if "odd" in texts else 8)), facts=Facts(width=8))
+    driver = Scripted(lambda texts: np.ones((len(texts), 7 if "odd" in texts else 8)), facts=Facts({"embed": 8}))
     good, odd = Asked("a"), Asked("odd")
     Bench(driver).serve(good, odd)
     assert good.gather().values.shape == (1, 8)
