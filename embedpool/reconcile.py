@@ -18,7 +18,7 @@ from typing import Any
 from embedpool.config import edit, files
 from embedpool.config.pool_yml import PoolFile
 from embedpool.config.spec import ModelSpec, PoolSpec
-from embedpool.errors import ModelNotFound, PoolFileInvalid
+from embedpool.errors import ModelNotFound, PoolFileInvalid, ShuttingDown
 from embedpool.pool.pool import Pool
 
 logger = logging.getLogger(__name__)
@@ -122,8 +122,11 @@ class Reconciler:
                     self._pool.find(new.model).check(new)
             self._change(change, reason)
             if wait and new.enabled:  # 200 means ready, also for what is in the file already
-                with contextlib.suppress(ModelNotFound):  # removed by somebody else since
+                try:
                     self._pool.find(new.model).require_loaded(self._load_timeout_s)
+                except (ModelNotFound, ShuttingDown):  # removed by somebody else since, perhaps while it was loading
+                    if self._pool.stopping:
+                        raise
             return
         with self._pool.prepared(new, self._load_timeout_s):
             self._change(change, reason)

@@ -204,6 +204,23 @@ def test_a_registration_loads_before_it_writes(reconciler: Reconciler, pool: Poo
     assert reconciler.pool_file.content().startswith("# by hand\n")
 
 
+def test_a_registration_of_what_is_there_outlives_its_removal(reconciler: Reconciler, pool: Pool, gate: Gate) -> None:
+    """It waits for a load that another command ends by removing the model: it was registered, so it succeeds."""
+    gate.held.add(16)
+    reconciler.register(made := spec("z", driver_config={"dim": 16}), replace=False, wait=False)
+    assert gate.entered.wait(WAIT_S)
+    waits = pool.find("z").require_loaded
+    waiting = threading.Event()
+    pool.find("z").require_loaded = lambda timeout_s: waiting.set() or waits(timeout_s)  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as other:
+        registering = other.submit(register, reconciler, made)
+        assert waiting.wait(WAIT_S)
+        reconciler.unregister("z")
+        gate.opened.set()
+        assert registering.result(WAIT_S) == "z"
+    assert states(pool) == {"a": "ready"}
+
+
 @pytest.mark.parametrize("name", ["z", "a"])
 def test_a_model_that_does_not_load_changes_nothing(reconciler: Reconciler, pool: Pool, name: str) -> None:
     """The reason is told; file and pool are as before, also when a model was to be replaced."""
