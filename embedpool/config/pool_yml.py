@@ -113,7 +113,10 @@ def edited(text: str, old: PoolSpec, new: PoolSpec) -> str:
     before = {m.model: m for m in old.models}
     try:
         for spec in change.changed:
-            for path in _obsolete_keys(explicit(before[spec.model]), explicit(spec)):
+            obsolete = [*_obsolete_keys(explicit(before[spec.model]), explicit(spec))]
+            if before[spec.model].place != spec.place:
+                obsolete.append(("driver", "config", "isolation"))  # its older spelling
+            for path in obsolete:
                 body = _cut(body, spec.model, path)
         document = _yaml(body).load(body)
         entries = {str(entry["model"]): entry for entry in document["models"]}
@@ -145,7 +148,7 @@ def _split_head(text: str) -> tuple[str, str]:
 
 def _as_entry(spec: ModelSpec) -> CommentedMap:
     values = _quoted(explicit(spec))
-    ordered = {"model": spec.model, "alias": spec.alias, "place": spec.place, "enabled": spec.enabled}
+    ordered = {"model": spec.model, "alias": spec.alias, "place": values.get("place"), "enabled": spec.enabled}
     entry = CommentedMap({k: v for k, v in ordered.items() if v is not None})
     entry["driver"] = {"type": spec.driver.type, "config": values["driver"].get("config", {})}
     for key in ("scaling", "queue"):

@@ -230,10 +230,10 @@ class ModelSpec:
     model: str = option(dataclasses.MISSING, "name: a Hugging Face id for local models", pattern=NAME_PATTERN)
     driver: DriverSpec = option(dataclasses.MISSING, "what runs the model", schema=DriverSchema)
     alias: str | None = option(None, "second name, unique among names and aliases", pattern=NAME_PATTERN)
-    place: str | None = option(
-        None,
-        "where a local model runs; thread: in the server's process, which is the default; process: each replica in a "
-        "child process, whose crash, hang or growth ends nothing else",
+    place: str = option(
+        "thread",
+        "where a local model runs; thread: in the server's process; process: each replica in a child process, whose "
+        "crash, hang or growth ends nothing else",
         choices=PLACES,
     )
     enabled: bool = option(True, "whether it is served")
@@ -243,11 +243,15 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.alias == self.model:
             object.__setattr__(self, "alias", None)
-        if self.place and self.driver.config.is_remote:
+        config = self.driver.config
+        if self.place == "process" and config.is_remote:
             raise ma.ValidationError({"place": ["a remote service runs elsewhere already: place is for local models"]})
-        isolation = getattr(self.driver.config, "isolation", None)
-        if self.place and isolation and isolation != self.place:
-            raise ma.ValidationError({"place": [f"contradicts driver.config.isolation, which is {isolation}"]})
+        if isinstance(config, LocalConfig) and config.isolation is not None:
+            if self.place == "process" and config.isolation == "thread":
+                raise ma.ValidationError({"place": ["contradicts driver.config.isolation, which is thread"]})
+            object.__setattr__(self, "place", config.isolation)  # two spellings of a spec are equal
+            driver = dataclasses.replace(self.driver, config=dataclasses.replace(config, isolation=None))
+            object.__setattr__(self, "driver", driver)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -255,18 +259,13 @@ class ModelSpec:
         return (self.model, self.alias) if self.alias else (self.model,)
 
     @property
-    def runs_in(self) -> str:
-        """thread or process."""
-        return self.place or getattr(self.driver.config, "isolation", None) or "thread"
-
-    @property
     def load_key(self) -> Hashable:
         """Equal for specs that one loaded model can serve; everything else applies at once."""
         config = self.driver.config
-        names = [f.name for f in dataclasses.fields(config) if f.metadata["loads"] and f.name != "isolation"]
+        names = [f.name for f in dataclasses.fields(config) if f.metadata["loads"]]
         values = ((name, getattr(config, name)) for name in names)
         loaded = tuple((name, tuple(sorted(v.items())) if isinstance(v, dict) else v) for name, v in values)
-        return self.model, self.enabled, self.runs_in, self.driver.type, loaded
+        return self.model, self.enabled, self.place, self.driver.type, loaded
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,7 +133,7 @@ class FakeDriver(Driver):
 def make_driver(spec: ModelSpec, cache_dir: Path, memory: dict[str, Any]) -> Driver:
     """Called by the table of drivers, in drivers/__init__.py."""
     assert isinstance(spec.driver.config, FakeConfig)
-    return FakeDriver(spec.driver.config, may_crash=spec.runs_in == "process")
+    return FakeDriver(spec.driver.config, may_crash=spec.place == "process")
 
 
 def open_tokenizer(spec: ModelSpec) -> Tokenizer:

@@ -22,6 +22,6 @@ def open_place(
     A process of its own calls `prepare_child` before anything else, and is ended when a batch takes longer than
     `longest_batch_s`. Both callables must then be picklable.
     """
-    if spec.runs_in == "process":
+    if spec.place == "process":
         return ProcessPlace(spec, make_driver, prepare_child, longest_batch_s)
     return Place(make_driver())

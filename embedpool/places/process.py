@@ -64,7 +64,7 @@ class ProcessPlace(Place):
         self._closing = threading.Event()
         self._ended = threading.Event()  # the child is gone and `lost` says why
         self._opened_bytes = self._last_bytes = 0  # that it held when it had opened the model, and at the last look
-        self._kills = _kills_for_memory()  # at the last look
+        self._kills = (_kills_for_memory(),) * 2  # at the look before the last, and at the last
         assert isinstance(spec.driver.config, LocalConfig)
         self.configure(spec.driver.config)
         self._start(make, prepare, f"watch-{spec.model}")
@@ -182,21 +182,22 @@ class ProcessPlace(Place):
     def _watch_child(self, ending: str | None = None) -> None:
         """As long as the child lives; with `ending` the child's life ends now."""
         closing_since: float | None = None
-        our_doing: str | None = None
         while not wait([self._process.sentinel], 0 if ending else LOOK_S):
-            self._last_bytes, self._kills = _rss_bytes(self._process.pid), _kills_for_memory()
+            self._last_bytes = _rss_bytes(self._process.pid)
+            self._kills = self._kills[-1], _kills_for_memory()
             if self._closing.is_set():
                 closing_since = closing_since or time.monotonic()
                 ending = "was closed" if time.monotonic() - closing_since > CLOSE_TIMEOUT_S else None
             else:
                 ending = ending or self._too_slow() or self._too_large()
             if ending:
-                our_doing = our_doing or ending
+                self.lost = self.lost or Loss(f"its process {ending}")
                 self._process.kill()
         self._process.join()
         atexit.unregister(self._process.kill)
-        innocent = our_doing is None and self._process.exitcode == -signal.SIGKILL and not self._may_have_grown()
-        self.lost = Loss(f"its process {our_doing or _how(self._process.exitcode)}", innocent)
+        if self.lost is None:
+            innocent = self._process.exitcode == -signal.SIGKILL and not self._may_have_grown()
+            self.lost = Loss(f"its process {_how(self._process.exitcode)}", innocent)
         for connection in self._connections:
             _shut_down(connection)  # a process that the child has started may hold the other end
         self._ended.set()
@@ -204,8 +205,15 @@ class ProcessPlace(Place):
             self._lose(self.lost)
 
     def _may_have_grown(self) -> bool:
-        """Whether the kernel may have ended it for its own memory, not an operator, nor for what others held."""
-        return _kills_for_memory() != self._kills and not 0 < self._last_bytes <= GROWN * self._opened_bytes
+        """Whether the kernel may have ended it for its own memory, not an operator, nor for what others held.
+
+        What the kernel counts is compared with the look before the last: that one may have come between its count and
+        this child's end.
+        """
+        kills = _kills_for_memory()
+        if kills is not None and kills == self._kills[0]:
+            return False
+        return kills is None or not 0 < self._last_bytes <= GROWN * self._opened_bytes
 
     def _too_slow(self) -> str | None:
         with self._slots_changed:
@@ -227,12 +235,12 @@ def _rss_bytes(pid: int | None) -> int:
     return 0
 
 
-def _kills_for_memory() -> int:
-    """Processes that the kernel has ended for want of memory since it started."""
+def _kills_for_memory() -> int | None:
+    """Processes that the kernel has ended for want of memory since it started; None where it does not tell."""
     with contextlib.suppress(OSError):
         found = re.search(r"^oom_kill (\d+)", Path("/proc/vmstat").read_text(), flags=re.MULTILINE)
-        return int(found[1]) if found else 0
-    return 0
+        return int(found[1]) if found else None
+    return None
 
 
 def _shut_down(connection: Connection) -> None:

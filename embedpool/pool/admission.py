@@ -69,6 +69,8 @@ class Admission:
         replicas, name = self.replicas, self.replicas.spec.model
         if not replicas.spec.enabled:
             raise ModelDisabled(f"{name!r} is disabled")
+        if self.queue.is_closed:
+            return  # the model was replaced just now: the caller looks its name up anew
         state = replicas.state
         if state == "failed":
             raise ModelFailed(f"{name!r} failed: {replicas.trouble}", retry_after_s=replicas.retry_after_s)

@@ -39,9 +39,10 @@ class ModelQueue(queue.Queue[Item]):
     other lock is taken but those of the planner's `Slots`.
     """
 
-    def __init__(self, max_size: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, max_size: int, clock: Callable[[], float] = time.monotonic, burst: int = 64) -> None:
         super().__init__(max_size)
         self._clock = clock
+        self._burst = burst  # items of a request that are put at once: about a batch
 
     # --- the primitives that queue.Queue lets a subclass redefine
 
@@ -108,7 +109,7 @@ class ModelQueue(queue.Queue[Item]):
     # --- the pool's two ways in and one way out
 
     def admit(self, items: Sequence[Item]) -> int:
-        """Put the first items of a request, as many as there is room for; how many that were.
+        """Put the first items of a request, a burst or as many as there is room for; how many that were.
 
         Raises `queue.Full` if there is no room for one of them, QueueClosed.
         """
@@ -124,7 +125,8 @@ class ModelQueue(queue.Queue[Item]):
         """
         deadline = self._clock() + timeout_s
         with self.mutex:
-            while not self._stopped and not self._has_room_for(items[0].request):
+            request = items[0].request
+            while not self._stopped and self._qsize() >= (self.maxsize // 2 if request.waiting else self.maxsize):
                 remaining = deadline - self._clock()
                 if remaining <= 0:
                     raise queue.Full
@@ -134,23 +136,20 @@ class ModelQueue(queue.Queue[Item]):
             return self._put_some(items)
 
     def _put_some(self, items: Sequence[Item]) -> int:
-        request = items[0].request
+        """The first item of a request that has none waiting may use any room, so that bulk work keeps out no query and
+        queries starve no bulk work. The burst behind it may fill three quarters of the queue, all else a half.
+        """
+        burst = items[: self._burst]
+        bound = self.maxsize // 2 if items[0].request.waiting else self.maxsize - self.maxsize // 4
         put = 0
-        while put < len(items) and self._has_room_for(request):
-            self._put(items[put])
+        while put < len(burst) and self._qsize() < (bound if put or burst[0].request.waiting else self.maxsize):
+            self._put(burst[put])
             put += 1
         if not put:
             raise queue.Full
         if self._waiting:  # else all of them have joined what runs
             self.not_empty.notify()
         return put
-
-    def _has_room_for(self, request: Request) -> bool:
-        """Half of the queue is for the first items of requests, so that a query is admitted beside bulk work.
-
-        A request that has nothing waiting may use any room, so that queries never starve bulk work.
-        """
-        return self._qsize() < (self.maxsize // 2 if request.waiting else self.maxsize)
 
     def put_back(self, items: Sequence[Item]) -> None:
         """Let items that were taken run again, as a batch of their own. The queue may be full by now.

@@ -67,7 +67,7 @@ class Replica:
     # --- steps of its life, on the lead thread
 
     def open(self) -> bool:
-        """Open the driver; whether that succeeded."""
+        """Open the driver; whether that succeeded. The set then says that it is ready."""
         self.leaving.clear()
         if self.stopping.is_set():
             return False
@@ -81,7 +81,6 @@ class Replica:
         self._last_busy = self._proved_at = self._clock()
         logger.info("%s loaded in %.1f s", self.name, self._clock() - started)
         self.description = self.runner.place.facts.description
-        self.become("ready")
         return True
 
     def close(self) -> None:

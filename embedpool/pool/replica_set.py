@@ -225,6 +225,7 @@ class ReplicaSet:
         """
         assert replica.runner is not None
         try:
+            replica.become("ready")
             replica.runner.place.watch(self.queue.wake)
             self._adjust(replica)
             return self._loop(replica, 1)
@@ -294,7 +295,8 @@ class ReplicaSet:
 
     def _count_slots(self) -> None:
         """Only slots of ready replicas come free, so only these count."""
-        self._slots.count = max(sum(self._inflight(r) for r in self._replicas if r.state == "ready"), 1)
+        with self._lock:
+            self._slots.count = max(sum(self._inflight(r) for r in self._replicas if r.state == "ready"), 1)
 
     def _replica_changed(self, replica: Replica) -> None:
         """On the replica's own threads."""

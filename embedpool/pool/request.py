@@ -90,7 +90,7 @@ class Request:
         self.truncated: list[int] = []  # inputs cut before the queue, or by a remote service
         self.waiting = 0  # items in the queue
         self.finish = 0.0  # of the last of them, in virtual time
-        self._rows: list[tuple[Rows, int] | None] = [None] * len(task)
+        self._rows: list[Rows | None] = [None] * len(task)  # each alone
         self._missing = 0
         # `_lock` guards what replicas' threads write: rows, errors, `is_done` and the sums. It is held for a few
         # instructions, and never while another lock is taken. `_done` is held from the start until the request is
@@ -134,9 +134,9 @@ class Request:
             logger.exception("asking for the client of a request failed")
             return False
 
-    def fill(self, index: int, rows: Rows, row: int) -> None:
-        """The row of an input; the last one completes the request."""
-        self._settle(index, (rows, row), None)
+    def fill(self, index: int, row: Rows) -> None:
+        """The row of an input, alone; the last one completes the request."""
+        self._settle(index, row, None)
 
     def fail_input(self, index: int, error: EmbedpoolError) -> None:
         """An input failed: the request fails, or goes on without it. A second failure of it changes nothing."""
@@ -145,7 +145,7 @@ class Request:
         else:
             self.fail(error)
 
-    def _settle(self, index: int, row: tuple[Rows, int] | None, error: EmbedpoolError | None) -> None:
+    def _settle(self, index: int, row: Rows | None, error: EmbedpoolError | None) -> None:
         with self._lock:
             if self._rows[index] is not None or index in self.errors:
                 return
@@ -192,12 +192,13 @@ class Request:
 
 def give(items: list[Item], rows: Rows) -> None:
     """Each gets its row, unless that is not finite."""
-    for row, (item, finite) in enumerate(zip(items, rows.finite().tolist(), strict=True)):
+    for i, (item, finite) in enumerate(zip(items, rows.finite().tolist(), strict=True)):
         if not finite:
             blame(item, "the model gave a vector that is not finite")
             continue
+        row = rows.row(i)
         for equal in item.equals:
-            equal.request.fill(equal.index, rows, row)
+            equal.request.fill(equal.index, row)
 
 
 def fail(items: list[Item], error: EmbedpoolError) -> None:

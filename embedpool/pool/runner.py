@@ -20,6 +20,7 @@ from embedpool.tasks.rows import Answer, Rows
 
 logger = logging.getLogger(__name__)
 
+LOSSES_SPARED = 3  # in which a batch is believed to have had no part; then it is bisected, as any other
 LOSSES_FORGIVEN = 2  # an item with so many losses goes into quarantine at its next: it was alone for the last two
 
 
@@ -133,7 +134,9 @@ class Runner:
         Otherwise in halves, each as the only batch of its place: only an item that is alone when a place is lost,
         twice, is at fault itself and goes into quarantine.
         """
-        if loss.innocent:
+        if loss.innocent and items[0].spared < LOSSES_SPARED:
+            for item in items:
+                item.spared += 1
             self.queue.put_back(items)
         elif len(items) > 1:
             for item in items:

@@ -33,7 +33,8 @@ class ServedModel:
     ) -> None:
         self.successor: ServedModel | None = None  # of another spec, while it loads; guarded by the pool's lock
         self.stats = ModelStats(spec.model, settings.observer)
-        self.queue = ModelQueue(spec.queue.max_size or settings.max_queue_per_model, settings.clock)
+        bound = spec.queue.max_size or settings.max_queue_per_model
+        self.queue = ModelQueue(bound, settings.clock, settings.max_batch_texts)
         self._settings = settings
         self._on_ready = on_ready
         self._draining = False

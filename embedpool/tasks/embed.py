@@ -69,8 +69,7 @@ class Embed(Task):
     @override
     def measure(self, config: DriverConfig, tokenizer: Tokenizer) -> Measured:
         texts, passed_on = prompted(self.texts, self.options, config, tokenizer)
-        ids = None if config.is_remote else tokenizer.encode(texts)
-        if ids is None:
+        if config.is_remote:
             return Measured(self._for_a_remote(texts, passed_on), [], {})
         if extra := self.options.extra:
             raise UnsupportedOption(
@@ -78,6 +77,8 @@ class Embed(Task):
                 fields={f"options.{name}": "not an option of local models" for name in extra},
             )
         limit = _limit_of(self.options, config, tokenizer)
+        ids = tokenizer.encode(texts)
+        assert ids is not None  # only a remote service's tokenizer makes none
         too_long = [] if limit is None else [i for i, found in enumerate(ids) if len(found) > limit]
         refused: dict[int, EmbedpoolError] = {}
         if limit is not None and self.options.truncate == "error":

@@ -28,10 +28,23 @@ class Item:
     Items of one model with equal `key` have equal rows. `index` is the input's place in its request.
 
     The pool's own: `request`, to which the row goes; `duplicates`, the items with the same key that share it; `losses`,
-    0 at first, 1 after a place was lost while this item's batch ran, and 1 more for each later loss while it ran alone.
+    0 at first, 1 after a place was lost while this item's batch ran, and 1 more for each later loss while it ran alone;
+    `spared`, the losses that were not counted, since no item can have caused them.
     """
 
-    __slots__ = ("duplicates", "group", "ids", "index", "key", "losses", "parts", "request", "second", "tokens")
+    __slots__ = (
+        "duplicates",
+        "group",
+        "ids",
+        "index",
+        "key",
+        "losses",
+        "parts",
+        "request",
+        "second",
+        "spared",
+        "tokens",
+    )
 
     def __init__(
         self,
@@ -53,7 +66,7 @@ class Item:
         self.index = index
         self.request: Any = None
         self.duplicates: list[Item] = []
-        self.losses = 0
+        self.losses = self.spared = 0
 
     @property
     def equals(self) -> list[Item]:

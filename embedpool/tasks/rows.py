@@ -60,35 +60,37 @@ class Rows:
         found = {"values": self.values, "splits": self.splits, "indices": self.indices}
         return {name: array for name, array in found.items() if array is not None}
 
-    @classmethod
-    def gather(cls, picks: Sequence[tuple[Rows, int] | None]) -> Rows:
-        """One row for each pick, of any batch; for None zeros, or an empty row where rows are ragged or sparse.
+    def row(self, i: int) -> Rows:
+        """Row `i` alone, copied: whoever keeps it keeps nothing of the rest of a batch."""
+        if len(self) == 1:
+            return self
+        if self.splits is None:
+            return Rows(self.values[i : i + 1].copy())
+        span = slice(int(self.splits[i]), int(self.splits[i + 1]))
+        splits = np.array([0, span.stop - span.start], dtype=np.int64)
+        return Rows(self.values[span].copy(), splits, None if self.indices is None else self.indices[span].copy())
 
-        All picks are of one kind. Without any the rows have no width.
+    @classmethod
+    def gather(cls, rows: Sequence[Rows | None]) -> Rows:
+        """Single rows of one kind, in order; for None zeros, or an empty row where rows are ragged or sparse.
+
+        Without any the rows have no width.
         """
-        first = next((rows for pick in picks if pick for rows in pick[:1]), None)
+        first = next((row for row in rows if row is not None), None)
         if first is None:
-            return cls(np.zeros((len(picks), 0), dtype=np.float32))
+            return cls(np.zeros((len(rows), 0), dtype=np.float32))
+        if len(rows) == 1:
+            return first
         if first.splits is None:
-            if len(picks) == 1 and picks[0]:
-                return cls(first.values[picks[0][1]][np.newaxis])
-            dense = np.zeros((len(picks), first.width), dtype=first.values.dtype)
-            for at, pick in enumerate(picks):
-                if pick is not None:
-                    dense[at] = pick[0].values[pick[1]]
-            return cls(dense)
-        spans = [pick[0]._span(pick[1]) if pick else slice(0, 0) for pick in picks]
-        lengths = [span.stop - span.start for span in spans]
+            gap = np.zeros_like(first.values)
+            return cls(np.concatenate([gap if row is None else row.values for row in rows]))
+        there = [row for row in rows if row is not None]
+        lengths = [0 if row is None else len(row.values) for row in rows]
         splits = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        sources = [(pick[0] if pick else first, span) for pick, span in zip(picks, spans, strict=True)]
-        values = np.concatenate([rows.values[span] for rows, span in sources])
+        values = np.concatenate([row.values for row in there])
         if first.indices is None:
             return cls(values, splits)
-        return cls(values, splits, np.concatenate([rows.indices[s] for rows, s in sources if rows.indices is not None]))
-
-    def _span(self, row: int) -> slice:
-        assert self.splits is not None
-        return slice(int(self.splits[row]), int(self.splits[row + 1]))
+        return cls(values, splits, np.concatenate([row.indices for row in there if row.indices is not None]))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -655,6 +655,19 @@ def test_any_character_of_a_value_survives_an_edit(odd: str) -> None:
     assert parse(edited(text, new, changed)) == changed
 
 
+def test_the_older_spelling_of_a_place_goes_when_the_place_changes() -> None:
+    """A file that says `isolation` is followed and edited like one that says `place`."""
+    config = "      config:\n        isolation: process  # apart\n        dim: 3\n"
+    text = f"models:\n  - model: a\n    driver:\n      type: fake\n{config}"
+    old = parse(text)
+    assert old == parse("models: [{model: a, place: process, driver: {type: fake, config: {dim: 3}}}]")
+    for place in ("thread", "process"):
+        new = edit.register(old, model("a", place=place, alias="x", driver_config={"dim": 3}), replace=True)
+        written = edited(text, old, new)
+        assert parse(written) == new
+        assert ("isolation: process  # apart" in written) == (place == "process")
+
+
 def test_a_spec_from_the_file_equals_the_same_spec_from_a_request() -> None:
     """Registering over HTTP what stands in the file already is a success."""
     pool = fake_spec(

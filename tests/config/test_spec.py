@@ -101,7 +101,7 @@ def test_only_the_listed_keys_of_a_local_model_load_it_anew(key: str) -> None:
     """A change of what the weights or their runtime are loads the model; every other change applies at once."""
     before = spec(driver_type="local_st")
     config = dataclasses.replace(before.driver.config, **{key: OTHER_LOCAL[key]})
-    after = dataclasses.replace(before, driver=dataclasses.replace(before.driver, config=config))
+    after = dataclasses.replace(before, driver=dataclasses.replace(before.driver, config=config))  # isolation: place
     assert after != before
     assert (after.load_key != before.load_key) == (key in LOADS)
     assert hash(after.load_key) is not None
@@ -109,14 +109,13 @@ def test_only_the_listed_keys_of_a_local_model_load_it_anew(key: str) -> None:
 
 def test_a_place_is_named_beside_the_driver_or_in_its_older_spelling() -> None:
     """Both mean the same and load the model anew; where nothing is said it is a thread."""
-    assert [spec(**given).runs_in for given in ({}, {"place": "thread"}, {"place": "process"})] == [
+    assert [spec(**given).place for given in ({}, {"place": "thread"}, {"place": "process"})] == [
         "thread", "thread", "process",
     ]  # fmt: skip
     older = spec(driver_config={"isolation": "process"})
-    assert older.runs_in == "process"
-    assert older.load_key == spec(place="process").load_key != spec().load_key
-    assert spec(place="thread").load_key == spec().load_key
-    assert spec(place="process", driver_config={"isolation": "process"}).runs_in == "process"
+    assert older == spec(place="process") == spec(place="process", driver_config={"isolation": "process"})
+    assert older.load_key != spec().load_key
+    assert spec(place="thread") == spec() == spec(driver_config={"isolation": "thread"})
 
 
 def test_a_place_that_cannot_be_is_refused() -> None:

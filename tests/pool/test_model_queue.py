@@ -30,6 +30,7 @@ def sized(texts: int, tokens: int = 1, **call: float) -> Asked:
 
 
 NUMBERS = itertools.count()
+BURST = 4
 
 
 def first(count: int):
@@ -57,9 +58,9 @@ STEP = st.one_of(
 )
 def test_any_sequence_keeps_the_bound_and_every_item(bound: int, steps: list, weights: list[float], rng) -> None:
     """The queue never holds more items than it may, says no only when it must, takes as many of a request as it has
-    room for, and gives each out once; the one whose turn it is always goes, and turns keep the order of a request.
-    Bulk work leaves half of the queue free."""
-    waiting_queue = ModelQueue(bound, still())
+    room for in a burst, and gives each out once; the one whose turn it is always goes, and turns keep the order of a
+    request. Bulk work leaves half of the queue free, and what has only come a quarter."""
+    waiting_queue = ModelQueue(bound, still(), BURST)
     requests = [sized(1, weight=w) for w in weights]
     waiting: list[Item] = []
 
@@ -78,9 +79,9 @@ def test_any_sequence_keeps_the_bound_and_every_item(bound: int, steps: list, we
             items = sized(step[2], step[3]).items
             for item in items:
                 item.request = request
-            own = sum(item.request is request for item in waiting)
-            first_ones = max(1 - own, 0) if len(waiting) < bound else 0
-            room = max(first_ones, min(bound // 2 - len(waiting), len(items)))
+            is_fresh = not any(item.request is request for item in waiting)
+            free = (bound - bound // 4 if is_fresh else bound // 2) - len(waiting)
+            room = max(min(free, len(items), BURST), int(is_fresh and len(waiting) < bound))
             try:
                 put = waiting_queue.admit(items) if step[0] == "admit" else waiting_queue.feed(items, 0)
             except queue.Full:
@@ -187,7 +188,7 @@ def test_the_items_of_a_request_leave_in_order() -> None:
 def test_a_request_is_admitted_while_there_is_room_for_one_of_its_items() -> None:
     """However large it is; the rest of it is fed, and only a queue without any room says no."""
     waiting_queue = ModelQueue(8, still())
-    assert [waiting_queue.admit(sized(100).items) for _ in range(5)] == [4, 1, 1, 1, 1]
+    assert [waiting_queue.admit(sized(100).items) for _ in range(3)] == [6, 1, 1]
     with pytest.raises(queue.Full):
         waiting_queue.admit(sized(1).items)
 
@@ -196,12 +197,25 @@ def test_feed_waits_for_room_and_gives_up_at_its_deadline() -> None:
     """The rest of a large request goes in as room appears, and not after its deadline."""
     waiting_queue = ModelQueue(4)
     request = sized(5)
-    assert waiting_queue.admit(request.items) == 2
+    assert waiting_queue.admit(request.items) == 3
     with pytest.raises(queue.Full):
-        waiting_queue.feed(request.items[2:], 0.01)
-    fed = in_thread(waiting_queue.feed, request.items[2:], PATIENCE_S)
-    assert len(waiting_queue.take(first(4), 0)) == 2
+        waiting_queue.feed(request.items[3:], 0.01)
+    fed = in_thread(waiting_queue.feed, request.items[3:], PATIENCE_S)
+    assert len(waiting_queue.take(first(4), 0)) == 3
     assert fed.result(PATIENCE_S) == waiting_queue.qsize() == 2
+
+
+def test_a_small_request_gets_in_whole_beside_bulk_work() -> None:
+    """What a request brings first is not held to the half of the queue that bulk work fills; and bulk work puts no more
+    than a burst when room appears."""
+    waiting_queue = ModelQueue(40, still(), BURST)
+    bulk = sized(100)
+    put = waiting_queue.admit(bulk.items)
+    while waiting_queue.qsize() < 20:
+        put += waiting_queue.feed(bulk.items[put:], 0)
+    assert waiting_queue.admit(sized(BURST).items) == BURST
+    waiting_queue.take(first(15), 0)
+    assert waiting_queue.feed(bulk.items[put:], 0) == BURST
 
 
 def test_bulk_work_gets_its_turn_in_a_queue_full_of_queries() -> None:
@@ -231,9 +245,9 @@ def test_a_closed_queue_refuses_new_requests_and_goes_on_with_the_old() -> None:
 def test_stop_ends_every_feed() -> None:
     """Nobody waits for room in a queue that is stopped, and nothing gets in any more."""
     waiting_queue = ModelQueue(2)
-    request = sized(2)
-    assert waiting_queue.admit(request.items) == 1
-    fed = in_thread(waiting_queue.feed, request.items[1:], PATIENCE_S)
+    request = sized(3)
+    assert waiting_queue.admit(request.items) == 2
+    fed = in_thread(waiting_queue.feed, request.items[2:], PATIENCE_S)
     waiting_queue.stop()
     with pytest.raises(QueueClosed):
         fed.result(PATIENCE_S)
@@ -315,10 +329,10 @@ def test_a_resize_lets_waiting_work_in() -> None:
     """A larger bound applies at once; a smaller one keeps what waits."""
     waiting_queue = ModelQueue(2)
     request = sized(4)
-    assert waiting_queue.admit(request.items) == 1
-    fed = in_thread(waiting_queue.feed, request.items[1:], PATIENCE_S)
+    assert waiting_queue.admit(request.items) == 2
+    fed = in_thread(waiting_queue.feed, request.items[2:], PATIENCE_S)
     waiting_queue.resize(8)
-    assert fed.result(PATIENCE_S) == 3
+    assert fed.result(PATIENCE_S) == 2
     waiting_queue.resize(1)
     with pytest.raises(queue.Full):
         waiting_queue.admit(sized(1).items)
@@ -329,10 +343,10 @@ def test_an_admitted_request_outlives_a_smaller_queue() -> None:
     """A request that was admitted to a larger queue is fed, however small that has been made."""
     waiting_queue = ModelQueue(8, still())
     request = sized(8)
-    assert waiting_queue.admit(request.items) == 4
+    assert waiting_queue.admit(request.items) == 6
     waiting_queue.resize(1)
     waiting_queue.take(first(8), 0)
-    assert waiting_queue.feed(request.items[4:], 0) == 1
+    assert waiting_queue.feed(request.items[6:], 0) == 1
 
 
 def test_what_is_put_back_goes_first_and_as_it_was() -> None:

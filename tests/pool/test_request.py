@@ -26,7 +26,7 @@ def fill(request: Asked, *indices: int) -> None:
     """As a batch of these would."""
     rows = Rows(vectors_of([request.texts[i] for i in indices]))
     for row, index in enumerate(indices):
-        request.fill(index, rows, row)
+        request.fill(index, rows.row(row))
 
 
 def test_a_request_is_done_when_its_last_row_is_there() -> None:
@@ -132,9 +132,19 @@ def test_nothing_keeps_a_request_that_is_done() -> None:
         rows = Rows(vectors_of(["a", "b"]))
         kept = [weakref.ref(rows.values), weakref.ref(task)]
         for index in range(2):
-            request.fill(index, rows, index)
+            request.fill(index, rows.row(index))
         request.gather()
         del task, request, rows
         assert [ref() is None for ref in kept] == [True, True]
     finally:
         gc.enable()
+
+
+def test_a_request_keeps_nothing_of_the_batches_of_others() -> None:
+    """A row is a copy: one that is kept does not keep the batch in which it came."""
+    batch = np.zeros((64, 8), dtype=np.float32)
+    rows, kept = Rows(batch), weakref.ref(batch)
+    request = Asked("a", "b")
+    request.fill(0, rows.row(5))
+    del batch, rows
+    assert kept() is None

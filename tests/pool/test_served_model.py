@@ -325,7 +325,7 @@ def test_slots_that_do_not_run_shorten_no_batch(serve) -> None:
     slow = Gate()
     served, _ = serve(Scripted(facts=Facts(slots=3)), lambda: slow() or Scripted(), min=2, max=2)
     slow.arrived()
-    wait_until_ready(served)
+    settled(served)
     counted = served.replicas._slots.count
     slow.open()
     assert counted == 3
@@ -683,6 +683,31 @@ def test_fewer_replicas_apply_under_load(serve) -> None:
         if len(served.replicas) == 1:
             break
     assert len(served.replicas) == 1
+
+
+def test_an_error_in_being_told_of_readiness_opens_the_replica_anew(serve) -> None:
+    """A take-over that the system has no thread for leaves no replica behind that requests would wait for."""
+    failures = [RuntimeError("can't start new thread")]
+
+    def on_ready(served: ServedModel) -> None:
+        if failures:
+            raise failures.pop()
+
+    served, opener = serve(on_ready=on_ready)
+    settled(served)
+    assert_answers(ask(served, "a"), "a")
+    assert len(opener.opened) == 2
+
+
+def test_a_request_to_a_model_that_was_just_replaced_is_sent_on(serve) -> None:
+    """Whatever state the old one is in, its caller looks the name up again."""
+    served, _ = serve(OSError("no such file"), *[OSError("no such file")] * 10_000)
+    settled(served)
+    with pytest.raises(ModelFailed):
+        ask(served, "a")
+    served.close()
+    with pytest.raises(QueueClosed):
+        ask(served, "a")
 
 
 def test_a_fault_of_our_own_opens_the_replica_anew(serve, monkeypatch: pytest.MonkeyPatch) -> None:

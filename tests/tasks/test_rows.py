@@ -45,7 +45,7 @@ def test_rows_of_several_batches_are_gathered_in_order(kind: str, batches: list[
     sources = [made(kind, lengths, seed=i) for i, lengths in enumerate(batches)]
     every = [(rows, i) for rows in sources for i in range(len(rows))]
     picks = data.draw(st.lists(st.sampled_from([None, *range(len(every))]), min_size=1, max_size=9))
-    gathered = Rows.gather([None if pick is None else every[pick] for pick in picks])
+    gathered = Rows.gather([None if pick is None else every[pick][0].row(every[pick][1]) for pick in picks])
     assert len(gathered) == len(picks)
     if all(pick is None for pick in picks):
         assert gathered.width == 0
