@@ -26,11 +26,12 @@ from waitress.buffers import OverflowableBuffer
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
 from waitress.server import BaseWSGIServer, create_server
-from waitress.task import ErrorTask, WSGITask
+from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 from waitress.utilities import Error
 
 from embedpool.errors import BadRequest, BodyTooLarge, EmbedpoolError, StorageError, as_document
 from embedpool.serve.app import App
+from embedpool.serve.last_in_first_out import LastInFirstOut
 from embedpool.serve.nonblocking import Socket
 
 logger = logging.getLogger(__name__)
@@ -366,11 +367,14 @@ def listen(
     app: App, sockets: Sequence[socket.socket], opened: dict[int, Any], *, most: int, accepted_at_once: int
 ) -> list[Listener]:
     """Have waitress serve the app on these sockets. `most` bounds `opened`: connections and the server's own."""
+    dispatcher = ThreadedTaskDispatcher()
+    dispatcher.queue_cv = LastInFirstOut(dispatcher.lock)  # few threads run: each that has run holds memory of its own
+    dispatcher.set_thread_count(app.settings.threads)
     create_server(
         app,
         map=opened,
         sockets=list(sockets),
-        threads=app.settings.threads,
+        _dispatcher=dispatcher,
         connection_limit=most,
         max_request_body_size=app.settings.limits.max_body_bytes,
         outbuf_overflow=sys.maxsize,  # a channel begins with a _Spool; after 16 MB waitress adds others, in memory

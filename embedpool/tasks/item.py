@@ -33,18 +33,8 @@ class Item:
     """
 
     __slots__ = (
-        "duplicates",
-        "group",
-        "ids",
-        "index",
-        "key",
-        "losses",
-        "parts",
-        "request",
-        "second",
-        "spared",
-        "tokens",
-    )
+        "duplicates", "group", "ids", "index", "key", "losses", "parts", "request", "second", "spared", "tokens",
+    )  # fmt: skip
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ import pytest
 
 from embedpool.config.settings import Server, Settings
 from embedpool.serve.connections import Channel
+from embedpool.serve.last_in_first_out import LastInFirstOut
 from embedpool.serve.loop import FILES_BESIDE, MOST_ACCEPTED_AT_ONCE, Loop, connections_that_fit
 
 
@@ -86,6 +87,14 @@ def test_an_idle_connection_is_closed_before_anything_can_come_on_it(
         loop._turn(0)
         assert loop._channels() == [left]
         assert left.request is not None
+
+
+def test_of_the_request_threads_the_last_to_wait_is_the_first_to_serve(make_loop) -> None:
+    """Few threads run, and each that has run holds memory of its own. All of them hear of the end."""
+    loop, _ = make_loop()
+    dispatcher = loop._listeners[0]._server.task_dispatcher
+    assert isinstance(dispatcher.queue_cv, LastInFirstOut)
+    assert len(dispatcher.threads) == 1
 
 
 def test_above_the_connection_limit_a_client_waits_until_another_leaves(make_loop) -> None:

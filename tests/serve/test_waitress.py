@@ -87,6 +87,7 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
         "task_dispatcher": object,
     },
     "adj": {"max_request_body_size": 1000, "recv_bytes": int},
+    "dispatcher": {"lock": object, "queue_cv": threading.Condition},
     "channel": {
         "_fileno": int,
         "_map": dict,
@@ -146,7 +147,7 @@ METHODS: dict[str, dict[str, list[str]]] = {
         "readable": [],
         "writable": [],
     },
-    "dispatcher": {"shutdown": ["cancel_pending", "timeout"]},
+    "dispatcher": {"set_thread_count": ["count"], "shutdown": ["cancel_pending", "timeout"]},
     "channel": {
         "_flush_some": ["do_close"],
         "close": [],
