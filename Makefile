@@ -10,7 +10,7 @@ MODEL := sentence-transformers/all-MiniLM-L6-v2
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: run test chaos lint docs bench clean
+.PHONY: run test chaos lint docs docs-site bench clean
 
 run: $(VENV)/run.installed
 	@$(BIN)/embedpool init > /dev/null
@@ -32,6 +32,9 @@ lint: $(VENV)/test.installed
 
 docs: $(VENV)/test.installed
 	$(BIN)/python -m tests.docs
+
+docs-site: $(VENV)/test.installed
+	$(BIN)/python -m mkdocs build --strict --config-file conf/mkdocs.yml
 
 bench: $(VENV)/test.installed
 	$(BIN)/python -m benchmarks.run --write

@@ -1,4 +1,4 @@
-"""The parts of README.md that are made from the code. `make docs` writes them; tests/test_docs.py compares."""
+"""The parts of docs/ that are made from the code. `make docs` writes them; tests/test_docs.py compares."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from embedpool.web.dialects.cohere import CohereSchema
 from embedpool.web.dialects.ollama import OllamaSchema
 from embedpool.web.dialects.openai import OpenAISchema
 from embedpool.web.dialects.tei import TeiSchema
+from embedpool.web.metrics import Metrics
 from embedpool.web.schemas import OptionsSchema
 
 OR = " \\| "  # in a table
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "docs"
 
 
 def manual() -> str:
@@ -66,6 +68,15 @@ def error_codes() -> str:
     return "\n".join(rows)
 
 
+def metrics() -> str:
+    """The series of GET /metrics."""
+    rows = ["| metric | type | meaning |", "|---|---|---|"]
+    for family in Metrics()._own.collect():
+        total = "_total" if family.type == "counter" else ""
+        rows.append(f"| `{family.name}{total}` | {family.type} | {family.documentation} |")
+    return "\n".join(rows)
+
+
 def dialect_options() -> str:
     """Which field of a dialect stands for which option of POST /embed."""
     rows = ["| option | " + " | ".join(DIALECTS) + " |", "|---" * (len(DIALECTS) + 1) + "|"]
@@ -101,23 +112,24 @@ DIALECTS = {
 }
 
 PARTS = {
-    "manual": manual,
-    "settings": settings,
-    "pool_keys": pool_keys,
-    "driver_keys": driver_keys,
-    "error_codes": error_codes,
-    "dialect_options": dialect_options,
+    "command-line.md": {"manual": manual},
+    "configuration.md": {"settings": settings, "pool_keys": pool_keys, "driver_keys": driver_keys},
+    "errors.md": {"error_codes": error_codes},
+    "clients.md": {"dialect_options": dialect_options},
+    "operating.md": {"metrics": metrics},
 }
 
 
-def written(text: str) -> str:
-    """The README with its generated parts as the code has them now."""
-    for name, make in PARTS.items():
+def written(page: str) -> str:
+    """A page with its generated parts as the code has them now."""
+    text = (PAGES / page).read_text()
+    for name, make in PARTS[page].items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text, count = re.subn(pattern, lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text, flags=re.DOTALL)
-        assert count == 1, f"README.md needs the markers of {name} once"
+        assert count == 1, f"{page} needs the markers of {name} once"
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(written(README.read_text()))
+    for page in PARTS:
+        (PAGES / page).write_text(written(page))
