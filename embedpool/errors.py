@@ -34,7 +34,7 @@ class EmbedpoolError(Exception):
 
 
 class BadRequest(EmbedpoolError):
-    """Not HTTP, or HTTP that means nothing here."""
+    """The request is not valid HTTP."""
 
     status, code = 400, "bad_request"
 
@@ -52,19 +52,19 @@ class EmptyInput(EmbedpoolError):
 
 
 class Unauthorized(EmbedpoolError):
-    """No key, or an unknown one."""
+    """The request has no key, or an unknown one."""
 
     status, code = 401, "unauthorized"
 
 
 class Forbidden(EmbedpoolError):
-    """The caller may not do this, or not from here."""
+    """The caller may not do this, or not from this address."""
 
     status, code = 403, "forbidden"
 
 
 class ModelDisabled(EmbedpoolError):
-    """The model is known and switched off."""
+    """The model is registered but disabled."""
 
     status, code = 403, "model_disabled"
 
@@ -87,13 +87,13 @@ class ModelNotFound(EmbedpoolError):
 
 
 class NotFound(EmbedpoolError):
-    """No such path."""
+    """The server has no such path."""
 
     status, code = 404, "not_found"
 
 
 class MethodNotAllowed(EmbedpoolError):
-    """The path exists, but not for this method."""
+    """The path does not support this method."""
 
     status, code = 405, "method_not_allowed"
 
@@ -105,7 +105,7 @@ class AliasConflict(EmbedpoolError):
 
 
 class ModelChanged(EmbedpoolError):
-    """Another model took the name while lines were being answered; its vectors would not fit the earlier ones."""
+    """Another model took over the name while the server answered lines; its vectors would not fit the earlier ones."""
 
     status, code = 409, "model_changed"
 
@@ -117,7 +117,7 @@ class ModelExistsDifferently(EmbedpoolError):
 
 
 class PoolFileInvalid(EmbedpoolError):
-    """pool.yml does not parse or validate; it is left untouched."""
+    """pool.yml does not parse or validate; the server leaves it untouched."""
 
     status, code = 409, "pool_file_invalid"
 
@@ -129,13 +129,13 @@ class BodyTooLarge(EmbedpoolError):
 
 
 class TooManyTexts(EmbedpoolError):
-    """More texts than `limits.max_texts_per_request`."""
+    """The request has more texts than `limits.max_texts_per_request`."""
 
     status, code = 413, "too_many_texts"
 
 
 class UnsupportedMediaType(EmbedpoolError):
-    """The content type is not one this path reads."""
+    """The path does not accept this content type."""
 
     status, code = 415, "unsupported_media_type"
 
@@ -175,7 +175,7 @@ class Overloaded(EmbedpoolError):
 
 
 class LoopDetected(EmbedpoolError):
-    """The request has come through too many servers of this kind; one of them is a remote model of itself."""
+    """The request has passed too many embedpool servers; one of them is a remote model of itself."""
 
     status, code = 508, "loop_detected"
 
@@ -221,7 +221,7 @@ class ModelLoading(EmbedpoolError):
 
 
 class ModelFailed(EmbedpoolError):
-    """The model failed to load, or its replicas failed repeatedly; they are retried with back-off."""
+    """The model failed to load, or its replicas failed repeatedly; embedpool retries with back-off."""
 
     status, code = 503, "model_failed"
     default_retry_after_s = 5.0
@@ -241,13 +241,13 @@ class DeadlineExceeded(EmbedpoolError):
 
 
 class StorageError(EmbedpoolError):
-    """The disk is full or read-only; nothing was changed, nor computed."""
+    """The disk is full or read-only; the server changed and computed nothing."""
 
     status, code = 507, "storage_error"
 
 
 class RateLimited(EmbedpoolError):
-    """This key's own limit is reached; `Retry-After` says when not."""
+    """The key is over its rate limit; retry after `Retry-After` seconds."""
 
     status, code = 429, "rate_limited"
 

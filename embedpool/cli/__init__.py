@@ -27,19 +27,19 @@ Usage:
 Commands:
   init          Write config.yml, pool.yml and the folders they name. Never overwrites a file.
   pool start    Serve in the foreground until Ctrl-C, or with --detach in the background.
-  pool stop     Let the server finish what it has accepted, then end it.
-  pool status   Models, their states, queues and counters.
-  pool health   Whether the server answers.
+  pool stop     Stop the server after it has finished the requests it has accepted.
+  pool status   Show models, their states, queues and counters.
+  pool health   Check whether the server answers.
   register      Add a model and wait until it is ready. The same registration twice is a success.
-  set-alias     Give a model a second name; --alias "" takes it away.
-  enable        Switch a model on and wait until it is ready.
-  disable       Switch a model off; it keeps its place.
+  set-alias     Give a model a second name; --alias "" removes it.
+  enable        Enable a model and wait until it is ready.
+  disable       Disable a model; it stays registered.
   unregister    Remove a model.
-  key create    Make an API key and print it, this once; the server's file holds its hash. With the first key of
-                scope embed every request needs one, with the first of scope admin management does.
-  key list      The keys, without what is secret.
-  key revoke    Take a key away; a running server knows within a second.
-  embed         Print the vectors of texts, a JSON list a line; with - the texts are the lines of standard input.
+  key create    Create an API key and print it once; the server keeps only its hash. After the first key of scope
+                embed every embedding request needs a key; after the first of scope admin, management does.
+  key list      List the keys, without their secrets.
+  key revoke    Revoke a key; a running server follows within a second.
+  embed         Print the vector of each text as a JSON list; with - read texts from standard input, one a line.
 
   Without a running server, register, set-alias, enable, disable and unregister edit pool.yml.
 
@@ -51,35 +51,35 @@ Options:
   --host H            Address to bind; default server.host.
   --port P            Port to bind; default server.port.
   --threads N         Request threads; default server.threads.
-  --insecure          Listen beyond this machine although there is no key.
-  --model M           Name of a model, for a local one its Hugging Face id; where it exists already, or its alias.
-                      embed needs none where there is only one.
+  --insecure          Listen beyond this machine although no key exists.
+  --model M           Name of the model (of a local model its Hugging Face id), or the alias of a registered one.
+                      embed needs none if the pool has only one model.
   --type T            local_st, http or fake.
   --alias A           Second name of the model.
   --place P           Where a local model runs: in a thread of the server, or in a child process.
-  --max-seq-length N  Tokens kept of a text (local_st, fake).
+  --max-seq-length N  Number of tokens kept of a text (local_st, fake).
   --normalize         Vectors of length 1; this is the default.
   --no-normalize      Vectors as the model gives them.
   --dtype D           Type of the vectors given out: float32 or float16.
   --base-url URL      Address of the remote service (http).
   --remote-model R    The model's name there (http).
-  --timeout-s S       Longest wait for one answer of it, in seconds (http).
-  --protocol P        What it speaks: embedpool, openai or tei (http).
-  --min N             Replicas kept; 0 loads on first use.
-  --max N             Replicas at most.
-  --idle-ttl-s S      Seconds after which an idle replica above --min goes.
-  --queue-max N       Bound of the model's queue, in texts.
-  --inflight N        Batches at once in a replica.
-  --disabled          Register without serving it.
+  --timeout-s S       Time-out of a call, in seconds (http).
+  --protocol P        API of the service: embedpool, openai or tei (http).
+  --min N             Minimum number of replicas; 0 loads the model at first use.
+  --max N             Maximum number of replicas.
+  --idle-ttl-s S      Seconds that a replica above --min may be idle.
+  --queue-max N       Longest queue of the model, in texts.
+  --inflight N        Number of batches that a replica runs at once.
+  --disabled          Register the model without serving it.
   --replace           Replace a model registered with a different spec.
-  --set KEY=VALUE     Any other key of driver.config, with embed an option of it; the value is read as YAML.
-  --name NAME         Whose key it is.
-  --scopes NAMES      embed, admin or both, with a comma between [default: embed].
-  --models NAMES      Names or aliases the key is for, with commas between; default all.
-  --weight W          Share of the key in the fair queue; default 1.
-  --requests-per-s N  Requests a second that the key may send.
-  --texts-per-s N     Texts a second that the key may send.
-  --concurrent N      Requests at once that the key may have.
+  --set KEY=VALUE     Any other key of driver.config, or an option of embed; the value is YAML.
+  --name NAME         Name of the key's owner.
+  --scopes NAMES      embed, admin or both, separated by a comma [default: embed].
+  --models NAMES      Names or aliases of models the key may use, separated by commas; default all.
+  --weight W          Weight of each request of the key in the fair queue; default 1.
+  --requests-per-s N  Requests per second that the key may send.
+  --texts-per-s N     Texts per second that the key may send.
+  --concurrent N      Concurrent requests that the key may have.
   --id ID             First part of a key, as key list shows it.
   --json              Machine-readable output.
   -h --help           Show this text.

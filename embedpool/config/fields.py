@@ -1,6 +1,6 @@
 """A setting is declared once, as a dataclass field with `option(...)`; its marshmallow schema is built from that.
 
-The same declarations feed validation, the commented sample files, the environment overrides and the README's tables.
+The same declarations feed validation, the commented sample files, the environment overrides and the tables in docs/.
 """
 
 from __future__ import annotations

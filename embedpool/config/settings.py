@@ -30,7 +30,7 @@ def secret_variable(name: str) -> None:
 class Client:
     """How the command line finds the server."""
 
-    base_url: str = option("http://127.0.0.1:8876", "address the CLI asks when no pid file tells it")
+    base_url: str = option("http://127.0.0.1:8876", "address of the server for the CLI, if no pid file names one")
     api_key_env: str | None = option(None, "name of the environment variable that holds the admin key")
 
 
@@ -44,9 +44,9 @@ class Server:
     threads: int = option(0, "request threads; 0 = max_inflight_global + 16", minimum=0, maximum=4096)
     workers: int = option(1, "gunicorn worker processes; each holds its own models", minimum=1, maximum=64)
     connection_limit: int = option(
-        2000, "connections per process; the longest idle give way", minimum=10, maximum=100000
+        2000, "connections per process; at the limit the longest idle one is closed", minimum=10, maximum=100000
     )
-    idle_connection_s: int = option(120, "an idle connection is closed after this", minimum=1)
+    idle_connection_s: int = option(120, "the server closes a connection that is idle for so long", minimum=1)
     graceful_timeout_s: int = option(30, "how long a stop waits for accepted requests", minimum=0)
 
 
@@ -91,9 +91,9 @@ class Defaults:
 
     request_timeout_s: float = option(120, "deadline of a request", minimum=0.001)
     max_queue_per_model: int = option(1000, "queue bound of a model, in texts", minimum=1)
-    max_streams: int = option(32, "requests of lines (NDJSON) being answered at once; above it 429", minimum=1)
-    probe_idle_s: float = option(60, "a replica without work is tried with a text this often; 0: never", minimum=0)
-    max_inflight_global: int = option(256, "requests being served at once; above it 429", minimum=1)
+    max_streams: int = option(32, "bodies of lines (NDJSON) answered at once; above it 429", minimum=1)
+    probe_idle_s: float = option(60, "how often an idle replica runs a probe text; 0: never", minimum=0)
+    max_inflight_global: int = option(256, "requests served at once; above it 429", minimum=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +102,8 @@ class HotReload:
 
     enabled: bool = option(True, "watch pool.yml")
     observer: str = option("native", "the system's file events, or polling", choices=("native", "polling"))
-    poll_interval_s: float = option(2, "the file is also looked at this often", minimum=0.05)
-    debounce_ms: int = option(200, "wait after an event until the file has come to rest", minimum=0)
+    poll_interval_s: float = option(2, "the server also looks at the file this often", minimum=0.05)
+    debounce_ms: int = option(200, "how long the file must stay unchanged after an event", minimum=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +114,13 @@ class Batching:
     max_batch_tokens: int = option(16384, "padded tokens in a batch; bounds memory", minimum=1)
     max_batch_ms: float = option(
         0,
-        "longest batch planned, by costs fitted at warm-up, which a query may wait for; "
-        "0 = 50, or ten times a call's fixed cost",
+        "longest run time planned for a batch, estimated from timings at warm-up: a new query may have to wait "
+        "this long; 0 = 50 ms or 10 times the fixed cost of a call, whichever is larger",
         minimum=0,
     )
-    max_wait_ms: float = option(0, "wait for more texts before a batch; load makes the batches", minimum=0)
+    max_wait_ms: float = option(
+        0, "how long a free replica waits for more texts; 0: not at all, load makes the batches", minimum=0
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,23 +139,23 @@ class Security:
 
     admin_key_env: str | None = option(
         None,
-        f"name of the variable ({SECRET_PREFIX}…) with the key that management asks for; without one it is open to "
-        "this machine alone",
+        f"name of the variable ({SECRET_PREFIX}…) with the key that management requires; without one only this "
+        "machine may manage",
         check=secret_variable,
     )
     embed_key_env: str | None = option(
         None,
-        f"name of the variable ({SECRET_PREFIX}…) with a key for embedding; others stand in `keys_file`",
+        f"name of the variable ({SECRET_PREFIX}…) with a key for embedding; `keys_file` holds further ones",
         check=secret_variable,
     )
     keys_file: str = option(".config/keys.yml", "keys as hashes, with scopes, models and limits; see `embedpool key`")
-    model_roots: tuple[str, ...] = option((), "folders below which `driver.config.path` must be; none: anywhere")
+    model_roots: tuple[str, ...] = option((), "allowlist of folders for `driver.config.path`; empty: any folder")
     remote_hosts: tuple[str, ...] = option(
-        (), "hosts that remote models may be at, with * for a part; none: any, but link-local and metadata addresses"
+        (), "allowlist of hosts for remote models, with * for a part; empty: all but link-local and metadata addresses"
     )
-    insecure: bool = option(False, "listen on other than loopback addresses although there is no key")
+    insecure: bool = option(False, "listen on other than loopback addresses although no key exists")
     allowed_hosts: tuple[str, ...] = option(
-        (), "further Host names under which management is answered, beside loopback names and `server.host`"
+        (), "further Host names that management accepts, beside loopback names and `server.host`"
     )
 
 

@@ -54,11 +54,11 @@ class LocalConfig:
 
     isolation: str | None = option(None, "older spelling of the model's `place`", choices=PLACES, loads=True)
     max_rss_mb: int | None = option(
-        None, "memory at which the child process of `place: process` is ended and replaced", minimum=1
+        None, "memory of a child process (`place: process`) above which embedpool replaces it", minimum=1
     )
     batch_timeout_s: float | None = option(
         None,
-        "such a process is ended and replaced when a batch takes longer; default defaults.request_timeout_s",
+        "run time of a batch after which embedpool replaces the child process; default defaults.request_timeout_s",
         minimum=0.001,
     )
 
@@ -67,15 +67,15 @@ class LocalConfig:
 class LocalStConfig(LocalConfig):
     """driver.config of a local SentenceTransformer model."""
 
-    max_seq_length: int | None = option(None, "tokens kept of a text; default the model's own", minimum=1)
+    max_seq_length: int | None = option(None, "number of tokens kept of a text; default: the model's own", minimum=1)
     normalize: bool = option(True, "vectors of length 1")
     dtype: str = option("float32", "type of the vectors given out", choices=("float32", "float16"))
-    prompts: dict[str, str] = option({}, "further named prompts, or replacements of the model's own")
+    prompts: dict[str, str] = option({}, "named prompts, which add to the model's own or replace them")
     path: str | None = option(None, "folder of the model, instead of looking up its name", check=_absolute, loads=True)
     revision: str | None = option(None, "branch, tag or commit of the model", loads=True)
     backend: str = option(
         "auto",
-        "runtime: auto takes openvino where it is installed and works for the model, else torch",
+        "runtime; auto: openvino if it is installed and gives the same vectors, else torch",
         choices=("auto", "torch", "openvino", "onnx"),
         loads=True,
     )
@@ -87,8 +87,8 @@ class LocalStConfig(LocalConfig):
     )
     profile: str = option(
         "exact",
-        "exact: float32 vectors as encode gives them; fast: bfloat16 on OpenVINO where it is measured to be faster, "
-        "at the cosine that /status names; an explicit compute_dtype decides by itself",
+        "exact: the float32 vectors of encode; fast: bfloat16 on OpenVINO if that is measurably faster, /status shows "
+        "the cosine; an explicit compute_dtype takes precedence",
         choices=("exact", "fast"),
         loads=True,
     )
@@ -106,7 +106,7 @@ class HttpConfig:
     base_url: str = option(dataclasses.MISSING, "address; its form depends on `protocol`", check=_http_url, loads=True)
     base_urls: tuple[str, ...] = option(
         (),
-        "further addresses of the same model; one is asked while its vectors are those of the first that answers",
+        "further addresses of the same model; embedpool uses one while it returns the same vectors as the first",
         check=_http_urls,
         loads=True,
     )
@@ -117,10 +117,10 @@ class HttpConfig:
         loads=True,
     )
     remote_model: str | None = option(None, "the model's name there; default its name here", loads=True)
-    timeout_s: float = option(60, "longest wait for one answer", minimum=0.001)
+    timeout_s: float = option(60, "time-out of a call, for connecting and for each read", minimum=0.001)
     retries: int = option(
         2,
-        "further attempts after a connection error, 429 or 5xx, or at another address; together a fifth of the calls",
+        "retries after a connection error, 429 or 5xx, possibly at another address; never more than 20 % of calls",
         minimum=0,
         maximum=20,
     )
@@ -139,7 +139,7 @@ class HttpConfig:
     )
     normalize: bool = option(True, "vectors of length 1")
     dtype: str = option("float32", "type of the vectors given out", choices=("float32", "float16"))
-    prompts: dict[str, str] = option({}, "named prompts put before the text here")
+    prompts: dict[str, str] = option({}, "named prompts, which embedpool puts before the text")
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -205,9 +205,11 @@ class DriverSchema(StrictSchema):
 class Scaling:
     """Replicas of a model. A replica is one driver instance, the unit of memory."""
 
-    min: int = option(1, "replicas kept; 0 loads on first use and unloads when idle", minimum=0, maximum=64)
-    max: int = option(1, "replicas at most; raised to min", minimum=1, maximum=64)
-    idle_ttl_s: float = option(30, "a replica above min goes after this long without work", minimum=0)
+    min: int = option(
+        1, "minimum number of replicas; 0 loads the model at first use and unloads it when idle", minimum=0, maximum=64
+    )
+    max: int = option(1, "maximum number of replicas (never below min)", minimum=1, maximum=64)
+    idle_ttl_s: float = option(30, "how long a replica above min may be idle", minimum=0)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "max", max(self.min, self.max))
@@ -217,7 +219,7 @@ class Scaling:
 class QueueSpec:
     """The model's queue."""
 
-    max_size: int | None = option(None, "bound in texts; default defaults.max_queue_per_model", minimum=1)
+    max_size: int | None = option(None, "longest queue, in texts; default defaults.max_queue_per_model", minimum=1)
     max_inflight_per_replica: int | None = option(
         None, "batches at once in a replica; default by driver", minimum=1, maximum=256
     )
@@ -236,7 +238,7 @@ class ModelSpec:
         "crash, hang or growth ends nothing else",
         choices=PLACES,
     )
-    enabled: bool = option(True, "whether it is served")
+    enabled: bool = option(True, "whether the model is served")
     scaling: Scaling = dataclasses.field(default_factory=Scaling)
     queue: QueueSpec = dataclasses.field(default_factory=QueueSpec)
 
