@@ -3,7 +3,7 @@
 The road of a request, each file entered once on the way in and once on the way out:
 
     web/native.py         POST /embed: a body becomes a task, and the result becomes an answer
-    web/schemas.py        what may come in
+    web/schemas.py        the schema of the body
     web/submit.py         the one way into the pool: the task, and a call that says for whom it is
     tasks/embed.py        the task: prompts and truncation make items of texts, and rows get their final form
     pool/pool.py          a permit admits the request, a name or an alias finds its model
@@ -18,16 +18,15 @@ The road of a request, each file entered once on the way in and once on the way 
 What they hand on: tasks/item.py (items and batches), tasks/rows.py, pool/request.py (a call, a request, a result).
 A dialect in web/dialects/ takes the place of web/native.py; web/ndjson.py serves bodies of lines.
 
-Around the road: web/app.py puts web/ together, with web/http_request.py, web/access.py (who may), web/rate_limit.py,
+Around the road: web/app.py puts web/ together, with web/http_request.py, web/access.py (authorisation), web/rate_limit.py,
 web/metrics.py, web/request_log.py and web/error_response.py. pool/served_model.py is the life of a model,
 pool/replica_set.py says how many replicas it has and runs their threads, pool/replica.py is the life of one,
-pool/backoff.py says when it is tried again, pool/quarantine.py knows what is not run again, pool/stats.py counts,
-pool/settings.py is what all models share. tasks/ says what a task, a driver, a place and a tokenizer have to be;
-places/ and drivers/ fulfil it.
+pool/backoff.py says when to open it again, pool/quarantine.py holds items that are not run again, pool/stats.py counts,
+pool/settings.py holds the settings that all models share. tasks/ defines the contracts of tasks, drivers, places and
+tokenizers; places/ and drivers/ fulfil them.
 
 Beside the road: serve/ (sockets, processes, signals), server.py (where the parts meet), config/ (config.yml, pool.yml,
-keys.yml), reconcile.py (pool.yml becomes the live pool), logs.py, tracing.py, errors.py, client.py and cli/ (the users'
-hands).
+keys.yml), reconcile.py (pool.yml becomes the live pool), logs.py, tracing.py, errors.py, client.py and cli/.
 """
 
 from typing import TYPE_CHECKING, Any

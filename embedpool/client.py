@@ -1,4 +1,4 @@
-"""A client of a running server, over requests: the CLI's hands, and the users'."""
+"""The Python client of a running server, built on requests. The CLI uses it, too."""
 
 from __future__ import annotations
 

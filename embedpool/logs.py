@@ -60,7 +60,7 @@ def _shown(value: Any) -> str:
 
 
 def to_stream(stream: TextIO | None) -> logging.Handler:
-    """A handler that writes records to the stream; one that drops them where the stream is missing or closed."""
+    """A handler that writes records to the stream; a handler that drops them if the stream is missing or closed."""
     if stream is None or getattr(stream, "closed", False):
         return logging.NullHandler()
     return logging.StreamHandler(stream)

@@ -1,4 +1,4 @@
-"""W3C trace context: what a request brings is passed on to remote services. Spans, with the extra `otel`.
+"""W3C trace context: embedpool passes a request's headers on to remote services. Spans, with the extra `otel`.
 
 A request's trace is the pair of headers it came with or, where spans are made, those of its span. A batch belongs to
 the trace of its first request and is linked to those of the others: a call has room for one `traceparent`.

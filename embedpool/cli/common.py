@@ -1,4 +1,4 @@
-"""What every command needs: exit codes, settings, a client of the running server, a sign of life on the terminal."""
+"""Shared parts of the commands: exit codes, settings, a client of the running server, progress on the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""key create, list, revoke: keys.yml, which a running server follows."""
+"""The commands key create, list and revoke. They edit keys.yml; a running server follows the file."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def print_models(models: list[dict[str, Any]]) -> None:
-    """One line a model, and what is wrong below."""
+    """One line for each model, with its errors below."""
     if not models:
         print("no models; `embedpool register` adds one")
         return

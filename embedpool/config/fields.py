@@ -209,7 +209,7 @@ def line_of(text: str, path: tuple[str | int, ...]) -> int:
 
 
 def describe_faults(file: str, text: str, messages: Any) -> str:
-    """What a schema refused, a line a fault: file, line, key, sentence."""
+    """Describe a schema's errors, one a line: file, line, key, sentence."""
     return "\n".join(
         f"{file}, line {line_of(text, path)}: {dotted(path) or 'the document'}: {sentence}"
         for path, sentence in faults(messages)

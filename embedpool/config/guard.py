@@ -1,4 +1,4 @@
-"""What a model may reach: folders below the configured roots, remote services at the configured hosts, no metadata."""
+"""Allowlists for models: folders below the configured roots, remote hosts that are configured, no metadata address."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""keys.yml: who may embed and who may manage. It holds hashes; a key itself is shown once, when it is made."""
+"""keys.yml: API keys as hashes, with their scopes and limits. `key create` shows a key once."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class KeysFile:
         self._next_look = -1.0
 
     def read(self) -> tuple[ApiKey, ...]:
-        """What the file says now; no key where there is no file. Raises ConfigError."""
+        """Read the keys in the file; none if there is no file. Raises ConfigError."""
         try:
             text = self.path.read_text(encoding="utf-8")
         except FileNotFoundError:

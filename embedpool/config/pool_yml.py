@@ -1,4 +1,4 @@
-"""pool.yml: read it, and change it under a lock, atomically, keeping the comments of whoever wrote it by hand."""
+"""pool.yml: read it, and change it under a lock, atomically, keeping hand-written comments."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class PoolFile:
             raise PoolFileInvalid(f"{self.path} cannot be read: {error}") from None
 
     def read(self) -> PoolSpec:
-        """What the file says now. Raises PoolFileInvalid."""
+        """Read the file. Raises PoolFileInvalid."""
         return parse(self.content(), str(self.path))
 
     def edit(self, change: Callable[[PoolSpec], PoolSpec]) -> PoolSpec:

@@ -19,7 +19,7 @@ SECRET_PREFIX = "EMBEDPOOL_SECRET_"  # noqa: S105  (the prefix of variable names
 
 
 def secret_variable(name: str) -> None:
-    """Refuse what is not the name of a variable for secrets: the secret itself stands in no file."""
+    """Refuse a name that is not an EMBEDPOOL_SECRET_… variable, so that no file contains a secret."""
     if not name.startswith(SECRET_PREFIX):
         raise ma.ValidationError(
             f"must be the name of an environment variable that starts with {SECRET_PREFIX}, not the secret itself"
@@ -71,7 +71,7 @@ class Process:
 
 @dataclasses.dataclass(frozen=True)
 class Logging:
-    """What the server logs, to standard error."""
+    """The server's log, on standard error."""
 
     level: str = option("info", "least severe level logged", choices=("debug", "info", "warning", "error"))
     format: str = option("text", "lines for people, or JSON objects", choices=("text", "json"))
@@ -125,7 +125,7 @@ class Batching:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a request may hold."""
+    """Limits of a request."""
 
     max_body_bytes: int = option(67_108_864, "size of a request body", minimum=1)
     max_stream_body_bytes: int = option(1_073_741_824, "size of a request body of lines (NDJSON)", minimum=1)
@@ -183,7 +183,7 @@ class Settings:
 
     @property
     def threads(self) -> int:
-        """Request threads: what is admitted at once, and a reserve so that health always answers."""
+        """Request threads: one for each admitted request, and a reserve so that /health always answers."""
         return self.server.threads or self.defaults.max_inflight_global + 16
 
 
@@ -278,7 +278,7 @@ def base_dir_of(file: Path, config_yml: str) -> Path:
 
 
 def yaml_fault(name: str, error: Exception) -> str:
-    """What a YAML library refused, in one line with file and line: syntax, or a value such as 2024-13-45."""
+    """Describe a YAML library's error in one line, with file and line."""
     mark = getattr(error, "problem_mark", None)
     where = f", line {mark.line + 1}" if mark else ""
     return f"{name}{where}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}"

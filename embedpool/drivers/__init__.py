@@ -1,4 +1,4 @@
-"""What runs models: a batch becomes rows. The table of drivers.
+"""The drivers, which turn a batch into rows, and their table.
 
 A new driver is a file here with `make_driver` and `open_tokenizer`, a line in the table, its configuration in
 config/spec.py, and what it needs on the command line in cli/models.py. tasks/driver.py says what it has to be.

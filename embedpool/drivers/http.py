@@ -1,4 +1,4 @@
-"""A remote embedding service at one address or several: whom to ask, how often, and what counts as an answer."""
+"""A remote embedding service at one or several addresses: which address to call, retries, and checks of the answers."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ class HttpDriver(Driver):
             upstream.close()
 
     def _least_busy(self, tried: Sequence[Upstream]) -> Upstream | None:
-        """Of the addresses that are asked and not `tried`."""
+        """The best address that is in use and not in `tried`."""
         serving = [u for u in self._upstreams if not u.fault and u not in tried]
         return min(serving, key=lambda u: (u.outstanding, random.random()), default=None)  # noqa: S311  (no secret)
 
@@ -229,7 +229,7 @@ class HttpDriver(Driver):
             self._over.wait(RECHECK_S)
 
     def _publish(self) -> None:
-        """Which addresses are asked, for /status; and that none is left, if so."""
+        """Update /status with the addresses in use, and say if none is left."""
         if len(self._upstreams) > 1:
             self._description["base_urls"] = {u.name: u.fault or "serves" for u in self._upstreams}
         if self._lost is None and not self._over.is_set() and all(u.fault for u in self._upstreams):
@@ -240,7 +240,7 @@ class HttpDriver(Driver):
 
 
 def _pause_s(error: UpstreamError, attempts: int) -> float:
-    """How long to wait before the same address is asked again."""
+    """Seconds to wait before calling the same address again."""
     if error.retry_after_s is not None:
         return min(error.retry_after_s, LONGEST_RETRY_AFTER_S)
     return BACKOFF_FACTOR_S * (1 << (attempts - 1)) * (1 + random.random())  # noqa: S311  (no secret)

@@ -123,7 +123,7 @@ class LocalStDriver(Driver):
         return Cost(max(fixed_s, SHORTEST_CALL_S), max(token_s, SHORTEST_CALL_S / 1000))
 
     def _seconds(self, run: Run | None, ids: list[list[int]]) -> float:
-        """What a call takes; without `run` it is one of encode()."""
+        """The cost of a call; without `run` of a call of encode()."""
         if run is None:
             return fastest_s(lambda: self.run(probe_batch([PROBE_TEXT] * len(ids), ids)))
         return fastest_s(lambda: run(pad(ids, self._tokenizer.pad_id)))

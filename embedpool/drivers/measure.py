@@ -1,4 +1,4 @@
-"""How long a call takes, and how alike two vectors are: what drivers try out when they load a model."""
+"""Helpers for drivers that load a model: time a call, and compare two vectors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a local model's files are: a folder, an installed package that carries them, the hub's cache, or the hub."""
+"""Find a local model's files: in a folder, an installed package that carries them, the hub's cache, or the hub."""
 
 from __future__ import annotations
 

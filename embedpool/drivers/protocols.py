@@ -1,4 +1,4 @@
-"""How each kind of remote service is asked and what it answers; a further kind is two functions and a line."""
+"""Request and answer formats of remote services. To add a protocol, write two functions and a line in the table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from embedpool.errors import UnsupportedOption
 
 
 class Protocol(NamedTuple):
-    """How one kind of service is asked and what it answers."""
+    """Request and answer format of one kind of service."""
 
     path: str
     body: Callable[[str, Sequence[str], Mapping[str, Any]], dict[str, Any]]

@@ -1,4 +1,4 @@
-"""One address of a remote service: its connections, what it answers, and whether it is to be asked at all."""
+"""One address of a remote service: its connections, its answers, and a circuit breaker."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Upstream:
         self._session.close()
 
     def _message(self, response: requests.Response) -> str:
-        """What the remote says is wrong, shortened and without our keys."""
+        """The remote's error message, shortened and without our keys."""
         try:
             document = response.json()
             error = document.get("error", document) if isinstance(document, dict) else document

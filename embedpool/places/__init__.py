@@ -1,4 +1,4 @@
-"""Where a driver runs: in the server's threads or in a child process. A further place is a file, and a line here."""
+"""Where a driver runs: in the server's threads or in a child process. To add a place, add a file and a line here."""
 
 from __future__ import annotations
 

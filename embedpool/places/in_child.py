@@ -1,4 +1,4 @@
-"""What runs in the child: the model's own driver, answering batches over pipes until the parent closes them."""
+"""The child's side of a process place: it runs the model's driver and answers batches over pipes until they close."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _run_slot(driver: Driver, connection: Connection, block: Any) -> None:
 
 
 def _portable(error: BaseException) -> Exception:
-    """The error if the parent knows its class without the model's libraries, else one that says the same."""
+    """The error if the parent can unpickle it without the model's libraries, else a RuntimeError that says the same."""
     if isinstance(error, EmbedpoolError) or (isinstance(error, Exception) and type(error).__module__ == "builtins"):
         with contextlib.suppress(Exception):
             again = pickle.loads(pickle.dumps(error))  # noqa: S301  (our own bytes)

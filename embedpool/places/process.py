@@ -167,7 +167,7 @@ class ProcessPlace(Place):
         return self._receive(slot)
 
     def _receive(self, slot: int) -> Any:
-        """What the child answers. Raises it if it is an error, and ChildProcessError if the child ends first."""
+        """Receive the child's answer. Raises it if it is an error, and ChildProcessError if the child ends first."""
         try:
             answer = self._connections[slot].recv()
         except (EOFError, OSError):

@@ -127,7 +127,7 @@ class Admission:
             self.replicas.need_one()
 
     def _overloaded(self) -> Overloaded:
-        """With the time when what waits now should be done, by the measured rate."""
+        """The error for a full queue, with the time until the waiting items should be done, by the measured rate."""
         rate = self.stats.texts_per_busy_s() * max(len(self.replicas), 1)
         retry_after_s = min(max(self.queue.qsize() / rate, 1.0), 60.0) if rate else 1.0
         message = f"the queue of {self.replicas.spec.model!r} is full ({self.queue.maxsize} texts)"

@@ -91,7 +91,7 @@ class Planner:
 
     @property
     def fixed_tokens(self) -> float:
-        """What a call costs beside its tokens, in padded tokens."""
+        """The fixed cost of a call, in padded tokens."""
         return self.cost.fixed_s / self.cost.token_s if self.cost else UNKNOWN_FIXED_TOKENS
 
     def largest_tokens(self, busy_s: float = 0.0, slots: int = 1) -> int:
@@ -104,7 +104,7 @@ class Planner:
         return max(min(self.max_tokens, int((within_s - fixed_s) / self.cost.token_s)), 1)
 
     def predicted_s(self, lengths: Sequence[int]) -> float:
-        """What a batch of items of these lengths takes; 0 where the driver's cost is not known."""
+        """Run time of a batch of items of these lengths, in seconds; 0 if the driver's cost is not known."""
         return self.cost.call_s(max(lengths) * len(lengths)) if self.cost else 0.0
 
     def choose(self, window: Sequence[Item], busy_s: float = 0.0, slots: int = 1) -> list[int]:

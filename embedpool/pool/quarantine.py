@@ -1,4 +1,4 @@
-"""Items on which a place was lost: clients send a text again after an error, and it must not end the next place."""
+"""Quarantine for items that ended a place: clients retry after an error, and no text may end the next place, too."""
 
 from __future__ import annotations
 

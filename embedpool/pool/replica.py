@@ -115,7 +115,7 @@ class Replica:
         leaving: Callable[[], bool] = lambda: False,
         probe_s: float | None = None,
     ) -> bool:
-        """Serve one batch of what waits; without work probe the driver if nothing has proved it for `probe_s`.
+        """Serve one batch of waiting items; without work probe the driver if nothing has proved it for `probe_s`.
 
         Whether there was work within `timeout_s`, before the thread was `leaving`; `on_work` is called before it is
         run. When the driver turns out to be broken all threads are told to leave it.

@@ -1,4 +1,4 @@
-"""The replicas of one model: how many there are, the threads that run them, and what their states add up to."""
+"""The replicas of one model: their number, the threads that run them, and the state that follows from theirs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A request inside the pool: for whom it is, its items, and the rows that have come back for them."""
+"""A request inside the pool: its caller, its items, and the rows that have come back."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Call:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Result:
-    """What a request gets: `rows` in the order of its inputs, in their final form; times are in milliseconds.
+    """The result of a request: `rows` in the order of its inputs, in their final form; times are in milliseconds.
 
     `width` is that of the model's own vectors. `errors` holds, by their indices, the inputs that failed where the
     request is partial; their rows mean nothing.
@@ -171,7 +171,7 @@ class Request:
             self.replicas.add(replica)
 
     def note(self, index: int, tokens: float, *, is_truncated: bool) -> None:
-        """What a remote service says of an input: about how many tokens it counted, and whether it cut it."""
+        """Note a remote service's report on an input: the tokens it counted, about, and whether it truncated it."""
         with self._lock:
             self.counted += tokens
             if is_truncated:

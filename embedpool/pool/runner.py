@@ -1,4 +1,4 @@
-"""A batch is run in a place, and every item of it gets its row or its error: who is at fault is found out."""
+"""Run a batch in a place, give every item its row or its error, and find the item at fault by bisection."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Runner:
             return False
 
     def _is_to_run(self, item: Item) -> bool:
-        """Drop what nobody waits for, and what is in quarantine, before it costs compute.
+        """Drop an item before it costs compute if nobody waits for it or if it is in quarantine.
 
         An item that somebody else waits for too goes to the first of its duplicates that is wanted.
         """

@@ -62,7 +62,7 @@ class ServedModel:
 
     @property
     def state(self) -> str:
-        """What a request would meet."""
+        """The state that a request would meet."""
         if not self.spec.enabled:
             return "disabled"
         return "draining" if self._draining else self.replicas.state

@@ -1,4 +1,4 @@
-"""What every model of a pool shares: how places and tokenizers are opened, limits, the clock."""
+"""Settings that all models of a pool share: how to open places and tokenizers, limits, the clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is served: the contract that EmbedpoolApp, in server.py, fulfils."""
+"""The contract between the loop and the app it serves; EmbedpoolApp in server.py fulfils it."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class _Task(WSGITask):  # type: ignore[misc]
 
 
 class _ErrorTask(ErrorTask):  # type: ignore[misc]
-    """Answers what is not HTTP, or is refused by its head: with an error in our shape."""
+    """Answers a request that is not HTTP, or that its head rules out, with an error in our shape."""
 
     @override
     def execute(self) -> None:

@@ -1,4 +1,4 @@
-"""Which of the request threads that wait for a request is woken for it."""
+"""Chooses the request thread that is woken for a request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pool asks of a driver, and of the place in which it runs: the contract that drivers/ and places/ fulfil."""
+"""The contract that drivers/ and places/ fulfil: a driver runs batches, and a place is where it runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROBE_TEXT = "The quick brown fox jumps over the lazy dog."
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Cost:
-    """What a call takes, in seconds: `fixed_s` + `token_s` · padded tokens."""
+    """Run time of a call, in seconds: `fixed_s` + `token_s` · padded tokens."""
 
     fixed_s: float
     token_s: float

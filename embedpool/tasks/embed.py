@@ -149,13 +149,13 @@ LOCAL = Group(Embed.name)
 def prompted(
     texts: Sequence[str], options: EmbedOptions, config: DriverConfig, tokenizer: Tokenizer
 ) -> tuple[Sequence[str], dict[str, object]]:
-    """The texts behind their prompt, and what a remote service is asked to do instead. Raises InvalidRequest."""
+    """The texts with their prompt, and the options to forward to a remote service. Raises InvalidRequest."""
     prefix, passed_on = _prompt_of(options, config, tokenizer)
     return [prefix + text for text in texts] if prefix else texts, passed_on
 
 
 def _prompt_of(options: EmbedOptions, config: DriverConfig, tokenizer: Tokenizer) -> tuple[str, dict[str, object]]:
-    """The text to put before each text, and what a remote service is asked to do instead."""
+    """The prompt to put before each text, and the options to forward to a remote service."""
     if options.prompt is not None:
         if options.prompt_name is not None:
             message = "give either prompt or prompt_name"

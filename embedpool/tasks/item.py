@@ -1,4 +1,4 @@
-"""What travels to a model: an item is one input of a request, a batch is what one driver call serves."""
+"""Items and batches: an item is one input of a request, a batch holds the items of one driver call."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Item:
         return [self, *self.duplicates]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What a driver in another process needs, and no more."""
+        """Pickle only the fields that a driver in another process needs."""
         return Item, (self.parts, self.tokens, self.ids, self.second)
 
 

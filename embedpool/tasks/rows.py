@@ -1,4 +1,4 @@
-"""What comes back from a model: one row an item, whatever a row is."""
+"""Rows, the results of a model: one for each item, dense, ragged or sparse."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Rows:
         return {name: array for name, array in found.items() if array is not None}
 
     def row(self, i: int) -> Rows:
-        """Row `i` alone, copied: whoever keeps it keeps nothing of the rest of a batch."""
+        """Row `i` alone, copied, so that it does not keep the rest of a batch in memory."""
         if len(self) == 1:
             return self
         if self.splits is None:
@@ -95,7 +95,7 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Answer:
-    """What a driver gives for a batch: a row for each item, in order.
+    """A driver's answer to a batch: a row for each item, in order.
 
     A remote service also tells the `tokens` it counted and the indices of the items it `truncated`.
     """

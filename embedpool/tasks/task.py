@@ -1,4 +1,4 @@
-"""What every task is: how a request becomes items, and how the rows that come back become its answer."""
+"""The base class of tasks: a task turns a request into items, and the rows that come back into an answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Measured(NamedTuple):
 
 
 class Task(abc.ABC):
-    """What a model is asked in one request: its instances are requests, their length the number of inputs."""
+    """A kind of request to a model. An instance is one request; its length is the number of inputs."""
 
     name: ClassVar[str]
 
@@ -36,7 +36,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def where(self, index: int) -> str:
-        """What the caller calls the input at this place."""
+        """The caller's name of the input at this index, such as texts[3]."""
 
     @abc.abstractmethod
     def measure(self, config: DriverConfig, tokenizer: Tokenizer) -> Measured:

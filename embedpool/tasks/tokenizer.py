@@ -1,4 +1,4 @@
-"""What a task asks of a model's tokenizer, in the request's thread: the model itself need not be loaded."""
+"""The contract of a model's tokenizer. It runs in the request's thread and needs no loaded model."""
 
 from __future__ import annotations
 

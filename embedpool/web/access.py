@@ -1,4 +1,4 @@
-"""Who calls, and what they may: keys from keys.yml and from the environment, their scopes, models and limits.
+"""Authentication and authorisation: keys from keys.yml and the environment, their scopes, models and limits.
 
 With no key of scope embed anywhere, embedding is open; with no key for management it is open to this machine alone (see
 manage.py). Whether the process is up and the API's document are everybody's.
@@ -94,7 +94,7 @@ class Access:
 
     @property
     def is_open(self) -> bool:
-        """Whether nobody is asked for a key, as there is none and should be none."""
+        """Whether requests need no key, because none exists and none should."""
         return not (self._variables or self._all())
 
     def asks_for_a_key(self, scope: str) -> bool:

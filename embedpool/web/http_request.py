@@ -1,4 +1,4 @@
-"""A request as Flask gives it, with its id and what became of it, for the log and the metrics."""
+"""A request from Flask, with its id and its outcome, for the log and the metrics."""
 
 from __future__ import annotations
 

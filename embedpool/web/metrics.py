@@ -1,4 +1,4 @@
-"""What happens in the pool, in Prometheus' terms. A model label is only ever the name of a registered model.
+"""Prometheus metrics of the pool. A model label is always the name of a registered model.
 
 With several gunicorn workers each keeps its numbers in files that all of them read, so any of them answers for all.
 """
@@ -126,7 +126,7 @@ class Metrics(Observer):
         return SHARED_DIR in os.environ
 
     def refresh(self, pool: Pool, reconciler: Reconciler) -> None:
-        """Read what is no event: states, queues, replicas. Every known model has every series."""
+        """Set the gauges: states, queues, replicas. Every known model gets every series."""
         with self._lock:
             self._series(self.workers, os.getpid()).set(1)
             for entry in (served.snapshot() for served in pool.models):

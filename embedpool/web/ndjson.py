@@ -89,7 +89,7 @@ def embed(pool: Pool, limits: Limits, room: threading.BoundedSemaphore) -> Respo
 
 
 def _typed(arguments: Mapping[str, str]) -> dict[str, Any]:
-    """A query string's options: true, false and numbers where a string is not what is asked for."""
+    """A query string's options, with true, false and numbers converted for options that are not strings."""
     found: dict[str, Any] = {}
     for name, text in arguments.items():
         found[name] = text
@@ -194,7 +194,7 @@ class _Stream:
         return result
 
     def _result(self, texts: list[str]) -> Result:
-        """A pool that is busy or loading is asked again, once the answer has begun, until the lines' deadline."""
+        """Once the answer has begun, retry while the pool is busy or loading, until the lines' deadline."""
         deadline = time.monotonic() + self._timeout_s
         while True:
             call = call_of(

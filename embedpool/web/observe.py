@@ -1,4 +1,4 @@
-"""What can be seen of the server: health, readiness, status, models, metrics."""
+"""Endpoints that show the server: health, readiness, status, models, metrics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is answered, as JSON schemas: for the API's document alone."""
+"""JSON schemas of the answers, for the OpenAPI document alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One line a request: what was asked, what it took, what became of it. Never a text, never a key."""
+"""The request log: one line a request with its cost and outcome, never a text or a key."""
 
 from __future__ import annotations
 

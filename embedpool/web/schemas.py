@@ -1,4 +1,4 @@
-"""What may come in over HTTP, as marshmallow schemas; also the source of the API's documentation.
+"""Marshmallow schemas of the requests; also the source of the API's documentation.
 
 Texts are checked by hand: thousands of strings need one pass, not a field each.
 """
@@ -156,7 +156,7 @@ def check_texts(texts: Any, limits: Limits, path: str = "texts") -> list[str]:
 
 
 def embed_options(loaded: Mapping[str, Any]) -> EmbedOptions:
-    """The pool's options from loaded ones; `encoding` is the answer's business, what is unknown becomes `extra`."""
+    """The pool's options from loaded ones; `encoding` is the answer's business, unknown ones become `extra`."""
     known = {k: v for k, v in loaded.items() if k in _POOL_OPTIONS}
     extra = {k: v for k, v in loaded.items() if k not in OptionsSchema._declared_fields}
     return EmbedOptions(**known, extra=extra)

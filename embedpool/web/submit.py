@@ -1,4 +1,4 @@
-"""The web ring's one way into the pool: an HTTP request becomes a task for a model, and a call that says for whom."""
+"""The web ring's one way into the pool: it makes the task for the model and the call, which says for whom."""
 
 from __future__ import annotations
 

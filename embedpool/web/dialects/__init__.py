@@ -1,8 +1,8 @@
-"""What existing clients speak, each a translation: its request → the pool's, the pool's answer and errors → its own.
+"""APIs of other servers. Each dialect translates its requests to the pool's, and the pool's answers and errors back.
 
-A field of a dialect's schema that stands for an option of POST /embed says so in its metadata; README's table of what
-each dialect can express is made from that. `SHAPES` says below which paths a dialect's errors are given, also for paths
-and methods that are none there.
+A field of a dialect's schema that stands for an option of POST /embed says so in its metadata; the table in
+docs/clients.md is generated from it. `SHAPES` says below which paths errors have the format of a dialect, also for
+unknown paths and methods.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ POLICIES = {True: "right", False: "error"}  # where truncation is a yes or no
 
 
 def means(option: str, values: Mapping[Any, Any] | None = None) -> dict[str, Any]:
-    """Metadata of a field that stands for `option`; `values` maps what is said to what it means."""
+    """Metadata of a field that stands for `option`; `values` maps a client's words to ours."""
     return {"options": (option,), "read": lambda said: {option: values[said] if values else said}}
 
 

@@ -118,7 +118,7 @@ def _beside(texts: list[str], result: Result, version: str) -> dict[str, Any]:
 
 
 def cohere_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], int]:
-    """Cohere's error: a sentence; what is wrong with a body is 400 there, whatever it is."""
+    """Cohere's error, a sentence: any invalid body is 400 there."""
     return {"id": request_id, "message": error.message}, status_with_400(error)
 
 

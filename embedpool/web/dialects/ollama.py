@@ -88,7 +88,7 @@ def _tag(served: ServedModel, name: str) -> dict[str, Any]:
 
 
 def ollama_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], int]:
-    """Ollama's error: a sentence; what is wrong with a body is 400 there, whatever it is."""
+    """Ollama's error, a sentence: any invalid body is 400 there."""
     return {"error": error.message}, status_with_400(error)
 
 

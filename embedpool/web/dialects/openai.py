@@ -104,7 +104,7 @@ def _answer(result: Result, encoding: str) -> Response:
 
 
 def openai_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], int]:
-    """OpenAI's error and status: what is wrong with a body is 400 there, whatever it is."""
+    """OpenAI's error and status: any invalid body is 400 there."""
     status = status_with_400(error)
     kind = {429: "rate_limit_error"}.get(status, "invalid_request_error" if status < 500 else "server_error")
     param = next(iter(error.fields), None)
