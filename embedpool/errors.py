@@ -117,7 +117,7 @@ class ModelExistsDifferently(EmbedpoolError):
 
 
 class PoolFileInvalid(EmbedpoolError):
-    """pool.yml does not parse or validate; the server leaves it untouched."""
+    """pool.yml does not parse or validate; the models stay as they were. Correct the file."""
 
     status, code = 409, "pool_file_invalid"
 

@@ -31,7 +31,7 @@ class Client:
     """How the command line finds the server."""
 
     base_url: str = option("http://127.0.0.1:8876", "address of the server for the CLI, if no pid file names one")
-    api_key_env: str | None = option(None, "name of the environment variable that holds the admin key")
+    api_key_env: str | None = option(None, "name of the environment variable with the key that the command line sends")
 
 
 @dataclasses.dataclass(frozen=True)
