@@ -45,7 +45,7 @@ Commands:
 
 Options:
   --config FILE       Settings. Default: $EMBEDPOOL_CONFIG, else .config/config.yml.
-  --root DIR          Folder for everything init writes [default: .config].
+  --root DIR          Folder for config.yml, pool.yml and state [default: .config].
   --detach            Start in the background; returns when the server answers.
   --server NAME       gunicorn or waitress; default server.server.
   --host H            Address to bind; default server.host.

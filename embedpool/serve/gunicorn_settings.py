@@ -22,10 +22,10 @@ _last_good: Settings | None = None
 
 
 def gunicorn_settings() -> dict[str, Any]:
-    """What config.yml says, in gunicorn's terms.
+    """The settings of config.yml as gunicorn's.
 
-    gunicorn reads them again on SIGHUP, when an error would end its master: so a config.yml or keys.yml that is broken
-    then leaves the settings as they were.
+    gunicorn's master reads them again on SIGHUP, where an error would end it: so it keeps the settings it had if
+    config.yml or keys.yml is broken by then.
     """
     global _last_good  # noqa: PLW0603  (gunicorn executes its config file anew; only a module survives that)
     try:
