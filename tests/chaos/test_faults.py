@@ -29,6 +29,7 @@ CLIENTS = 32
 DIM = 8
 DEADLINE_S, ANSWER_MARGIN_S = 10.0, 2.0
 BACK_WITHIN_S = 10.0
+CHILDREN = 2 * 3  # two replicas each of the models that hang, crash and are killed
 GOOD_TEXTS = [f"text {i}" for i in range(200)]
 BAD = "bad"
 TEXT_FAULTS = ("raise", "short", "nan", "hang", "crash")  # come with a text
@@ -237,7 +238,9 @@ def test_faults_cost_nobody_else_anything(
             answers += load.answers
             slowest_s = max(slowest_s, load.slowest_s)
             wait_until(lambda: server.get("/ready").status_code == 200)
-            at_rest = at_rest or (held_by(server, remote) if number else {})
+            if number and not at_rest:
+                wait_until(lambda: len(children_of(server)) == CHILDREN)  # also those that are being replaced
+                at_rest = held_by(server, remote)
         assert server.status("other")["counters"]["errors"] == {}
         with contextlib.suppress(AssertionError):  # said better below
             wait_until(lambda: not more(held_by(server, remote), at_rest), 20)
