@@ -126,7 +126,7 @@ class ModelQueue(queue.Queue[Item]):
         deadline = self._clock() + timeout_s
         with self.mutex:
             request = items[0].request
-            while not self._stopped and self._qsize() >= (self.maxsize // 2 if request.waiting else self.maxsize):
+            while not self._stopped and self._qsize() >= self._bound(is_fresh=not request.waiting):
                 remaining = deadline - self._clock()
                 if remaining <= 0:
                     raise queue.Full
@@ -136,20 +136,28 @@ class ModelQueue(queue.Queue[Item]):
             return self._put_some(items)
 
     def _put_some(self, items: Sequence[Item]) -> int:
-        """The first item of a request that has none waiting may use any room, so that bulk work keeps out no query and
-        queries starve no bulk work. The burst behind it may fill three quarters of the queue, all else a half.
-        """
-        burst = items[: self._burst]
-        bound = self.maxsize // 2 if items[0].request.waiting else self.maxsize - self.maxsize // 4
+        is_fresh = not items[0].request.waiting
         put = 0
-        while put < len(burst) and self._qsize() < (bound if put or burst[0].request.waiting else self.maxsize):
-            self._put(burst[put])
+        for item in items[: self._burst]:
+            if self._qsize() >= self._bound(is_fresh=is_fresh, put=put):
+                break
+            self._put(item)
             put += 1
         if not put:
             raise queue.Full
         if self._waiting:  # else all of them have joined what runs
             self.not_empty.notify()
         return put
+
+    def _bound(self, *, is_fresh: bool, put: int = 0) -> int:
+        """How full the queue may be for the next item of a request, `put` of which have just got in.
+
+        The first item of a fresh request, which had none waiting, may use any room, so that bulk work keeps out no
+        query and queries starve no bulk work. The burst behind it may fill three quarters of the queue, all else half.
+        """
+        if not is_fresh:
+            return self.maxsize // 2
+        return self.maxsize - self.maxsize // 4 if put else self.maxsize
 
     def put_back(self, items: Sequence[Item]) -> None:
         """Let items that were taken run again, as a batch of their own. The queue may be full by now.
