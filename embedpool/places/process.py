@@ -211,9 +211,9 @@ class ProcessPlace(Place):
         this child's end.
         """
         kills = _kills_for_memory()
-        if kills is not None and kills == self._kills[0]:
-            return False
-        return kills is None or not 0 < self._last_bytes <= GROWN * self._opened_bytes
+        if kills is None:
+            return True
+        return kills != self._kills[0] and not 0 < self._last_bytes <= GROWN * self._opened_bytes
 
     def _too_slow(self) -> str | None:
         with self._slots_changed:
