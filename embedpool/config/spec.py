@@ -264,8 +264,7 @@ class ModelSpec:
     def load_key(self) -> Hashable:
         """Equal for specs that one loaded model can serve; everything else applies at once."""
         config = self.driver.config
-        names = [f.name for f in dataclasses.fields(config) if f.metadata["loads"]]
-        values = ((name, getattr(config, name)) for name in names)
+        values = ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if f.metadata["loads"])
         loaded = tuple((name, tuple(sorted(v.items())) if isinstance(v, dict) else v) for name, v in values)
         return self.model, self.enabled, self.place, self.driver.type, loaded
 

@@ -25,6 +25,7 @@ from embedpool.tasks.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+SLOTS = 8  # calls at once
 BACKOFF_FACTOR_S = 0.2
 LONGEST_RETRY_AFTER_S = 30
 RECHECK_S = 5.0
@@ -35,9 +36,6 @@ SAME_SPACE_COSINE = 0.999
 NOT_FINITE = "the remote service gives vectors that are not finite"
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
-
-
-SLOTS = 8
 
 
 class RemoteTokenizer(Tokenizer):

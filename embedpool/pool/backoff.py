@@ -19,7 +19,7 @@ class Backoff:
         self._longest_s = LONGEST_S
 
     def failed(self, error: BaseException) -> None:
-        """Once more."""
+        """Opening the driver, or serving with it, failed with this error."""
         if isinstance(error, DriverLost):
             self._losses += 1
         else:
@@ -37,5 +37,5 @@ class Backoff:
 
     @property
     def pause_s(self) -> float:
-        """Seconds."""
+        """Seconds until the next attempt; 0 without a setback."""
         return min(FIRST_S * 2.0 ** min(self.setbacks - 1, 10), self._longest_s) if self.setbacks else 0.0
