@@ -15,7 +15,7 @@ from embedpool.web.dialects.cohere import CohereSchema
 from embedpool.web.dialects.ollama import OllamaSchema
 from embedpool.web.dialects.openai import OpenAISchema
 from embedpool.web.dialects.tei import TeiSchema
-from embedpool.web.metrics import Metrics
+from embedpool.web.metrics import UNTIL_0_2, Metrics
 from embedpool.web.schemas import OptionsSchema
 
 OR = " \\| "  # in a table
@@ -69,11 +69,12 @@ def error_codes() -> str:
 
 
 def metrics() -> str:
-    """The series of GET /metrics."""
-    rows = ["| metric | type | meaning |", "|---|---|---|"]
+    """The series of GET /metrics, with the names that stay until 0.2."""
+    rows = ["| metric | type | meaning | older name, until 0.2 |", "|---|---|---|---|"]
     for family in Metrics()._own.collect():
         total = "_total" if family.type == "counter" else ""
-        rows.append(f"| `{family.name}{total}` | {family.type} | {family.documentation} |")
+        older = f"`{UNTIL_0_2[family.name]}{total}`" if family.name in UNTIL_0_2 else ""
+        rows.append(f"| `{family.name}{total}` | {family.type} | {family.documentation} | {older} |")
     return "\n".join(rows)
 
 
