@@ -120,7 +120,7 @@ class HttpConfig:
     timeout_s: float = option(60, "time-out of a call, for connecting and for each read", minimum=0.001)
     retries: int = option(
         2,
-        "retries after a connection error, 429 or 5xx, possibly at another address; never more than 20 % of calls",
+        "retries after a connection error, 429 or 5xx, possibly at another address; over time at most a fifth of calls",
         minimum=0,
         maximum=20,
     )

@@ -90,7 +90,7 @@ def test_an_idle_connection_is_closed_before_anything_can_come_on_it(
 
 
 def test_of_the_request_threads_the_last_to_wait_is_the_first_to_serve(make_loop) -> None:
-    """Few threads run, and each that has run holds memory of its own. All of them hear of the end."""
+    """Few threads run, since each that has run holds memory of its own."""
     loop, _ = make_loop()
     dispatcher = loop._listeners[0]._server.task_dispatcher
     assert isinstance(dispatcher.queue_cv, LastInFirstOut)
