@@ -227,6 +227,13 @@ class ModelFailed(EmbedpoolError):
     default_retry_after_s = 5.0
 
 
+class KeysUnknown(EmbedpoolError):
+    """Keys exist and the server cannot read them at present; its log says why."""
+
+    status, code = 503, "keys_unknown"
+    default_retry_after_s = 5.0
+
+
 class ShuttingDown(EmbedpoolError):
     """The server is stopping."""
 

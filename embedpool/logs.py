@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from embedpool.config.settings import Settings
 
+HANDLER = "embedpool"
 PLAIN = re.compile(r"[\w./:@#<>+-]+\Z")  # written as it is; anything else in quotes
 
 
@@ -67,10 +68,17 @@ def to_stream(stream: TextIO | None) -> logging.Handler:
 
 
 def configure_logging(settings: Settings) -> None:
-    """To standard error, once."""
+    """To standard error; a second call changes level and format."""
     handler = to_stream(sys.stderr)
     handler.setFormatter(JsonFormatter() if settings.logging.format == "json" else TextFormatter())
-    logging.basicConfig(level=settings.logging.level.upper(), handlers=[handler])
+    handler.set_name(HANDLER)
+    root = logging.getLogger()
+    ours = [each for each in root.handlers if each.name == HANDLER]
+    if ours or not root.handlers:  # else somebody who embeds this server logs in a way of his own
+        for each in ours:
+            root.removeHandler(each)
+        root.addHandler(handler)
+    root.setLevel(settings.logging.level.upper())
     logging.getLogger("embedpool.web.request_log").disabled = not settings.logging.requests
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # admission is ours; its queue is only a hand-over
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)  # its deprecations are not the operator's

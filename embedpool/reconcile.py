@@ -16,19 +16,26 @@ from collections.abc import Callable
 from typing import Any
 
 from embedpool.config import edit, files
-from embedpool.config.pool_yml import PoolFile
+from embedpool.config.pool_yml import PoolFile, parse
 from embedpool.config.spec import ModelSpec, PoolSpec
-from embedpool.errors import ModelNotFound, PoolFileInvalid, ShuttingDown
+from embedpool.errors import ModelNotFound, PoolFileInvalid, ShuttingDown, StorageError
 from embedpool.pool.pool import Pool
 
 logger = logging.getLogger(__name__)
+
+LAST_POOL = "last-pool.yml"  # in state_dir: pool.yml as it was followed last
 
 
 class Reconciler:
     """Called by management routes (request threads) and by the watch (its thread)."""
 
-    def __init__(self, pool_file: PoolFile, pool: Pool, *, load_timeout_s: float = 600.0) -> None:
+    def __init__(
+        self, pool_file: PoolFile, pool: Pool, last_pool: PoolFile | None = None, *, load_timeout_s: float = 600.0
+    ) -> None:
+        """`last_pool` is a copy of pool.yml as it was followed last."""
         self.pool_file = pool_file
+        self.has_applied = False  # the pool is one that pool.yml described, now or before this process began
+        self._last_pool = last_pool
         self.last_reload: dict[str, Any] | None = None
         self.reloads: Counter[str] = Counter()
         self._pool = pool
@@ -36,20 +43,53 @@ class Reconciler:
         self._lock = threading.Lock()
         self._followed: tuple[int, ...] | None = None  # the stamp of the file as it was read last
 
+    def begin(self) -> None:
+        """At the start: follow the file, or if it is broken the copy of what was followed last."""
+        try:
+            self.reload("start")
+        except PoolFileInvalid:
+            if self._last_pool is None:
+                return
+            try:
+                spec = self._last_pool.read()
+            except PoolFileInvalid:
+                logger.error("there is no pool yet that could be served")
+                return
+            with self._lock:
+                if not self.has_applied:
+                    self._pool.apply(spec)
+                    self.has_applied = True
+            logger.error("the pool that was served last is served")
+
     def reload(self, reason: str) -> PoolSpec:
         """Make the live pool what the file says. Raises PoolFileInvalid; the old pool then goes on."""
         with self._lock:
             self._followed = files.stamp(self.pool_file.path)
             try:
-                spec = self.pool_file.read()
+                text = self.pool_file.content()
+                spec = parse(text, str(self.pool_file.path))
             except PoolFileInvalid as error:
                 if not self.last_reload or self.last_reload["error"] != error.message:
                     logger.error("pool.yml is not followed: %s", error.message)
                 self._note(reason, error.message)
                 raise
             self._pool.apply(spec)
+            self.has_applied = True
+            self._keep(text)
             self._note(reason, None)
             return spec
+
+    def _keep(self, text: str) -> None:
+        """Keep what was followed, for a process that begins beside a broken file."""
+        if self._last_pool is None:
+            return
+        try:
+            if not self._last_pool.path.exists() or self._last_pool.content() != text:
+                self._last_pool.path.parent.mkdir(parents=True, exist_ok=True)
+                with files.locked(self._last_pool.path):
+                    files.replace(self._last_pool.path, text)
+        except (PoolFileInvalid, StorageError, OSError) as error:
+            logger.warning("%s does not hold the present pool: %s", self._last_pool.path, error)
 
     def on_file_change(self) -> None:
         """For the watch: a broken file is noted, in last_reload and in the log, and changes nothing."""

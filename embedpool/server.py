@@ -5,29 +5,29 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flask import Flask
 
 from embedpool import tracing
-from embedpool.config import guard
+from embedpool.config import checked, guard
+from embedpool.config.keys import is_loopback, require_a_key
 from embedpool.config.pool_yml import PoolFile
-from embedpool.config.settings import Settings, find_config_yml, load_settings
+from embedpool.config.settings import Settings
 from embedpool.config.spec import ModelSpec
 from embedpool.config.watch import Watch
 from embedpool.drivers import make_driver, open_tokenizer
-from embedpool.errors import PoolFileInvalid
 from embedpool.logs import configure_logging
 from embedpool.places import open_place
 from embedpool.pool.pool import Pool
 from embedpool.pool.settings import PoolSettings
-from embedpool.reconcile import Reconciler
+from embedpool.reconcile import LAST_POOL, Reconciler
 from embedpool.serve.service_manager import has_service_manager, tell_service_manager
 from embedpool.tasks.driver import Place
 from embedpool.tasks.tokenizer import Tokenizer
 from embedpool.web import metrics
-from embedpool.web.app import create_app, refusal
+from embedpool.web.app import ACCESS, create_app, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,10 @@ class EmbedpoolApp:
             observer=self.metrics,
         )
         self.pool = Pool(pool_settings, max_inflight_global=settings.defaults.max_inflight_global)
-        self.reconciler = Reconciler(PoolFile(settings.file(settings.paths.pool_yml)), self.pool)
+        state_dir = settings.file(settings.paths.state_dir)
+        self.reconciler = Reconciler(
+            PoolFile(settings.file(settings.paths.pool_yml)), self.pool, PoolFile(state_dir / LAST_POOL)
+        )
         self.pool.catch_up = self.reconciler.catch_up
         self.flask: Flask = create_app(self.pool, self.reconciler, settings, self.metrics)
         self._spans = tracing.start() if settings.tracing.enabled else None
@@ -88,13 +91,20 @@ class EmbedpoolApp:
         return self.flask(environ, start_response)
 
     def start(self) -> None:
-        """Begin to load the models and to watch pool.yml. A broken pool.yml is shown in /status; nothing is served."""
-        try:
-            self.reconciler.reload("start")
-        except PoolFileInvalid:
-            logger.error("started without models")
+        """Begin to load the models and to watch pool.yml. Beside a broken one the pool that was last is served."""
+        self.reconciler.begin()
         if self._watch:
             self._watch.start()
+
+    def listens_at(self, hosts: Sequence[str]) -> None:
+        """Ask everybody for a key if other machines reach one of these addresses."""
+        if not all(map(is_loopback, hosts)):
+            self.flask.extensions[ACCESS].serves_other_machines()
+
+    @property
+    def is_booted(self) -> bool:
+        """Whether every enabled model has finished its first load or failed."""
+        return self.pool.booted
 
     def beat(self) -> None:
         """Tell the service manager that the loop turns, and share this worker's metrics with the other workers."""
@@ -138,8 +148,11 @@ class EmbedpoolApp:
 
 
 def wsgi() -> EmbedpoolApp:
-    """The app of the config file that `EMBEDPOOL_CONFIG` names, started: for `gunicorn 'embedpool.server:wsgi()'`."""
-    settings = load_settings(find_config_yml(None))
+    """The app of the config file that `EMBEDPOOL_CONFIG` names, started: for `gunicorn 'embedpool.server:wsgi()'`.
+
+    A worker is born with the settings that its master has checked, whatever config.yml holds by now.
+    """
+    settings = checked.at_birth(lambda read: require_a_key(read, read.server.host))
     configure_logging(settings)
     app = EmbedpoolApp(settings)
     app.start()

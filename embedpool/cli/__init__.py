@@ -20,7 +20,7 @@ Usage:
   embedpool key create [--name NAME] [--scopes NAMES] [--models NAMES] [--weight W] [--requests-per-s N]
                        [--texts-per-s N] [--concurrent N] [--json] [--config FILE]
   embedpool key list [--json] [--config FILE]
-  embedpool key revoke --id ID [--json] [--config FILE]
+  embedpool key revoke --id ID [--yes] [--json] [--config FILE]
   embedpool --help
   embedpool --version
 
@@ -35,10 +35,10 @@ Commands:
   enable        Enable a model and wait until it is ready.
   disable       Disable a model; it stays registered.
   unregister    Remove a model.
-  key create    Create an API key and print it once; the server keeps only its hash. After the first key of scope
-                embed every embedding request needs a key; after the first of scope admin, management does.
+  key create    Create an API key and print it once; the server keeps only its hash. After the first key every
+                request needs one: embedding a key of any scope, management one of scope admin.
   key list      List the keys, without their secrets.
-  key revoke    Revoke a key; a running server follows within a second.
+  key revoke    Revoke a key; a running server follows within a second. The last key needs --yes or a yes.
   embed         Print the vector of each text as a JSON list; with - read texts from standard input, one a line.
 
   Without a running server, register, set-alias, enable, disable and unregister edit pool.yml.
@@ -51,6 +51,7 @@ Options:
   --host H            Address to bind; default server.host.
   --port P            Port to bind; default server.port.
   --threads N         Request threads; default server.threads.
+  --yes               Revoke the last key without being asked.
   --insecure          Listen beyond this machine although no key exists.
   --model M           Name of the model (of a local model its Hugging Face id), or the alias of a registered one.
                       embed needs none if the pool has only one model.

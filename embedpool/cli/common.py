@@ -44,11 +44,13 @@ def client_of(settings: Settings) -> Client | None:
     """A client of the server of the pid file, else of the one at client.base_url; None if none answers."""
     from embedpool.client import Client
     from embedpool.errors import ServerUnreachable
+    from embedpool.serve.address import UNIX
     from embedpool.serve.process import PidFile
 
     running = PidFile(settings).read()
     key = os.environ.get(settings.client.api_key_env) if settings.client.api_key_env else None
-    client = Client(running.address if running else settings.client.base_url, api_key=key, timeout_s=30)
+    has_a_port = running is not None and not running.address.startswith(UNIX)
+    client = Client(running.address if running and has_a_port else settings.base_url, api_key=key, timeout_s=30)
     try:
         client.health()
     except ServerUnreachable:

@@ -59,16 +59,31 @@ def revoke(arguments: Arguments) -> int:
             raise UsageError(f"no key {wanted!r}; `embedpool key list` shows them")
         return tuple(key for key in keys if key.id != wanted)
 
-    _file(arguments).edit(without)
+    file = _file(arguments)
+    is_last = {key.id for key in file.read()} == {wanted}
+    if is_last and not (arguments["--yes"] or _confirmed()):
+        raise UsageError("this is the last key: without it the server asks nobody for a key; say --yes to revoke it")
+    file.edit(without)
+    if is_last and not file.read():
+        file.revoke_last()
     print(json.dumps({"ok": True, "revoked": wanted}) if arguments["--json"] else f"{wanted}: revoked")
     return OK
 
 
 def _file(arguments: Arguments) -> KeysFile:
-    from embedpool.config.keys import KeysFile
+    from embedpool.config.keys import keys_file
 
-    settings = read_settings(arguments)
-    return KeysFile(settings.file(settings.security.keys_file))
+    return keys_file(read_settings(arguments))
+
+
+def _confirmed() -> bool:
+    """Whether a person at the terminal says yes."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    print(
+        "This is the last key: without it the server asks nobody for a key. Revoke it? [y/N] ", end="", file=sys.stderr
+    )
+    return input().strip().lower() in ("y", "yes")
 
 
 def _listed(text: str) -> list[str]:

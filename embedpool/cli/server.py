@@ -119,6 +119,8 @@ def status(arguments: Arguments) -> int:
             print_models(models)
         return NOT_RUNNING
     answer = client.status()
+    if fault := answer.get("keys", {}).get("fault"):
+        print(f"nobody's key is known: {fault}\n", file=sys.stderr)
     if arguments["--json"]:
         print(json.dumps({"running": True, **answer}))
         return OK

@@ -141,6 +141,8 @@ def _field_of(f: dataclasses.Field[Any], hint: Any) -> fields.Field[Any]:
         float: StrictFloat,
         str: fields.String,
     }
+    if hint is str and f.metadata["choices"]:
+        return _Choice(required=required, validate=rules)
     if hint in plain:
         return plain[hint](required=required, validate=rules)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -149,6 +151,13 @@ def _field_of(f: dataclasses.Field[Any], hint: Any) -> fields.Field[Any]:
     if origin is not None and issubclass(origin, Mapping):
         return fields.Dict(keys=fields.String(), values=plain[args[1]](), required=required, validate=rules)
     raise TypeError(f"no schema field for {f.name}: {hint}")  # a mistake in our own declarations
+
+
+class _Choice(fields.String):
+    """One of some words, among them perhaps `off`, which YAML reads as false."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        return super()._deserialize("off" if value is False else value, attr, data, **kwargs)
 
 
 class _Tuple(fields.List[Any]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import ipaddress
 import logging
 import re
 import secrets
@@ -17,8 +18,8 @@ from marshmallow import fields
 
 from embedpool.config import files
 from embedpool.config.fields import StrictInteger, StrictSchema, describe_faults, option, schema_of
-from embedpool.config.settings import yaml_fault
-from embedpool.errors import ConfigError, InvalidRequest
+from embedpool.config.settings import Settings, yaml_fault
+from embedpool.errors import ConfigError, InvalidRequest, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ EMBED, ADMIN = "embed", "admin"
 PREFIX = "epk"
 ONLY_OWNER = 0o600
 LOOK_EVERY_S = 1.0
+REMEMBERED = "keys-exist"  # in state_dir: keys were made, and are asked for until the last is revoked
 HEAD = "# The keys of this server, as hashes. `embedpool key create` and `revoke` write this file anew.\n"
 
 
@@ -88,10 +90,16 @@ class KeysSchema(StrictSchema):
 
 
 class KeysFile:
-    """keys.yml, followed while the server runs. Safe to use from several threads."""
+    """keys.yml, followed while the server runs. Safe to use from several threads.
 
-    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    `remembered` is a file that exists as long as keys should exist. A keys.yml that is gone, empty or broken does not
+    remove it, so no process takes such a file for a server that needs no key.
+    """
+
+    def __init__(self, path: Path, remembered: Path | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self.path = path
+        self.fault: str | None = None  # why the keys that exist are not known; set by `current`
+        self._remembered = remembered or path.with_name(REMEMBERED)
         self._clock = clock
         self._keys: tuple[ApiKey, ...] | None = None
         self._stamp: tuple[int, ...] | None = None
@@ -117,20 +125,53 @@ class KeysFile:
     def current(self) -> tuple[ApiKey, ...]:
         """The keys, looked at again once a second. A file that is broken or gone leaves them as they were.
 
-        Raises ConfigError only if there has been no good file yet.
+        Where there has been no good file yet there are none, and `fault` says why: nobody's key is known.
         """
         if self._keys is None or self._clock() >= self._next_look:
             self._next_look = self._clock() + LOOK_EVERY_S
             stamp = files.stamp(self.path)
-            if self._keys is None or (stamp != self._stamp and stamp is not None):
+            if self._keys is None or self.fault or stamp != self._stamp:
                 self._stamp = stamp
-                try:
-                    self._keys = self.read()
-                except ConfigError as error:
-                    if self._keys is None:
-                        raise
-                    logger.error("the keys stay as they were: %s", error.message)
-        return self._keys
+                self._follow()
+        return self._keys or ()
+
+    def _follow(self) -> None:
+        fault: str | None = None
+        try:
+            found = self.read()
+            if found:
+                self._remember()
+            elif self.exist:
+                fault = f"{self.path} holds no key, although keys were made and not revoked"
+        except ConfigError as error:
+            fault = error.message
+        if fault is None:
+            self._keys = found
+        if fault and fault != self.fault:
+            logger.error("%s: %s", "the keys stay as they were" if self._keys else "nobody's key is known", fault)
+        if self._keys is None:
+            self._keys = ()
+        self.fault = fault
+
+    @property
+    def exist(self) -> bool:
+        """Whether keys were made, and the last of them was not revoked."""
+        return self._remembered.exists()
+
+    def _remember(self) -> None:
+        if not self.exist:
+            try:
+                self._remembered.parent.mkdir(parents=True, exist_ok=True)
+                self._remembered.touch()
+            except OSError as error:
+                logger.error("that keys exist cannot be remembered in %s: %s", self._remembered, error)
+
+    def revoke_last(self) -> None:
+        """From now on no key is asked for. Raises StorageError."""
+        try:
+            self._remembered.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{self._remembered} cannot be removed, so keys are asked for: {error}") from None
 
     def edit(self, change: Callable[[tuple[ApiKey, ...]], tuple[ApiKey, ...]]) -> None:
         """Change the file under its lock. Raises ConfigError, StorageError and what `change` raises."""
@@ -138,6 +179,41 @@ class KeysFile:
             entries = [_entry(key) for key in change(self.read())]
             text = HEAD + yaml.safe_dump({"version": 1, "keys": entries}, sort_keys=False, allow_unicode=True)
             files.replace(self.path, text, new_mode=ONLY_OWNER)
+            if entries:
+                self._remember()
+
+
+def keys_file(settings: Settings) -> KeysFile:
+    """The keys.yml of the settings."""
+    state_dir = settings.file(settings.paths.state_dir)
+    return KeysFile(settings.file(settings.security.keys_file), state_dir / REMEMBERED)
+
+
+def require_a_key(settings: Settings, host: str) -> None:
+    """Raises ConfigError if a key should exist at this start and none does, or if keys.yml is broken.
+
+    Beyond loopback one should, unless the settings say otherwise. Keys that existed once are asked for in any case.
+    """
+    security = settings.security
+    file = keys_file(settings)
+    has_key = bool(file.read() or file.exist or security.admin_key_env or security.embed_key_env)
+    if has_key and security.keys != "off":
+        return
+    if security.keys == "required":
+        raise ConfigError(f"security.keys is required and {file.path} holds none: `embedpool key create` makes one")
+    if not (security.insecure or is_loopback(host)):
+        raise ConfigError(
+            f"{host} is reached from other machines and no key is asked for: make one with `embedpool key create`, or "
+            "say --insecure"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a listener at this address; "" is one on a unix socket."""
+    try:
+        return ipaddress.ip_address(host.strip("[]").split("%")[0]).is_loopback
+    except ValueError:
+        return host in ("localhost", "")
 
 
 def _entry(key: ApiKey) -> dict[str, object]:

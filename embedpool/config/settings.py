@@ -30,7 +30,9 @@ def secret_variable(name: str) -> None:
 class Client:
     """How the command line finds the server."""
 
-    base_url: str = option("http://127.0.0.1:8876", "address of the server for the CLI, if no pid file names one")
+    base_url: str | None = option(
+        None, "address of the server for the CLI, if no pid file names one; default: server.host and server.port"
+    )
     api_key_env: str | None = option(None, "name of the environment variable with the key that the command line sends")
 
 
@@ -149,6 +151,12 @@ class Security:
         check=secret_variable,
     )
     keys_file: str = option(".config/keys.yml", "keys as hashes, with scopes, models and limits; see `embedpool key`")
+    keys: str = option(
+        "auto",
+        "who is asked for a key; auto: everybody, as soon as a key of any scope exists; required: everybody, and "
+        "without keys.yml the server does not start; off: nobody",
+        choices=("auto", "required", "off"),
+    )
     model_roots: tuple[str, ...] = option((), "allowlist of folders for `driver.config.path`; empty: any folder")
     remote_hosts: tuple[str, ...] = option(
         (), "allowlist of hosts for remote models, with * for a part; empty: all but link-local and metadata addresses"
@@ -180,6 +188,12 @@ class Settings:
     def file(self, relative: str) -> Path:
         """A path of this file, made absolute."""
         return self.base_dir / relative
+
+    @property
+    def base_url(self) -> str:
+        """Where the command line looks for a server that no pid file names."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server.host, self.server.host)  # noqa: S104
+        return self.client.base_url or f"http://{f'[{host}]' if ':' in host else host}:{self.server.port}"
 
     @property
     def threads(self) -> int:
@@ -292,7 +306,7 @@ def sample_config_yml(root: str = ".config") -> str:
         lines += ["", f"# {(cls.__doc__ or '').strip()}", f"{section}:"]
         for f in dataclasses.fields(cls):
             default = f.default
-            if section in ("paths", "process") and root != ".config" and isinstance(default, str):
+            if root != ".config" and isinstance(default, str):
                 default = default.replace(".config", root, 1)
             shown = yaml.safe_dump(
                 list(default) if isinstance(default, tuple) else default,

@@ -1,34 +1,22 @@
-"""The address that the server listens at: who may reach it, binding it, and how programs on this machine call it."""
+"""The address that the server listens at: binding it, and how programs on this machine call it."""
 
 from __future__ import annotations
 
-import ipaddress
+import os
 import socket
+from collections.abc import Sequence
 
-from embedpool.config.keys import KeysFile
 from embedpool.config.settings import Settings
 from embedpool.errors import ConfigError
 from embedpool.serve.connections import LISTEN_BACKLOG
 
-
-def require_a_key(settings: Settings) -> None:
-    """Raises ConfigError if other machines can reach a server that has no key, or if keys.yml is broken."""
-    security = settings.security
-    keys = KeysFile(settings.file(security.keys_file)).read()
-    if security.insecure or _is_loopback(settings.server.host):
-        return
-    if not (security.admin_key_env or security.embed_key_env or keys):
-        raise ConfigError(
-            f"{settings.server.host} is reached from other machines and there is no key: make one with "
-            "`embedpool key create`, or say --insecure"
-        )
+UNIX = "unix:"
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
+def host_of(listener: socket.socket) -> str:
+    """The address that a listening socket is bound to; "" for one on a unix socket."""
+    name = listener.getsockname()
+    return str(name[0]) if isinstance(name, tuple) else ""
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -41,9 +29,12 @@ def bind(settings: Settings) -> socket.socket:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
 
 
-def address_of(listener: socket.socket) -> str:
-    """The URL at which a program on this machine reaches the server."""
-    host, port = listener.getsockname()[:2]
+def address_of(listeners: Sequence[socket.socket]) -> str:
+    """The URL at which a program on this machine reaches the server; unix:PATH if it has no other address."""
+    with_a_port = [listener for listener in listeners if host_of(listener)]
+    if not with_a_port:
+        return UNIX + os.fsdecode(listeners[0].getsockname())
+    host, port = with_a_port[0].getsockname()[:2]
     return f"http://{shown({'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host))}:{port}"  # noqa: S104
 
 

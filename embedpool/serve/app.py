@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from embedpool.config.settings import Settings
@@ -15,6 +15,13 @@ class App(Protocol):
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         """Answer a request, as WSGI says; request threads call this."""
+
+    def listens_at(self, hosts: Sequence[str]) -> None:
+        """Learn the addresses of the listening sockets, before the first request."""
+
+    @property
+    def is_booted(self) -> bool:
+        """Whether it has loaded what it is to serve."""
 
     def beat(self) -> None:
         """Learn that the loop turns; called once a second."""

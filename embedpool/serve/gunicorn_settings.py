@@ -2,48 +2,57 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
+from embedpool.config import checked
 from embedpool.config.files import folder_in_memory
-from embedpool.config.settings import Settings, find_config_yml, load_settings
+from embedpool.config.keys import require_a_key
+from embedpool.config.settings import Settings
 from embedpool.errors import ConfigError
 from embedpool.logs import configure_logging
-from embedpool.serve.address import address_of, require_a_key, shown
+from embedpool.serve.address import address_of, bind, host_of, shown
 from embedpool.serve.connections import LISTEN_BACKLOG
+from embedpool.serve.gunicorn_master import Master
 from embedpool.serve.process import PidFile
 from embedpool.web import metrics
 
-logger = logging.getLogger(__name__)
-
 WORKER_STOP_MARGIN_S = 20  # beyond the grace period, so that replicas can close before gunicorn kills the worker
 
-_last_good: Settings | None = None
+_bound: tuple[str, int] | None = None  # the address that this process listens at, by its settings
 
 
 def gunicorn_settings() -> dict[str, Any]:
     """The settings of config.yml as gunicorn's.
 
     gunicorn's master reads them again on SIGHUP, where an error would end it: so it keeps the settings it had if
-    config.yml or keys.yml is broken by then.
+    config.yml or keys.yml is broken by then, or if it could not listen at a new address.
     """
-    global _last_good  # noqa: PLW0603  (gunicorn executes its config file anew; only a module survives that)
-    try:
-        settings = load_settings(find_config_yml(None))
-        require_a_key(settings)
-        _last_good = settings
-    except ConfigError as error:
-        if _last_good is None:
-            raise
-        logger.error("the settings stay as they were: %s", error.message)
-    settings = _last_good
+    global _bound  # noqa: PLW0603  (as in config/checked.py)
+    settings = checked.read(_check)
     server = settings.server
+    _bound = (server.host, server.port)
     configure_logging(settings)
     pid_file = PidFile(settings)
 
     def begin(arbiter: Any) -> None:
-        if arbiter.cfg.workers > 1:
-            metrics.share()
+        Master.adopt(arbiter)
+        _share_metrics(arbiter)
+
+    def listens(arbiter: Any) -> None:
+        try:
+            for listener in arbiter.LISTENERS:  # gunicorn may have been told another address than config.yml says
+                require_a_key(settings, host_of(listener.sock))
+        except ConfigError as error:
+            raise RuntimeError(error.message) from None  # ends gunicorn with this sentence
+        pid_file.write(address_of([listener.sock for listener in arbiter.LISTENERS]))
+
+    def reloaded(arbiter: Any) -> None:
+        arbiter.wait_for_nobody()
+        _share_metrics(arbiter)
+        pid_file.write(address_of([listener.sock for listener in arbiter.LISTENERS]))
+
+    def before_fork(arbiter: Any, worker: Any) -> None:
+        worker.waits_for_models = arbiter.has_ready_worker
 
     def end(arbiter: Any) -> None:
         metrics.unshare()
@@ -62,8 +71,24 @@ def gunicorn_settings() -> dict[str, Any]:
         "logger_class": "embedpool.serve.gunicorn_worker.GunicornLogger",
         "control_socket_disable": True,
         "worker_tmp_dir": folder_in_memory(),  # a heartbeat is a file: not on a disk that may be full
-        "when_ready": lambda arbiter: pid_file.write(address_of(arbiter.LISTENERS[0].sock)),
         "on_starting": begin,
+        "when_ready": listens,
+        "on_reload": reloaded,
+        "pre_fork": before_fork,
+        "post_fork": lambda arbiter, worker: pid_file.leave_to_parent(),
         "child_exit": lambda arbiter, worker: metrics.forget_worker(worker.pid),
         "on_exit": end,
     }
+
+
+def _check(settings: Settings) -> None:
+    """Raises ConfigError."""
+    server = settings.server
+    require_a_key(settings, server.host)
+    if _bound not in (None, (server.host, server.port)):
+        bind(settings).close()
+
+
+def _share_metrics(arbiter: Any) -> None:
+    if arbiter.cfg.workers > 1 and not metrics.is_shared():
+        metrics.share()

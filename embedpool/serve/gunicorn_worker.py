@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import sys
@@ -14,6 +15,8 @@ from gunicorn.workers.base import Worker
 from typing_extensions import override
 
 from embedpool.serve.loop import BEAT_S, Loop
+
+LOOK_S = 0.05  # between looks whether the models are loaded
 
 
 class GunicornLogger(Logger):  # type: ignore[misc]
@@ -32,10 +35,27 @@ class WaitressWorker(Worker):  # type: ignore[misc]
     _loop: Loop | None = None
     _next_beat = 0.0
     _interrupted = False
+    is_ending = False  # the master has told it to
+    waits_for_models = False  # set in the master, before the fork
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)  # in the master, before the fork
+        self.born_at = time.monotonic()
+        self._shared = mmap.mmap(-1, 1)  # written by the worker, read by the master
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its models are loaded, or have failed to load."""
+        return self._shared[0] > 0
 
     @override
     def run(self) -> None:
-        """Serve until gunicorn stops this worker, or until the master is gone."""
+        """Serve until gunicorn stops this worker, or until the master is gone.
+
+        Where another worker is ready, this one accepts nothing until it is ready itself.
+        """
+        while self.waits_for_models and self._heartbeat() and not self.is_ready:
+            time.sleep(LOOK_S)
         for listener in self.sockets:
             listener.sock.setblocking(False)
         self._loop = Loop(self.wsgi, [listener.sock for listener in self.sockets], shared=self.cfg.workers > 1)
@@ -49,6 +69,8 @@ class WaitressWorker(Worker):  # type: ignore[misc]
         if time.monotonic() >= self._next_beat:
             self._next_beat = time.monotonic() + BEAT_S
             self.notify()
+        if not self.is_ready and self.wsgi.is_booted:
+            self._shared[0] = 1
         return self.alive and self.ppid == os.getppid()
 
     @override

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from embedpool.serve.address import host_of
 from embedpool.serve.app import App
 from embedpool.serve.connections import Channel, listen
 from embedpool.serve.readiness import OpenSockets
@@ -67,6 +68,7 @@ class Loop:
         self._gave_way = 0
         self._next_room = 0.0
         self._open = OpenSockets()
+        app.listens_at([host_of(each) for each in sockets])
         self._listeners = listen(
             app,
             sockets,

@@ -15,9 +15,15 @@ import psutil
 from embedpool.config.settings import Settings
 from embedpool.errors import ConfigError, StorageError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 START_TIMEOUT_S = 60
 STOP_MARGIN_S = 30  # beyond the grace period, before it is killed: more than the server ever takes by itself
 LOG_TAIL_LINES = 20
+LOCK_TRIES, LOCK_PAUSE_S = 40, 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,42 +36,102 @@ class Running:
 
 
 class PidFile:
-    """Three lines: the pid of the server's parent process, its address, the process's start time.
+    """Two lines: the pid of the server's parent process, and its address.
 
-    The start time tells a stale file from a running server, since the system uses pids again.
+    The server holds a lock beside the file for as long as it lives. The lock tells a stale file from a running server,
+    since the system uses pids again; it needs no clock, which may be set.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.path = settings.file(settings.process.pid_file)
+        self._lock_path = self.path.with_name(f"{self.path.name}.lock")
 
     def write(self, address: str) -> None:
-        """Claim the file for this process. Raises StorageError."""
+        """Claim the file for this process, or change its address. Raises StorageError."""
         pid = os.getpid()
         temporary = self.path.with_name(f"{self.path.name}.{pid}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(f"{pid}\n{address}\n{psutil.Process(pid).create_time():.2f}\n")
+            if self.path not in _held and (lock := _locked(self._lock_path, exclusive=True)) is not None:
+                _held[self.path] = lock
+            temporary.write_text(f"{pid}\n{address}\n")
             temporary.replace(self.path)
+        except BlockingIOError:
+            raise StorageError(f"{self.path} belongs to a server that runs already") from None
         except OSError as error:
-            raise StorageError(f"{self.path} cannot be written: {error}") from None
+            raise StorageError(f"{self.path} cannot be written: {error}; see process.pid_file") from None
 
     def remove(self) -> None:
-        """Remove the file if it is this process's own."""
-        running = self.read()
-        if running and running.pid == os.getpid():
-            with contextlib.suppress(OSError):
-                self.path.unlink()
+        """Remove the file and let go of its lock, if they are this process's own."""
+        lock = _held.pop(self.path, None)
+        if lock is None and self._claims() != os.getpid():
+            return
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+        if lock is not None:
+            os.close(lock)
+
+    def leave_to_parent(self) -> None:
+        """After a fork, in the child: the lock is the parent's alone."""
+        if (lock := _held.pop(self.path, None)) is not None:
+            os.close(lock)
 
     def read(self) -> Running | None:
         """The running server of this file. None if there is none, or if its pid now belongs to another program."""
         try:
-            pid, address, started = self.path.read_text().split("\n")[:3]
+            if not self._is_locked():
+                return None
+            pid, address = self.path.read_text().split("\n")[:2]
             process = psutil.Process(int(pid))
-            if abs(process.create_time() - float(started)) > 1 or process.status() == psutil.STATUS_ZOMBIE:
+            if process.status() == psutil.STATUS_ZOMBIE:
                 return None
         except (OSError, ValueError, psutil.Error):
             return None
         return Running(int(pid), address, process)
+
+    def _claims(self) -> int | None:
+        with contextlib.suppress(OSError, ValueError):
+            return int(self.path.read_text().split("\n")[0])
+        return None
+
+    def _is_locked(self) -> bool:
+        """Whether a process lives that has claimed the file. Raises OSError without one that ever did."""
+        if self.path in _held or fcntl is None:
+            return True
+        if not self._lock_path.exists():
+            return False
+        try:
+            lock = _locked(self._lock_path, exclusive=False)
+        except BlockingIOError:
+            return True
+        assert lock is not None
+        os.close(lock)
+        return False
+
+
+_held: dict[Path, int] = {}  # file descriptors of this process's locks, by pid file
+
+
+def _locked(path: Path, *, exclusive: bool) -> int | None:
+    """The descriptor of a locked file; None where the system has no such locks. Raises BlockingIOError and OSError.
+
+    One that wants the lock for itself waits a moment, since others take a share of it to see whether it is held.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    kind = (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB
+    try:
+        for _ in range(LOCK_TRIES if exclusive else 1):
+            try:
+                fcntl.flock(descriptor, kind)
+                return descriptor
+            except BlockingIOError:
+                time.sleep(LOCK_PAUSE_S if exclusive else 0)
+        raise BlockingIOError
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def start_detached(settings: Settings) -> Running:

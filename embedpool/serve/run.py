@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import Callable
 
+from embedpool.config.keys import require_a_key
 from embedpool.config.settings import Settings
 from embedpool.logs import configure_logging
-from embedpool.serve.address import address_of, bind, require_a_key
+from embedpool.serve.address import address_of, bind
 from embedpool.serve.gunicorn_settings import gunicorn_settings
 from embedpool.serve.loop import Loop
 from embedpool.serve.process import PidFile
@@ -32,7 +34,7 @@ def run(settings: Settings, kind: str) -> None:
 
 def run_waitress(settings: Settings) -> None:
     """Run the loop in this process, on any platform."""
-    require_a_key(settings)
+    require_a_key(settings, settings.server.host)
     listener = bind(settings)
     app = EmbedpoolApp(settings)
     loop = Loop(app, [listener])
@@ -40,14 +42,29 @@ def run_waitress(settings: Settings) -> None:
     pid_file = PidFile(settings)
     try:
         app.start()
-        pid_file.write(address_of(listener))
+        pid_file.write(address_of([listener]))
         tell_service_manager("READY=1")  # gunicorn does so itself
         logger.info("serving on %s:%s (waitress)", *listener.getsockname()[:2])
-        loop.run()
+        loop.run(_tell_of_hangups())
     finally:
         pid_file.remove()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _tell_of_hangups() -> Callable[[], bool]:
+    """A heartbeat that says in the log that SIGHUP changes nothing here; by default it would end the process."""
+    hangups: list[int] = []
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda number, _: hangups.append(number))
+
+    def heartbeat() -> bool:
+        if hangups:
+            hangups.clear()
+            logger.warning("SIGHUP changes nothing under waitress: a restart takes over new settings")
+        return True
+
+    return heartbeat
 
 
 def run_gunicorn() -> None:

@@ -1,7 +1,8 @@
 """Authentication and authorisation: keys from keys.yml and the environment, their scopes, models and limits.
 
-With no key of scope embed anywhere, embedding is open; with no key for management it is open to this machine alone (see
-manage.py). Whether the process is up and the API's document are everybody's.
+With no key anywhere embedding is open, and management is open to this machine alone (see manage.py). The first key of
+any scope closes both. Keys that exist and cannot be read leave everything closed. Whether the process is up and the
+API's document are everybody's.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from flask import Request
 from embedpool.config.keys import ADMIN, EMBED, ApiKey, KeysFile, hash_of, id_of
 from embedpool.config.settings import Security
 from embedpool.config.spec import ModelSpec
-from embedpool.errors import Forbidden, RateLimited, Unauthorized
+from embedpool.errors import Forbidden, KeysUnknown, RateLimited, Unauthorized
 from embedpool.pool.pool import Pool
 from embedpool.pool.served_model import ServedModel
 from embedpool.web.rate_limit import RateLimit
@@ -82,6 +83,9 @@ class Access:
 
     def __init__(self, security: Security, keys: KeysFile) -> None:
         self._keys = keys
+        self._policy = security.keys
+        self._insecure = security.insecure
+        self._is_public = False  # other machines reach a listener
         named = {EMBED: security.embed_key_env, ADMIN: security.admin_key_env}
         self._variables = {scope: variable for scope, variable in named.items() if variable}
         self._from_environment = tuple(
@@ -92,14 +96,21 @@ class Access:
         self._callers: dict[ApiKey, Caller] = {}
         self._lock = threading.Lock()
 
+    def serves_other_machines(self) -> None:
+        """A listener is reached from other machines, so a key is asked for even while none exists."""
+        self._is_public = not self._insecure
+
     @property
     def is_open(self) -> bool:
         """Whether requests need no key, because none exists and none should."""
-        return not (self._variables or self._all())
+        if self._policy != "auto":
+            return self._policy == "off"
+        return not (self._variables or self._all() or self._keys.fault or self._is_public)
 
-    def asks_for_a_key(self, scope: str) -> bool:
-        """Whether there is a key for it, or should be."""
-        return scope in self._variables or any(scope in key.scopes for key in self._all())
+    @property
+    def fault(self) -> str | None:
+        """Why the keys in keys.yml are not known, without its path; None if they are."""
+        return self._keys.fault and "keys.yml is missing, broken or without keys; the log has the details"
 
     def caller(self, of: Request) -> Caller:
         """Who sends the request, if they may. Raises Unauthorized and Forbidden.
@@ -113,13 +124,14 @@ class Access:
         key = _find(_given(of), known)
         if key and {scope, ADMIN} & set(key.scopes):
             return self._caller_of(key, known)
-        if not self.asks_for_a_key(scope):
-            return NOBODY
         if key:
             raise Forbidden(f"this asks for a key of scope {scope}")
+        if self._keys.fault:
+            raise KeysUnknown("the server cannot check keys at present")
         if not any({scope, ADMIN} & set(other.scopes) for other in known):
-            variable = self._variables[scope]
-            raise Forbidden(f"this is closed: the variable {variable} is not set in the server's process")
+            unset = [self._variables[s] for s in (scope, ADMIN) if s in self._variables]
+            why = f"the variable {unset[0]} is not set in the server's process" if unset else f"no key of scope {scope}"
+            raise Forbidden(f"this is closed: {why}" + ("" if unset else " exists; `embedpool key create` makes one"))
         raise Unauthorized(f"this asks for {'the admin' if scope == ADMIN else 'a'} key: Authorization: Bearer …")
 
     def _all(self) -> tuple[ApiKey, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 from flask import Flask, Response, request
 
 from embedpool import tracing
-from embedpool.config.keys import KeysFile
+from embedpool.config.keys import keys_file
 from embedpool.config.settings import Settings
 from embedpool.errors import EmbedpoolError
 from embedpool.pool.pool import Pool
@@ -68,11 +68,11 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
     app = _App("embedpool", static_folder=None)
     app.request_class = HttpRequest
     app.url_map.strict_slashes = False
-    access = app.extensions[ACCESS] = Access(settings.security, KeysFile(settings.file(settings.security.keys_file)))
+    access = app.extensions[ACCESS] = Access(settings.security, keys_file(settings))
     app.register_blueprint(native.blueprint(pool, settings.limits, settings.defaults.max_streams))
     for dialect in DIALECTS:
         app.register_blueprint(dialect.blueprint(pool, settings.limits))
-    app.register_blueprint(observe.blueprint(pool, reconciler, metrics))
+    app.register_blueprint(observe.blueprint(pool, reconciler, metrics, access))
     app.register_blueprint(manage.blueprint(pool, reconciler, settings, access))
     app.register_blueprint(openapi.blueprint())
     app.register_error_handler(Exception, lambda error: error_response(error, shape_at(request.path)))

@@ -9,7 +9,6 @@ from urllib.parse import urlsplit
 from flask import Blueprint, Request, Response, request
 
 from embedpool.config import edit, guard
-from embedpool.config.keys import ADMIN
 from embedpool.config.settings import Settings
 from embedpool.errors import Forbidden, InvalidRequest, ModelNotFound
 from embedpool.pool.pool import Pool
@@ -33,7 +32,7 @@ def blueprint(pool: Pool, reconciler: Reconciler, settings: Settings, access: Ac
     @routes.before_request
     def let_in() -> None:
         if request.method not in ("GET", "HEAD", "OPTIONS"):
-            refuse_strangers(request, own_hosts, has_key=access.asks_for_a_key(ADMIN))
+            refuse_strangers(request, own_hosts, has_key=not access.is_open)
 
     @routes.post("/models/register")
     def register() -> Response:

@@ -207,6 +207,11 @@ def _remove_abandoned(parent: Path) -> None:
             shutil.rmtree(folder)
 
 
+def is_shared() -> bool:
+    """Whether this process has let workers share their numbers."""
+    return _owned is not None
+
+
 def unshare() -> None:
     """After the last worker. A folder that others have named is theirs."""
     global _owned  # noqa: PLW0603

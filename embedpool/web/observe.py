@@ -12,12 +12,13 @@ from embedpool.config.pool_yml import as_document
 from embedpool.pool.pool import Pool
 from embedpool.pool.served_model import ServedModel
 from embedpool.reconcile import Reconciler
+from embedpool.web.access import Access
 from embedpool.web.encoding import json_response
 from embedpool.web.http_request import here
 from embedpool.web.metrics import Metrics
 
 
-def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics) -> Blueprint:
+def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics, access: Access) -> Blueprint:
     """The routes that only look."""
     routes = Blueprint("observe", __name__)
 
@@ -30,7 +31,7 @@ def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics) -> Blueprint
         models = [m for m in pool.models if m.spec.enabled]
         loading = [m.spec.model for m in models if not m.settled]
         failed = [m.spec.model for m in models if m.settled and m.state == "failed"]
-        ok = not loading and not pool.draining
+        ok = reconciler.has_applied and not loading and not pool.draining
         document = {"ready": ok, "stopping": pool.draining, "loading": loading, "failed": failed}
         return json_response(document, 200 if ok else 503)
 
@@ -50,6 +51,7 @@ def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics) -> Blueprint
                 "stopping": pool.draining,
                 "pool_file": str(reconciler.pool_file.path),
                 "last_reload": reconciler.last_reload,
+                "keys": {"asked_for": not access.is_open, "fault": access.fault},
                 "models": [served.snapshot() for served in pool.models],
             }
         )

@@ -116,7 +116,7 @@ SCHEMAS: dict[str, Schema] = {
     "NotReady": {"anyOf": [ref("ReadyModel"), ref("Error")]},
     "Status": closed(
         version=STRING, pid=COUNT, stopping=BOOLEAN, pool_file=STRING, last_reload=LAST_RELOAD,
-        models=listed(open_(**MODEL_STATUS)),
+        keys=closed(asked_for=BOOLEAN, fault={"type": ["string", "null"]}), models=listed(open_(**MODEL_STATUS)),
     ),
     "Managed": {"anyOf": [open_(ok=BOOLEAN, **MODEL_STATUS), ref("Removed")]},  # by another, at once
     "Removed": closed(ok=BOOLEAN, model=STRING, removed=BOOLEAN),

@@ -82,15 +82,30 @@ def test_the_file_is_followed(file: KeysFile) -> None:
     now += LOOK_EVERY_S
     assert followed.current()[0].weight == 3
     file.edit(lambda keys: ())
+    file.revoke_last()
     now += LOOK_EVERY_S
     assert followed.current() == ()
+    assert followed.fault is None
 
 
-def test_a_file_that_is_broken_from_the_start_opens_nothing(file: KeysFile) -> None:
-    """Nobody knows who may; so nobody may."""
-    file.path.write_text("keys: [")
-    with pytest.raises(ConfigError):
-        file.current()
+@pytest.mark.parametrize("text", ["keys: [", "", None])
+def test_a_file_that_is_broken_from_the_start_opens_nothing(file: KeysFile, text: str | None) -> None:
+    """Keys were made, and nobody knows whose; the file made whole is followed at the next look."""
+    now = 100.0
+    entry, _ = make_key("a")
+    file.edit(lambda keys: (entry,))
+    whole = file.path.read_text()
+    if text is None:
+        file.path.unlink()
+    else:
+        file.path.write_text(text)
+    born = KeysFile(file.path, clock=lambda: now)
+    assert born.current() == ()
+    assert born.fault
+    file.path.write_text(whole)
+    now += LOOK_EVERY_S
+    assert born.current() == (entry,)
+    assert born.fault is None
 
 
 def test_an_id_is_read_from_what_looks_like_a_key() -> None:

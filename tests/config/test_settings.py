@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from embedpool.config.settings import (
     SECTIONS,
+    Client,
     Settings,
     base_dir_of,
     find_config_yml,
@@ -49,7 +50,7 @@ def refusal(text: str = "", **environ: str) -> str:
 @pytest.mark.parametrize("text", ["", "# nothing\n", "version: 1\n", "server:\n", "server: {port: null}\n", CONTRACT])
 def test_every_key_may_be_left_out(text: str) -> None:
     """An absent or null key has its default, and the contract's own file states the defaults."""
-    assert parse(text) == Settings()
+    assert dataclasses.replace(parse(text), client=Client()) == Settings()
 
 
 def test_the_sample_file_states_the_defaults() -> None:
@@ -156,7 +157,7 @@ def test_a_variable_overrides_a_setting(variable: str, raw: str, value: object) 
     section, key = variable.lower().split("__")
     settings = parse(CONTRACT, **{variable: raw})
     assert getattr(getattr(settings, section), key) == value
-    untouched = dataclasses.replace(settings, **{section: getattr(Settings(), section)})
+    untouched = dataclasses.replace(settings, **{"client": Client(), section: getattr(Settings(), section)})
     assert untouched == Settings()
 
 
@@ -272,3 +273,16 @@ def test_threads_default_to_what_is_admitted_and_a_reserve() -> None:
     """0 threads means enough for every admitted request and for health beside them."""
     assert parse("defaults: {max_inflight_global: 100}").threads == 116
     assert parse("server: {threads: 7}").threads == 7
+
+
+def test_the_command_line_looks_where_the_server_listens() -> None:
+    """Unless it is told another address; a server at every address is reached at this machine's own."""
+    assert parse("server: {port: 9000}").base_url == "http://127.0.0.1:9000"
+    assert parse("server: {port: 9000, host: '::'}").base_url == "http://[::1]:9000"
+    assert parse("server: {port: 9000}\nclient: {base_url: 'http://h:1'}").base_url == "http://h:1"
+
+
+@pytest.mark.parametrize(("written", "meant"), [("off", "off"), ("'off'", "off"), ("required", "required")])
+def test_off_is_a_word(written: str, meant: str) -> None:
+    """YAML takes it for false."""
+    assert parse(f"security: {{keys: {written}}}").security.keys == meant

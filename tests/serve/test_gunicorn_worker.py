@@ -19,12 +19,17 @@ def test_gunicorn_is_told_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None
     beats: list[float] = []
     worker = WaitressWorker.__new__(WaitressWorker)
     worker.alive, worker.ppid = True, os.getppid()
+    worker.wsgi, worker._shared = SimpleNamespace(is_booted=False), bytearray(1)
     monkeypatch.setattr(worker, "notify", lambda: beats.append(now), raising=False)
     monkeypatch.setattr(gunicorn_worker.time, "monotonic", lambda: now)
     for time in times:
         now = time
         assert worker._heartbeat()
     assert beats == [100.0, 100.0 + BEAT_S]
+    assert not worker.is_ready
+    worker.wsgi.is_booted = True
+    assert worker._heartbeat()
+    assert worker.is_ready
     worker.ppid += 1
     assert not worker._heartbeat()
 

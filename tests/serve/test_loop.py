@@ -46,7 +46,9 @@ def make_loop() -> Iterator[Callable[..., tuple[Loop, tuple[str, int]]]]:
     loops: list[Loop] = []
 
     def make(*, shared: bool = False, **server: int) -> tuple[Loop, tuple[str, int]]:
-        app = SimpleNamespace(settings=Settings(server=Server(threads=1, **server)), refusal=None)
+        app = SimpleNamespace(
+            settings=Settings(server=Server(threads=1, **server)), refusal=None, listens_at=lambda hosts: None
+        )
         listening = socket.create_server(("127.0.0.1", 0))
         listening.setblocking(False)
         loop = Loop(app, [listening], shared=shared)

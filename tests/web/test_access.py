@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from embedpool.config.keys import KeysFile, make_key
+from embedpool.config.keys import KeysFile, keys_file, make_key
 from embedpool.config.settings import Security, Settings
 from embedpool.pool.settings import PoolSettings
-from embedpool.web.app import refusal
+from embedpool.web.app import ACCESS, create_app, refusal
 from embedpool.web.lines import CHUNK_TEXTS
+from embedpool.web.metrics import Metrics
 from embedpool.web.openapi import document
 from tests.conftest import settle
 from tests.web.conftest import MODEL, NAME, Gate, Web, serving
@@ -71,9 +72,10 @@ def guarded(tmp_path: Path, pool_settings: PoolSettings, monkeypatch: pytest.Mon
     """No key yet; a new one counts at once."""
     monkeypatch.setattr("embedpool.config.keys.LOOK_EVERY_S", 0.0)
     settings = Settings(security=Security(keys_file=str(tmp_path / "keys.yml")))
+    object.__setattr__(settings, "base_dir", tmp_path)
     with serving(tmp_path, pool_settings, MODEL, "model: new", settings=settings) as web:
         settle(web.pool)
-        yield Guarded(web, KeysFile(tmp_path / "keys.yml"), settings)
+        yield Guarded(web, keys_file(settings), settings)
 
 
 def kind_of(path: str) -> str:
@@ -148,18 +150,68 @@ def test_without_keys_all_is_as_ever(guarded: Guarded) -> None:
     assert guarded.ask("post", "/reload", environ_overrides={"REMOTE_ADDR": "10.0.0.7"}).status_code == 403
 
 
-def test_an_embed_key_leaves_management_as_it_was(guarded: Guarded) -> None:
-    """It is another door."""
-    guarded.key()
-    assert guarded.ask("post", "/reload").status_code == 200
-    assert guarded.ask("post", "/reload", environ_overrides={"REMOTE_ADDR": "10.0.0.7"}).status_code == 403
-
-
-def test_an_admin_key_leaves_embedding_as_it_was(guarded: Guarded) -> None:
-    """Until there is a key for it."""
-    guarded.key(scopes=["admin"])
+def test_the_first_key_closes_both_doors(guarded: Guarded) -> None:
+    """Whatever its scope: a key for one of them never leaves the other open to everybody."""
     assert guarded.ask("post", "/embed").status_code == 200
+    key = guarded.key(scopes=["admin"])
+    assert guarded.ask("post", "/embed").status_code == 401
     assert guarded.ask("post", "/reload").status_code == 401
+    assert guarded.ask("post", "/embed", key).status_code == 200
+
+
+def test_an_embed_key_alone_closes_management(guarded: Guarded) -> None:
+    """The answer says what is missing."""
+    key = guarded.key()
+    assert guarded.ask("post", "/reload", key).status_code == 403
+    answer = guarded.ask("post", "/reload")
+    assert answer.status_code == 403
+    assert "no key of scope admin exists" in answer.json["error"]["message"]
+
+
+@pytest.mark.parametrize("text", [None, "", "keys: [", "version: 1\nkeys: []\n"])
+def test_a_process_born_beside_a_lost_file_lets_nobody_in(guarded: Guarded, text: str | None) -> None:
+    """Gone, cut off, broken or emptied by hand: keys that were made are asked for, and no answer shows the path."""
+    key = guarded.key()
+    if text is None:
+        guarded.file.path.unlink()
+    else:
+        guarded.file.path.write_text(text)
+    born = create_app(guarded.web.pool, guarded.web.reconciler, guarded.settings, Metrics()).test_client()
+    for headers in ({}, {"Authorization": f"Bearer {key}"}):
+        answer = born.post("/embed", json={"model": "m", "texts": ["a"]}, headers=headers)
+        assert (answer.status_code, answer.json["error"]["code"]) == (503, "keys_unknown")
+        assert str(guarded.file.path) not in answer.text
+        assert born.post("/reload", json={}, headers=headers).status_code == 503
+    assert born.get("/health").status_code == 200
+    fresh = guarded.key()
+    assert born.post("/embed", json={"model": "m", "texts": ["a"]}, headers={"X-API-Key": fresh}).status_code == 200
+
+
+def test_the_last_key_revoked_opens(guarded: Guarded) -> None:
+    """Only a revocation does."""
+    guarded.key()
+    guarded.file.edit(lambda keys: ())
+    assert guarded.ask("post", "/embed").status_code in (401, 503)
+    guarded.file.revoke_last()
+    assert guarded.ask("post", "/embed").status_code == 200
+
+
+@pytest.mark.parametrize(("policy", "status"), [("off", 200), ("auto", 401), ("required", 401)])
+def test_the_policy_decides(guarded: Guarded, policy: str, status: int) -> None:
+    """Off asks nobody, whatever exists."""
+    guarded.key()
+    settings = dataclasses.replace(
+        guarded.settings, security=dataclasses.replace(guarded.settings.security, keys=policy)
+    )
+    object.__setattr__(settings, "base_dir", guarded.settings.base_dir)
+    app = create_app(guarded.web.pool, guarded.web.reconciler, settings, Metrics()).test_client()
+    assert app.post("/embed", json={"model": "m", "texts": ["a"]}).status_code == status
+
+
+def test_other_machines_need_a_key_even_where_none_exists(guarded: Guarded) -> None:
+    """The last one revoked under a listener that they reach, or a file that never was."""
+    guarded.web.app.extensions[ACCESS].serves_other_machines()
+    assert guarded.ask("post", "/embed").status_code == 403
 
 
 @pytest.mark.parametrize("header", [{"X-API-Key": "{}"}, {"Authorization": "bearer  {}"}])
