@@ -87,7 +87,7 @@ class Reconciler:
             if not self._last_pool.path.exists() or self._last_pool.content() != text:
                 self._last_pool.path.parent.mkdir(parents=True, exist_ok=True)
                 with files.locked(self._last_pool.path):
-                    files.replace(self._last_pool.path, text)
+                    files.replace(self._last_pool.path, text, new_mode=0o600)
         except (PoolFileInvalid, StorageError, OSError) as error:
             logger.warning("%s does not hold the present pool: %s", self._last_pool.path, error)
 

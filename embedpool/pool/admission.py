@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -24,6 +25,8 @@ from embedpool.pool.stats import ModelStats
 from embedpool.tasks.item import Item
 from embedpool.tasks.task import Task
 from embedpool.tasks.tokenizer import Tokenizer
+
+LOOK_EVERY_S = 1.0  # whether the client of a request that waits is still there
 
 
 @dataclasses.dataclass(eq=False)
@@ -51,7 +54,11 @@ class Admission:
         with self._changed:
             self._inside.add(request)
         try:
-            result = self._serve(request)
+            try:
+                result = self._serve(request)
+            except BaseException:
+                self.queue.withdraw(request)
+                raise
         except EmbedpoolError as error:
             if not (call.is_patient and isinstance(error, Overloaded)):
                 self.stats.refused(error.code)
@@ -88,7 +95,7 @@ class Admission:
         request.expect(measured)
         try:
             self._enqueue(request, measured.items)
-            request.wait(max(call.deadline - clock(), 0))
+            self._wait(request)
         except (TimeoutError, queue.Full):
             raise DeadlineExceeded(f"no answer within {call.timeout_s:g} s") from None
         raw = request.gather()
@@ -108,6 +115,15 @@ class Admission:
             replicas=sorted(request.replicas),
             errors=errors,
         )
+
+    def _wait(self, request: Request) -> None:
+        """Until it is done, or its client has gone. Raises its error, and TimeoutError at its deadline."""
+        clock, deadline = self.settings.clock, request.call.deadline
+        while not request.is_done and deadline - clock() > LOOK_EVERY_S:
+            with contextlib.suppress(TimeoutError):
+                request.wait(LOOK_EVERY_S)
+            request.is_wanted(clock())
+        request.wait(max(deadline - clock(), 0))
 
     def _enqueue(self, request: Request, items: list[Item]) -> None:
         """All items, as there is room for them; the first now or never."""

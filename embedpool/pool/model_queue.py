@@ -1,30 +1,32 @@
-"""The queue of one model: a `queue.Queue` of items, bounded and served in fair order.
+"""The queue of one model: a `queue.Queue` of items, bounded and served in fair order (fair_order.py).
 
-Start-time fair queueing, item by item: an item starts at max(v, its request's last finish) and finishes its tokens ÷
-weight later, where v is the largest start of an item whose turn it was; the smallest start comes first. So a one-text
-query overtakes the rest of a 10,000-text request and nothing starves. A batch holds the item whose turn it is, and of
-those waiting behind it the ones that ride along well; riding along moves nobody else's turn. A duplicate of an item
-that runs already does not wait at all: it shares that one's row.
+A batch holds the item whose turn it is, and of those waiting behind it the ones that ride along well. A duplicate of an
+item that runs already does not wait at all: it shares that one's row.
 """
 
 from __future__ import annotations
 
-import bisect
 import collections
 import contextlib
 import itertools
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from embedpool.pool.fair_order import FairOrder
 from embedpool.pool.request import Request
 from embedpool.tasks.item import Item
 
 WINDOW = 256  # items a batch is planned from
 JOINABLE_S = 1.0  # a running batch is joined no longer than this, so that one which hangs gathers nobody
 
-_Entry = tuple[float, int, Item]  # start, sequence; no two entries are alike in these
+_Entry = tuple[int, Item]  # a number of its own
 Plan = Callable[[Sequence[Item]], Sequence[int]]
+
+
+def work_of(item: Item) -> int:
+    """Its share of the machine, in tokens."""
+    return item.tokens or 1
 
 
 class QueueClosed(Exception):
@@ -34,44 +36,55 @@ class QueueClosed(Exception):
 class ModelQueue(queue.Queue[Item]):
     """`qsize()` and `maxsize` count items.
 
-    All state, and `waiting` and `finish` of requests, is guarded by the one lock of `queue.Queue`. Requests' threads
+    All state, and `waiting` and `left` of requests, is guarded by the one lock of `queue.Queue`. Requests' threads
     wait for `not_full` and put, replicas' threads wait for `not_empty` and take. Under the lock nothing waits and no
     other lock is taken but those of the planner's `Slots`.
     """
 
-    def __init__(self, max_size: int, clock: Callable[[], float] = time.monotonic, burst: int = 64) -> None:
+    def __init__(
+        self,
+        max_size: int,
+        clock: Callable[[], float] = time.monotonic,
+        burst: int = 64,
+        most_requests: int = 256,
+    ) -> None:
+        """`most_requests` may be served at once, and each is to find room for its first item."""
         super().__init__(max_size)
         self._clock = clock
+        self._most_requests = most_requests
         self._burst = burst  # items of a request that are put at once: about a batch
 
     # --- the primitives that queue.Queue lets a subclass redefine
 
     def _init(self, maxsize: int) -> None:
-        self._waiting: list[_Entry] = []  # in the order of service
-        self._equal: dict[bytes, list[_Entry]] = {}  # the same entries, by their items' keys
+        self._order = FairOrder()
+        self._waiting: dict[Request, dict[int, Item]] = {}  # the items of each, by their numbers, in order
+        self._count = 0
+        self._equal: dict[bytes, list[_Entry]] = {}  # the same items, by their keys
         self._running: dict[bytes, tuple[Item, float]] = {}  # likewise; joinable until
         self._returned: collections.deque[list[Item]] = collections.deque()  # batches to be run again
         self._returned_last = False  # such a batch was taken last
-        self._sequence = itertools.count()
-        self._virtual_time = 0.0
+        self._numbers = itertools.count()
         self._closed = self._stopped = False
 
     def _qsize(self) -> int:
-        return len(self._waiting) + sum(map(len, self._returned))
+        return self._count + sum(map(len, self._returned))
 
     def _put(self, item: Item) -> None:
-        if self._joins(item):
-            return
         request: Request = item.request
+        if request not in self._order:
+            call = request.call
+            request.left = max(request.tokens, work_of(item))
+            self._order.enter(request, call.caller, call.weight, call.share, request.left)
+        if self._joins(item):
+            self._order.serve(work_of(item))
+            self._is_through(item)
+            return
+        number = next(self._numbers)
+        self._waiting.setdefault(request, {})[number] = item
+        self._count += 1
         request.waiting += 1
-        start = max(self._virtual_time, request.finish)
-        request.finish = start + (item.tokens or 1) / request.call.weight
-        entry = (start, next(self._sequence), item)
-        if self._waiting and entry < self._waiting[-1]:
-            bisect.insort(self._waiting, entry)
-        else:
-            self._waiting.append(entry)
-        self._equal.setdefault(item.key, []).append(entry)
+        self._equal.setdefault(item.key, []).append((number, item))
 
     def _joins(self, item: Item) -> bool:
         """Whether an equal item runs, of which this one then is a duplicate."""
@@ -82,29 +95,51 @@ class ModelQueue(queue.Queue[Item]):
         return True
 
     def _get(self) -> Item:
-        return self._remove([0])[0]
+        return self._remove(self._first(1))[0]
 
-    def _remove(self, places: Sequence[int]) -> list[Item]:
-        """Take out the entries at these places, ascending, each with its duplicates wherever they wait."""
-        self._virtual_time = max(self._virtual_time, self._waiting[0][0])
-        taken = [self._waiting[place] for place in places]
-        numbers = {entry[1] for entry in taken}
-        for place in reversed(places):
-            del self._waiting[place]
+    def _first(self, count: int) -> list[_Entry]:
+        """So many waiting items, in the order of service."""
+        return list(itertools.islice((entry for request in self._order for entry in self._items_of(request)), count))
+
+    def _items_of(self, request: Request) -> Iterable[_Entry]:
+        return self._waiting.get(request, {}).items()
+
+    def _remove(self, entries: Sequence[_Entry]) -> list[Item]:
+        """Take out these, each with its duplicates wherever they wait."""
         items = []
-        for entry in taken:
-            item = entry[2]
+        work = 0.0
+        for _, item in entries:
             equals = self._equal.pop(item.key, None)
             if equals is None:
                 continue  # it is a duplicate of one before it
             items.append(item)
-            for other in equals:
-                other[2].request.waiting -= 1
-                if other is not entry:
-                    item.duplicates.append(other[2])
-                    if other[1] not in numbers:
-                        del self._waiting[bisect.bisect_left(self._waiting, other)]
+            for number, equal in equals:
+                if equal is not item:
+                    item.duplicates.append(equal)
+                self._forget(number, equal)
+                work += work_of(equal)
+        self._order.serve(work)
+        for item in items:
+            for equal in item.equals:
+                self._is_through(equal)
         return items
+
+    def _forget(self, number: int, item: Item) -> None:
+        """It waits no more."""
+        request: Request = item.request
+        of_request = self._waiting[request]
+        del of_request[number]
+        if not of_request:
+            del self._waiting[request]
+        self._count -= 1
+        request.waiting -= 1
+
+    def _is_through(self, item: Item) -> None:
+        """After its work is done; with its last item a request leaves the order."""
+        request: Request = item.request
+        request.left -= work_of(item)
+        if request.left <= 0 and not request.waiting:
+            self._order.leave(request)
 
     # --- the pool's two ways in and one way out
 
@@ -145,7 +180,7 @@ class ModelQueue(queue.Queue[Item]):
             put += 1
         if not put:
             raise queue.Full
-        if self._waiting:  # else all of them have joined what runs
+        if self._count:  # else all of them have joined what runs
             self.not_empty.notify()
         return put
 
@@ -153,11 +188,23 @@ class ModelQueue(queue.Queue[Item]):
         """How full the queue may be for the next item of a request, `put` of which have just got in.
 
         The first item of a fresh request, which had none waiting, may use any room, so that bulk work keeps out no
-        query and queries starve no bulk work. The burst behind it may fill three quarters of the queue, all else half.
+        query and queries starve no bulk work. For these a place is kept for each request that may be served at once,
+        up to half of the queue; the others fill the rest.
         """
-        if not is_fresh:
-            return self.maxsize // 2
-        return self.maxsize - self.maxsize // 4 if put else self.maxsize
+        if is_fresh and not put:
+            return self.maxsize
+        return self.maxsize - min(self._most_requests, self.maxsize // 2)
+
+    def withdraw(self, request: Request) -> None:
+        """Nobody waits for a request any more: its items make room."""
+        with self.mutex:
+            for number, item in list(self._items_of(request)):
+                equals = [entry for entry in self._equal.pop(item.key) if entry[0] != number]
+                if equals:
+                    self._equal[item.key] = equals
+                self._forget(number, item)
+            self._order.withdraw(request)
+            self.not_full.notify_all()
 
     def put_back(self, items: Sequence[Item]) -> None:
         """Let items that were taken run again, as a batch of their own. The queue may be full by now.
@@ -190,19 +237,20 @@ class ModelQueue(queue.Queue[Item]):
             if leaving():
                 self.not_empty.notify()  # what woke this thread is for another
                 return []
-            if self._returned and not (self._returned_last and self._waiting):
+            if self._returned and not (self._returned_last and self._count):
                 self._returned_last = True
                 items = self._returned.popleft()
                 self._let_others_on()
                 return items
             self._returned_last = False
-            if self._waiting and max_wait_s:
+            if self._count and max_wait_s:
                 until = self._clock() + max_wait_s
-                while 0 < len(self._waiting) < enough and (remaining := until - self._clock()) > 0:
+                while 0 < self._count < enough and (remaining := until - self._clock()) > 0:
                     self.not_empty.wait(remaining)
-            if not self._waiting:
+            if not self._count:
                 return []
-            items = self._remove(plan_under_lock([entry[2] for entry in self._waiting[:WINDOW]]))
+            window = self._first(WINDOW)
+            items = self._remove([window[place] for place in plan_under_lock([item for _, item in window])])
             self._let_others_on()
             return items
 
@@ -230,7 +278,7 @@ class ModelQueue(queue.Queue[Item]):
     def take_all(self) -> list[Item]:
         """Everything that waits, for a model that cannot serve it."""
         with self.mutex:
-            items = self._remove(range(len(self._waiting))) if self._waiting else []
+            items = self._remove(self._first(self._count))
             items += itertools.chain.from_iterable(self._returned)
             self._returned.clear()
             self.not_full.notify_all()

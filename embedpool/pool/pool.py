@@ -32,7 +32,7 @@ class Pool:
         self.draining = False  # set by the server when it begins to stop: not ready any more, but serving
         self.stopping = False
         self.catch_up: Callable[[str], bool] = lambda name: False  # set by the server: see Reconciler
-        self._settings = settings
+        self._settings = dataclasses.replace(settings, max_inflight_global=max_inflight_global)
         self._permits = threading.BoundedSemaphore(max_inflight_global)
         # Guards everything below but `_routes`, which is replaced whole and read without it. Taken by whoever changes
         # the pool: reconcile's thread, one that registers, a replica's thread that promotes a successor. Inside it a

@@ -28,7 +28,8 @@ class Call:
     arrived_at: float
     timeout_s: float
     caller: str = ""  # the id of an API key
-    weight: float = 1.0  # its share of the queue
+    weight: float = 1.0  # the caller's part of the machine, beside other callers
+    share: float = 1.0  # this request's part of it, beside others of the caller
     client_gone: Callable[[], bool] = lambda: False
     is_patient: bool = False  # when the queue is full it will ask again, so it has not been refused
     hops: int = 0  # servers of this kind that it has come through
@@ -69,12 +70,12 @@ class Result:
 class Request:
     """A task on its way. It is done once: with a row or an error for every item, or with an error for all of them.
 
-    `waiting` and `finish` belong to the queue and are guarded by its lock.
+    `waiting` and `left` belong to the queue and are guarded by its lock.
     """
 
     __slots__ = (
-        "_done", "_lock", "_missing", "_rows", "abandoned", "call", "compute_s", "counted", "error", "errors", "finish",
-        "is_done", "replicas", "started_at", "task", "truncated", "waiting",
+        "_done", "_lock", "_missing", "_rows", "abandoned", "call", "compute_s", "counted", "error", "errors",
+        "is_done", "left", "replicas", "started_at", "task", "tokens", "truncated", "waiting",
     )  # fmt: skip
 
     def __init__(self, task: Task, call: Call) -> None:
@@ -89,7 +90,8 @@ class Request:
         self.counted = 0.0  # tokens as counted by a remote service
         self.truncated: list[int] = []  # inputs cut before the queue, or by a remote service
         self.waiting = 0  # items in the queue
-        self.finish = 0.0  # of the last of them, in virtual time
+        self.left = 0.0  # tokens of its items that have not left the queue
+        self.tokens = 0  # of all its items
         self._rows: list[Rows | None] = [None] * len(task)  # each alone
         self._missing = 0
         # `_lock` guards what replicas' threads write: rows, errors, `is_done` and the sums. It is held for a few
@@ -107,6 +109,7 @@ class Request:
             self.truncated = measured.truncated
             self.errors.update(measured.refused)
             self._missing = len(measured.items)
+            self.tokens = sum(item.tokens or 1 for item in measured.items)
             if not self._missing and not self.is_done:
                 self._finish()
 

@@ -34,7 +34,7 @@ class ServedModel:
         self.successor: ServedModel | None = None  # of another spec, while it loads; guarded by the pool's lock
         self.stats = ModelStats(spec.model, settings.observer)
         bound = spec.queue.max_size or settings.max_queue_per_model
-        self.queue = ModelQueue(bound, settings.clock, settings.max_batch_texts)
+        self.queue = ModelQueue(bound, settings.clock, settings.max_batch_texts, settings.max_inflight_global)
         self._settings = settings
         self._on_ready = on_ready
         self._draining = False

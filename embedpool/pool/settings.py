@@ -21,6 +21,7 @@ class PoolSettings:
     open_tokenizer: Callable[[ModelSpec], Tokenizer]
     request_timeout_s: float = 120.0
     max_queue_per_model: int = 1000
+    max_inflight_global: int = 256
     max_batch_texts: int = 64
     max_batch_tokens: int = 16384
     max_batch_s: float | None = None

@@ -39,12 +39,13 @@ def call_of(
     client_gone: Callable[[], bool] | None = None,
     is_patient: bool = False,
 ) -> Call:
-    """For whom a request to the pool is. One of several that serve the same client has a `share` of its weight."""
+    """For whom a request to the pool is. One of several that serve a request of lines has a `share` of a whole one."""
     return Call(
         arrived_at=pool.clock(),
         timeout_s=min(timeout_s(http) or math.inf, within_s, pool.request_timeout_s),
         caller=http.caller.key.id if http.caller.key else "",
-        weight=http.caller.weight * share,
+        weight=http.caller.weight,
+        share=share,
         client_gone=client_gone or http.client_gone,
         is_patient=is_patient,
         hops=http.hops,

@@ -172,6 +172,7 @@ def test_an_embed_key_alone_closes_management(guarded: Guarded) -> None:
 def test_a_process_born_beside_a_lost_file_lets_nobody_in(guarded: Guarded, text: str | None) -> None:
     """Gone, cut off, broken or emptied by hand: keys that were made are asked for, and no answer shows the path."""
     key = guarded.key()
+    whole = guarded.file.path.read_text()
     if text is None:
         guarded.file.path.unlink()
     else:
@@ -183,8 +184,8 @@ def test_a_process_born_beside_a_lost_file_lets_nobody_in(guarded: Guarded, text
         assert str(guarded.file.path) not in answer.text
         assert born.post("/reload", json={}, headers=headers).status_code == 503
     assert born.get("/health").status_code == 200
-    fresh = guarded.key()
-    assert born.post("/embed", json={"model": "m", "texts": ["a"]}, headers={"X-API-Key": fresh}).status_code == 200
+    guarded.file.path.write_text(whole)
+    assert born.post("/embed", json={"model": "m", "texts": ["a"]}, headers={"X-API-Key": key}).status_code == 200
 
 
 def test_the_last_key_revoked_opens(guarded: Guarded) -> None:
