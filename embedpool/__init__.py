@@ -8,7 +8,8 @@ The road of a request, each file entered once on the way in and once on the way 
     tasks/embed.py        the task: prompts and truncation make items of texts, and rows get their final form
     pool/pool.py          a permit admits the request, a name or an alias finds its model
     pool/admission.py     the request is measured, put into the queue, waited for and finished
-    pool/model_queue.py   items wait, in fair order
+    pool/model_queue.py   items wait, bounded in number
+    pool/fair_order.py    the order of service among requests and callers
     pool/planner.py       a replica's thread takes the items that make the best batch now
     pool/runner.py        every item of the batch gets its row or its error
     tasks/driver.py       the place where the driver runs: in this process, or places/process.py
@@ -18,7 +19,8 @@ The road of a request, each file entered once on the way in and once on the way 
 What they hand on: tasks/item.py (items and batches), tasks/rows.py, pool/request.py (a call, a request, a result).
 A dialect in web/dialects/ takes the place of web/native.py; web/ndjson.py serves bodies of lines.
 
-Around the road: web/app.py puts web/ together, with web/http_request.py, web/access.py (keys), web/rate_limit.py,
+Around the road: web/app.py puts web/ together, with web/http_request.py, web/access.py (keys), web/intake.py (memory),
+web/rate_limit.py,
 web/metrics.py, web/request_log.py and web/error_response.py. pool/served_model.py is the life of a model,
 pool/replica_set.py says how many replicas it has and runs their threads, pool/replica.py is the life of one,
 pool/backoff.py says when to open it again, pool/quarantine.py holds items that are not run again, pool/stats.py counts,

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 TEXTS_PER_CALL = 1000
+LEAST_WAIT_S = 0.25  # before a busy server is asked again, whatever it says
+DEADLINE_MARGIN_S = 5.0  # in which the answer that a deadline has passed arrives
 CHARS_PER_CALL = 4_000_000
 BUSY = (429, 503)
 TOO_MUCH = (413, 504)  # for one call; half of it may do
@@ -70,11 +72,12 @@ class Client:
         patience_s = self._retry_s
         while True:
             try:
-                response = self._send("POST", "/embed", body, accept="application/x-npy")
+                response = self._send("POST", "/embed", body, accept="application/x-npy", deadline_s=self._timeout_s)
                 break
             except EmbedpoolError as error:
                 wait_s = error.retry_after_s
                 if error.status in BUSY and wait_s is not None and wait_s <= patience_s:
+                    wait_s = max(wait_s, LEAST_WAIT_S)
                     patience_s -= wait_s
                     time.sleep(wait_s)
                     continue
@@ -134,14 +137,19 @@ class Client:
         *,
         accept: str = "application/json",
         timeout_s: float | None = None,
+        deadline_s: float | None = None,
     ) -> requests.Response:
-        """The answer, if it is a good one."""
+        """The answer, if it is a good one. With `deadline_s` the server itself is told by when it is wanted."""
+        headers = {**self._headers, "Accept": accept}
+        if deadline_s:
+            headers["X-Request-Timeout-Ms"] = str(max(int(deadline_s * 1000), 1))
+            timeout_s = deadline_s + DEADLINE_MARGIN_S
         try:
             response = self._session.request(
                 method,
                 self._base_url + path,
                 json=body,
-                headers={**self._headers, "Accept": accept},
+                headers=headers,
                 timeout=timeout_s or self._timeout_s,
                 allow_redirects=False,
                 proxies=self._proxies,

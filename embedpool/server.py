@@ -73,7 +73,8 @@ class EmbedpoolApp:
         self.reconciler = Reconciler(
             PoolFile(settings.file(settings.paths.pool_yml)), self.pool, PoolFile(state_dir / LAST_POOL)
         )
-        self.pool.catch_up = self.reconciler.catch_up
+        if settings.hot_reload.enabled:
+            self.pool.catch_up = self.reconciler.catch_up
         self.flask: Flask = create_app(self.pool, self.reconciler, settings, self.metrics)
         self._spans = tracing.start() if settings.tracing.enabled else None
         self._watch: Watch | None = None

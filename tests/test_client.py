@@ -14,7 +14,7 @@ from flask import Flask, request
 from werkzeug.serving import make_server
 
 import embedpool
-from embedpool.client import TEXTS_PER_CALL, Client
+from embedpool.client import LEAST_WAIT_S, TEXTS_PER_CALL, Client
 from embedpool.errors import EmbedpoolError, ServerUnreachable
 from embedpool.pool.settings import PoolSettings
 from tests.conftest import settle
@@ -235,6 +235,7 @@ class Busy:
     ("refusals", "waited", "served"),
     [
         ([(429, "2"), (503, "3")], [2.0, 3.0], True),
+        ([(429, "0"), (503, "0")], [LEAST_WAIT_S, LEAST_WAIT_S], True),  # and not as fast as it can
         ([(429, "40"), (429, "30")], [40.0], False),  # longer in all
         ([(429, "61")], [], False),  # longer than the client is to wait
         ([(503, None)], [], False),  # the server does not say that it gets better

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "pool": {"tasks", "config.spec", "tracing", "errors"},
     "tasks": {"config.spec", "errors"},
     "places": {"tasks", "config.spec", "errors"},
-    "drivers": {"places.cores", "tasks", "config.spec", "tracing", "errors"},
+    "drivers": {"places.cores", "tasks", "config.spec", "config.guard", "config.settings", "tracing", "errors"},
     "config": {"errors"},
     "reconcile": {"pool", "config", "errors"},
     "serve": {"server", "config", "client", "logs", "web.metrics", "errors"},

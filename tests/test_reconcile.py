@@ -489,3 +489,29 @@ def test_an_unknown_name_changes_nothing(reconciler: Reconciler, pool: Pool) -> 
             pool.find("never")
         assert pool.find("a")
     assert reconciler.last_reload["reason"] == "start"
+
+
+@pytest.mark.parametrize("text", ["nonsense: 1", "", None])
+def test_a_process_born_beside_a_broken_file_serves_the_last_pool(
+    reconciler: Reconciler, pool: Pool, tmp_path: Path, text: str | None
+) -> None:
+    """The copy of what was followed last; without one nothing could ever be applied."""
+    last = PoolFile(tmp_path / "state" / "last.yml")
+    path = reconciler.pool_file.path
+    path.write_text(fake_pool_yml("model: a"))
+    Reconciler(PoolFile(path), pool, last).begin()
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    pool.apply(PoolSpec())
+    born = Reconciler(PoolFile(path), pool, last)
+    born.begin()
+    assert born.has_applied
+    assert pool.find("a").spec.model == "a"
+    assert born.last_reload is not None
+    assert not born.last_reload["ok"]
+    last.path.unlink()
+    empty = Reconciler(PoolFile(path), pool, last)
+    empty.begin()
+    assert not empty.has_applied

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -43,12 +42,13 @@ def pool_file(settings: Settings) -> PoolFile:
 def client_of(settings: Settings) -> Client | None:
     """A client of the server of the pid file, else of the one at client.base_url; None if none answers."""
     from embedpool.client import Client
+    from embedpool.config.settings import secret_value
     from embedpool.errors import ServerUnreachable
     from embedpool.serve.address import UNIX
     from embedpool.serve.process import PidFile
 
     running = PidFile(settings).read()
-    key = os.environ.get(settings.client.api_key_env) if settings.client.api_key_env else None
+    key = secret_value(settings.client.api_key_env) if settings.client.api_key_env else None
     has_a_port = running is not None and not running.address.startswith(UNIX)
     client = Client(running.address if running and has_a_port else settings.base_url, api_key=key, timeout_s=30)
     try:

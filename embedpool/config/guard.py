@@ -6,7 +6,9 @@ import fnmatch
 import ipaddress
 import socket
 from pathlib import Path
-from urllib.parse import urlsplit
+
+from urllib3.exceptions import LocationParseError
+from urllib3.util import parse_url
 
 from embedpool.config.settings import Settings
 from embedpool.config.spec import HttpConfig, LocalStConfig, ModelSpec
@@ -14,6 +16,7 @@ from embedpool.errors import Forbidden
 
 # Where clouds tell a machine its secrets; beside them every link-local address is refused.
 METADATA = {ipaddress.ip_address(address) for address in ("100.100.100.200", "192.0.0.192", "fd00:ec2::254")}
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def check(spec: ModelSpec, settings: Settings) -> None:
@@ -34,19 +37,43 @@ def _check_folder(model: str, path: str, roots: list[Path]) -> None:
 
 
 def _check_host(model: str, base_url: str, allowed: tuple[str, ...]) -> None:
-    host = urlsplit(base_url).hostname or ""
+    try:
+        host = (parse_url(base_url).host or "").strip("[]").lower()  # the parser of what connects
+    except LocationParseError:
+        raise Forbidden(f"{model!r}: the address has no host") from None
     if allowed and not any(fnmatch.fnmatchcase(host, pattern.lower()) for pattern in allowed):
         raise Forbidden(f"{model!r}: {host} is none of security.remote_hosts")
     for address in _addresses(host):
-        if address.is_link_local or address in METADATA:
+        if _tells_secrets(address):
             raise Forbidden(f"{model!r}: {host} is an address at which machines are told secrets")
 
 
-def _addresses(host: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+def check_peer(address: str) -> None:
+    """Raises Forbidden for an address that a connection has reached, by whatever name: that may change its meaning."""
+    if _tells_secrets(_plain(ipaddress.ip_address(address.split("%", maxsplit=1)[0]))):
+        raise Forbidden("the remote service is at an address at which machines are told secrets")
+
+
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def _tells_secrets(address: _Address) -> bool:
+    return address.is_link_local or address in METADATA
+
+
+def _plain(address: _Address) -> _Address:
+    """The IPv4 address that stands in an IPv6 one, if one does."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address
+    if address in NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour or address
+
+
+def _addresses(host: str) -> list[_Address]:
     """All that the name stands for; none if it stands for nothing, which the driver will find out."""
     try:
         found = {str(info[4][0]).split("%")[0] for info in socket.getaddrinfo(host, None)}
     except (OSError, UnicodeError):
         return []
-    addresses = [ipaddress.ip_address(text) for text in sorted(found)]
-    return [getattr(address, "ipv4_mapped", None) or address for address in addresses]
+    return [_plain(ipaddress.ip_address(text)) for text in sorted(found)]

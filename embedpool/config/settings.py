@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ import yaml
 from embedpool.config.fields import describe_faults, faults, option, schema_of, unknown_key
 from embedpool.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_CONFIG_YML = ".config/config.yml"
 SECRET_PREFIX = "EMBEDPOOL_SECRET_"  # noqa: S105  (the prefix of variable names, not a secret)
 
@@ -24,6 +27,17 @@ def secret_variable(name: str) -> None:
         raise ma.ValidationError(
             f"must be the name of an environment variable that starts with {SECRET_PREFIX}, not the secret itself"
         )
+
+
+def secret_value(variable: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The secret in an environment variable, without the blanks and line ends that mounted files bring."""
+    raw = environ.get(variable, "")
+    value = raw.strip()
+    if value != raw:
+        logger.warning("the secret in %s is used without the blanks or line ends around it", variable)
+    if (value[:1] in "\"'" and value) or value.lower().startswith("bearer "):
+        logger.warning("the secret in %s begins like a quotation or a header, which is taken as part of it", variable)
+    return value or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +144,9 @@ class Limits:
     """Limits of a request."""
 
     max_body_bytes: int = option(67_108_864, "size of a request body", minimum=1)
+    max_bodies_bytes: int = option(
+        268_435_456, "bodies of all requests that are being answered, without those of lines; above it 429", minimum=1
+    )
     max_stream_body_bytes: int = option(1_073_741_824, "size of a request body of lines (NDJSON)", minimum=1)
     max_texts_per_request: int = option(20_000, "texts in a request", minimum=1)
     max_chars_per_text: int = option(1_000_000, "characters in a text", minimum=1)

@@ -6,6 +6,7 @@ Every key of pool.yml is declared here once.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from marshmallow import fields, validate
 from embedpool.config.fields import StrictSchema, option, schema_of
 from embedpool.config.settings import SECRET_PREFIX, secret_variable
 
+NOT_IN_A_URL = re.compile(r"[\\\s\x00-\x20\x7f]")
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:@/-]{0,199}\Z"
 
 
@@ -27,6 +29,8 @@ def _secret_variables(headers: Mapping[str, str]) -> None:
 def _http_url(url: str) -> None:
     if not url.startswith(("http://", "https://")) or len(url.split("://", 1)[1].strip("/")) == 0:
         raise ma.ValidationError("must be an http:// or https:// URL")
+    if NOT_IN_A_URL.search(url):  # programs disagree where the host of such a URL ends
+        raise ma.ValidationError("must hold no backslash, blank or control character")
 
 
 def _http_urls(urls: tuple[str, ...]) -> None:

@@ -21,6 +21,7 @@ from typing_extensions import override
 from embedpool.config.spec import FakeConfig, ModelSpec
 from embedpool.errors import ModelFailed
 from embedpool.tasks.driver import PROBE_TEXT, Driver, Facts, describe
+from embedpool.tasks.embed import limit_fault
 from embedpool.tasks.item import Batch, Ids
 from embedpool.tasks.rows import Answer, Rows
 from embedpool.tasks.tokenizer import Token, Tokenizer
@@ -99,6 +100,9 @@ class FakeDriver(Driver):
         time.sleep(self._config.load_delay_ms / 1000)
         if self._config.fault == "load":
             raise RuntimeError("fault: load")
+        limit = self._config.max_seq_length
+        if limit and (fault := limit_fault(limit, self._tokenizer)):
+            raise ModelFailed(f"max_seq_length {fault}")
         if self._config.fault == "crash" and not self._may_crash:
             raise ModelFailed("fault: crash would end the server; it needs place: process")
         self.probe()

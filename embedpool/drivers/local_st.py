@@ -28,6 +28,7 @@ from embedpool.drivers.tokenizer import FolderTokenizer, pad
 from embedpool.errors import ModelFailed
 from embedpool.places.cores import available_cores
 from embedpool.tasks.driver import PROBE_TEXT, Cost, Driver, Facts, describe
+from embedpool.tasks.embed import limit_fault
 from embedpool.tasks.item import Batch
 from embedpool.tasks.rows import Answer, Rows
 from embedpool.tasks.tokenizer import Tokenizer
@@ -70,11 +71,9 @@ class LocalStDriver(Driver):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its pool is sized by the host
         folder = find_model_folder(self._model, self._config)
         self._tokenizer = FolderTokenizer(folder)
-        wanted, positions = self._config.max_seq_length, self._tokenizer.max_tokens
-        if wanted and positions and wanted > positions:
-            raise ModelFailed(
-                f"{self._model!r}: max_seq_length {wanted} is more than the model's {positions} positions"
-            )
+        wanted = self._config.max_seq_length
+        if wanted and (fault := limit_fault(wanted, self._tokenizer)):
+            raise ModelFailed(f"{self._model!r}: max_seq_length {fault}")
         with LOADING:
             backend, why = self._load(folder)
         self.probe()

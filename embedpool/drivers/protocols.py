@@ -16,8 +16,11 @@ class Protocol(NamedTuple):
     read: Callable[[Any], tuple[list[Any], int | None, list[int]]]  # vectors, tokens, truncated
 
 
+RAW = {"normalize": False, "dtype": "float32"}  # the final form is made here
+
+
 def _embedpool_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    return {"model": model, "texts": list(texts), "options": dict(options)}
+    return {"model": model, "texts": list(texts), "options": {**RAW, **options}}
 
 
 def _embedpool_read(document: Any) -> tuple[list[Any], int | None, list[int]]:

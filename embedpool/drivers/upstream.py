@@ -5,19 +5,22 @@ from __future__ import annotations
 import base64
 import contextlib
 import math
-import os
 import re
+import socket
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 import requests
+import urllib3
 from requests.adapters import HTTPAdapter
 from requests.utils import get_auth_from_url
 
 from embedpool import tracing
-from embedpool.errors import UpstreamError, forget_frames
+from embedpool.config import guard
+from embedpool.config.settings import secret_value
+from embedpool.errors import Forbidden, UpstreamError, forget_frames
 
 FAILURES_TO_OPEN = 5  # in a row; an address is then left alone until it has proved itself
 PASSING_STATUS = (429, 500, 502, 503, 504)
@@ -26,6 +29,38 @@ CONNECTIONS = 64
 LONGEST_QUOTE = 300  # characters of a remote's message that are passed on
 RETRY_SHARE = 0.2
 RETRY_RESERVE = 10.0
+
+
+class _Http(urllib3.connection.HTTPConnection):
+    """Looks whom it has reached before it sends anything: a name may mean another address than at its check."""
+
+    def _new_conn(self) -> socket.socket:
+        return _allowed(super()._new_conn())
+
+
+class _Https(urllib3.connection.HTTPSConnection):
+    def _new_conn(self) -> socket.socket:
+        return _allowed(super()._new_conn())
+
+
+def _allowed(connected: socket.socket) -> socket.socket:
+    try:
+        guard.check_peer(connected.getpeername()[0])
+    except Forbidden as error:
+        connected.close()
+        raise UpstreamError(error.message) from None
+    return connected
+
+
+class _HttpPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Http
+
+
+class _HttpsPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _Https
+
+
+POOLS = {"http": _HttpPool, "https": _HttpsPool}
 
 
 class Upstream:
@@ -41,6 +76,7 @@ class Upstream:
         self._url = base_url.rstrip("/") + path
         self._session = requests.Session()
         self._adapter = HTTPAdapter(pool_maxsize=CONNECTIONS)
+        self._adapter.poolmanager.pool_classes_by_scheme = POOLS
         self._session.headers["User-Agent"] = "embedpool"
         in_url = get_auth_from_url(base_url)
         # Set in any case, else a ~/.netrc would take the place of our key.
@@ -152,7 +188,7 @@ class RetryBudget:
 
 def secret(variable: str) -> str:
     """The value of an environment variable. Raises UpstreamError."""
-    value = os.environ.get(variable)
+    value = secret_value(variable)
     if not value:
         raise UpstreamError(f"the environment variable {variable} is not set in the server's process")
     return value

@@ -90,7 +90,7 @@ class Admission:
         if self.queue.full() and not self.queue.is_closed:
             raise self._overloaded()  # before it is measured
         tokenizer = self.tokenizer(max(call.deadline - clock(), 0))
-        measured = task.measure(spec.driver.config, tokenizer)
+        measured = task.measure(spec.driver.config, tokenizer, lambda: self._require_time(call))
         measured_at = clock()
         request.expect(measured)
         try:
@@ -115,6 +115,11 @@ class Admission:
             replicas=sorted(request.replicas),
             errors=errors,
         )
+
+    def _require_time(self, call: Call) -> None:
+        """Raises DeadlineExceeded."""
+        if self.settings.clock() >= call.deadline:
+            raise DeadlineExceeded(f"no answer within {call.timeout_s:g} s: its texts were still being tokenised")
 
     def _wait(self, request: Request) -> None:
         """Until it is done, or its client has gone. Raises its error, and TimeoutError at its deadline."""

@@ -43,6 +43,8 @@ class Pool:
         self._routes: Mapping[str, ServedModel] = MappingProxyType({})
         self._candidates: dict[ServedModel, bool] = {}  # being prepared; whether `apply` may adopt it: it is loaded
         self._leaving: dict[ServedModel, threading.Thread] = {}
+        self._holders: dict[str, ServedModel] = {}  # of aliases whose new model is still loading
+        self._released: list[ServedModel] = []
 
     # --- the road of a request
 
@@ -51,7 +53,9 @@ class Pool:
         with self.permit():
             while True:
                 try:
-                    return self.find(model).admission.serve(task, call)
+                    served = self.find(model)
+                    call.require(served.spec)
+                    return served.admission.serve(task, call)
                 except (QueueClosed, ModelNotFound) as gone:
                     if self.stopping:
                         raise ShuttingDown("the server is stopping") from None
@@ -119,13 +123,44 @@ class Pool:
             leaving = [s for name in change.removed if (s := self._served.pop(name, None))]
             leaving += [s.successor for s in leaving if s.successor]
             for model in change.added:
-                self._served[model.model] = self._candidate_for(model) or ServedModel(model, self._settings).start()
+                self._served[model.model] = self._candidate_for(model) or self._new(model)
             for model in change.changed:
                 leaving += self._change(model)
             self._spec = spec
+            self._hold_aliases()
             self._route()
             for served in leaving:
+                if served not in self._holders.values():
+                    self._drain_in_background(served)
+            self._let_go()
+
+    def _hold_aliases(self) -> None:
+        """An alias that moves to a model which has not loaded yet stays where it is until then."""
+        held: dict[str, ServedModel] = {}
+        for owner in self._served.values():
+            alias = owner.spec.alias
+            before = self._routes.get(alias) if alias else None
+            if alias and before not in (None, owner) and before.takes_requests and owner.is_loading_first:
+                held[alias] = before
+        self._released = [old for old in self._holders.values() if old not in held.values()]
+        self._holders = held
+
+    def _let_go(self) -> None:
+        """End what was kept for an alias alone."""
+        for served in self._released:
+            if served not in self._served.values() and served not in self._leaving:
                 self._drain_in_background(served)
+        self._released = []
+
+    def _loaded(self, served: ServedModel) -> None:
+        """On a replica's thread: an alias that waited for this model moves."""
+        with self._lock:
+            alias = served.spec.alias
+            if alias in self._holders and self._served.get(served.spec.model) is served:
+                self._released = [self._holders.pop(alias)]
+                self._route()
+                self._let_go()
+                logger.info("%s: the model is loaded, and %s is its alias from now on", served.spec.model, alias)
 
     def _change(self, model: ModelSpec) -> list[ServedModel]:
         """Bring one served model to its new spec; gives what leaves."""
@@ -142,8 +177,11 @@ class Pool:
             live.successor = ServedModel(model, self._settings, on_ready=self._promote)
             live.successor.start(prove=True)
             return leaving
-        self._served[model.model] = candidate or ServedModel(model, self._settings).start()
+        self._served[model.model] = candidate or self._new(model)
         return [*leaving, live]
+
+    def _new(self, model: ModelSpec) -> ServedModel:
+        return ServedModel(model, self._settings, on_ready=self._loaded).start()
 
     def _candidate_for(self, model: ModelSpec) -> ServedModel | None:
         for candidate, is_loaded in self._candidates.items():
@@ -166,7 +204,7 @@ class Pool:
         logger.info("%s: the changed model is loaded and takes over", name)
 
     def _route(self) -> None:
-        routes = {alias: s for s in self._served.values() if (alias := s.spec.alias)}
+        routes = {alias: s for s in self._served.values() if (alias := s.spec.alias)} | self._holders
         self._routes = MappingProxyType({**routes, **{s.spec.model: s for s in self._served.values()}})
 
     # --- leaving
@@ -191,10 +229,10 @@ class Pool:
         """
         with self._lock:
             self.stopping = True
-            leaving = {*self._served.values(), *self._leaving, *self._candidates}
+            leaving = {*self._served.values(), *self._leaving, *self._candidates, *self._holders.values()}
             leaving |= {s.successor for s in leaving if s.successor}
             threads = list(self._leaving.values())
-            self._routes, self._served = MappingProxyType({}), {}
+            self._routes, self._served, self._holders = MappingProxyType({}), {}, {}
         given_up: list[int] = []
         for served in leaving:
             threads.append(threading.Thread(target=lambda s=served: given_up.append(s.drain(grace_s)), name="stop"))

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from embedpool.config.spec import ModelSpec
 from embedpool.errors import ClientGone, DeadlineExceeded, EmbedpoolError, InferenceFailed, forget_frames
 from embedpool.tasks.item import Item
 from embedpool.tasks.rows import Rows
@@ -31,6 +32,7 @@ class Call:
     weight: float = 1.0  # the caller's part of the machine, beside other callers
     share: float = 1.0  # this request's part of it, beside others of the caller
     client_gone: Callable[[], bool] = lambda: False
+    require: Callable[[ModelSpec], None] = lambda spec: None  # raises Forbidden for a model that is not for the caller
     is_patient: bool = False  # when the queue is full it will ask again, so it has not been refused
     hops: int = 0  # servers of this kind that it has come through
     trace: Trace = dataclasses.field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ from embedpool.pool.settings import PoolSettings
 from embedpool.pool.stats import ModelStats
 from embedpool.tasks.embed import limit_fault
 from embedpool.tasks.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class ServedModel:
@@ -82,6 +85,11 @@ class ServedModel:
         """Whether a request would be served or wait to be."""
         return self.is_serving or (self.state == "loading" and not self.replicas.loads_first)
 
+    @property
+    def is_loading_first(self) -> bool:
+        """Whether it is enabled and its first load has not succeeded."""
+        return self.spec.enabled and not self.takes_requests
+
     def snapshot(self) -> dict[str, Any]:
         """The model's entry in /status; `successor` while a changed model is being loaded."""
         found = {
@@ -142,7 +150,13 @@ class ServedModel:
             raise ModelFailed(f"{self.spec.model!r} did not load: {reason}")
 
     def update(self, spec: ModelSpec) -> None:
-        """Take over a spec of the same `load_key`: applies at once."""
+        """Take over a spec of the same `load_key`: applies at once. A limit that no start would accept is refused."""
+        limit = spec.driver.config.max_seq_length
+        if limit and self._tokenizer and (fault := limit_fault(limit, self._tokenizer)):
+            self.replicas.last_error = f"the changed driver.config is not followed: max_seq_length {fault}"
+            logger.error("%s: %s", spec.model, self.replicas.last_error)
+            driver = dataclasses.replace(spec.driver, config=self.spec.driver.config)
+            spec = dataclasses.replace(spec, driver=driver)
         self.queue.resize(spec.queue.max_size or self._settings.max_queue_per_model)
         self.replicas.update(spec)
 

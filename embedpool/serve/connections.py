@@ -140,7 +140,10 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
         super().parse_header(header_plus)
         if self.body_rcv is not None:
             self.body_rcv.buf = _Spool(self.adj.max_request_body_size + self.adj.recv_bytes)
-        if self.path.rstrip("/") == LINES_PATH and self.headers.get("CONTENT_TYPE", "").startswith(LINES_TYPE):
+        if (
+            self.path.rstrip("/") == LINES_PATH
+            and self.headers.get("CONTENT_TYPE", "").partition(";")[0].strip().lower() == LINES_TYPE
+        ):
             self.adj = self.adj.for_lines
         if (self.chunked or self.content_length > LARGEST_READ_UNSEEN_BYTES) and (
             refusal := self.adj.refusal(self.command, self.path, self.headers)

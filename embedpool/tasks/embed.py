@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+import threading
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,6 +28,8 @@ DOCUMENT = ("document", "passage", "search_document", "retrieval.passage")
 INPUT_TYPES = (*QUERY, *DOCUMENT, "classification", "clustering", "separation", "text-matching")
 
 NO_FLOAT16 = "the vectors do not fit float16; ask for float32 or normalize"
+SLICE_CHARS = 1 << 17  # of texts that are tokenised at once
+LONG_TEXTS = threading.Lock()
 MOST_NAMED = 20  # texts that are too long, in an error
 
 Vectors = NDArray[Any]  # shape (texts, width)
@@ -67,7 +73,9 @@ class Embed(Task):
         return f"texts[{index}]"
 
     @override
-    def measure(self, config: DriverConfig, tokenizer: Tokenizer) -> Measured:
+    def measure(
+        self, config: DriverConfig, tokenizer: Tokenizer, still_wanted: Callable[[], None] = lambda: None
+    ) -> Measured:
         texts, passed_on = prompted(self.texts, self.options, config, tokenizer)
         if config.is_remote:
             return Measured(self._for_a_remote(texts, passed_on), [], {})
@@ -77,25 +85,25 @@ class Embed(Task):
                 fields={f"options.{name}": "not an option of local models" for name in extra},
             )
         limit = _limit_of(self.options, config, tokenizer)
-        ids = tokenizer.encode(texts)
-        assert ids is not None  # only a remote service's tokenizer makes none
-        too_long = [] if limit is None else [i for i, found in enumerate(ids) if len(found) > limit]
-        refused: dict[int, EmbedpoolError] = {}
-        if limit is not None and self.options.truncate == "error":
-            refused, too_long = self._refused(too_long, ids, limit), []
+        refuses = self.options.truncate == "error"
         keys = Keys(LOCAL)
-        items = [
-            Item((text,), len(found), found, group=LOCAL, key=keys.of(found), index=i)
-            for i, (text, found) in enumerate(zip(texts, ids, strict=True))
-            if i not in refused
-        ]
-        for i in too_long:
-            assert limit is not None
-            item = items[i]
-            item.ids = tokenizer.cut(ids[i], limit, self.options.truncate or "right")
-            item.tokens = len(item.ids)
-            item.key = keys.of(item.ids, texts[i])  # a driver that is not fed by ids is given the text
-        return Measured(items, too_long, refused)
+        items: list[Item] = []
+        too_long: dict[int, int] = {}  # tokens at full length
+        for start, part in _slices(texts):
+            still_wanted()
+            for i, (text, full) in enumerate(zip(part, encoded(part, tokenizer), strict=True), start):
+                ids = array("I", full)  # a fifth of a list's memory
+                key = keys.of(ids)
+                if limit is not None and len(full) > limit:
+                    too_long[i] = len(full)
+                    if refuses:
+                        continue
+                    ids = array("I", tokenizer.cut(full, limit, self.options.truncate or "right"))
+                    key = keys.of(ids, text)  # a driver that is not fed by ids is given the text
+                items.append(Item((text,), len(ids), ids, group=LOCAL, key=key, index=i))
+        if refuses and limit is not None:
+            return Measured(items, [], self._refused(too_long, limit))
+        return Measured(items, list(too_long), {})
 
     def _for_a_remote(self, texts: Sequence[str], passed_on: dict[str, object]) -> list[Item]:
         for name in ("max_seq_length", "truncate"):
@@ -109,15 +117,14 @@ class Embed(Task):
             for i, text in enumerate(texts)
         ]
 
-    def _refused(self, too_long: list[int], ids: list[list[int]], limit: int) -> dict[int, EmbedpoolError]:
+    def _refused(self, too_long: Mapping[int, int], limit: int) -> dict[int, EmbedpoolError]:
         """The texts that go no further. Raises TextTooLong where nothing goes on without them."""
-        says = {i: f"{len(ids[i])} tokens, the limit is {limit}" for i in too_long}
+        says = {i: f"{tokens} tokens, the limit is {limit}" for i, tokens in too_long.items()}
         if self.partial or not says:
             return {i: TextTooLong(sentence) for i, sentence in says.items()}
-        first = too_long[0]
-        raise TextTooLong(
-            f"{self.where(first)} has {says[first]}", fields={self.where(i): says[i] for i in too_long[:MOST_NAMED]}
-        )
+        first = next(iter(says))
+        named = itertools.islice(says, MOST_NAMED)
+        raise TextTooLong(f"{self.where(first)} has {says[first]}", fields={self.where(i): says[i] for i in named})
 
     @override
     def finish(self, rows: Rows, config: DriverConfig, errors: dict[int, EmbedpoolError]) -> Rows:
@@ -144,6 +151,25 @@ LOCAL = Group(Embed.name)
 
 
 # --- before the queue
+
+
+def _slices(texts: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
+    """The texts some at a time, with the index of the first: at full length ids take 200 times a text's memory."""
+    start = chars = 0
+    for i, text in enumerate(texts):
+        if i > start and chars + len(text) > SLICE_CHARS:
+            yield start, texts[start:i]
+            start, chars = i, 0
+        chars += len(text)
+    yield start, texts[start:]
+
+
+def encoded(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Ids at full length; of texts that are longer than a slice one at a time, whoever asks."""
+    with LONG_TEXTS if sum(map(len, texts)) > SLICE_CHARS else contextlib.nullcontext():
+        ids = tokenizer.encode(texts)
+    assert ids is not None  # only a remote service's tokenizer makes none
+    return ids
 
 
 def prompted(

@@ -78,7 +78,7 @@ class Keys:
         """The key of an item with these ids; texts count where ids are not known, or do not stand for all of it."""
         found = self._of_group.copy()
         if ids is not None:
-            found.update(array("I", ids).tobytes())
+            found.update(ids if isinstance(ids, array) else array("I", ids))
         for text in texts:
             encoded = text.encode("utf-8", "surrogatepass")
             found.update(b"\0%d:%b" % (len(encoded), encoded))

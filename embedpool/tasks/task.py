@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 from embedpool.config.spec import DriverConfig
@@ -39,8 +40,13 @@ class Task(abc.ABC):
         """The caller's name of the input at this index, such as texts[3]."""
 
     @abc.abstractmethod
-    def measure(self, config: DriverConfig, tokenizer: Tokenizer) -> Measured:
-        """Before the queue, in the request's thread. Raises InvalidRequest, TextTooLong and UnsupportedOption."""
+    def measure(
+        self, config: DriverConfig, tokenizer: Tokenizer, still_wanted: Callable[[], None] = lambda: None
+    ) -> Measured:
+        """Before the queue, in the request's thread. Raises InvalidRequest, TextTooLong and UnsupportedOption.
+
+        `still_wanted`, which raises where nobody waits any more, is called now and then.
+        """
 
     @abc.abstractmethod
     def finish(self, rows: Rows, config: DriverConfig, errors: dict[int, EmbedpoolError]) -> Rows:

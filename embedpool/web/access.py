@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import os
 import threading
 from collections.abc import Iterator
 
 from flask import Request
 
 from embedpool.config.keys import ADMIN, EMBED, ApiKey, KeysFile, hash_of, id_of
-from embedpool.config.settings import Security
+from embedpool.config.settings import Security, secret_value
 from embedpool.config.spec import ModelSpec
-from embedpool.errors import Forbidden, KeysUnknown, RateLimited, Unauthorized
+from embedpool.errors import Forbidden, KeysUnknown, ModelNotFound, RateLimited, Unauthorized
 from embedpool.pool.pool import Pool
 from embedpool.pool.served_model import ServedModel
 from embedpool.web.rate_limit import RateLimit
@@ -40,15 +39,27 @@ class Caller:
         self._room = threading.BoundedSemaphore(key.concurrent) if key and key.concurrent else None
 
     def require(self, pool: Pool, name: str) -> None:
-        """Raises Forbidden if the key is not for this model; whether there is one is not the question here."""
-        if self.key and self.key.models and pool.knows(name):
-            spec = pool.find(name).spec
-            if not self._is_for(spec):
-                raise Forbidden(f"this key is not for {spec.model!r}")
+        """Raises Forbidden if the key is not for this model, and ModelNotFound, which names those it is for."""
+        if self.key and self.key.models:
+            try:
+                spec = pool.find(name).spec
+            except ModelNotFound:
+                raise ModelNotFound(name, [n for served in self.visible(pool) for n in served.spec.names]) from None
+            self.require_spec(spec)
+
+    def require_spec(self, spec: ModelSpec) -> None:
+        """Raises Forbidden if the key is not for this model."""
+        if not self._is_for(spec):
+            raise Forbidden(f"this key is not for {spec.model!r}")
 
     def visible(self, pool: Pool) -> list[ServedModel]:
         """The models that the key is for."""
         return [served for served in pool.models if self._is_for(served.spec)]
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether there are models that the key is not for."""
+        return bool(self.key and self.key.models)
 
     def _is_for(self, spec: ModelSpec) -> bool:
         return not (self.key and self.key.models) or bool(set(spec.names) & set(self.key.models))
@@ -91,7 +102,7 @@ class Access:
         self._from_environment = tuple(
             ApiKey(id=f"{FROM_ENVIRONMENT}{scope}", sha256=hash_of(key), scopes=(scope,))
             for scope, variable in self._variables.items()
-            if (key := os.environ.get(variable))
+            if (key := secret_value(variable))
         )
         self._callers: dict[ApiKey, Caller] = {}
         self._lock = threading.Lock()

@@ -18,6 +18,7 @@ from embedpool.web.access import Access
 from embedpool.web.dialects import cohere, ollama, openai, tei
 from embedpool.web.error_response import Shape, error_response, native_shape
 from embedpool.web.http_request import HttpRequest, here
+from embedpool.web.intake import INTAKE, Intake
 from embedpool.web.metrics import Metrics
 from embedpool.web.request_log import log_request, span_attributes
 
@@ -82,6 +83,12 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
         http = here()
         http.span, http.trace = tracing.begin_request(http.route, http.trace)
         http.caller = access.caller(http)
+
+    intake = app.extensions[INTAKE] = Intake(settings.limits.max_bodies_bytes)
+
+    @app.teardown_request
+    def end(error: BaseException | None) -> None:
+        intake.give_back(here().held_bytes)
 
     @app.after_request
     def finish(response: Response) -> Response:

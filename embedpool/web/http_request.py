@@ -37,6 +37,7 @@ class HttpRequest(Request):
         self.began_at = time.perf_counter()
         self.model: str | None = None
         self.texts = 0
+        self.held_bytes = 0  # of its body, see intake.py
         self.result: Result | None = None
         self.tokens = self.truncated = 0
         self.queue_ms = self.compute_ms = 0.0

@@ -15,6 +15,7 @@ from embedpool.pool.pool import Pool
 from embedpool.reconcile import Reconciler
 from embedpool.web.access import Access
 from embedpool.web.encoding import json_response
+from embedpool.web.http_request import here
 from embedpool.web.schemas import AliasSchema, EnableSchema, RegisterSchema, ReloadSchema, read_json
 
 PROXY_HEADERS = ("Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-Ip", "Via")
@@ -27,7 +28,7 @@ def blueprint(pool: Pool, reconciler: Reconciler, settings: Settings, access: Ac
     own_hosts = {*LOOPBACK_NAMES, settings.server.host.lower(), *(h.lower() for h in settings.security.allowed_hosts)}
 
     def read(schema: type[Any]) -> dict[str, Any]:
-        return read_json(request, schema, settings.limits)
+        return read_json(here(), schema, settings.limits)
 
     @routes.before_request
     def let_in() -> None:

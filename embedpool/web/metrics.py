@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -205,6 +206,16 @@ def _remove_abandoned(parent: Path) -> None:
         with contextlib.suppress(OSError), (folder / OWNER).open("r+") as owner:
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder)
+
+
+def without_other_models(page: bytes, models: set[str]) -> bytes:
+    """A page of metrics without the series of models that are none of these."""
+
+    def is_shown(line: bytes) -> bool:
+        named = re.search(rb'[{,]model="([^"]*)"', line)
+        return named is None or named[1].decode() in models
+
+    return b"".join(line for line in page.splitlines(keepends=True) if is_shown(line))
 
 
 def is_shared() -> bool:

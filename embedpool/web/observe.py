@@ -15,7 +15,7 @@ from embedpool.reconcile import Reconciler
 from embedpool.web.access import Access
 from embedpool.web.encoding import json_response
 from embedpool.web.http_request import here
-from embedpool.web.metrics import Metrics
+from embedpool.web.metrics import Metrics, without_other_models
 
 
 def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics, access: Access) -> Blueprint:
@@ -52,7 +52,7 @@ def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics, access: Acce
                 "pool_file": str(reconciler.pool_file.path),
                 "last_reload": reconciler.last_reload,
                 "keys": {"asked_for": not access.is_open, "fault": access.fault},
-                "models": [served.snapshot() for served in pool.models],
+                "models": [served.snapshot() for served in here().caller.visible(pool)],
             }
         )
 
@@ -67,6 +67,8 @@ def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics, access: Acce
     @routes.get("/metrics")
     def get_metrics() -> Response:
         body, content_type = metrics.render(pool, reconciler)
+        if here().caller.is_limited:
+            body = without_other_models(body, {served.spec.model for served in here().caller.visible(pool)})
         return Response(body, content_type=content_type)
 
     return routes

@@ -46,6 +46,7 @@ def call_of(
         caller=http.caller.key.id if http.caller.key else "",
         weight=http.caller.weight,
         share=share,
+        require=http.caller.require_spec,
         client_gone=client_gone or http.client_gone,
         is_patient=is_patient,
         hops=http.hops,

@@ -10,7 +10,7 @@ import pytest
 
 from embedpool.config import edit, guard
 from embedpool.config.settings import Security, Settings
-from embedpool.errors import Forbidden
+from embedpool.errors import Forbidden, InvalidRequest
 
 
 def spec(kind: str, **config: Any) -> Any:
@@ -65,3 +65,21 @@ def test_an_allow_list_of_hosts() -> None:
 def test_a_fake_reaches_nothing() -> None:
     """There is nothing to refuse."""
     guard.check(spec("fake"), Settings(security=Security(model_roots=("/nowhere",), remote_hosts=("none",))))
+
+
+@pytest.mark.parametrize("url", ["http://169.254.169.254\\@localhost/", "http://a b/", "http://a/\n", "http://a\t/"])
+def test_an_address_that_programs_read_in_two_ways_is_none(url: str) -> None:
+    """What is checked and what is connected to would not be the same."""
+    with pytest.raises(InvalidRequest, match="backslash"):
+        spec("http", base_url=url)
+
+
+@pytest.mark.parametrize(
+    "address", ["169.254.169.254", "::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::", "fe80::1%eth0"]
+)
+def test_a_connection_to_such_an_address_is_cut(address: str) -> None:
+    """Whatever name has led to it, and whatever that name stood for when it was checked."""
+    with pytest.raises(Forbidden, match="secrets"):
+        guard.check_peer(address)
+    guard.check_peer("127.0.0.1")
+    guard.check_peer("::1")

@@ -97,6 +97,36 @@ def promotions(monkeypatch: pytest.MonkeyPatch) -> Promotions:
 # --- names and permits
 
 
+def test_an_alias_moves_when_its_new_model_serves(run) -> None:
+    """The old model answers under it until then, and is given back only then, although the file lists it no more."""
+    loading = Gate()
+    pool, opener = run(Scripted, lambda: loading() or Scripted(), models=(model_spec("a", alias="prod"),))
+    apply(pool, model_spec("b", alias="prod"))
+    loading.arrived()
+    assert pool.find("prod").spec.model == "a"
+    assert_answers(ask(pool, "x", model="prod"), "x")
+    with pytest.raises(ModelNotFound):
+        pool.find("a")
+    assert not opener.opened[0].closed.is_set()
+    loading.open()
+    assert pool.find("b").replicas.settled.wait(PATIENCE_S)
+    assert opener.opened[0].closed.wait(PATIENCE_S)
+    assert pool.find("prod").spec.model == "b"
+
+
+def test_an_alias_that_is_taken_back_leaves_its_new_model_waiting_for_nothing(run) -> None:
+    """The old model is listed no more and nobody waits for it: it is given back."""
+    loading = Gate()
+    pool, opener = run(Scripted, lambda: loading() or Scripted(), models=(model_spec("a", alias="prod"),))
+    apply(pool, model_spec("b", alias="prod"))
+    loading.arrived()
+    apply(pool, model_spec("b"))
+    assert opener.opened[0].closed.wait(PATIENCE_S)
+    with pytest.raises(ModelNotFound):
+        pool.find("prod")
+    loading.open()
+
+
 def test_a_model_answers_to_its_name_and_its_alias(run) -> None:
     """Both names lead to the same model, and the answer carries the full name."""
     pool, _ = run(models=(model_spec(alias="short"), model_spec("org/other")))

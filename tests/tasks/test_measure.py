@@ -187,3 +187,21 @@ def test_texts_that_are_too_long_go_no_further_where_the_others_do() -> None:
     items, truncated, refused = task.measure(FakeConfig(), Local())
     assert ([item.index for item in items], truncated) == ([0, 2], [])
     assert {i: error.message for i, error in refused.items()} == {1: "7 tokens, the limit is 4"}
+
+
+def test_texts_are_tokenised_some_at_a_time() -> None:
+    """Ids at full length take many times a text's memory; between the slices a request may be given up."""
+    slices: list[int] = []
+    asked: list[None] = []
+
+    class Counting(FakeTokenizer):
+        def encode(self, texts: Sequence[str]) -> list[list[int]]:
+            slices.append(len(texts))
+            return super().encode(texts)
+
+    texts = ["word " * (SLICE_CHARS // 20)] * 10
+    measured = Embed(texts).measure(FakeConfig(), Counting(), lambda: asked.append(None))
+    assert slices == [4, 4, 2]
+    assert len(asked) == 3
+    assert [item.tokens for item in measured.items] == [512] * 10
+    assert measured.truncated == list(range(10))

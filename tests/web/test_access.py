@@ -17,7 +17,7 @@ from embedpool.web.app import ACCESS, create_app, refusal
 from embedpool.web.lines import CHUNK_TEXTS
 from embedpool.web.metrics import Metrics
 from embedpool.web.openapi import document
-from tests.conftest import settle
+from tests.conftest import fake_pool_yml, settle
 from tests.web.conftest import MODEL, NAME, Gate, Web, serving
 
 EMBED_PATHS = {
@@ -213,6 +213,36 @@ def test_other_machines_need_a_key_even_where_none_exists(guarded: Guarded) -> N
     """The last one revoked under a listener that they reach, or a file that never was."""
     guarded.web.app.extensions[ACCESS].serves_other_machines()
     assert guarded.ask("post", "/embed").status_code == 403
+
+
+def test_a_key_for_some_models_sees_no_other(guarded: Guarded) -> None:
+    """Nor reaches one that the pool has not heard of yet."""
+    key = guarded.key(models=["m"])
+    guarded.web.pool.catch_up = guarded.web.reconciler.catch_up
+    guarded.web.pool_yml.write_text(fake_pool_yml(MODEL, "model: new", "model: newest"))
+    body = {"model": "newest", "texts": ["a"]}
+    client = guarded.web.app.test_client()
+    assert client.post("/embed", json=body, headers={"X-API-Key": key}).status_code == 403
+    unknown = client.post("/embed", json={**body, "model": "none"}, headers={"X-API-Key": key})
+    assert unknown.status_code == 404
+    for text in (unknown.text, *(guarded.ask("get", path, key).text for path in ("/status", "/metrics", "/models"))):
+        assert "new" not in text.replace("renew", "")
+    assert NAME in guarded.ask("get", "/metrics", key).text
+
+
+def test_a_secret_from_a_mounted_file_counts_without_its_line_end(
+    guarded: Guarded, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the log says so, without the secret."""
+    monkeypatch.setenv("EMBEDPOOL_SECRET_E", "abc\n")
+    security = dataclasses.replace(guarded.settings.security, embed_key_env="EMBEDPOOL_SECRET_E")
+    settings = dataclasses.replace(guarded.settings, security=security)
+    object.__setattr__(settings, "base_dir", guarded.settings.base_dir)
+    app = create_app(guarded.web.pool, guarded.web.reconciler, settings, Metrics()).test_client()
+    body = {"model": "m", "texts": ["a"]}
+    assert app.post("/embed", json=body, headers={"X-API-Key": "abc"}).status_code == 200
+    assert "EMBEDPOOL_SECRET_E" in caplog.text
+    assert "abc" not in caplog.text
 
 
 @pytest.mark.parametrize("header", [{"X-API-Key": "{}"}, {"Authorization": "bearer  {}"}])

@@ -231,7 +231,7 @@ def test_it_weighs_as_much_as_one_request(web: Web) -> None:
     submit = web.pool.submit
 
     def watched(model: str, task: Any, call: Any) -> Any:
-        weights.append(call.weight)
+        weights.append(call.share)
         return submit(model, task, call)
 
     web.pool.submit = watched  # type: ignore[method-assign]
