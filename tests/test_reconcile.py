@@ -10,7 +10,7 @@ import pytest
 
 from embedpool.config.edit import parse_registration
 from embedpool.config.pool_yml import PoolFile
-from embedpool.config.spec import ModelSpec
+from embedpool.config.spec import ModelSpec, PoolSpec
 from embedpool.errors import (
     AliasConflict,
     EmbedpoolError,

@@ -44,7 +44,7 @@ class Words(Task):
     def where(self, index: int) -> str:
         return f"lines[{index}]"
 
-    def measure(self, config: DriverConfig, tokenizer: Tokenizer) -> Measured:
+    def measure(self, config: DriverConfig, tokenizer: Tokenizer, still_wanted: object = None) -> Measured:
         keys, encoded = Keys(Group(self.name)), tokenizer.encode(self.texts)
         assert encoded is not None
         items = [

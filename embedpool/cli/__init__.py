@@ -77,7 +77,7 @@ Options:
   --name NAME         Name of the key's owner.
   --scopes NAMES      embed, admin or both, separated by a comma [default: embed].
   --models NAMES      Names or aliases of models the key may use, separated by commas; default all.
-  --weight W          Weight of each request of the key in the fair queue; default 1.
+  --weight W          The key's share of a busy model beside other keys; default 1.
   --requests-per-s N  Requests per second that the key may send.
   --texts-per-s N     Texts per second that the key may send.
   --concurrent N      Concurrent requests that the key may have.

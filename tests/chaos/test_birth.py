@@ -86,7 +86,7 @@ def test_births_beside_broken_files(
     births = length(short=6, long=50)
     server = make_server(EMBEDPOOL_SERVER__WORKERS=str(count))
     server.write_pool(fake("m"))
-    key = server.cli("key", "create", "--scopes", "admin").strip().splitlines()[-1]
+    key = server.run("key", "create", "--scopes", "admin").stdout.strip()
     server.start()
     server.wait_ready()
     root = server.pool_yml.parent

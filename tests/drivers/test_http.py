@@ -21,6 +21,7 @@ import pytest
 from embedpool.config.spec import DriverSpec, HttpConfig, ModelSpec
 from embedpool.drivers import http, make_driver, open_tokenizer, upstream
 from embedpool.drivers.http import HttpDriver
+from embedpool.drivers.protocols import RAW
 from embedpool.errors import ModelFailed, UnsupportedOption, UpstreamError
 from embedpool.pool.pool import Pool
 from embedpool.pool.settings import PoolSettings
@@ -62,6 +63,7 @@ def good(seen: Seen) -> Reply:
     if "input" in body:
         data = [{"index": i, "embedding": vector(t)} for i, t in enumerate(body["input"])]
         return Reply({"data": data, "usage": {"prompt_tokens": 5}})
+    assert body["options"]["normalize"] is False  # by default an embedpool gives unit vectors
     return Reply({"vectors": [vector(t) for t in body["texts"]], "meta": {"tokens": 7, "truncated": [0]}})
 
 
@@ -141,7 +143,7 @@ def opened(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 @pytest.mark.parametrize(
     ("protocol", "path", "url", "body", "tokens", "truncated"),
     [
-        ("embedpool", "/some/embed", "/some/embed", {"model": "r", "texts": ["a", "bc"], "options": {}}, 7, [0]),
+        ("embedpool", "/some/embed", "/some/embed", {"model": "r", "texts": ["a", "bc"], "options": RAW}, 7, [0]),
         ("openai", "/v1", "/v1/embeddings", {"model": "r", "input": ["a", "bc"], "encoding_format": "float"}, 5, []),
         ("openai", "/v1/", "/v1/embeddings", {"model": "r", "input": ["a", "bc"], "encoding_format": "float"}, 5, []),
         ("tei", "", "/embed", {"inputs": ["a", "bc"], "normalize": False, "truncate": True}, None, []),
@@ -175,7 +177,11 @@ def test_the_remote_model_is_by_default_the_models_name(remote: Remote, opened: 
 @pytest.mark.parametrize(
     ("protocol", "options", "sent"),
     [
-        ("embedpool", {"instruction": "x", "truncate": "left"}, {"options": {"instruction": "x", "truncate": "left"}}),
+        (
+            "embedpool",
+            {"instruction": "x", "truncate": "left"},
+            {"options": {**RAW, "instruction": "x", "truncate": "left"}},
+        ),
         ("openai", {"instruction": "x", "user": "u"}, {"instruction": "x", "user": "u"}),
         ("tei", {"prompt_name": "query"}, {"prompt_name": "query"}),
         ("tei", {"truncate": "error"}, {"truncate": False}),
@@ -312,7 +318,7 @@ def test_options_and_counts_through_the_pool(remote: Remote, pool: Pool) -> None
     remote.seen.clear()
     result = ask(pool, "m", "a", "bc", normalize=False, dimensions=2, extra={"instruction": "x"})
     assert [seen.body for seen in remote.seen] == [
-        {"model": "r", "texts": ["a", "bc"], "options": {"instruction": "x"}}
+        {"model": "r", "texts": ["a", "bc"], "options": {**RAW, "instruction": "x"}}
     ]
     np.testing.assert_array_equal(result.vectors, [vector("a")[:2], vector("bc")[:2]])
     assert (result.tokens, result.truncated) == (7, [0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import pytest
@@ -11,7 +12,7 @@ from embedpool.config.spec import DriverConfig, FakeConfig, HttpConfig
 from embedpool.drivers.fake import FakeTokenizer
 from embedpool.drivers.http import RemoteTokenizer
 from embedpool.errors import InvalidRequest, TextTooLong, UnsupportedOption
-from embedpool.tasks.embed import LOCAL, Embed, EmbedOptions
+from embedpool.tasks.embed import LOCAL, SLICE_CHARS, Embed, EmbedOptions
 from embedpool.tasks.item import Group, Ids
 from embedpool.tasks.tokenizer import Tokenizer
 
