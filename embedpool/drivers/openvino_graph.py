@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
+import shutil
 import sys
 import tempfile
 import threading
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 LIBRARIES = ("openvino", "torch", "transformers", "sentence-transformers")
 PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 LEAST_COSINE = 0.9999
+HASHES = "hashes.json"
 COMPILED_TWICE_BYTES = 256_000_000  # of weights; each compiled model holds its own copy
 
 
@@ -36,8 +39,11 @@ def exported(folder: Path, cache_dir: Path, load_model: Callable[[], Any]) -> Pa
     is kept. Raises ModelFailed if it gives other vectors, or cannot be written.
     """
     graph = cache_dir / "openvino" / f"{folder.name}-{_key(folder)}" / "model.xml"
-    if graph.exists():
+    if graph.exists() and is_whole(graph):
         return graph
+    if graph.parent.exists():
+        logger.warning("the cached graph %s is damaged and is made anew", graph.parent)
+        shutil.rmtree(graph.parent, ignore_errors=True)
     logger.info("exporting %s to OpenVINO, once", folder)
     openvino = _openvino()
     model = load_model()
@@ -48,13 +54,38 @@ def exported(folder: Path, cache_dir: Path, load_model: Callable[[], Any]) -> Pa
             openvino.save_model(converted, Path(temporary) / "new" / "model.xml", compress_to_fp16=False)
         except RuntimeError as error:  # of a full disk it says no more than that a stream has failed
             raise ModelFailed(f"the graph cannot be written to {cache_dir}: {error}") from None
-        _compare(compiled(Path(temporary) / "new" / "model.xml", "float32", threads=1, streams=1), model)
+        new = Path(temporary) / "new"
+        _compare(compiled(new / "model.xml", "float32", threads=1, streams=1), model)
+        _sign(new)
         try:
             os.rename(Path(temporary) / "new", graph.parent)
         except OSError:
             if not graph.exists():  # else another process was first
                 raise
     return graph
+
+
+def is_whole(graph: Path) -> bool:
+    """Whether the files of a graph are those that were compared with `encode`, byte for byte."""
+    try:
+        expected = json.loads((graph.parent / HASHES).read_text())
+        return bool(expected) and all(_sha256(graph.parent / name) == found for name, found in expected.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _sign(folder: Path) -> None:
+    """Write the hashes of a graph's files beside them, and all of it to the disk."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    (folder / HASHES).write_text(json.dumps({file.name: _sha256(file) for file in files}))
+    for file in (*files, folder / HASHES):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class Pipeline:

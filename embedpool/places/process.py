@@ -39,6 +39,7 @@ from embedpool.tasks.rows import Answer
 BLOCK_BYTES = 1 << 20  # of a slot; what is larger goes through the pipe
 LOOK_S = 0.5  # between looks at what a child takes, in time and memory
 CLOSE_TIMEOUT_S = 5.0
+LONGEST_LOAD_S = 600.0
 GROWN = 1.25  # times the memory it held when it had opened the model
 MB = 1 << 20
 
@@ -61,6 +62,7 @@ class ProcessPlace(Place):
         # Guards the three above. Batches' threads wait on it for a slot, or for all of them; the watching thread takes
         # it for a look. No other lock is taken inside it, and nobody waits for the child while holding it.
         self._slots_changed = threading.Condition()
+        self._opening_since: float | None = time.monotonic()  # None once the child has opened the model
         self._closing = threading.Event()
         self._ended = threading.Event()  # the child is gone and `lost` says why
         self._opened_bytes = self._last_bytes = 0  # that it held when it had opened the model, and at the last look
@@ -70,6 +72,7 @@ class ProcessPlace(Place):
         self._start(make, prepare, f"watch-{spec.model}")
         try:
             facts = self._receive(0)
+            self._opening_since = None
             assert isinstance(facts, Facts)
             if too_large := self._too_large():
                 raise ChildProcessError(f"its process {too_large}")
@@ -216,6 +219,9 @@ class ProcessPlace(Place):
         return kills != self._kills[0] and not 0 < self._last_bytes <= GROWN * self._opened_bytes
 
     def _too_slow(self) -> str | None:
+        since = self._opening_since
+        if since is not None and time.monotonic() - since > LONGEST_LOAD_S:
+            return f"was ended, because it took more than {LONGEST_LOAD_S:g} s to load"
         with self._slots_changed:
             first = min(self._began.values(), default=math.inf)
         if time.monotonic() - first <= self._batch_timeout_s:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -213,3 +214,27 @@ def test_a_full_disk_is_not_hidden(small: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(openvino_graph.os, "rename", rename)
     with pytest.raises(OSError, match="no space"):
         exported(small, tmp_path / "cache", Tiny)
+
+
+@pytest.mark.usefixtures("openvino_driver")
+@pytest.mark.parametrize("damage", ["zeros", "empty", "gone", "unsigned"])
+def test_a_damaged_graph_is_made_anew(folder: Path, cache_dir: Path, tmp_path: Path, damage: str) -> None:
+    """As a power cut leaves it: such a file may still load, and give vectors of zeros."""
+    whole = exported(folder, cache_dir, load_model)
+    copied = tmp_path / "openvino" / whole.parent.name
+    shutil.copytree(whole.parent, copied)
+    assert exported(folder, tmp_path, load_model) == copied / "model.xml"
+    weights = copied / "model.bin"
+    if damage == "zeros":
+        with weights.open("r+b") as file:
+            file.seek(1_000_000)
+            file.write(bytes(1000))
+    elif damage == "empty":
+        weights.write_bytes(b"")
+    elif damage == "gone":
+        weights.unlink()
+    else:
+        (copied / openvino_graph.HASHES).unlink()
+    with pytest.raises(Loaded):
+        exported(folder, tmp_path, load_model)
+    assert not copied.exists()

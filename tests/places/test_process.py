@@ -319,3 +319,10 @@ def test_an_end_that_we_bring_about_is_not_innocent(opened) -> None:
 def test_the_kernels_count_is_read() -> None:
     """It is a number."""
     assert isinstance(process._kills_for_memory(), int)
+
+
+def test_a_child_that_hangs_while_loading_is_ended(opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds memory and a thread, and nobody waits for it any more."""
+    monkeypatch.setattr("embedpool.places.process.LONGEST_LOAD_S", 0.3)
+    with pytest.raises(ModelFailed, match="to load"):
+        opened(load_delay_ms=600_000)
