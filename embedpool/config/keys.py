@@ -125,7 +125,7 @@ class KeysFile:
     def current(self) -> tuple[ApiKey, ...]:
         """The keys, looked at again once a second. A file that is broken or gone leaves them as they were.
 
-        Where there has been no good file yet there are none, and `fault` says why: nobody's key is known.
+        Where keys exist and none is known there are none, and `fault` says why.
         """
         if self._keys is None or self._clock() >= self._next_look:
             self._next_look = self._clock() + LOOK_EVERY_S
@@ -136,22 +136,23 @@ class KeysFile:
         return self._keys or ()
 
     def _follow(self) -> None:
+        found: tuple[ApiKey, ...] = ()
         fault: str | None = None
         try:
             found = self.read()
-            if found:
-                self._remember()
-            elif self.exist:
-                fault = f"{self.path} holds no key, although keys were made and not revoked"
         except ConfigError as error:
             fault = error.message
-        if fault is None:
-            self._keys = found
+        is_whole = fault is None and self._stamp is not None
+        if self._keys and not is_whole:
+            logger.error("the keys stay as they were: %s", fault or f"{self.path} is gone")
+            return
+        if found:
+            self._remember()
+        elif fault is None and self.exist:
+            fault = f"{self.path} holds no key, although keys were made and not revoked"
         if fault and fault != self.fault:
-            logger.error("%s: %s", "the keys stay as they were" if self._keys else "nobody's key is known", fault)
-        if self._keys is None:
-            self._keys = ()
-        self.fault = fault
+            logger.error("nobody's key is known: %s", fault)
+        self._keys, self.fault = found, fault
 
     @property
     def exist(self) -> bool:

@@ -75,13 +75,18 @@ def test_the_file_is_followed(file: KeysFile) -> None:
     file.path.write_text("keys: [")
     now += LOOK_EVERY_S
     assert followed.current() == (entry,)
+    assert followed.fault is None  # they are known
     file.path.unlink()
     now += LOOK_EVERY_S
     assert followed.current() == (entry,)
+    assert followed.fault is None
     file.edit(lambda keys: (dataclasses.replace(entry, weight=3),))
     now += LOOK_EVERY_S
     assert followed.current()[0].weight == 3
     file.edit(lambda keys: ())
+    now += LOOK_EVERY_S
+    assert followed.current() == ()  # a key that the file does not list any more is none
+    assert followed.fault
     file.revoke_last()
     now += LOOK_EVERY_S
     assert followed.current() == ()
