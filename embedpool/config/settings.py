@@ -209,13 +209,22 @@ class Settings:
     @property
     def base_url(self) -> str:
         """Where the command line looks for a server that no pid file names."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server.host, self.server.host)  # noqa: S104
-        return self.client.base_url or f"http://{f'[{host}]' if ':' in host else host}:{self.server.port}"
+        return self.client.base_url or url_at(self.server.host, self.server.port)
 
     @property
     def threads(self) -> int:
         """Request threads: one for each admitted request, and a reserve so that /health always answers."""
         return self.server.threads or self.defaults.max_inflight_global + 16
+
+
+def url_at(host: str, port: int) -> str:
+    """The URL at which a program on this machine reaches a server that listens at this address."""
+    return f"http://{shown({'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host))}:{port}"  # noqa: S104
+
+
+def shown(host: str) -> str:
+    """A host as it stands in a URL."""
+    return f"[{host}]" if ":" in host else host
 
 
 SECTIONS: dict[str, type[Any]] = {

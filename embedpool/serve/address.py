@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Sequence
 
-from embedpool.config.settings import Settings
+from embedpool.config.settings import Settings, url_at
 from embedpool.errors import ConfigError
 from embedpool.serve.connections import LISTEN_BACKLOG
 
@@ -34,10 +34,4 @@ def address_of(listeners: Sequence[socket.socket]) -> str:
     with_a_port = [listener for listener in listeners if host_of(listener)]
     if not with_a_port:
         return UNIX + os.fsdecode(listeners[0].getsockname())
-    host, port = with_a_port[0].getsockname()[:2]
-    return f"http://{shown({'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host))}:{port}"  # noqa: S104
-
-
-def shown(host: str) -> str:
-    """A host as it stands in a URL."""
-    return f"[{host}]" if ":" in host else host
+    return url_at(*with_a_port[0].getsockname()[:2])

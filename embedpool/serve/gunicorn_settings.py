@@ -7,10 +7,10 @@ from typing import Any
 from embedpool.config import checked
 from embedpool.config.files import folder_in_memory
 from embedpool.config.keys import require_a_key
-from embedpool.config.settings import Settings
+from embedpool.config.settings import Settings, shown
 from embedpool.errors import ConfigError
 from embedpool.logs import configure_logging
-from embedpool.serve.address import address_of, bind, host_of, shown
+from embedpool.serve.address import address_of, bind, host_of
 from embedpool.serve.connections import LISTEN_BACKLOG
 from embedpool.serve.gunicorn_master import Master
 from embedpool.serve.process import PidFile
