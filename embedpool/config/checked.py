@@ -13,6 +13,11 @@ logger = logging.getLogger(__name__)
 _checked: Settings | None = None  # of this process, or of the one it was forked from
 
 
+def settings() -> Settings | None:
+    """Those that hold; None if none have been read yet."""
+    return _checked
+
+
 def read(check: Callable[[Settings], None]) -> Settings:
     """In the master: read config.yml; where it is broken now, or `check` raises ConfigError, the settings stay.
 
@@ -20,9 +25,9 @@ def read(check: Callable[[Settings], None]) -> Settings:
     """
     global _checked  # noqa: PLW0603  (gunicorn executes its config file anew; only a module survives that)
     try:
-        settings = load_settings(find_config_yml(None))
-        check(settings)
-        _checked = settings
+        found = load_settings(find_config_yml(None))
+        check(found)
+        _checked = found
     except ConfigError as error:
         if _checked is None:
             raise

@@ -24,6 +24,8 @@ class Master(Arbiter):  # type: ignore[misc]
         """Take over what gunicorn has made."""
         arbiter.__class__ = cls
 
+    _graceful_timeout_s: int | None = None  # while a reload must not wait
+
     @override
     def reload(self) -> None:
         # gunicorn waits here for the old workers' end, deaf to signals. Ours end later, so it must not wait for them;
@@ -31,21 +33,18 @@ class Master(Arbiter):  # type: ignore[misc]
         try:
             super().reload()
         finally:
-            self.cfg.set("graceful_timeout", self.graceful_timeout_s)
+            if self._graceful_timeout_s is not None:
+                self.cfg.set("graceful_timeout", self._graceful_timeout_s)
 
     def wait_for_nobody(self) -> None:
         """In the hook `on_reload`."""
-        self.graceful_timeout_s = self.cfg.graceful_timeout
+        self._graceful_timeout_s = self.cfg.graceful_timeout
         self.cfg.set("graceful_timeout", 0)
 
-    graceful_timeout_s = 0
-
-    @override
-    def spawn_worker(self) -> Any:
-        self.has_ready_worker = any(worker.is_ready for worker in self._serving())
-        return super().spawn_worker()
-
-    has_ready_worker = False
+    @property
+    def has_ready_worker(self) -> bool:
+        """Whether a worker serves, so that a new one may take its time."""
+        return any(worker.is_ready for worker in self._serving())
 
     @override
     def manage_workers(self) -> None:

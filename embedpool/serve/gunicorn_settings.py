@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from embedpool.config import checked
@@ -18,8 +19,6 @@ from embedpool.web import metrics
 
 WORKER_STOP_MARGIN_S = 20  # beyond the grace period, so that replicas can close before gunicorn kills the worker
 
-_bound: tuple[str, int] | None = None  # the address that this process listens at, by its settings
-
 
 def gunicorn_settings() -> dict[str, Any]:
     """The settings of config.yml as gunicorn's.
@@ -27,37 +26,9 @@ def gunicorn_settings() -> dict[str, Any]:
     gunicorn's master reads them again on SIGHUP, where an error would end it: so it keeps the settings it had if
     config.yml or keys.yml is broken by then, or if it could not listen at a new address.
     """
-    global _bound  # noqa: PLW0603  (as in config/checked.py)
     settings = checked.read(_check)
-    server = settings.server
-    _bound = (server.host, server.port)
     configure_logging(settings)
-    pid_file = PidFile(settings)
-
-    def begin(arbiter: Any) -> None:
-        Master.adopt(arbiter)
-        _share_metrics(arbiter)
-
-    def listens(arbiter: Any) -> None:
-        try:
-            for listener in arbiter.LISTENERS:  # gunicorn may have been told another address than config.yml says
-                require_a_key(settings, host_of(listener.sock))
-        except ConfigError as error:
-            raise RuntimeError(error.message) from None  # ends gunicorn with this sentence
-        pid_file.write(address_of([listener.sock for listener in arbiter.LISTENERS]))
-
-    def reloaded(arbiter: Any) -> None:
-        arbiter.wait_for_nobody()
-        _share_metrics(arbiter)
-        pid_file.write(address_of([listener.sock for listener in arbiter.LISTENERS]))
-
-    def before_fork(arbiter: Any, worker: Any) -> None:
-        worker.waits_for_models = arbiter.has_ready_worker
-
-    def end(arbiter: Any) -> None:
-        metrics.unshare()
-        pid_file.remove()
-
+    server = settings.server
     return {
         "bind": f"{shown(server.host)}:{server.port}",
         "worker_class": "embedpool.serve.gunicorn_worker.WaitressWorker",
@@ -71,6 +42,54 @@ def gunicorn_settings() -> dict[str, Any]:
         "logger_class": "embedpool.serve.gunicorn_worker.GunicornLogger",
         "control_socket_disable": True,
         "worker_tmp_dir": folder_in_memory(),  # a heartbeat is a file: not on a disk that may be full
+        **_hooks(settings),
+    }
+
+
+def _check(settings: Settings) -> None:
+    """Raises ConfigError."""
+    server, before = settings.server, checked.settings()
+    require_a_key(settings, server.host)
+    if before and (before.server.host, before.server.port) != (server.host, server.port):
+        bind(settings).close()
+
+
+def _hooks(settings: Settings) -> dict[str, Callable[..., None]]:
+    """What gunicorn calls in its master, and `post_fork` in a worker."""
+    pid_file = PidFile(settings)
+
+    def begin(arbiter: Any) -> None:
+        Master.adopt(arbiter)
+        share_metrics(arbiter)
+
+    def share_metrics(arbiter: Any) -> None:
+        if arbiter.cfg.workers > 1:
+            metrics.share()
+
+    def listens(arbiter: Any) -> None:
+        try:
+            for listener in arbiter.LISTENERS:  # gunicorn may have been told another address than config.yml says
+                require_a_key(settings, host_of(listener.sock))
+        except ConfigError as error:
+            raise RuntimeError(error.message) from None  # ends gunicorn with this sentence
+        write_address(arbiter)
+
+    def write_address(arbiter: Any) -> None:
+        pid_file.write(address_of([listener.sock for listener in arbiter.LISTENERS]))
+
+    def reloaded(arbiter: Any) -> None:
+        arbiter.wait_for_nobody()
+        share_metrics(arbiter)
+        write_address(arbiter)
+
+    def before_fork(arbiter: Any, worker: Any) -> None:
+        worker.waits_for_models = arbiter.has_ready_worker
+
+    def end(arbiter: Any) -> None:
+        metrics.unshare()
+        pid_file.remove()
+
+    return {
         "on_starting": begin,
         "when_ready": listens,
         "on_reload": reloaded,
@@ -79,16 +98,3 @@ def gunicorn_settings() -> dict[str, Any]:
         "child_exit": lambda arbiter, worker: metrics.forget_worker(worker.pid),
         "on_exit": end,
     }
-
-
-def _check(settings: Settings) -> None:
-    """Raises ConfigError."""
-    server = settings.server
-    require_a_key(settings, server.host)
-    if _bound not in (None, (server.host, server.port)):
-        bind(settings).close()
-
-
-def _share_metrics(arbiter: Any) -> None:
-    if arbiter.cfg.workers > 1 and not metrics.is_shared():
-        metrics.share()

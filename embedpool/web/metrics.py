@@ -181,10 +181,12 @@ _owned: tuple[Path, IO[str]] | None = None  # the folder, and the file in it tha
 
 
 def share() -> None:
-    """Before the first worker: let the workers keep their numbers in files, in memory where the system has such."""
+    """Let workers keep their numbers in files, in memory where the system has such; those born from now on do so."""
     import fcntl  # gunicorn runs only where there is one
 
     global _owned  # noqa: PLW0603  (gunicorn's master is the process)
+    if _owned:
+        return
     parent = Path(folder_in_memory() or tempfile.gettempdir())
     _remove_abandoned(parent)
     while True:
@@ -216,11 +218,6 @@ def without_other_models(page: bytes, models: set[str]) -> bytes:
         return named is None or named[1].decode() in models
 
     return b"".join(line for line in page.splitlines(keepends=True) if is_shown(line))
-
-
-def is_shared() -> bool:
-    """Whether this process has let workers share their numbers."""
-    return _owned is not None
 
 
 def unshare() -> None:
