@@ -54,17 +54,15 @@ class Admission:
         with self._changed:
             self._inside.add(request)
         try:
-            try:
-                result = self._serve(request)
-            except BaseException:
-                self.queue.withdraw(request)
-                raise
+            result = self._serve(request)
         except EmbedpoolError as error:
             if not (call.is_patient and isinstance(error, Overloaded)):
                 self.stats.refused(error.code)
             raise
         finally:
-            request.abandoned = True  # what is still queued is dropped before it costs compute
+            request.abandoned = True  # what a batch holds already is dropped before it costs compute
+            if request.left > 0:
+                self.queue.withdraw(request)
             with self._changed:
                 self._inside.discard(request)
                 self._changed.notify_all()

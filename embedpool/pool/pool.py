@@ -44,7 +44,6 @@ class Pool:
         self._candidates: dict[ServedModel, bool] = {}  # being prepared; whether `apply` may adopt it: it is loaded
         self._leaving: dict[ServedModel, threading.Thread] = {}
         self._holders: dict[str, ServedModel] = {}  # of aliases whose new model is still loading
-        self._released: list[ServedModel] = []
 
     # --- the road of a request
 
@@ -127,39 +126,36 @@ class Pool:
             for model in change.changed:
                 leaving += self._change(model)
             self._spec = spec
-            self._hold_aliases()
+            leaving += self._hold_aliases()
             self._route()
-            for served in leaving:
-                if served not in self._holders.values():
-                    self._drain_in_background(served)
-            self._let_go()
+            self._let_go(leaving)
 
-    def _hold_aliases(self) -> None:
-        """An alias that moves to a model which has not loaded yet stays where it is until then."""
+    def _hold_aliases(self) -> list[ServedModel]:
+        """An alias that moves to a model which has not loaded yet stays where it is until then; gives who held one."""
         held: dict[str, ServedModel] = {}
         for owner in self._served.values():
             alias = owner.spec.alias
             before = self._routes.get(alias) if alias else None
-            if alias and before not in (None, owner) and before.takes_requests and owner.is_loading_first:
+            waits = owner.spec.enabled and not owner.takes_requests
+            if alias and before not in (None, owner) and before.takes_requests and waits:
                 held[alias] = before
-        self._released = [old for old in self._holders.values() if old not in held.values()]
-        self._holders = held
+        holders, self._holders = self._holders, held
+        return list(holders.values())
 
-    def _let_go(self) -> None:
-        """End what was kept for an alias alone."""
-        for served in self._released:
-            if served not in self._served.values() and served not in self._leaving:
-                self._drain_in_background(served)
-        self._released = []
+    def _let_go(self, leaving: list[ServedModel]) -> None:
+        """End these, but for what is served still, if only under an alias."""
+        kept = {*self._served.values(), *self._holders.values(), *self._leaving}
+        for served in {*leaving} - kept:
+            self._drain_in_background(served)
 
     def _loaded(self, served: ServedModel) -> None:
         """On a replica's thread: an alias that waited for this model moves."""
         with self._lock:
             alias = served.spec.alias
             if alias in self._holders and self._served.get(served.spec.model) is served:
-                self._released = [self._holders.pop(alias)]
+                before = self._holders.pop(alias)
                 self._route()
-                self._let_go()
+                self._let_go([before])
                 logger.info("%s: the model is loaded, and %s is its alias from now on", served.spec.model, alias)
 
     def _change(self, model: ModelSpec) -> list[ServedModel]:

@@ -85,11 +85,6 @@ class ServedModel:
         """Whether a request would be served or wait to be."""
         return self.is_serving or (self.state == "loading" and not self.replicas.loads_first)
 
-    @property
-    def is_loading_first(self) -> bool:
-        """Whether it is enabled and its first load has not succeeded."""
-        return self.spec.enabled and not self.takes_requests
-
     def snapshot(self) -> dict[str, Any]:
         """The model's entry in /status; `successor` while a changed model is being loaded."""
         found = {
