@@ -100,8 +100,7 @@ class FakeDriver(Driver):
         time.sleep(self._config.load_delay_ms / 1000)
         if self._config.fault == "load":
             raise RuntimeError("fault: load")
-        limit = self._config.max_seq_length
-        if limit and (fault := limit_fault(limit, self._tokenizer)):
+        if fault := limit_fault(self._config.max_seq_length, self._tokenizer):
             raise ModelFailed(f"max_seq_length {fault}")
         if self._config.fault == "crash" and not self._may_crash:
             raise ModelFailed("fault: crash would end the server; it needs place: process")

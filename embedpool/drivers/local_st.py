@@ -71,8 +71,7 @@ class LocalStDriver(Driver):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its pool is sized by the host
         folder = find_model_folder(self._model, self._config)
         self._tokenizer = FolderTokenizer(folder)
-        wanted = self._config.max_seq_length
-        if wanted and (fault := limit_fault(wanted, self._tokenizer)):
+        if fault := limit_fault(self._config.max_seq_length, self._tokenizer):
             raise ModelFailed(f"{self._model!r}: max_seq_length {fault}")
         with LOADING:
             backend, why = self._load(folder)

@@ -41,6 +41,7 @@ class ServedModel:
         self._settings = settings
         self._on_ready = on_ready
         self._draining = False
+        self._not_followed: str | None = None  # why a change was refused
         self._tokenizer: Tokenizer | None = None
         # Held while the tokenizer is being opened, which may take as long as a download. A request's thread waits for
         # it until its deadline, a replica's for as long as it takes. No other lock is taken inside it.
@@ -98,7 +99,7 @@ class ServedModel:
             "queue_max": self.queue.maxsize,
             "scaling": dataclasses.asdict(self.spec.scaling),
             "counters": self.stats.snapshot(),
-            "last_error": self.replicas.trouble,
+            "last_error": self.replicas.trouble or self._not_followed,
         }
         if successor := self.successor:
             found["successor"] = {"state": successor.state, "last_error": successor.replicas.last_error}
@@ -146,10 +147,11 @@ class ServedModel:
 
     def update(self, spec: ModelSpec) -> None:
         """Take over a spec of the same `load_key`: applies at once. A limit that no start would accept is refused."""
+        self._not_followed = None
         limit = spec.driver.config.max_seq_length
-        if limit and self._tokenizer and (fault := limit_fault(limit, self._tokenizer)):
-            self.replicas.last_error = f"the changed driver.config is not followed: max_seq_length {fault}"
-            logger.error("%s: %s", spec.model, self.replicas.last_error)
+        if self._tokenizer and (fault := limit_fault(limit, self._tokenizer)):
+            self._not_followed = f"the changed driver.config is not followed: max_seq_length {fault}"
+            logger.error("%s: %s", spec.model, self._not_followed)
             driver = dataclasses.replace(spec.driver, config=self.spec.driver.config)
             spec = dataclasses.replace(spec, driver=driver)
         self.queue.resize(spec.queue.max_size or self._settings.max_queue_per_model)

@@ -214,14 +214,16 @@ def _prompt_for(
 
 def _limit_of(options: EmbedOptions, config: DriverConfig, tokenizer: Tokenizer) -> int | None:
     asked = options.max_seq_length
-    if asked is not None and (fault := limit_fault(asked, tokenizer)):
+    if fault := limit_fault(asked, tokenizer):
         raise InvalidRequest(f"options.max_seq_length: {fault}", fields={"options.max_seq_length": fault})
     limits = [asked or config.max_seq_length or tokenizer.default_max_tokens, tokenizer.max_tokens]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def limit_fault(limit: int, tokenizer: Tokenizer) -> str | None:
-    """What is wrong with a max_seq_length for this model."""
+def limit_fault(limit: int | None, tokenizer: Tokenizer) -> str | None:
+    """What is wrong with a max_seq_length for this model; nothing with none."""
+    if limit is None:
+        return None
     if tokenizer.max_tokens is not None and limit > tokenizer.max_tokens:
         return f"{limit} is more than the model's {tokenizer.max_tokens} positions"
     if limit <= tokenizer.special_tokens:

@@ -847,3 +847,16 @@ def test_a_changed_limit_gives_a_text_that_has_ended_processes_another_chance(se
     assert len(opener.opened) == 4
     served.update(model_spec(config={"batch_timeout_s": 100.0}))
     assert_answers(ask(served, "long"), "long")
+
+
+@pytest.mark.parametrize("limit", [2, 513])
+def test_a_limit_that_no_start_would_accept_is_not_followed(serve, limit: int) -> None:
+    """An edit by hand meets what a registration and a restart meet: the model serves on as it was, and says why."""
+    served, _ = serve()
+    assert served.replicas.settled.wait(PATIENCE_S)
+    served.update(model_spec(config={"max_seq_length": limit}))
+    assert served.spec.driver.config.max_seq_length is None
+    assert f"max_seq_length {limit}" in served.snapshot()["last_error"]
+    served.update(model_spec(config={"max_seq_length": 8}))
+    assert served.spec.driver.config.max_seq_length == 8
+    assert served.snapshot()["last_error"] is None
