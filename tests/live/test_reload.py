@@ -154,7 +154,7 @@ def test_two_workers_converge(make_server: Callable[..., Server]) -> None:
         assert {series: total(server, series) - value for series, value in before.items()} == dict.fromkeys(before, 20)
     wait_until(lambda: total(server, "embedpool_replicas") == 4)
     server.stop()
-    assert shared_folders() == folders
+    assert shared_folders() <= folders  # what a killed server left may have gone
 
 
 def shared_folders() -> set[Path]:
