@@ -62,14 +62,13 @@ def _torch() -> dict[str, Any]:
 
 def _openvino(dtype: str, cache_dir: Path) -> dict[str, Any]:
     """The graph embedpool compiles: one stream on all cores, or a stream for each core with a thread of its own."""
-    from embedpool.drivers.base import available_cores
-
     from embedpool.drivers import openvino_graph
-    from embedpool.drivers.tokenizer import TokenizerMeter, pad
+    from embedpool.drivers.tokenizer import FolderTokenizer, pad
+    from embedpool.places.cores import available_cores
 
     cores = available_cores()
     folder = texts.model_folder()
-    meter = TokenizerMeter(folder)
+    tokenizer = FolderTokenizer(folder)
     graph = openvino_graph.exported(folder, cache_dir, _sentence_transformer)
 
     def encode(streams: int, batch_size: int) -> Encode:
@@ -77,9 +76,9 @@ def _openvino(dtype: str, cache_dir: Path) -> dict[str, Any]:
         threads = ThreadPoolExecutor(streams)
 
         def call(given: list[str]) -> Any:
-            ids = sorted((i[: MAX_TOKENS - 1] + i[-1:] for i in meter.measure(given)), key=len, reverse=True)
+            ids = sorted((i[: MAX_TOKENS - 1] + i[-1:] for i in tokenizer.encode(given)), key=len, reverse=True)
             batches = [ids[at : at + batch_size] for at in range(0, len(ids), batch_size)]
-            return np.concatenate(list(threads.map(lambda batch: run(pad(batch, meter.pad_id)), batches)))
+            return np.concatenate(list(threads.map(lambda batch: run(pad(batch, tokenizer.pad_id)), batches)))
 
         return call
 
