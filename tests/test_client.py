@@ -14,7 +14,7 @@ from flask import Flask, request
 from werkzeug.serving import make_server
 
 import embedpool
-from embedpool.client import LEAST_WAIT_S, TEXTS_PER_CALL, Client
+from embedpool.client import DEADLINE_MARGIN_S, LEAST_WAIT_S, TEXTS_PER_CALL, Client
 from embedpool.errors import EmbedpoolError, ServerUnreachable
 from embedpool.pool.settings import PoolSettings
 from tests.conftest import settle
@@ -166,6 +166,20 @@ def test_a_server_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ServerUnreachable, match="Timeout"):
             call()
     assert asked == [7, 900]
+
+
+def test_the_server_is_told_by_when_its_answer_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer that the deadline has passed comes before the client stops to listen."""
+    asked: list[tuple[str, float]] = []
+
+    def hang(*arguments: Any, timeout: float, headers: Any, **more: Any) -> None:
+        asked.append((headers["X-Request-Timeout-Ms"], timeout))
+        raise requests.ReadTimeout
+
+    monkeypatch.setattr(requests.Session, "request", hang)
+    with pytest.raises(ServerUnreachable):
+        Client("http://x", timeout_s=7).embed(["a"], model="m")
+    assert asked == [("7000", 7 + DEADLINE_MARGIN_S)]
 
 
 @pytest.mark.parametrize(("key", "sent"), [("s3cr3t", "Bearer s3cr3t"), (None, None)])

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from embedpool.config.settings import load_settings
+from embedpool.errors import ModelNotFound
 from embedpool.server import EmbedpoolApp
-from tests.conftest import settle
+from tests.conftest import fake_pool_yml, settle
 
 
 def test_what_a_model_may_not_reach_is_not_even_looked_at(tmp_path: Path) -> None:
@@ -25,6 +28,22 @@ def test_what_a_model_may_not_reach_is_not_even_looked_at(tmp_path: Path) -> Non
         served = app.pool.find("m")
         assert served.state == "failed"
         assert "model_roots" in (served.replicas.last_error or "")
+    finally:
+        app.begin_to_stop()
+        app.stop()
+
+
+def test_without_hot_reload_nobody_who_asks_for_a_name_changes_the_pool(tmp_path: Path) -> None:
+    """A changed pool.yml waits for POST /reload."""
+    config = tmp_path / "config.yml"
+    config.write_text("paths: {pool_yml: pool.yml, state_dir: state}\nhot_reload: {enabled: false}\n")
+    (tmp_path / "pool.yml").write_text("models: []")
+    app = EmbedpoolApp(load_settings(config, {}))
+    app.start()
+    try:
+        (tmp_path / "pool.yml").write_text(fake_pool_yml("model: new"))
+        with pytest.raises(ModelNotFound):
+            app.pool.find("new")
     finally:
         app.begin_to_stop()
         app.stop()

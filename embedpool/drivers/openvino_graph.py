@@ -42,7 +42,7 @@ def exported(folder: Path, cache_dir: Path, load_model: Callable[[], Any]) -> Pa
     if graph.exists() and is_whole(graph):
         return graph
     if graph.parent.exists():
-        logger.warning("the cached graph %s is damaged and is made anew", graph.parent)
+        logger.warning("the cached graph %s is damaged, or older than its check, and is made anew", graph.parent)
         shutil.rmtree(graph.parent, ignore_errors=True)
     logger.info("exporting %s to OpenVINO, once", folder)
     openvino = _openvino()
@@ -50,15 +50,15 @@ def exported(folder: Path, cache_dir: Path, load_model: Callable[[], Any]) -> Pa
     converted = _convert(model)
     graph.parent.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=graph.parent.parent) as temporary:
+        new = Path(temporary) / "new"
         try:
-            openvino.save_model(converted, Path(temporary) / "new" / "model.xml", compress_to_fp16=False)
+            openvino.save_model(converted, new / "model.xml", compress_to_fp16=False)
         except RuntimeError as error:  # of a full disk it says no more than that a stream has failed
             raise ModelFailed(f"the graph cannot be written to {cache_dir}: {error}") from None
-        new = Path(temporary) / "new"
         _compare(compiled(new / "model.xml", "float32", threads=1, streams=1), model)
         _sign(new)
         try:
-            os.rename(Path(temporary) / "new", graph.parent)
+            os.rename(new, graph.parent)
         except OSError:
             if not graph.exists():  # else another process was first
                 raise

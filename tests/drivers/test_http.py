@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import ipaddress
 import json
 import socket
 import threading
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from embedpool.config import guard
 from embedpool.config.spec import DriverSpec, HttpConfig, ModelSpec
 from embedpool.drivers import http, make_driver, open_tokenizer, upstream
 from embedpool.drivers.http import HttpDriver
@@ -138,6 +140,16 @@ def opened(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 
 
 # --- the protocols
+
+
+def test_an_address_is_looked_at_when_it_is_connected_to(
+    remote: Remote, opened: Callable[..., HttpDriver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that stands for another address by now gets nothing of a text, nor a key."""
+    monkeypatch.setattr(guard, "METADATA", {ipaddress.ip_address("127.0.0.1")})
+    with pytest.raises(UpstreamError, match="secrets"):
+        opened(retries=0)
+    assert remote.seen == []
 
 
 @pytest.mark.parametrize(
