@@ -13,7 +13,7 @@ import numpy as np
 import requests
 from numpy.typing import NDArray
 
-from embedpool.errors import EmbedpoolError, ServerUnreachable
+from embedpool.errors import EmbedpoolError, ModelChanged, ServerUnreachable
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class Client:
         self._base_url = base_url.rstrip("/")
         self._timeout_s = timeout_s
         self._retry_s = retry_s
+        self.space: str | None = None  # whose numbers the vectors are that it got last
         self._session = requests.Session()
         # A proxy has no way to this machine's loopback, and management refuses what came through one.
         local = urlsplit(self._base_url).hostname in LOOPBACK_NAMES
@@ -59,15 +60,16 @@ class Client:
         """The vectors of the texts, of shape (texts, dim), in order; `options` are those of POST /embed.
 
         Any number of texts, which go in calls of up to 1,000, or 4 million characters. How many the server had to
-        truncate is logged as a warning.
+        truncate is logged as a warning. Raises ModelChanged if `model` became another one between two calls.
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings, not one string")
+        self.space = None
         parts = [self._vectors(texts[i:j], model, options, i) for i, j in _parts(texts)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _vectors(self, texts: Sequence[str], model: str, options: dict[str, Any], first: int) -> NDArray[Any]:
-        """Of texts number `first` and those that follow."""
+        """Of texts number `first` and those that follow, of the same space as those before."""
         body = {"model": model, "texts": list(texts), "options": options}
         patience_s = self._retry_s
         while True:
@@ -89,6 +91,9 @@ class Client:
                     error.args = (f"{error.message} (of the texts from number {first})",)
                     error.message = error.args[0]
                 raise
+        before, self.space = self.space, response.headers.get("X-Embedpool-Space")
+        if before not in (None, self.space):
+            raise ModelChanged(f"{model!r} has become another model; texts from number {first} have vectors of that")
         if truncated := int(response.headers["X-Embedpool-Truncated"]):
             logger.warning("%d of %d texts were truncated; truncate='error' refuses them", truncated, len(texts))
         vectors: NDArray[Any] = np.load(io.BytesIO(response.content), allow_pickle=False)

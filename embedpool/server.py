@@ -24,7 +24,7 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.settings import PoolSettings
 from embedpool.reconcile import LAST_POOL, Reconciler
 from embedpool.serve.service_manager import has_service_manager, tell_service_manager
-from embedpool.tasks.driver import Place
+from embedpool.tasks.driver import Folders, Place
 from embedpool.tasks.tokenizer import Tokenizer
 from embedpool.web import metrics
 from embedpool.web.app import ACCESS, create_app, refusal
@@ -39,13 +39,13 @@ class EmbedpoolApp:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        cache_dir = settings.file(settings.paths.cache_dir)
+        folders = Folders(settings.file(settings.paths.cache_dir), settings.file(settings.paths.state_dir))
 
         def open_allowed_place(spec: ModelSpec, memory: dict[str, Any]) -> Place:
             guard.check(spec, settings)
             return open_place(
                 spec,
-                functools.partial(make_driver, spec, cache_dir, memory),
+                functools.partial(make_driver, spec, folders, memory),
                 prepare_child=functools.partial(configure_logging, settings),
                 longest_batch_s=settings.defaults.request_timeout_s,
             )
@@ -69,9 +69,8 @@ class EmbedpoolApp:
             observer=self.metrics,
         )
         self.pool = Pool(pool_settings, max_inflight_global=settings.defaults.max_inflight_global)
-        state_dir = settings.file(settings.paths.state_dir)
         self.reconciler = Reconciler(
-            PoolFile(settings.file(settings.paths.pool_yml)), self.pool, PoolFile(state_dir / LAST_POOL)
+            PoolFile(settings.file(settings.paths.pool_yml)), self.pool, PoolFile(folders.state / LAST_POOL)
         )
         if settings.hot_reload.enabled:
             self.pool.catch_up = self.reconciler.catch_up

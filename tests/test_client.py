@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +16,10 @@ from flask import Flask, request
 from werkzeug.serving import make_server
 
 import embedpool
+from embedpool import cli
+from embedpool.cli import embed as cli_embed
 from embedpool.client import DEADLINE_MARGIN_S, LEAST_WAIT_S, TEXTS_PER_CALL, Client
-from embedpool.errors import EmbedpoolError, ServerUnreachable
+from embedpool.errors import EmbedpoolError, ModelChanged, ServerUnreachable
 from embedpool.pool.settings import PoolSettings
 from tests.conftest import settle
 from tests.web.conftest import MODEL, NAME, Web, raw, serving, unit
@@ -322,3 +326,36 @@ def test_a_call_is_bounded_in_characters(client: Client, web: Web, monkeypatch: 
     before = web.status("m")["counters"]["requests"]
     np.testing.assert_allclose(client.embed(texts, model="m"), unit(raw(*texts)), atol=1e-6)
     assert web.status("m")["counters"]["requests"] == before + 4
+
+
+def test_vectors_of_two_models_are_not_joined(client: Client, web: Web) -> None:
+    """Where the name becomes another model between two calls, of the same width or not."""
+    submit, asked = web.pool.submit, []
+
+    def changing(model: str, task: Any, call: Any) -> Any:
+        asked.append(model)
+        return dataclasses.replace(submit(model, task, call), space=f"space {len(asked)}")
+
+    assert client.embed(["a"], model="m").shape == (1, 384)
+    space = client.space
+    assert space
+    web.pool.submit = changing  # type: ignore[method-assign]
+    assert len(client.embed(["a"], model="m")) == 1  # each call of embed may be answered by what there is then
+    with pytest.raises(ModelChanged, match="from number 1000"):
+        client.embed(["a"] * (TEXTS_PER_CALL + 1), model="m")
+
+
+def test_the_command_line_does_not_join_them_either(
+    client: Client, web: Web, monkeypatch: pytest.MonkeyPatch, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    """`embedpool embed -` prints the vectors of one model, then stops."""
+    monkeypatch.setattr(cli_embed, "client_of", lambda settings: client)
+    monkeypatch.setattr(cli_embed, "read_settings", lambda arguments: None)
+    monkeypatch.setattr(cli_embed, "LINES_AT_ONCE", 1)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\nb\n")))
+    submit, spaces = web.pool.submit, iter("ab")
+    web.pool.submit = lambda *call: dataclasses.replace(submit(*call), space=next(spaces))  # type: ignore[method-assign]
+    assert cli.main(["embed", "--model", "m", "-"]) != 0
+    printed = capsysbinary.readouterr()
+    assert printed.out.count(b"\n") == 1
+    assert b"another model" in printed.err

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from embedpool.cli.common import NOT_RUNNING, OK, Arguments, UsageError, assignments, client_of, read_settings
+from embedpool.errors import ModelChanged
 
 if TYPE_CHECKING:
     from embedpool.client import Client
@@ -29,8 +30,13 @@ def embed(arguments: Arguments) -> int:
     with client:
         model = arguments["--model"] or _only_model(client)
         texts = _lines() if arguments["TEXT"] == ["-"] else iter(arguments["TEXT"])
+        spaces = set()
         while some := list(itertools.islice(texts, LINES_AT_ONCE)):
-            for vector in client.embed(some, model=model, **options):
+            vectors = client.embed(some, model=model, **options)
+            spaces.add(client.space)
+            if len(spaces) > 1:
+                raise ModelChanged(f"{model!r} has become another model; what is printed above is of the one before")
+            for vector in vectors:
                 sys.stdout.buffer.write(orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
             sys.stdout.buffer.flush()
     return OK

@@ -7,11 +7,10 @@ config/spec.py, and what it needs on the command line in cli/models.py. tasks/dr
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 from embedpool.config.spec import ModelSpec
-from embedpool.tasks.driver import Driver
+from embedpool.tasks.driver import Driver, Folders
 from embedpool.tasks.tokenizer import Tokenizer
 
 # Imported on use: torch and requests cost seconds and memory that other models need not pay for.
@@ -22,9 +21,9 @@ _MODULES = {
 }
 
 
-def make_driver(spec: ModelSpec, cache_dir: Path, memory: dict[str, Any]) -> Driver:
+def make_driver(spec: ModelSpec, folders: Folders, memory: dict[str, Any]) -> Driver:
     """A driver of the spec's type, not yet open; `memory` is what all drivers of a served model share."""
-    driver: Driver = importlib.import_module(_MODULES[spec.driver.type]).make_driver(spec, cache_dir, memory)
+    driver: Driver = importlib.import_module(_MODULES[spec.driver.type]).make_driver(spec, folders, memory)
     return driver
 
 

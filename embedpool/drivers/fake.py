@@ -11,7 +11,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,9 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from embedpool.config.spec import FakeConfig, ModelSpec
+from embedpool.drivers.space import hashed
 from embedpool.errors import ModelFailed
-from embedpool.tasks.driver import PROBE_TEXT, Driver, Facts, describe
+from embedpool.tasks.driver import PROBE_TEXT, Driver, Facts, Folders, describe
 from embedpool.tasks.embed import limit_fault
 from embedpool.tasks.item import Batch, Ids
 from embedpool.tasks.rows import Answer, Rows
@@ -105,7 +105,8 @@ class FakeDriver(Driver):
         if self._config.fault == "crash" and not self._may_crash:
             raise ModelFailed("fault: crash would end the server; it needs place: process")
         self.probe()
-        return Facts({"embed": self._config.dim}, description=describe(dim=self._config.dim))
+        space = hashed("embed", "fake", str(self._config.dim))
+        return Facts({"embed": self._config.dim}, space, description=describe(dim=self._config.dim))
 
     @override
     def run(self, batch: Batch) -> Answer:
@@ -133,7 +134,7 @@ class FakeDriver(Driver):
         return np.random.default_rng(seed).standard_normal(self._config.dim, dtype=np.float32)
 
 
-def make_driver(spec: ModelSpec, cache_dir: Path, memory: dict[str, Any]) -> Driver:
+def make_driver(spec: ModelSpec, folders: Folders, memory: dict[str, Any]) -> Driver:
     """Called by the table of drivers, in drivers/__init__.py."""
     assert isinstance(spec.driver.config, FakeConfig)
     return FakeDriver(spec.driver.config, may_crash=spec.place == "process")

@@ -14,11 +14,12 @@ import numpy as np
 from typing_extensions import override
 
 from embedpool.config.spec import HttpConfig, ModelSpec
-from embedpool.drivers.measure import cosine, probe_batch
+from embedpool.drivers.measure import probe_batch
 from embedpool.drivers.protocols import PROTOCOLS
+from embedpool.drivers.space import SAME_SPACE_COSINE, likeness, of_probes
 from embedpool.drivers.upstream import RetryBudget, Upstream, fault_of, secret
 from embedpool.errors import UpstreamError
-from embedpool.tasks.driver import PROBE_TEXT, Driver, Facts, describe
+from embedpool.tasks.driver import PROBE_TEXT, Driver, Facts, Folders, describe
 from embedpool.tasks.item import Batch
 from embedpool.tasks.rows import Answer, Rows
 from embedpool.tasks.tokenizer import Tokenizer
@@ -32,7 +33,6 @@ RECHECK_S = 5.0
 CHECKS_OF_THE_FAULTY = 12  # rounds, of which the last is one of all addresses
 PROOF_TIMEOUT_S = 10.0  # where there are other addresses
 PROBE_TEXTS = (PROBE_TEXT, "How much does the train to the coast cost?", "Die Sonne scheint.")
-SAME_SPACE_COSINE = 0.999
 NOT_FINITE = "the remote service gives vectors that are not finite"
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -51,16 +51,18 @@ class HttpDriver(Driver):
 
     One of several addresses is asked once it gives the same vectors for PROBE_TEXTS as the first that ever answered,
     and left alone after failures in a row until it does so again. When none is left the driver says that it is lost.
-    `memory` is what the drivers of a served model share: whose vectors the first address gave.
+    `memory` is what the drivers of a served model share: whose vectors the first address gave. What its space is, is
+    remembered in `state_dir`.
     """
 
-    def __init__(self, model: str, config: HttpConfig, memory: dict[str, Any]) -> None:
+    def __init__(self, model: str, config: HttpConfig, state_dir: Path, memory: dict[str, Any]) -> None:
         self._description: dict[str, object] = {}
         self._dim: int | None = None
         self._lost: str | None = None
         self._model = config.remote_model or model
         self._config = config
         self._protocol = PROTOCOLS[config.protocol]
+        self._state_dir = state_dir
         self._memory = memory
         self._upstreams: list[Upstream] = []
         self._budget = RetryBudget()
@@ -81,7 +83,9 @@ class HttpDriver(Driver):
         self._description |= describe(protocol=self._config.protocol, dim=self._dim)
         if len(self._upstreams) > 1:
             threading.Thread(target=self._check, name=f"check-{self._model}", daemon=True).start()
-        return Facts({"embed": self._dim}, slots=SLOTS, description=self._description)
+        space = self._memory.get("space") or of_probes(self._state_dir, self._memory["reference"][1])
+        self._memory["space"] = space
+        return Facts({"embed": self._dim}, space, slots=SLOTS, description=self._description)
 
     @override
     def configure(self, config: HttpConfig) -> None:
@@ -123,6 +127,8 @@ class HttpDriver(Driver):
             return
         if not np.isfinite(vectors).all():
             raise UpstreamError(NOT_FINITE)
+        if len(self._upstreams) == 1 and (difference := self._difference(self._upstreams[0], vectors)):
+            raise UpstreamError(difference)  # where there are several, each proves itself from time to time
 
     @override
     def close(self) -> None:
@@ -180,14 +186,14 @@ class HttpDriver(Driver):
         vectors = np.concatenate(parts)
         if not np.isfinite(vectors).all():
             raise UpstreamError(NOT_FINITE)
-        if several and (difference := self._difference(upstream, vectors)):
+        if difference := self._difference(upstream, vectors):
             upstream.fault = difference
             raise UpstreamError(difference)
         self._dim = vectors.shape[1]
         upstream.admit()
 
     def _difference(self, upstream: Upstream, vectors: Array) -> str | None:
-        """What keeps these vectors of PROBE_TEXTS from standing beside those of the first address that ever answered.
+        """What keeps these vectors of PROBE_TEXTS, or of the first, from standing beside those that were first given.
 
         Whose they are is remembered as long as the model is served: a driver that replaces this one, or another
         replica's, must not take up with another model.
@@ -195,14 +201,12 @@ class HttpDriver(Driver):
         if not np.linalg.norm(vectors, axis=1).all():
             return "it gives vectors of length zero"
         name, reference = self._memory.setdefault("reference", (upstream.name, vectors))
-        worst = 0.0
-        if vectors.shape == reference.shape:
-            worst = min(cosine(a, b) for a, b in zip(vectors, reference, strict=True))
+        worst = likeness(vectors, reference[: len(vectors)])
         if worst >= SAME_SPACE_COSINE:
             return None
         return (
             f"it gives other vectors than {name} did: a cosine of {worst:.4f}; "
-            "if all addresses have changed, switch the model off and on"
+            "if it is to serve these from now on, switch the model off and on"
         )
 
     def _check(self) -> None:
@@ -244,10 +248,10 @@ def _pause_s(error: UpstreamError, attempts: int) -> float:
     return BACKOFF_FACTOR_S * (1 << (attempts - 1)) * (1 + random.random())  # noqa: S311  (no secret)
 
 
-def make_driver(spec: ModelSpec, cache_dir: Path, memory: dict[str, Any]) -> Driver:
+def make_driver(spec: ModelSpec, folders: Folders, memory: dict[str, Any]) -> Driver:
     """Called by the table of drivers, in drivers/__init__.py."""
     assert isinstance(spec.driver.config, HttpConfig)
-    return HttpDriver(spec.model, spec.driver.config, memory)
+    return HttpDriver(spec.model, spec.driver.config, folders.state, memory)
 
 
 def open_tokenizer(spec: ModelSpec) -> Tokenizer:

@@ -24,10 +24,11 @@ from typing_extensions import override
 from embedpool.config.spec import LocalStConfig, ModelSpec
 from embedpool.drivers.measure import cosine, fastest_s, probe_batch
 from embedpool.drivers.model_folder import find_model_folder
+from embedpool.drivers.space import of_files
 from embedpool.drivers.tokenizer import FolderTokenizer, pad
 from embedpool.errors import ModelFailed
 from embedpool.places.cores import available_cores
-from embedpool.tasks.driver import PROBE_TEXT, Cost, Driver, Facts, describe
+from embedpool.tasks.driver import PROBE_TEXT, Cost, Driver, Facts, Folders, describe
 from embedpool.tasks.embed import limit_fault
 from embedpool.tasks.item import Batch
 from embedpool.tasks.rows import Answer, Rows
@@ -90,7 +91,7 @@ class LocalStDriver(Driver):
             dim=width,
         )
         logger.info("%s runs on %s (%s)", self._model, backend, why)
-        return Facts({"embed": width}, slots=self._slots, cost=cost, description=description)
+        return Facts({"embed": width}, of_files(folder, "embed"), slots=self._slots, cost=cost, description=description)
 
     @override
     def run(self, batch: Batch) -> Answer:
@@ -240,10 +241,10 @@ def _encode(model: Any, texts: list[str]) -> Array:
     return np.asarray(model.encode(texts, prompt="", show_progress_bar=False), np.float32)
 
 
-def make_driver(spec: ModelSpec, cache_dir: Path, memory: dict[str, Any]) -> Driver:
+def make_driver(spec: ModelSpec, folders: Folders, memory: dict[str, Any]) -> Driver:
     """Called by the table of drivers, in drivers/__init__.py."""
     assert isinstance(spec.driver.config, LocalStConfig)
-    return LocalStDriver(spec.model, spec.driver.config, spec.scaling.max, cache_dir)
+    return LocalStDriver(spec.model, spec.driver.config, spec.scaling.max, folders.cache)
 
 
 def open_tokenizer(spec: ModelSpec) -> Tokenizer:

@@ -102,6 +102,7 @@ class Admission:
         counted = round(request.counted) or sum(item.tokens for item in measured.items if item.index not in errors)
         return Result(
             model=spec.model,
+            space=self.replicas.space,
             rows=rows,
             width=raw.width,
             tokens=counted,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from embedpool.config.spec import ModelSpec
+from embedpool.errors import ModelFailed
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.planner import Planner, Slots
 from embedpool.pool.quarantine import Quarantine
@@ -44,6 +45,7 @@ class ReplicaSet:
 
     def __post_init__(self) -> None:
         self.last_error: str | None = None
+        self.space = ""  # whose numbers all rows are; empty before the first load
         self.loads_first = False  # the first load, at start or to prove itself: requests do not wait for it
         self.settled = threading.Event()  # the first load succeeded or failed
         self.stopped = False
@@ -103,6 +105,7 @@ class ReplicaSet:
             "replicas_idle": max(ready - busy, 0),
             "replicas_busy": busy,
             "replicas_stuck": sum(self._stuck_s([r]) > 0 for r in replicas),
+            "space": self.space,
             "runs_on": next((dict(r.description) for r in replicas if r.description), {}),
         }
 
@@ -270,6 +273,13 @@ class ReplicaSet:
         """An open place, and what serves the queue with it. On the lead thread."""
         self.before_load()
         place = self.settings.open_place(self.spec, self._memory)
+        with self._lock:
+            self.space = self.space or place.facts.space
+        if self.space != place.facts.space:
+            place.close()
+            raise ModelFailed(
+                "its files have changed since it was first loaded; to serve them as they are, switch the model off and on"
+            )
         return Runner(name, place, self.queue, self._quarantine, self.stats, self.settings.clock)
 
     def _adjust(self, replica: Replica) -> None:

@@ -47,11 +47,12 @@ class Call:
 class Result:
     """The result of a request: `rows` in the order of its inputs, in their final form; times are in milliseconds.
 
-    `width` is that of the model's own vectors. `errors` holds, by their indices, the inputs that failed where the
-    request is partial; their rows mean nothing.
+    `space` is whose numbers these are, `width` that of the model's own vectors. `errors` holds, by their indices, the
+    inputs that failed where the request is partial; their rows mean nothing.
     """
 
     model: str
+    space: str
     rows: Rows
     width: int
     tokens: int

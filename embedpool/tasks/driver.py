@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from embedpool.tasks.item import Batch
 from embedpool.tasks.rows import Answer
@@ -31,15 +32,24 @@ class Cost:
 class Facts:
     """What is true of an open driver.
 
-    `tasks` are those that it can do, with the number of values of a vector of each; None where that varies. `slots` is
-    how many batches at once serve it well, `cost` what a call takes where padding costs, `description` what runs where,
-    for /status: the driver may replace entries of it.
+    `tasks` are those that it can do, with the number of values of a vector of each; None where that varies. `space`
+    identifies whose numbers these are: vectors of two spaces are never comparable. `slots` is how many batches at once
+    serve it well, `cost` what a call takes where padding costs, `description` what runs where, for /status: the driver
+    may replace entries of it.
     """
 
     tasks: Mapping[str, int | None] = dataclasses.field(default_factory=lambda: {"embed": None})
+    space: str = ""
     slots: int = 1
     cost: Cost | None = None
     description: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+
+class Folders(NamedTuple):
+    """Where drivers keep files: in `cache` what can be made anew, in `state` what must outlive them."""
+
+    cache: Path
+    state: Path
 
 
 class Driver(abc.ABC):

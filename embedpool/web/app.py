@@ -94,8 +94,10 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
     def finish(response: Response) -> Response:
         http = here()
         response.headers["X-Request-Id"] = http.id
-        if http.result is not None and http.result.truncated and not response.is_streamed:
-            report_truncation(response, http.result.truncated)
+        if http.result is not None:
+            response.headers["X-Embedpool-Space"] = http.result.space
+            if http.result.truncated and not response.is_streamed:
+                report_truncation(response, http.result.truncated)
 
         status = response.status_code  # a note that held the response, which holds it, would keep both for long
 

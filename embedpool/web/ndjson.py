@@ -127,7 +127,7 @@ class _Stream:
         self._client_gone = http.client_gone
         self._over = threading.Event()  # nobody reads on
         self._has_begun = False
-        self._load_key: object = None  # of the model that answered first
+        self._space: str | None = None  # of the first answer
 
     def answers(self) -> Generator[bytes, None, None]:
         """The answers of a chunk at a time."""
@@ -182,7 +182,7 @@ class _Stream:
     def _ask(self, lines: list[Line]) -> Result:
         """Give the lines their vectors, or the errors of their own. Raises what concerns them all."""
         result = self._result([line.text for line in lines])
-        self._require_the_same_model()
+        self._require_the_same_space(result.space)
         first = next(iter(result.errors.values()), None)
         if not self._has_begun and len(result.errors) == len(lines) and isinstance(first, UpstreamError):
             raise first  # a remote service that is down is no matter of single lines
@@ -224,14 +224,11 @@ class _Stream:
                 return False
         return True
 
-    def _require_the_same_model(self) -> None:
+    def _require_the_same_space(self, space: str) -> None:
         """Vectors of two models in one answer could not be told apart. Raises ModelChanged."""
-        if not self._pool.knows(self._model):
-            return  # it is gone, and what it was asked before it has answered
-        load_key = self._pool.find(self._model).spec.load_key
-        if self._load_key is None:
-            self._load_key = load_key
-        if load_key != self._load_key:
+        if self._space is None:
+            self._space = space
+        if space != self._space:
             raise ModelChanged(f"{self._model!r} has become another model; ask again for the lines from here on")
 
     def _is_over(self) -> bool:

@@ -11,6 +11,7 @@ import pytest
 from embedpool.config.spec import DriverSpec, FakeConfig, ModelSpec
 from embedpool.drivers import make_driver, open_tokenizer
 from embedpool.drivers.fake import END, START, FakeDriver, FakeTokenizer
+from embedpool.tasks.driver import Folders
 from tests.conftest import open_here, run
 
 
@@ -21,7 +22,7 @@ def embed(*texts: str, **config: Any) -> np.ndarray:
 def test_the_table_knows_it() -> None:
     """A spec of type fake gives this driver and this tokenizer."""
     spec = ModelSpec(model="m", driver=DriverSpec("fake", FakeConfig(dim=7)))
-    driver = open_here(make_driver(spec, Path(), {}))
+    driver = open_here(make_driver(spec, Folders(Path(), Path()), {}))
     assert run(driver, ["a"]).rows.values.shape == (1, 7)
     assert dict(driver.facts.description) == {"dim": 7}
     assert open_tokenizer(spec).encode(["a b"]) == FakeTokenizer().encode(["a b"])

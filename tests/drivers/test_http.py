@@ -27,6 +27,7 @@ from embedpool.drivers.protocols import RAW
 from embedpool.errors import ModelFailed, UnsupportedOption, UpstreamError
 from embedpool.pool.pool import Pool
 from embedpool.pool.settings import PoolSettings
+from embedpool.tasks.driver import Folders
 from embedpool.tasks.embed import Embed
 from tests.conftest import ask, fake_spec, open_here, run, settle
 
@@ -123,13 +124,13 @@ def serving() -> Iterator[Remote]:
 
 
 @pytest.fixture
-def opened(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., HttpDriver]]:
+def opened(remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., HttpDriver]]:
     """Open drivers; nothing of the opening is left in `remote.seen`."""
     monkeypatch.setattr(http, "BACKOFF_FACTOR_S", 0)
     drivers: list[HttpDriver] = []
 
     def open_one(**config: Any) -> HttpDriver:
-        driver = open_here(HttpDriver("org/m", HttpConfig(**{"base_url": remote.url, **config}), {}))
+        driver = open_here(HttpDriver("org/m", HttpConfig(**{"base_url": remote.url, **config}), tmp_path, {}))
         drivers.append(driver)
         remote.seen.clear()
         return driver
@@ -485,11 +486,11 @@ def test_a_redirect_is_not_followed(remote: Remote, opened: Callable[..., HttpDr
     assert [seen.path for seen in remote.seen] == ["/"]
 
 
-def test_a_service_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A refused connection is told without the address and its credentials."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    driver = HttpDriver("m", HttpConfig(base_url=f"http://user:{KEY}@127.0.0.1:{port}/embed", retries=0), {})
+    driver = HttpDriver("m", HttpConfig(base_url=f"http://user:{KEY}@127.0.0.1:{port}/embed", retries=0), tmp_path, {})
     with pytest.raises(UpstreamError, match="connection failed") as caught:
         open_here(driver)
     assert KEY not in str(caught.value)
@@ -689,22 +690,37 @@ def other_space(seen: Seen) -> Reply:
 
 @pytest.mark.usefixtures("_quick_checks")
 def test_a_model_never_changes_its_vectors_unasked(
-    remote: Remote, second: Remote, opened: Callable[..., HttpDriver], monkeypatch: pytest.MonkeyPatch
+    remote: Remote, second: Remote, opened: Callable[..., HttpDriver], tmp_path: Path
 ) -> None:
     """What the first address gave is remembered by the driver that replaces this one: when the first is away and only
     one of another model answers, there is no answer."""
     second.answer = other_space
     driver = opened(**several(remote, second))
     remote.answer = lambda seen: Reply({}, 503)
-    following = HttpDriver("org/m", HttpConfig(**several(remote, second)), driver._memory)
+    following = HttpDriver("org/m", HttpConfig(**several(remote, second)), tmp_path, driver._memory)
     with pytest.raises(UpstreamError):
         open_here(following)
     remote.answer = good
     open_here(following)
     following.close()
-    fresh = HttpDriver("org/m", HttpConfig(**several(second, second)), {})  # a model registered anew
+    fresh = HttpDriver("org/m", HttpConfig(**several(second, second)), tmp_path, {})  # a model registered anew
     open_here(fresh)
     fresh.close()
+
+
+def test_a_remote_model_keeps_its_space_until_it_gives_other_vectors(
+    remote: Remote, opened: Callable[..., HttpDriver], tmp_path: Path
+) -> None:
+    """Over a restart, too. One that has changed is not served on: at its next probe, and when it is opened anew."""
+    driver = opened()
+    again = opened()
+    assert again.facts.space == driver.facts.space
+    remote.answer = other_space
+    with pytest.raises(UpstreamError, match="switch the model off and on"):
+        driver.probe()
+    with pytest.raises(UpstreamError, match="switch the model off and on"):
+        open_here(HttpDriver("org/m", HttpConfig(base_url=remote.url), tmp_path, driver._memory))
+    assert opened().facts.space != driver.facts.space
 
 
 @pytest.mark.usefixtures("_quick_checks")
@@ -873,4 +889,4 @@ def test_the_remote_tokenizes() -> None:
     assert tokenizer.encode(["a"]) is None
     items = Embed(["", "word " * 100]).measure(spec.driver.config, tokenizer).items
     assert 1 <= items[0].tokens < items[1].tokens
-    assert isinstance(make_driver(spec, Path(), {}), HttpDriver)
+    assert isinstance(make_driver(spec, Folders(Path(), Path()), {}), HttpDriver)

@@ -16,9 +16,11 @@ import pytest
 from embedpool.config.spec import DriverSpec, LocalStConfig, ModelSpec, Scaling
 from embedpool.drivers import local_st, make_driver, open_tokenizer, openvino_graph, torch_pipeline
 from embedpool.drivers.local_st import LocalStDriver
+from embedpool.drivers.space import of_files
 from embedpool.drivers.tokenizer import FolderTokenizer
 from embedpool.errors import ModelFailed
 from embedpool.places.cores import available_cores
+from embedpool.tasks.driver import Folders
 from tests.conftest import open_here, run
 from tests.drivers.conftest import MINILM, TEXTS, cosines
 
@@ -35,6 +37,13 @@ def test_vectors_are_those_of_encode(driver: LocalStDriver, tokenizer: FolderTok
     assert vectors.dtype == np.float32
     assert vectors.shape == expected.shape == (len(TEXTS), 384)
     assert cosines(vectors, expected).min() >= 0.99999
+
+
+def test_the_runtime_does_not_part_spaces(
+    torch_driver: LocalStDriver, openvino_driver: LocalStDriver, folder: Path
+) -> None:
+    """Nor does the dtype it computes in: the space is that of the model's files."""
+    assert torch_driver.facts.space == openvino_driver.facts.space == of_files(folder, "embed")
 
 
 def test_vectors_do_not_depend_on_their_batch(
@@ -248,7 +257,7 @@ def test_a_model_that_cannot_be_fed_ids_is_run_by_encode(
 def test_the_table_knows_it(folder: Path, tmp_path: Path) -> None:
     """A spec of type local_st gives this driver, its cores shared out among the replicas, and the model's tokenizer."""
     spec = ModelSpec(MINILM, DriverSpec("local_st", LocalStConfig()), scaling=Scaling(max=64))
-    driver = make_driver(spec, tmp_path, {})
+    driver = make_driver(spec, Folders(tmp_path, tmp_path), {})
     assert isinstance(driver, LocalStDriver)
     assert driver._cores == 1
     assert open_tokenizer(spec).encode([""]) == [[101, 102]]

@@ -25,7 +25,7 @@ from embedpool.drivers.fake import FakeDriver
 from embedpool.errors import ModelFailed
 from embedpool.places import open_place, process
 from embedpool.places.process import ProcessPlace
-from embedpool.tasks.driver import Driver, Loss, Place
+from embedpool.tasks.driver import Driver, Folders, Loss, Place
 from embedpool.tasks.item import Batch, Item
 from embedpool.tasks.rows import Answer
 from tests.conftest import run
@@ -38,7 +38,7 @@ def spec_of(*, inflight: int | None = None, **config: Any) -> ModelSpec:
 
 
 def opened_place(spec: ModelSpec, prepare: Callable[[], None] | None = None) -> Place:
-    return open_place(spec, functools.partial(make_driver, spec, Path(), {}), prepare_child=prepare)
+    return open_place(spec, functools.partial(make_driver, spec, Folders(Path(), Path()), {}), prepare_child=prepare)
 
 
 @pytest.fixture

@@ -841,6 +841,7 @@ def test_a_changed_limit_gives_a_text_that_has_ended_processes_another_chance(se
             return super().run(batch)
 
     served, opener = serve(*[Mortal() for _ in range(3)])
+    settled(served)
     for _ in range(2):
         with pytest.raises(InferenceFailed, match="more than 1 s"):
             ask(served, "long")
@@ -860,3 +861,15 @@ def test_a_limit_that_no_start_would_accept_is_not_followed(serve, limit: int) -
     served.update(model_spec(config={"max_seq_length": 8}))
     assert served.spec.driver.config.max_seq_length == 8
     assert served.snapshot()["last_error"] is None
+
+
+def test_a_replica_of_another_space_does_not_serve(serve) -> None:
+    """Its files were replaced while the model was served: it says so, until the model is switched off and on."""
+    first = Scripted(facts=Facts(space="a"))
+    served, _ = serve(first, Scripted(facts=Facts(space="b")), Scripted(facts=Facts(space="a")))
+    settled(served)
+    assert ask(served, "x").space == served.snapshot()["space"] == "a"
+    first.lose("killed")
+    assert_answers(ask(served, "y"), "y")  # by the one that is as it was, after one that is not
+    assert ask(served, "y").space == "a"
+    assert "its files have changed" in str(served.replicas.last_error)

@@ -11,7 +11,7 @@ from embedpool.tasks.rows import Rows
 
 
 def answer(texts: int, tokens: int, truncated: list[int]) -> Result:
-    return Result("m", Rows(np.zeros((texts, 2))), 2, tokens, truncated, 0.0, 0.0, 0.0, 0.0, [])
+    return Result("m", "a space", Rows(np.zeros((texts, 2))), 2, tokens, truncated, 0.0, 0.0, 0.0, 0.0, [])
 
 
 def test_counters_tell_requests_batches_and_errors_apart() -> None:

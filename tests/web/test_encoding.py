@@ -16,7 +16,7 @@ VECTORS = np.array([[0.1, -1.5, 3e-8], [1, 2, 3]], np.float32)
 
 
 def result(vectors: np.ndarray) -> Result:
-    return Result("org/m", Rows(vectors), vectors.shape[1], 7, [1], 0.5, 0.12345, 1.0, 2.0, ["org/m#1"])
+    return Result("org/m", "a space", Rows(vectors), vectors.shape[1], 7, [1], 0.5, 0.12345, 1.0, 2.0, ["org/m#1"])
 
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f2", ">f2", "i1", "u1"])

@@ -47,6 +47,18 @@ def test_alias_and_name_are_the_same_model(web: Web) -> None:
     assert by_name.json["vectors"] == web.embed("a").json["vectors"]
 
 
+@pytest.mark.parametrize("path", ["/embed", "/v1/embeddings"])
+def test_every_answer_says_whose_numbers_it_holds(make_web: MakeWeb, path: str) -> None:
+    """In a header: the same for equal models, another for others."""
+    web = make_web("model: a", "model: b", "model: c, driver: {type: fake, config: {dim: 8}}")
+
+    def space(model: str) -> str:
+        body = {"model": model, "texts" if path == "/embed" else "input": ["x"]}
+        return str(web.post(path, body).headers["X-Embedpool-Space"])
+
+    assert space("a") == space("b") == web.status("a")["space"] != space("c")
+
+
 def test_a_request_larger_than_a_batch_keeps_its_order(web: Web) -> None:
     """Vectors come in the order of the texts, however many batches they took."""
     texts = [f"text number {i}" for i in range(300)]

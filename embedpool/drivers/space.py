@@ -1,0 +1,92 @@
+"""The space of a model: an identifier of whose numbers its vectors are. Vectors of two spaces are never compared.
+
+A local model's is a hash of its files. A remote's is given when its vectors of known texts are first seen, and kept
+with them: they are compared, never hashed, since a service's noise would make another hash of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from embedpool.drivers.measure import cosine
+
+logger = logging.getLogger(__name__)
+
+SAME_SPACE_COSINE = 0.999
+SPACE_BYTES = 16
+FOLDER = "spaces"
+# Of a model's files those that decide no number: texts for people, and weights that are never loaded.
+NO_PART = (".md", ".gitattributes", ".gitignore", ".lock", ".png", ".jpg", ".onnx", ".bin", ".pt", ".pth", ".ckpt")
+NO_PART_FOLDERS = ("onnx", "openvino", "__pycache__")
+
+Array = NDArray[Any]  # of shape (texts, width)
+
+
+def hashed(*facts: str) -> str:
+    """A space that facts decide."""
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=SPACE_BYTES).hexdigest()
+
+
+def of_files(folder: Path, task: str) -> str:
+    """The space of a local model: weights, tokenizer and configurations, byte for byte, and what it is asked for."""
+    facts = [task]
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        hidden = any(part.startswith(".") or part in NO_PART_FOLDERS for part in name.parts)
+        if file.is_file() and not hidden and file.suffix not in NO_PART:
+            with file.open("rb") as stream:
+                facts.append(f"{name.as_posix()} {hashlib.file_digest(stream, 'sha256').hexdigest()}")
+    return hashed(*facts)
+
+
+def of_probes(state_dir: Path, probes: Array) -> str:
+    """The space of a remote model that gave these vectors of the probe texts: that of the same ones seen before.
+
+    Any number of processes may ask at once.
+    """
+    space, folder = uuid.uuid4().hex, state_dir / FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            best = max(((likeness(probes, seen), known) for known, seen in _seen(folder)), default=(0.0, ""))
+            if best[0] >= SAME_SPACE_COSINE:
+                return best[1]
+            _keep(probes, folder / f"{space}.npy")
+    except OSError as error:
+        logger.warning("space %s will have another name after a restart: it cannot be kept: %s", space, error)
+    return space
+
+
+def likeness(probes: Array, reference: Array) -> float:
+    """The least cosine of two models' vectors of the same texts; 0 where these have other widths."""
+    if probes.shape != reference.shape:
+        return 0.0
+    return min(cosine(a, b) for a, b in zip(probes, reference, strict=True))
+
+
+def _keep(probes: Array, file: Path) -> None:
+    new = file.with_suffix(".new")
+    with new.open("wb") as stream:
+        np.save(stream, probes, allow_pickle=False)
+        stream.flush()
+        os.fsync(stream.fileno())
+    new.replace(file)
+
+
+def _seen(folder: Path) -> list[tuple[str, Array]]:
+    found: list[tuple[str, Array]] = []
+    for file in folder.glob("*.npy"):
+        with contextlib.suppress(OSError, ValueError, EOFError):  # a disk may break any file
+            found.append((file.stem, np.load(file, allow_pickle=False)))
+    return found
