@@ -19,16 +19,15 @@ The road of a request, each file entered once on the way in and once on the way 
 What they hand on: tasks/item.py (items and batches), tasks/rows.py, pool/request.py (a call, a request, a result).
 A dialect in web/dialects/ takes the place of web/native.py; web/ndjson.py serves bodies of lines.
 
-Around the road: web/app.py puts web/ together, with web/http_request.py, web/access.py (keys), web/intake.py (memory),
-web/rate_limit.py,
-web/metrics.py, web/request_log.py and web/error_response.py. pool/served_model.py is the life of a model,
-pool/replica_set.py says how many replicas it has and runs their threads, pool/replica.py is the life of one,
+Around the road: web/app.py puts web/ together, with web/http_request.py, web/access.py (keys), web/intake.py (bodies),
+web/rate_limit.py, web/metrics.py, web/request_log.py and web/error_response.py. pool/served_model.py is the life of a
+model, pool/replica_set.py says how many replicas it has and runs their threads, pool/replica.py is the life of one,
 pool/backoff.py says when to open it again, pool/quarantine.py holds items that are not run again, pool/stats.py counts,
 pool/settings.py holds the settings that all models share. tasks/ defines the contracts of tasks, drivers, places and
 tokenizers; places/ and drivers/ fulfil them.
 
 Beside the road: serve/ (sockets, processes, signals), server.py (where the parts meet), config/ (config.yml, pool.yml,
-keys.yml), reconcile.py (pool.yml becomes the live pool), logs.py, tracing.py, errors.py, client.py and cli/.
+keys.yml), reconcile.py (pool.yml becomes the live pool), logs.py, tracing.py, memory.py, errors.py, client.py and cli/.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -19,11 +19,13 @@ PACKAGE = ROOT / "embedpool"
 
 # room or file → what it may import, beside itself, be it at run time, inside a function or for types alone
 MAY_IMPORT = {
-    "web": {"reconcile", "pool", "tasks", "config", "tracing", "errors"},
+    "web": {"reconcile", "pool", "tasks", "config", "memory", "tracing", "errors"},
     "pool": {"tasks", "config.spec", "tracing", "errors"},
     "tasks": {"config.spec", "errors"},
     "places": {"tasks", "config.spec", "errors"},
-    "drivers": {"places.cores", "tasks", "config.spec", "config.guard", "config.settings", "tracing", "errors"},
+    "drivers": {
+        "places.cores", "tasks", "config.spec", "config.guard", "config.settings", "memory", "tracing", "errors",
+    },
     "config": {"errors"},
     "reconcile": {"pool", "config", "errors"},
     "serve": {"server", "config", "client", "logs", "web.metrics", "errors"},
@@ -36,6 +38,7 @@ MAY_IMPORT = {
     "tracing": {"errors"},
     "cli": {"client", "serve", "config", "errors"},
     "errors": set(),
+    "memory": set(),
     "__main__": {"cli"},
     "__init__": {"client"},
 }  # fmt: skip

@@ -21,9 +21,9 @@ _MODULES = {
 }
 
 
-def make_driver(spec: ModelSpec, folders: Folders, memory: dict[str, Any]) -> Driver:
-    """A driver of the spec's type, not yet open; `memory` is what all drivers of a served model share."""
-    driver: Driver = importlib.import_module(_MODULES[spec.driver.type]).make_driver(spec, folders, memory)
+def make_driver(spec: ModelSpec, folders: Folders, shared: dict[str, Any]) -> Driver:
+    """A driver of the spec's type, not yet open; `shared` is what all drivers of a served model share."""
+    driver: Driver = importlib.import_module(_MODULES[spec.driver.type]).make_driver(spec, folders, shared)
     return driver
 
 

@@ -134,7 +134,7 @@ class FakeDriver(Driver):
         return np.random.default_rng(seed).standard_normal(self._config.dim, dtype=np.float32)
 
 
-def make_driver(spec: ModelSpec, folders: Folders, memory: dict[str, Any]) -> Driver:
+def make_driver(spec: ModelSpec, folders: Folders, shared: dict[str, Any]) -> Driver:
     """Called by the table of drivers, in drivers/__init__.py."""
     assert isinstance(spec.driver.config, FakeConfig)
     return FakeDriver(spec.driver.config, may_crash=spec.place == "process")

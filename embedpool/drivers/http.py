@@ -51,11 +51,11 @@ class HttpDriver(Driver):
 
     One of several addresses is asked once it gives the same vectors for PROBE_TEXTS as the first that ever answered,
     and left alone after failures in a row until it does so again. When none is left the driver says that it is lost.
-    `memory` is what the drivers of a served model share: whose vectors the first address gave. What its space is, is
+    `shared` is what the drivers of a served model share: whose vectors the first address gave. What its space is, is
     remembered in `state_dir`.
     """
 
-    def __init__(self, model: str, config: HttpConfig, state_dir: Path, memory: dict[str, Any]) -> None:
+    def __init__(self, model: str, config: HttpConfig, state_dir: Path, shared: dict[str, Any]) -> None:
         self._description: dict[str, object] = {}
         self._dim: int | None = None
         self._lost: str | None = None
@@ -63,7 +63,7 @@ class HttpDriver(Driver):
         self._config = config
         self._protocol = PROTOCOLS[config.protocol]
         self._state_dir = state_dir
-        self._memory = memory
+        self._shared = shared
         self._upstreams: list[Upstream] = []
         self._budget = RetryBudget()
         self._over = threading.Event()  # closed or lost
@@ -83,8 +83,8 @@ class HttpDriver(Driver):
         self._description |= describe(protocol=self._config.protocol, dim=self._dim)
         if len(self._upstreams) > 1:
             threading.Thread(target=self._check, name=f"check-{self._model}", daemon=True).start()
-        space = self._memory.get("space") or of_probes(self._state_dir, self._memory["reference"][1])
-        self._memory["space"] = space
+        space = self._shared.get("space") or of_probes(self._state_dir, self._shared["reference"][1])
+        self._shared["space"] = space
         return Facts({"embed": self._dim}, space, slots=SLOTS, description=self._description)
 
     @override
@@ -200,7 +200,7 @@ class HttpDriver(Driver):
         """
         if not np.linalg.norm(vectors, axis=1).all():
             return "it gives vectors of length zero"
-        name, reference = self._memory.setdefault("reference", (upstream.name, vectors))
+        name, reference = self._shared.setdefault("reference", (upstream.name, vectors))
         worst = likeness(vectors, reference[: len(vectors)])
         if worst >= SAME_SPACE_COSINE:
             return None
@@ -248,10 +248,10 @@ def _pause_s(error: UpstreamError, attempts: int) -> float:
     return BACKOFF_FACTOR_S * (1 << (attempts - 1)) * (1 + random.random())  # noqa: S311  (no secret)
 
 
-def make_driver(spec: ModelSpec, folders: Folders, memory: dict[str, Any]) -> Driver:
+def make_driver(spec: ModelSpec, folders: Folders, shared: dict[str, Any]) -> Driver:
     """Called by the table of drivers, in drivers/__init__.py."""
     assert isinstance(spec.driver.config, HttpConfig)
-    return HttpDriver(spec.model, spec.driver.config, folders.state, memory)
+    return HttpDriver(spec.model, spec.driver.config, folders.state, shared)
 
 
 def open_tokenizer(spec: ModelSpec) -> Tokenizer:

@@ -7,7 +7,6 @@ which also serves models that cannot be fed ids.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import gc
 import importlib.util
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from typing_extensions import override
 
+from embedpool import memory
 from embedpool.config.spec import LocalStConfig, ModelSpec
 from embedpool.drivers.measure import cosine, fastest_s, probe_batch
 from embedpool.drivers.model_folder import find_model_folder
@@ -131,8 +131,7 @@ class LocalStDriver(Driver):
     def close(self) -> None:
         self._run = self._run_beside = self._encode = None
         gc.collect()
-        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps freed memory otherwise
-            libc.malloc_trim(0)
+        memory.give_back()
 
     def _load(self, folder: Path) -> tuple[str, str]:
         """Make `_run` or `_encode`; gives the backend and why it was chosen."""
@@ -241,7 +240,7 @@ def _encode(model: Any, texts: list[str]) -> Array:
     return np.asarray(model.encode(texts, prompt="", show_progress_bar=False), np.float32)
 
 
-def make_driver(spec: ModelSpec, folders: Folders, memory: dict[str, Any]) -> Driver:
+def make_driver(spec: ModelSpec, folders: Folders, shared: dict[str, Any]) -> Driver:
     """Called by the table of drivers, in drivers/__init__.py."""
     assert isinstance(spec.driver.config, LocalStConfig)
     return LocalStDriver(spec.model, spec.driver.config, spec.scaling.max, folders.cache)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from embedpool.tasks.tokenizer import Token, Tokenizer
 
 # Position 0 of these is behind the padding index, so they hold fewer tokens than positions.
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "ibert")
+
+
+CHARS_PER_TOKEN = 12  # of a beginning that most probably has enough tokens
+TRAILING_DIGITS = re.compile(r"\d+\Z")
 
 
 class FolderTokenizer(Tokenizer):
@@ -46,6 +51,21 @@ class FolderTokenizer(Tokenizer):
     @override
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(self._given(texts))]
+
+    @override
+    def beginning(self, text: str, limit: int) -> list[int] | None:
+        # The tokenizer splits a text into words and reads each by itself. So the words of a beginning are those of the
+        # whole text, but for the last two, which may be cut, or may be split by what follows. The digits at its end go
+        # too: some tokenizers group them from the right.
+        for chars in (CHARS_PER_TOKEN * limit, CHARS_PER_TOKEN**2 * limit):
+            if len(text) <= chars:
+                return None
+            (encoding,) = self._tokenizer.encode_batch(self._given([TRAILING_DIGITS.sub("", text[:chars])]))
+            words = [word for word in encoding.word_ids if word is not None]
+            if words and sum(word < words[-1] - 1 for word in words) > limit:
+                ids: list[int] = encoding.ids
+                return ids
+        return None
 
     @override
     def cut(self, ids: list[int], limit: int, side: str) -> list[int]:

@@ -277,9 +277,8 @@ class ReplicaSet:
             self.space = self.space or place.facts.space
         if self.space != place.facts.space:
             place.close()
-            raise ModelFailed(
-                "its files have changed since it was first loaded; to serve them as they are, switch the model off and on"
-            )
+            says = "its files have changed since it was loaded first; to serve them as they are, switch it off and on"
+            raise ModelFailed(says)
         return Runner(name, place, self.queue, self._quarantine, self.stats, self.settings.clock)
 
     def _adjust(self, replica: Replica) -> None:

@@ -28,8 +28,8 @@ DOCUMENT = ("document", "passage", "search_document", "retrieval.passage")
 INPUT_TYPES = (*QUERY, *DOCUMENT, "classification", "clustering", "separation", "text-matching")
 
 NO_FLOAT16 = "the vectors do not fit float16; ask for float32 or normalize"
-SLICE_CHARS = 1 << 17  # of texts that are tokenised at once
-LONG_TEXTS = threading.Lock()
+SLICE_CHARS = 1 << 17  # of texts that are tokenised at once: at full length ids take 200 times a text's memory
+LONG_TEXTS = threading.Lock()  # of texts that are longer than a slice one is read whole at a time
 MOST_NAMED = 20  # texts that are too long, in an error
 
 Vectors = NDArray[Any]  # shape (texts, width)
@@ -86,12 +86,13 @@ class Embed(Task):
             )
         limit = _limit_of(self.options, config, tokenizer)
         refuses = self.options.truncate == "error"
+        reads = limit if self.options.truncate in (None, "right") else None  # so many tokens and no more
         keys = Keys(LOCAL)
         items: list[Item] = []
-        too_long: dict[int, int] = {}  # tokens at full length
+        too_long: dict[int, int] = {}  # tokens, at full length where they are told
         for start, part in _slices(texts):
             still_wanted()
-            for i, (text, full) in enumerate(zip(part, encoded(part, tokenizer), strict=True), start):
+            for i, (text, full) in enumerate(zip(part, encoded(part, tokenizer, reads), strict=True), start):
                 ids = array("I", full)  # a fifth of a list's memory
                 key = keys.of(ids)
                 if limit is not None and len(full) > limit:
@@ -154,7 +155,7 @@ LOCAL = Group(Embed.name)
 
 
 def _slices(texts: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
-    """The texts some at a time, with the index of the first: at full length ids take 200 times a text's memory."""
+    """The texts some at a time, with the index of the first."""
     start = chars = 0
     for i, text in enumerate(texts):
         if i > start and chars + len(text) > SLICE_CHARS:
@@ -164,12 +165,18 @@ def _slices(texts: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
     yield start, texts[start:]
 
 
-def encoded(texts: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Ids at full length; of texts that are longer than a slice one at a time, whoever asks."""
-    with LONG_TEXTS if sum(map(len, texts)) > SLICE_CHARS else contextlib.nullcontext():
-        ids = tokenizer.encode(texts)
-    assert ids is not None  # only a remote service's tokenizer makes none
-    return ids
+def encoded(texts: Sequence[str], tokenizer: Tokenizer, limit: int | None = None) -> list[list[int]]:
+    """Ids at full length, or with a limit more than so many of them; see `Tokenizer.beginning`."""
+    begun: dict[int, list[int]] = {}
+    for i, text in enumerate(texts):
+        if limit is not None and len(text) > limit and (ids := tokenizer.beginning(text, limit)):
+            begun[i] = ids
+    whole = [text for i, text in enumerate(texts) if i not in begun] if begun else texts
+    with LONG_TEXTS if sum(map(len, whole)) > SLICE_CHARS else contextlib.nullcontext():
+        found = tokenizer.encode(whole)
+    assert found is not None  # only a remote service's tokenizer makes none
+    rest = iter(found)
+    return [begun[i] if i in begun else next(rest) for i in range(len(texts))] if begun else found
 
 
 def prompted(

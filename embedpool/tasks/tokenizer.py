@@ -32,6 +32,14 @@ class Tokenizer(abc.ABC):
     def encode(self, texts: Sequence[str]) -> list[list[int]] | None:
         """Token ids of each text at full length, special tokens included; None where a remote service makes them."""
 
+    def beginning(self, text: str, limit: int) -> list[int] | None:
+        """More than `limit` ids, of which the first are those of the whole text; None if that must be read whole.
+
+        `cut` at the right gives of them what it gives of the ids of the whole text, and a long text costs no more than
+        what is kept of it.
+        """
+        return None
+
     def cut(self, ids: list[int], limit: int, side: str) -> list[int]:
         """Ids of at most `limit` tokens, special tokens kept; `side` says where the surplus goes: left or right."""
         raise NotImplementedError

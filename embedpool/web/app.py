@@ -7,7 +7,7 @@ from typing import Any
 
 from flask import Flask, Response, request
 
-from embedpool import tracing
+from embedpool import memory, tracing
 from embedpool.config.keys import keys_file
 from embedpool.config.settings import Settings
 from embedpool.errors import EmbedpoolError
@@ -18,7 +18,7 @@ from embedpool.web.access import Access
 from embedpool.web.dialects import cohere, ollama, openai, tei
 from embedpool.web.error_response import Shape, error_response, native_shape
 from embedpool.web.http_request import HttpRequest, here
-from embedpool.web.intake import INTAKE, Intake
+from embedpool.web.intake import INTAKE, LARGE_BYTES, Intake
 from embedpool.web.metrics import Metrics
 from embedpool.web.request_log import log_request, span_attributes
 
@@ -88,7 +88,10 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
 
     @app.teardown_request
     def end(error: BaseException | None) -> None:
-        intake.give_back(here().held_bytes)
+        held_bytes = here().held_bytes
+        intake.give_back(held_bytes)
+        if held_bytes > LARGE_BYTES:
+            memory.give_back()
 
     @app.after_request
     def finish(response: Response) -> Response:

@@ -697,7 +697,7 @@ def test_a_model_never_changes_its_vectors_unasked(
     second.answer = other_space
     driver = opened(**several(remote, second))
     remote.answer = lambda seen: Reply({}, 503)
-    following = HttpDriver("org/m", HttpConfig(**several(remote, second)), tmp_path, driver._memory)
+    following = HttpDriver("org/m", HttpConfig(**several(remote, second)), tmp_path, driver._shared)
     with pytest.raises(UpstreamError):
         open_here(following)
     remote.answer = good
@@ -719,7 +719,7 @@ def test_a_remote_model_keeps_its_space_until_it_gives_other_vectors(
     with pytest.raises(UpstreamError, match="switch the model off and on"):
         driver.probe()
     with pytest.raises(UpstreamError, match="switch the model off and on"):
-        open_here(HttpDriver("org/m", HttpConfig(base_url=remote.url), tmp_path, driver._memory))
+        open_here(HttpDriver("org/m", HttpConfig(base_url=remote.url), tmp_path, driver._shared))
     assert opened().facts.space != driver.facts.space
 
 

@@ -11,8 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+import tokenizers
 
 from embedpool.drivers.tokenizer import FolderTokenizer, pad
 from embedpool.errors import ModelFailed
@@ -52,6 +55,95 @@ def test_ids_are_those_of_transformers(tokenizer: FolderTokenizer, transformers_
 def test_a_batch_is_measured_like_its_texts(tokenizer: FolderTokenizer) -> None:
     """Texts measured together are neither padded nor truncated, and none changes another."""
     assert tokenizer.encode(TEXTS) == [tokenizer.encode([text])[0] for text in TEXTS]
+
+
+def _trained(kind: str) -> tokenizers.Tokenizer:
+    """A tokenizer of another family than MiniLM's, of a small vocabulary."""
+    models, before, trainers = tokenizers.models, tokenizers.pre_tokenizers, tokenizers.trainers
+    made: Any
+    if kind == "byte-level BPE":
+        made = tokenizers.Tokenizer(models.BPE())
+        made.pre_tokenizer = before.ByteLevel(add_prefix_space=False)
+        trainer: Any = trainers.BpeTrainer(vocab_size=500, initial_alphabet=before.ByteLevel.alphabet())
+    elif kind == "digits from the right":
+        made = tokenizers.Tokenizer(models.BPE(unk_token="?"))
+        pattern = tokenizers.Regex(r"\d{1,3}(?=(\d{3})*(\D|$))|\s+|[^\s\d]+")
+        made.pre_tokenizer = before.Split(pattern, "isolated")
+        trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["?"])
+    else:
+        made = tokenizers.Tokenizer(models.Unigram())
+        made.normalizer = tokenizers.normalizers.NFKC()
+        if kind == "sentencepiece":
+            made.pre_tokenizer = before.Sequence([before.WhitespaceSplit(), before.Metaspace()])
+        trainer = trainers.UnigramTrainer(vocab_size=300, unk_token="?", special_tokens=["?"])
+    made.train_from_iterator([*TEXTS, "12 345 6789 1000000"] * 3, trainer)
+    made.add_special_tokens(["<s>", "</s>"])
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[(name, made.token_to_id(name)) for name in ("<s>", "</s>")]
+    )
+    return made
+
+
+KINDS = ("MiniLM", "byte-level BPE", "digits from the right", "sentencepiece", "one word")
+PIECES = (
+    "the",
+    "unbelievably",
+    "x",
+    "12",
+    "1234567",
+    "日本語の文",
+    "。",
+    "é",
+    "e\u0301",
+    "ﬁ",
+    "👩‍👩‍👧‍👦",
+    "-",
+    "...",
+    "Σ",
+    "<s>",
+    "[SEP]",
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizers_of_kinds(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, FolderTokenizer]:
+    found = {"MiniLM": FolderTokenizer(folder)}
+    for kind in KINDS[1:]:
+        where = tmp_path_factory.mktemp("tokenizer")
+        _trained(kind).save(str(where / "tokenizer.json"))
+        found[kind] = FolderTokenizer(where)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@hypothesis.given(
+    pieces=st.lists(st.sampled_from(PIECES), min_size=1, max_size=8),
+    between=st.sampled_from(["", " ", "\n\n", "  "]),
+    limit=st.integers(3, 9),
+    times=st.integers(1, 60),
+)
+def test_a_long_text_is_read_no_further_than_is_kept_of_it(
+    tokenizers_of_kinds: dict[str, FolderTokenizer],
+    kind: str,
+    pieces: list[str],
+    between: str,
+    limit: int,
+    times: int,
+) -> None:
+    """What a cut at the right leaves of a text's beginning is what it leaves of the whole text, or nothing is said."""
+    tokenizer, text = tokenizers_of_kinds[kind], between.join(pieces * times)
+    begun, whole = tokenizer.beginning(text, limit), tokenizer.encode([text])[0]
+    if begun is not None:
+        assert len(begun) > limit
+        assert tokenizer.cut(begun, limit, "right") == tokenizer.cut(whole, limit, "right")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_beginning_of_a_long_text_tells(tokenizers_of_kinds: dict[str, FolderTokenizer], kind: str) -> None:
+    """Wherever a tokenizer reads word by word; a megabyte then costs as little as a page."""
+    begun = tokenizers_of_kinds[kind].beginning("A sentence of several words, again. " * 30_000, 32)
+    assert (begun is None) == (kind == "one word")
+    assert begun is None or len(begun) < 1000
 
 
 @pytest.mark.parametrize("limit", [3, 16, 256, 512])
