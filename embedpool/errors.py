@@ -134,6 +134,12 @@ class TooManyTexts(EmbedpoolError):
     status, code = 413, "too_many_texts"
 
 
+class AnswerTooLarge(EmbedpoolError):
+    """The answer would be larger than `limits.max_answer_bytes`; the message says what to do instead."""
+
+    status, code = 413, "answer_too_large"
+
+
 class UnsupportedMediaType(EmbedpoolError):
     """The path does not accept this content type."""
 

@@ -148,6 +148,7 @@ class Limits:
         268_435_456, "bodies of all requests that are being answered, without those of lines; above it 429", minimum=1
     )
     max_stream_body_bytes: int = option(1_073_741_824, "size of a request body of lines (NDJSON)", minimum=1)
+    max_answer_bytes: int = option(536_870_912, "size of an answer, estimated beforehand; not of lines", minimum=1)
     max_texts_per_request: int = option(20_000, "texts in a request", minimum=1)
     max_chars_per_text: int = option(1_000_000, "characters in a text", minimum=1)
 

@@ -87,6 +87,8 @@ class Admission:
         spec = self.replicas.spec
         if self.queue.full() and not self.queue.is_closed:
             raise self._overloaded()  # before it is measured
+        if width := self.replicas.widths.get(task.name):
+            call.require_room(width)
         tokenizer = self.tokenizer(max(call.deadline - clock(), 0))
         measured = task.measure(spec.driver.config, tokenizer, lambda: self._require_time(call))
         measured_at = clock()
@@ -97,6 +99,7 @@ class Admission:
         except (TimeoutError, queue.Full):
             raise DeadlineExceeded(f"no answer within {call.timeout_s:g} s") from None
         raw = request.gather()
+        call.require_room(raw.width)
         errors = dict(sorted(request.errors.items()))
         rows = task.finish(raw, spec.driver.config, errors)
         counted = round(request.counted) or sum(item.tokens for item in measured.items if item.index not in errors)

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from embedpool.config.spec import ModelSpec
@@ -46,6 +46,7 @@ class ReplicaSet:
     def __post_init__(self) -> None:
         self.last_error: str | None = None
         self.space = ""  # whose numbers all rows are; empty before the first load
+        self.widths: Mapping[str, int | None] = {}  # numbers of a vector by task; empty before the first load
         self.loads_first = False  # the first load, at start or to prove itself: requests do not wait for it
         self.settled = threading.Event()  # the first load succeeded or failed
         self.stopped = False
@@ -274,7 +275,7 @@ class ReplicaSet:
         self.before_load()
         place = self.settings.open_place(self.spec, self._memory)
         with self._lock:
-            self.space = self.space or place.facts.space
+            self.space, self.widths = self.space or place.facts.space, place.facts.tasks
         if self.space != place.facts.space:
             place.close()
             says = "its files have changed since it was loaded first; to serve them as they are, switch it off and on"

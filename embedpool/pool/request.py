@@ -33,6 +33,7 @@ class Call:
     share: float = 1.0  # this request's part of it, beside others of the caller
     client_gone: Callable[[], bool] = lambda: False
     require: Callable[[ModelSpec], None] = lambda spec: None  # raises Forbidden for a model that is not for the caller
+    require_room: Callable[[int], None] = lambda width: None  # raises AnswerTooLarge for vectors of this width
     is_patient: bool = False  # when the queue is full it will ask again, so it has not been refused
     hops: int = 0  # servers of this kind that it has come through
     trace: Trace = dataclasses.field(default_factory=dict)

@@ -83,6 +83,7 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
         http = here()
         http.span, http.trace = tracing.begin_request(http.route, http.trace)
         http.caller = access.caller(http)
+        http.max_answer_bytes = settings.limits.max_answer_bytes
 
     intake = app.extensions[INTAKE] = Intake(settings.limits.max_bodies_bytes)
 

@@ -15,6 +15,9 @@ from embedpool.tasks.embed import Vectors
 
 NPY = "application/x-npy"
 
+# Bytes of a number of a vector, about, in an answer of each form; packed precisions are meant in JSON.
+NUMBER_BYTES = {"float": 12, "base64": 16 / 3, "npy": 4, "int8": 4, "uint8": 4, "binary": 5 / 8, "ubinary": 4 / 8}
+
 
 def json_response(document: Any, status: int = 200) -> Response:
     """Any document; numpy arrays in it become lists of numbers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import time
@@ -37,6 +38,7 @@ class HttpRequest(Request):
         self.began_at = time.perf_counter()
         self.model: str | None = None
         self.texts = 0
+        self.max_answer_bytes: float = math.inf
         self.held_bytes = 0  # of its body, see intake.py
         self.result: Result | None = None
         self.tokens = self.truncated = 0

@@ -34,9 +34,11 @@ def blueprint(pool: Pool, limits: Limits, max_streams: int) -> Blueprint:
         if partial and wants_npy:
             message = "partial needs an answer in JSON: an array has no place for errors"
             raise InvalidRequest(f"options.on_error: {message}", fields={"options.on_error": message})
-        result = submit.embed(http, pool, body["model"], texts, embed_options(options))
+        precision, encoding = options.get("precision", "float32"), options.get("encoding", "float")
+        form = precision if precision != "float32" else "npy" if wants_npy else encoding
+        result = submit.embed(http, pool, body["model"], texts, embed_options(options), forms=[form])
         if wants_npy:
             return npy_response(result)
-        return embed_response(result, options.get("encoding", "float"), options.get("dimensions"), partial=partial)
+        return embed_response(result, encoding, options.get("dimensions"), partial=partial)
 
     return routes

@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
+from embedpool.errors import AnswerTooLarge
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call, Result
 from embedpool.tasks.embed import Embed, EmbedOptions
 from embedpool.tasks.task import Task
+from embedpool.web.encoding import NUMBER_BYTES
 from embedpool.web.http_request import HttpRequest
 from embedpool.web.schemas import timeout_s
 
 
-def embed(http: HttpRequest, pool: Pool, model: str, texts: Sequence[str], options: EmbedOptions) -> Result:
-    """The texts' vectors."""
-    return submit(http, pool, model, Embed(texts, options))
+def embed(
+    http: HttpRequest,
+    pool: Pool,
+    model: str,
+    texts: Sequence[str],
+    options: EmbedOptions,
+    *,
+    forms: Sequence[str] = ("float",),
+) -> Result:
+    """The texts' vectors, which the answer will hold in these forms, see NUMBER_BYTES."""
+
+    def require_room(width: int) -> None:
+        size = len(texts) * (options.dimensions or width) * sum(NUMBER_BYTES[form] for form in forms)
+        if size > http.max_answer_bytes:
+            raise AnswerTooLarge(
+                f"{len(texts)} vectors make an answer of about {size / 1e6:.0f} MB, the limit is "
+                f"{http.max_answer_bytes / 1e6:.0f} MB; ask for fewer at once or in base64, or send lines (NDJSON) to "
+                "/embed, or accept application/x-npy there"
+            )
+
+    call = dataclasses.replace(call_of(http, pool), require_room=require_room)
+    return submit(http, pool, model, Embed(texts, options), call)
 
 
-def submit(http: HttpRequest, pool: Pool, model: str, task: Task) -> Result:
+def submit(http: HttpRequest, pool: Pool, model: str, task: Task, call: Call) -> Result:
     """Serve a whole request: within the client's deadline, while it listens, and as far as its key may go."""
     http.model, http.texts = model, len(task)
     http.caller.require(pool, model)
-    call = call_of(http, pool)
     with http.caller.admitted():
         http.caller.spend(len(task))
         result = pool.submit(model, task, call)

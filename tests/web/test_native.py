@@ -446,3 +446,50 @@ def test_a_vector_that_does_not_fit_fails_alone(make_web: MakeWeb, monkeypatch: 
     assert [error["index"] for error in answer["errors"]] == [1]
     np.testing.assert_allclose(answer["vectors"][0], raw("a")[0], rtol=1e-2)
     assert web.embed("a", "huge", on_error="partial", dtype="float16").json["errors"] == []
+
+
+# --- the size of an answer
+
+THREE = {"texts": ["a"] * 3, "input": ["a"] * 3, "inputs": ["a"] * 3, "model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers", "size"),
+    [
+        ("/embed", {}, {}, 3 * 384 * 12),
+        ("/embed", {"options": {"dimensions": 100}}, {}, 3 * 100 * 12),
+        ("/embed", {"options": {"encoding": "base64"}}, {}, 3 * 384 * 16 / 3),
+        ("/embed", {"options": {"precision": "int8"}}, {}, 3 * 384 * 4),
+        ("/embed", {}, {"Accept": "application/x-npy"}, 3 * 384 * 4),
+        ("/v1/embeddings", {}, {}, 3 * 384 * 12),
+        ("/v1/embeddings", {"encoding_format": "base64"}, {}, 3 * 384 * 16 / 3),
+        ("/v2/embed", {"embedding_types": ["float", "binary"]}, {}, 3 * 384 * (12 + 5 / 8)),
+        ("/api/embed", {}, {}, 3 * 384 * 12),
+        ("/tei/m/embed", {}, {}, 3 * 384 * 12),
+    ],
+)
+def test_an_answer_that_would_be_too_large_is_not_made(
+    make_web: MakeWeb, path: str, body: dict[str, Any], headers: dict[str, str], size: float
+) -> None:
+    """Its size is known beforehand, in whatever form, and is about the size of what is sent; nothing is computed."""
+    names = {"/embed": ("model", "texts"), "/v2/embed": ("model", "texts"), "/tei/m/embed": ("inputs",)}
+    sent = {**{name: THREE[name] for name in names.get(path, ("model", "input"))}, **body}
+    fits = make_web(MODEL, settings=Settings(limits=Limits(max_answer_bytes=int(size))))
+    answer = fits.post(path, sent, headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert 0.6 * size < len(answer.data) < 1.25 * size + 1000
+    refuses = make_web(MODEL, settings=Settings(limits=Limits(max_answer_bytes=int(size) - 1)))
+    answer = refuses.post(path, sent, headers=headers)
+    assert answer.status_code == {"/embed": 413, "/tei/m/embed": 422}.get(path, 400)  # as each API says it
+    assert "about 0 MB" in answer.text
+    assert "application/x-npy" in answer.text
+    assert refuses.status("m")["counters"]["batches"] == 0
+
+
+def test_the_first_answer_of_an_idle_model_is_bounded_too(make_web: MakeWeb) -> None:
+    """Its width is known once it is loaded; a body of lines has no such bound."""
+    web = make_web(MODEL + ", scaling: {min: 0}", settings=Settings(limits=Limits(max_answer_bytes=10_000)))
+    refused(web.embed("a", "b", "c"), 413, "answer_too_large")
+    lines = b"".join(b'{"text": "%d"}\n' % i for i in range(100))
+    answer = web.post("/embed?model=m", data=lines, content_type="application/x-ndjson")
+    assert answer.text.count('"vector"') == 100

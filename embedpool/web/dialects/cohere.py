@@ -93,7 +93,8 @@ def _embed(pool: Pool, limits: Limits) -> tuple[dict[str, Any], list[str], Resul
     body = read_json(here(), CohereSchema, limits)
     texts = _texts(body, limits)
     options = embed_options({**options_of(CohereSchema, body), "dtype": "float32"})
-    return body, texts, submit.embed(here(), pool, body["model"], texts, options)
+    forms = body.get("embedding_types", ["float"])
+    return body, texts, submit.embed(here(), pool, body["model"], texts, options, forms=forms)
 
 
 def _texts(body: dict[str, Any], limits: Limits) -> list[str]:

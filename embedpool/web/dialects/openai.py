@@ -86,7 +86,8 @@ def embed(pool: Pool, limits: Limits, model: str | None = None) -> Response:
         options["dtype"] = "float32"  # whatever the model's: it is what clients decode
     _refuse_token_ids(body["input"])
     texts = texts_of(body["input"], limits, "input")
-    return _answer(submit.embed(here(), pool, model or body["model"], texts, embed_options(options)), encoding)
+    result = submit.embed(here(), pool, model or body["model"], texts, embed_options(options), forms=[encoding])
+    return _answer(result, encoding)
 
 
 def _refuse_token_ids(given: Any) -> None:

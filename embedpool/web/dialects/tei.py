@@ -121,7 +121,7 @@ def _similarity(pool: Pool, limits: Limits, name: str) -> Response:
     sentences = check_texts(body["inputs"]["sentences"], limits, "inputs.sentences")
     options = {**_options(pool, name, body["parameters"]), "normalize": True, "dtype": "float32"}
     texts = [body["inputs"]["source_sentence"], *sentences]
-    result = submit.embed(here(), pool, name, texts, embed_options(options))
+    result = submit.embed(here(), pool, name, texts, embed_options(options), forms=())  # a number for each
     return _timed(json_response(result.vectors[1:] @ result.vectors[0]), result)
 
 
