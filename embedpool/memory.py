@@ -1,14 +1,44 @@
-"""Memory that is free goes back to the system: glibc keeps what many threads have freed, for as long as it likes."""
+"""Bounds of what may be held at once, and the way back to the system of memory that is free."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable
+
+from embedpool.errors import Overloaded
+
+RETRY_AFTER_S = 2.0
+
+
+class Budget:
+    """Counts bytes that are held, in memory or on a disk. Thread-safe."""
+
+    def __init__(self, most_bytes: int, full: str) -> None:
+        """`full` says to whom there is no room why."""
+        self._most_bytes = most_bytes
+        self._full = full
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> int:
+        """Count so many, and give their number. Raises Overloaded, unless nothing else is held."""
+        with self._lock:
+            if self._bytes and self._bytes + size > self._most_bytes:
+                raise Overloaded(self._full, retry_after_s=RETRY_AFTER_S)
+            self._bytes += size
+        return size
+
+    def give_back(self, size: int) -> None:
+        """What `take` gave."""
+        if size:
+            with self._lock:
+                self._bytes -= size
 
 
 def give_back() -> None:
-    """Return free memory to the system, where its C library can."""
+    """Return free memory to the system: glibc keeps what many threads have freed for as long as it likes."""
     if trim := _trim():
         trim(0)  # without the GIL
 

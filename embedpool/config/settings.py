@@ -57,7 +57,7 @@ class Server:
     host: str = option("127.0.0.1", "address to bind")
     port: int = option(8876, "port to bind", minimum=0, maximum=65535)
     server: str = option("gunicorn", "WSGI server", choices=("gunicorn", "waitress"))
-    threads: int = option(0, "request threads; 0 = max_inflight_global + 16", minimum=0, maximum=4096)
+    threads: int = option(0, "request threads; 0 = max_inflight_global + max_streams + 16", minimum=0, maximum=4096)
     workers: int = option(1, "gunicorn worker processes; each holds its own models", minimum=1, maximum=64)
     connection_limit: int = option(
         2000, "connections per process; at the limit the longest idle one is closed", minimum=10, maximum=100000
@@ -149,6 +149,11 @@ class Limits:
     )
     max_stream_body_bytes: int = option(1_073_741_824, "size of a request body of lines (NDJSON)", minimum=1)
     max_answer_bytes: int = option(536_870_912, "size of an answer, estimated beforehand; not of lines", minimum=1)
+    max_spooled_bytes: int = option(
+        4_294_967_296,
+        "bodies over 1 MiB, lines too, from their first byte until they are answered; above it 429",
+        minimum=1,
+    )
     max_texts_per_request: int = option(20_000, "texts in a request", minimum=1)
     max_chars_per_text: int = option(1_000_000, "characters in a text", minimum=1)
 
@@ -214,8 +219,8 @@ class Settings:
 
     @property
     def threads(self) -> int:
-        """Request threads: one for each admitted request, and a reserve so that /health always answers."""
-        return self.server.threads or self.defaults.max_inflight_global + 16
+        """Request threads: one for each admitted request and each body of lines, and a reserve for management."""
+        return self.server.threads or self.defaults.max_inflight_global + self.defaults.max_streams + 16
 
 
 def url_at(host: str, port: int) -> str:

@@ -28,6 +28,7 @@ class Call:
 
     arrived_at: float
     timeout_s: float
+    age_s: float = 0.0  # when it arrived: since its first byte, which a slow client sends long before its last
     caller: str = ""  # the id of an API key
     weight: float = 1.0  # the caller's part of the machine, beside other callers
     share: float = 1.0  # this request's part of it, beside others of the caller
@@ -41,7 +42,7 @@ class Call:
     @property
     def deadline(self) -> float:
         """On the pool's clock."""
-        return self.arrived_at + self.timeout_s
+        return self.arrived_at + self.timeout_s - self.age_s
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""waitress, adapted. Only this file imports it: every name of waitress's that we rely on stands here.
+"""waitress, adapted. Only this file and bodies.py import it: every name of waitress's that we rely on stands there.
 
-It accepts and closes connections, parses requests, buffers bodies and answers. The loop over them is loop.py, and
+It accepts and closes connections, has their requests parsed, and sends the answers. The loop over them is loop.py, and
 readiness.py waits for their sockets. tests/serve/test_waitress.py says what each of those names is and does.
 """
 
@@ -13,35 +13,32 @@ import math
 import socket
 import sys
 import time
-import uuid
 import weakref
 from collections.abc import Sequence
-from http import HTTPStatus
 from typing import Any
 
-import orjson
 from typing_extensions import override
 from waitress import wasyncore
-from waitress.buffers import OverflowableBuffer
 from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser
 from waitress.server import BaseWSGIServer, create_server
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
-from waitress.utilities import Error
 
-from embedpool.errors import BadRequest, BodyTooLarge, EmbedpoolError, StorageError, as_document
+from embedpool.errors import BadRequest, BodyTooLarge
+from embedpool.memory import Budget
 from embedpool.serve.app import App
+from embedpool.serve.bodies import Parser, Refused, Spool, document
 from embedpool.serve.last_in_first_out import LastInFirstOut
-from embedpool.serve.nonblocking import Socket
+from embedpool.serve.nonblocking import Socket, is_gone
 
 logger = logging.getLogger(__name__)
 
+BEGAN_AT = "embedpool.began_at"  # in the environment: when the first byte of the request came, by time.monotonic()
+ALWAYS_ANSWERED = ("/health", "/ready")  # by threads of their own, whatever all others wait for
+THREADS_FOR_THESE = 2
 LISTEN_BACKLOG = 2048
-LINES_PATH, LINES_TYPE = "/embed", "application/x-ndjson"
 LARGEST_JOINED_BYTES = 1 << 16  # above it copying costs more than a second packet
-SPOOLED_FROM_BYTES = 1 << 20  # of a body or an answer
-NEEDED_OF_A_SERVER = ("add_task", "adj", "application", "effective_port", "server_name")
-LARGEST_READ_UNSEEN_BYTES = 1 << 16  # of a body; a larger one is read only once its head has been judged
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+NEEDED_OF_A_SERVER = ("adj", "application", "effective_port", "server_name")
 
 
 class _Task(WSGITask):  # type: ignore[misc]
@@ -50,8 +47,14 @@ class _Task(WSGITask):  # type: ignore[misc]
     wrote_header: bool
 
     @override
+    def get_environment(self) -> dict[str, Any]:
+        environ: dict[str, Any] = super().get_environment()
+        environ[BEGAN_AT] = self.request.began_at
+        return environ
+
+    @override
     def build_response_header(self) -> bytes:
-        if getattr(self.channel.server, "is_stopping", False):
+        if self.channel.begins_to_answer() or getattr(self.channel.server, "is_stopping", False):
             self.set_close_on_finish()
         header: bytes = super().build_response_header()
         return header
@@ -76,99 +79,21 @@ class _ErrorTask(ErrorTask):  # type: ignore[misc]
         # The I/O thread reads this flag in Channel.handle_write, once `close_when_flushed` is set. waitress sets that
         # after this task has ended, so the order alone hands the flag over.
         self.channel.may_be_sending = True
+        self.channel.begins_to_answer()
         reason = self.request.error
-        if isinstance(reason, _Refused):
+        if isinstance(reason, Refused):
             body = reason.body
+            self.response_headers.extend(reason.headers)
         elif reason.code == 413:
             limit = self.request.adj.max_request_body_size
-            body = _document(BodyTooLarge(f"the body is over the limit of {limit} bytes"))
+            body = document(BodyTooLarge(f"the body is over the limit of {limit} bytes"))
         else:
-            body = _document(BadRequest(f"{reason.reason}: {reason.body}"))
+            body = document(BadRequest(f"{reason.reason}: {reason.body}"))
         self.status = f"{reason.code} {reason.reason}"
         self.response_headers.append(("Content-Type", "application/json"))
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
-
-
-def _document(error: EmbedpoolError) -> bytes:
-    return orjson.dumps(as_document(error, uuid.uuid4().hex))
-
-
-class _Spool(OverflowableBuffer):  # type: ignore[misc]
-    """Buffers a body or an answer: a large one in a file, or on a full disk up to `most` bytes of it in memory."""
-
-    overflow: int
-
-    def __init__(self, most: int = sys.maxsize) -> None:
-        super().__init__(SPOOLED_FROM_BYTES)
-        self._most = most
-
-    @override
-    def _set_large_buffer(self) -> None:
-        in_memory = self.buf.getfile()
-        position = in_memory.tell()
-        try:
-            super()._set_large_buffer()
-        except OSError:
-            in_memory.seek(position)
-            if self.overflow >= self._most:
-                raise
-            self.overflow = self._most
-
-
-class _Refused(Error):  # type: ignore[misc]
-    """The answer to a request whose body is not read to its end."""
-
-    def __init__(self, status: int, body: bytes) -> None:
-        super().__init__(body)
-        self.code, self.reason = status, HTTPStatus(status).phrase
-
-
-class _Parser(HTTPRequestParser):  # type: ignore[misc]
-    """Parses a request, on the I/O thread.
-
-    A body of lines, which is answered line by line, has a limit of its own. A large body is refused by its head if its
-    sender has no right to send it.
-    """
-
-    adj: Any
-    path = ""  # waitress logs it when a client leaves, and what is not HTTP has none
-
-    @override
-    def parse_header(self, header_plus: bytes) -> None:
-        super().parse_header(header_plus)
-        if self.body_rcv is not None:
-            self.body_rcv.buf = _Spool(self.adj.max_request_body_size + self.adj.recv_bytes)
-        if (
-            self.path.rstrip("/") == LINES_PATH
-            and self.headers.get("CONTENT_TYPE", "").partition(";")[0].strip().lower() == LINES_TYPE
-        ):
-            self.adj = self.adj.for_lines
-        if (self.chunked or self.content_length > LARGEST_READ_UNSEEN_BYTES) and (
-            refusal := self.adj.refusal(self.command, self.path, self.headers)
-        ):
-            self._refuse(*refusal)
-
-    @override
-    def received(self, data: bytes) -> int:
-        """Take what belongs to this request. A disk without room for its body ends it with 507."""
-        try:
-            taken: int = super().received(data)
-            return taken
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self.close()
-            self.body_rcv = None
-            reason = StorageError(f"there is no room for the body: {error.strerror or error}")
-            logger.warning("a request to %s is refused: %s", self.path, reason.message)
-            self._refuse(reason.status, _document(reason))
-            return len(data)
-
-    def _refuse(self, status: int, body: bytes) -> None:
-        self.error = _Refused(status, body)
-        self.completed = self.connection_close = True
-        self.expect_continue = False
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
@@ -179,17 +104,20 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     # `outbuf_lock` guards the buffers of the answer and the socket's sends. Whoever needs both takes `requests_lock`
     # first. Closing then takes the lock of OpenSockets, last of all.
 
-    parser_class = _Parser
+    parser_class = Parser
     task_class = _Task
     error_task_class = _ErrorTask
 
     close_when_flushed: bool  # waitress's own, and so is the next
-    request: _Parser | None
+    request: Parser | None
+    has_begun = False  # to answer the request that is served
+    takes_answers_alone = False  # the client has shut its sending side
 
     def __init__(self, server: Any, client: socket.socket, *arguments: Any, **named: Any) -> None:
         super().__init__(_ServerOfChannel(server, self), Socket(client), *arguments, **named)
-        self.outbufs = [_Spool()]
+        self.outbufs = [Spool()]
         self.waits_since = time.monotonic()  # for a whole request, when none is served
+        self.moved_at = self.waits_since  # anything was received or sent
         self.may_be_sending = False  # the rest of a request that was refused
         self.lingers = False
 
@@ -211,7 +139,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
     @property
     def quiet_s(self) -> float:
         """How long ago anything was received or sent."""
-        return float(time.time() - self.last_activity)
+        return time.monotonic() - self.moved_at
 
     @property
     def may_bring_a_request(self) -> bool:
@@ -240,6 +168,61 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         """Close it here and now, on the I/O thread, even if an answer is unsent."""
         self.handle_close()
 
+    # --- a client that shuts its sending side while it waits for an answer
+
+    @override
+    def handle_read(self) -> None:
+        """As waitress does, but the end of the input is no end of the connection while an answer is due.
+
+        Whoever has gone altogether looks the same. So he is sent what any client passes over, and his system says that
+        nobody is there.
+        """
+        if self.waits_for_a_request or not self._input_has_ended():
+            self.moved_at = time.monotonic()
+            super().handle_read()
+            return
+        with self.outbuf_lock:
+            self.takes_answers_alone = True
+            if self.requests and not self.has_begun and self.requests[0].version == "1.1":
+                self.outbufs[-1].append(CONTINUE)
+                self.total_outbufs_len += len(CONTINUE)
+                self._flush_some()
+
+    def _input_has_ended(self) -> bool:
+        try:
+            return not self.socket.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return False
+
+    def begins_to_answer(self) -> bool:
+        """Note, on the request's thread, that its answer begins; whether it is the last on this connection."""
+        with self.outbuf_lock:
+            self.has_begun = True
+        return self.takes_answers_alone
+
+    @override
+    def check_client_disconnected(self) -> bool:
+        """Whether nobody waits for the answer. From any thread, which finds the socket open under the lock."""
+        if not self.takes_answers_alone or not self.connected:
+            return not self.connected
+        with self.outbuf_lock:
+            return not self.connected or is_gone(self.socket)
+
+    @override
+    def service(self) -> None:
+        self.has_begun = False
+        super().service()
+
+    @override
+    def readable(self) -> bool:
+        return not self.takes_answers_alone and bool(super().readable())
+
+    @override
+    def writable(self) -> bool:
+        return bool(super().writable()) or (self.takes_answers_alone and self.is_idle)
+
+    # --- the end of a connection
+
     @override
     def handle_write(self) -> None:
         """As waitress does, but with a lingering close where the client may still be sending.
@@ -247,6 +230,8 @@ class Channel(HTTPChannel):  # type: ignore[misc]
         After the answer the server shuts down its side, and goes on to read and discard what arrives. Closed at once,
         with input unread, the connection would be reset, and the client might never see its answer.
         """
+        if self.takes_answers_alone and self.is_idle:
+            self.will_close = True
         ends = self.close_when_flushed and self.may_be_sending
         if ends:
             self.close_when_flushed = False
@@ -283,12 +268,12 @@ class Channel(HTTPChannel):  # type: ignore[misc]
                 return False
             sent: bool = super()._flush_some(do_close)
             if sent:
-                self.waits_since = time.monotonic()
+                self.waits_since = self.moved_at = time.monotonic()
                 if self.connected and not self.total_outbufs_len:
                     last = self.outbufs[-1]
-                    if last.buf is not None or not isinstance(last, _Spool):  # such a buffer keeps what it has sent
+                    if last.buf is not None or not isinstance(last, Spool):  # such a buffer keeps what it has sent
                         last.close()
-                        self.outbufs = [_Spool()]
+                        self.outbufs = [Spool()]
                     self.current_outbuf_count = 0
         return sent
 
@@ -307,6 +292,11 @@ class _ServerOfChannel:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._server, name)
+
+    def add_task(self, channel: Channel) -> None:
+        """Have a request thread serve the first request of the channel."""
+        threads = self._server.for_health if channel.requests[0].path in ALWAYS_ANSWERED else self._server
+        threads.add_task(channel)
 
     def pull_trigger(self) -> None:
         """Wake the I/O thread: an answer is written, or its buffers are full and back-pressure holds its thread."""
@@ -352,6 +342,7 @@ class Listener:
     def end_threads(self, longest_s: float) -> None:
         """End the request threads, which all listeners share; wait up to `longest_s` for them."""
         self._server.task_dispatcher.shutdown(timeout=longest_s)
+        self._server.for_health.shutdown(timeout=longest_s)
 
     def _accept_some(self) -> None:
         """Accept connections that wait, as long as there are slots for them."""
@@ -380,13 +371,18 @@ def listen(
         _dispatcher=dispatcher,
         connection_limit=most,
         max_request_body_size=app.settings.limits.max_body_bytes,
-        outbuf_overflow=sys.maxsize,  # a channel begins with a _Spool; after 16 MB waitress adds others, in memory
+        outbuf_overflow=sys.maxsize,  # a channel begins with a Spool; after 16 MB waitress adds others, in memory
         channel_request_lookahead=1,  # else a client that goes away is not noticed
         clear_untrusted_proxy_headers=False,  # the app reads them to tell a proxy
         backlog=LISTEN_BACKLOG,
         ident="embedpool",
     )
     servers = [opened_one for opened_one in opened.values() if isinstance(opened_one, BaseWSGIServer)]
+    for_health = ThreadedTaskDispatcher()
+    for_health.set_thread_count(THREADS_FOR_THESE)
+    spooled = Budget(app.settings.limits.max_spooled_bytes, "the large bodies of other requests fill the room for them")
+    for server in servers:
+        server.for_health, server.adj.spooled = for_health, spooled
     return [Listener(app, server, opened, accepted_at_once) for server in servers]
 
 

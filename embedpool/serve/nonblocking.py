@@ -1,4 +1,4 @@
-"""A socket that sends and receives without releasing the GIL.
+"""A socket that sends and receives without releasing the GIL, and whether its other side has gone.
 
 Python releases the GIL for each system call and then waits until it gets it back: among many request threads that takes
 far longer than sending an answer does. These calls never block, so they keep it. Where one fails, or there is no C
@@ -8,6 +8,7 @@ library to call, the socket makes Python's own call, which raises the right erro
 from __future__ import annotations
 
 import ctypes
+import select
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,15 @@ def _c_function(name: str, *arguments: Any) -> Callable[..., int]:
 
 _send = _c_function("send", ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
 _recv = _c_function("recv", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def is_gone(connection: socket.socket) -> bool:
+    """Whether the other side of an open connection is there no more; it may have shut its sending side alone."""
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(connection, 0)  # errors and hang-ups are told in any case
+    return bool(poll.poll(0))
 
 
 class Socket(socket.socket):

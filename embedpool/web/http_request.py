@@ -16,6 +16,7 @@ from embedpool.pool.request import Result
 from embedpool.web.access import NOBODY
 
 MOST_HOPS = 4
+BEGAN_AT = "embedpool.began_at"  # see serve/connections.py
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
 
 
@@ -58,6 +59,12 @@ class HttpRequest(Request):
         self.tokens += result.tokens
         self.truncated += len(result.truncated)
         self.compute_ms += result.compute_ms
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since its first byte came, as far as the server tells."""
+        now = time.monotonic()
+        return now - float(self.environ.get(BEGAN_AT, now))
 
     @property
     def hops(self) -> int:

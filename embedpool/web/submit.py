@@ -63,6 +63,7 @@ def call_of(
     """For whom a request to the pool is. One of several that serve a request of lines has a `share` of a whole one."""
     return Call(
         arrived_at=pool.clock(),
+        age_s=0.0 if math.isfinite(within_s) else http.age_s,
         timeout_s=min(timeout_s(http) or math.inf, within_s, pool.request_timeout_s),
         caller=http.caller.key.id if http.caller.key else "",
         weight=http.caller.weight,

@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 import json
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import BinaryIO
 
 import orjson
+import pytest
 
+from tests.chaos.http import embed_request
 from tests.live.conftest import Server, fake, wait_until
 
 
@@ -138,6 +141,71 @@ def test_a_client_that_goes_away_costs_no_compute(server: Server, kind: str) -> 
     assert server.status("m")["counters"]["rows"] == 1
     assert first.recv(12) == b"HTTP/1.1 200"
     first.close()
+
+
+def final_answer(stream: BinaryIO) -> bytes:
+    """The status line of what is no interim answer."""
+    while (line := stream.readline()).startswith(b"HTTP/1.1 100 "):
+        assert stream.readline() == b"\r\n"
+    return line
+
+
+def test_a_client_that_has_shut_its_sending_side_gets_its_answer(server: Server, kind: str) -> None:
+    """Whether the answer is small or large, on its own or one of several; then the connection ends."""
+    server.write_pool(fake("m", delay_ms=300))
+    server.start(kind)
+    server.wait_ready()
+    for texts, times in ((1, 1), (1, 3), (2000, 1)):
+        body = json.dumps({"model": "m", "texts": ["a"] * texts}).encode()
+        head = (
+            f"POST /embed HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        with socket.create_connection(address(server), timeout=60) as connection:
+            connection.sendall((head.encode() + body) * times)
+            connection.shutdown(socket.SHUT_WR)
+            stream = connection.makefile("rb")
+            for _ in range(times):
+                assert final_answer(stream).startswith(b"HTTP/1.1 200 ")
+                length = 0
+                while (line := stream.readline()) != b"\r\n":
+                    if line.lower().startswith(b"content-length:"):
+                        length = int(line.split(b":")[1])
+                assert len(json.loads(stream.read(length))["vectors"]) == texts
+            assert stream.read() == b""
+
+
+def test_health_is_answered_whatever_all_threads_wait_for(make_server: Callable[..., Server], kind: str) -> None:
+    """Each request thread is in a batch that does not end."""
+    server = make_server(EMBEDPOOL_SERVER__THREADS="4", EMBEDPOOL_HOT_RELOAD__POLL_INTERVAL_S="0.2")
+    server.write_pool(fake("m", fault="hang", fault_text="hang"))
+    server.start(kind)
+    server.wait_ready()
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            connection = stack.enter_context(socket.create_connection(address(server), timeout=60))
+            connection.sendall(embed_request(["hang"]))
+        other = stack.enter_context(socket.create_connection(address(server), timeout=1))
+        for _ in range(3):
+            assert server.get("/health").status_code == 200
+            assert server.get("/ready").status_code == 200
+        other.sendall(b"GET /status HTTP/1.1\r\nHost: x\r\n\r\n")
+        with pytest.raises(TimeoutError):  # no thread is left for it
+            other.recv(1)
+
+
+def test_the_deadline_is_counted_from_the_first_byte(server: Server, kind: str) -> None:
+    """A client that sends for longer than it would wait gets 504, and nothing is computed for it."""
+    server.write_pool(fake("m"))
+    server.start(kind)
+    server.wait_ready()
+    sent = embed_request(["a"]).replace(b"Host: x\r\n", b"Host: x\r\nX-Request-Timeout-Ms: 300\r\n", 1)
+    assert b"300" in sent
+    with socket.create_connection(address(server), timeout=60) as connection:
+        connection.sendall(sent[:-5])
+        wait_until(lambda born=time.monotonic(): time.monotonic() - born > 0.4)
+        connection.sendall(sent[-5:])
+        assert connection.recv(100).startswith(b"HTTP/1.1 504 ")
+    assert server.status("m")["counters"]["batches"] == 0
 
 
 def test_replicas_grow_under_load_and_go_when_idle(server: Server) -> None:

@@ -8,7 +8,7 @@ import io
 import math
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import NoReturn
 
@@ -18,7 +18,9 @@ from waitress.adjustments import Adjustments
 from waitress.buffers import OverflowableBuffer
 from waitress.channel import ClientDisconnected
 
-from embedpool.serve.connections import Channel, _Parser
+from embedpool.memory import Budget
+from embedpool.serve.bodies import Parser
+from embedpool.serve.connections import Channel
 from embedpool.serve.readiness import OpenSockets
 
 
@@ -159,19 +161,20 @@ class Full(io.BytesIO):
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> type[Full]:
     """Where large bodies and answers go, from 10 KB on; full."""
-    monkeypatch.setattr("embedpool.serve.connections.SPOOLED_FROM_BYTES", 10_000)
+    monkeypatch.setattr("embedpool.serve.bodies.SPOOLED_FROM_BYTES", 10_000)
     monkeypatch.setattr("waitress.buffers.TempfileBasedBuffer.newfile", lambda self: Full())
     monkeypatch.setattr(Full, "room", 0)
     return Full
 
 
-def parser_of(content_type: str) -> _Parser:
+def parser_of(content_type: str) -> Parser:
     """It has read the head of a request of 90 KB; bodies may have 50 KB, those of lines 100 KB."""
     adjustments = Adjustments(max_request_body_size=50_000)
     adjustments.refusal = lambda *_: None
+    adjustments.spooled = Budget(10**9, "")
     adjustments.for_lines = copy.copy(adjustments)
     adjustments.for_lines.max_request_body_size = 100_000
-    parser = _Parser(adjustments)
+    parser = Parser(adjustments)
     head = f"POST /embed HTTP/1.1\r\nContent-Type: {content_type}\r\nContent-Length: 90000\r\n\r\n".encode()
     assert parser.received(head) == len(head)
     return parser
@@ -236,3 +239,71 @@ def test_a_connection_that_was_sent_an_answer_waits_anew() -> None:
         channel.waits_since = before = -math.inf
         channel.write_soon(b"HTTP/1.1 200 OK")
         assert channel.waits_since > before
+
+
+# --- the room for large bodies
+
+
+def head_of(size: int | None) -> bytes:
+    length = "Transfer-Encoding: chunked" if size is None else f"Content-Length: {size}"
+    return f"POST /embed HTTP/1.1\r\nContent-Type: application/x-ndjson\r\n{length}\r\n\r\n".encode()
+
+
+@pytest.fixture
+def begin(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], Parser]:
+    """Parsers that have read a head, and share room for 100 KB of bodies of more than 10 KB."""
+    monkeypatch.setattr("embedpool.serve.bodies.SPOOLED_FROM_BYTES", 10_000)
+    adjustments = Adjustments(max_request_body_size=1_000_000)
+    adjustments.refusal = lambda *_: None
+    adjustments.spooled = Budget(100_000, "no room")
+    adjustments.for_lines = adjustments
+
+    def make(size: int | None) -> Parser:
+        parser = Parser(adjustments)
+        parser.received(head_of(size))
+        return parser
+
+    return make
+
+
+def refused_for_room(parser: Parser) -> bool:
+    if not parser.completed:
+        return False
+    assert parser.error.code == 429
+    assert orjson.loads(parser.error.body)["error"]["code"] == "overloaded"
+    assert parser.error.headers == [("Retry-After", "2")]
+    return True
+
+
+@pytest.mark.parametrize("leave", ["answered", "cut"])
+def test_a_large_body_is_refused_by_its_head_where_others_fill_the_room(
+    begin: Callable[[int | None], Parser], leave: str
+) -> None:
+    """Before a byte of it is read, until one of them is answered or its connection is cut. Small ones are not counted,
+    and one alone is never too large."""
+    first: Parser | None = begin(900_000)
+    assert first is not None
+    assert not first.completed
+    assert refused_for_room(begin(20_000))
+    assert not begin(9_000).completed
+    if leave == "answered":
+        first.close()
+    first = None
+    second, third = begin(60_000), begin(40_000)
+    assert not second.completed
+    assert not third.completed
+    assert refused_for_room(begin(20_000))
+
+
+def test_a_body_of_unknown_length_is_counted_as_it_comes(begin: Callable[[int | None], Parser]) -> None:
+    """And refused when it no longer fits; what it held is free again."""
+    other, parser = begin(50_000), begin(None)
+    part = b"2710\r\n" + b"x" * 10_000 + b"\r\n"
+    parts = 0
+    while not refused_for_room(parser):
+        parser.received(part)
+        parts += 1
+    assert parts == 5  # about 50 KB
+    parser.received(part)
+    assert not begin(40_000).completed
+    other.close()

@@ -27,7 +27,7 @@ def test_a_client_that_reads_nothing_is_cut_off() -> None:
         closed = False
 
         def __init__(self, unsent: int, silent_s: float) -> None:
-            self.total_outbufs_len, self.last_activity = unsent, time.time() - silent_s
+            self.total_outbufs_len, self.moved_at = unsent, time.monotonic() - silent_s
 
         def handle_close(self) -> None:
             self.closed = True
@@ -72,7 +72,7 @@ def test_an_idle_connection_is_closed_before_anything_can_come_on_it(
             loop._turn(1)
         loop._turn(0)
         (closing,) = [c for c in loop._channels() if c.addr == idle.getsockname()]
-        closing.last_activity -= 200
+        closing.moved_at -= 200
         with monkeypatch.context() as later:
             later.setattr("waitress.server.time", SimpleNamespace(time=lambda: time.time() + 1000))
             loop._turn(0)
@@ -83,7 +83,7 @@ def test_an_idle_connection_is_closed_before_anything_can_come_on_it(
         (left,) = loop._channels()
         assert left.addr == fresh.getsockname()
         assert closing.request is None
-        left.last_activity -= 200
+        left.moved_at -= 200
         fresh.sendall(b"GET /health")
         loop._close_idle()
         loop._turn(0)
@@ -241,7 +241,7 @@ def test_one_that_cannot_be_written_to_is_closed_all_the_same(crowd: Clients, cl
     deaf, *others = (crowd.admit() for _ in range(3))
     crowd.fill(deaf)
     crowd.channel(deaf).waits_since -= 2 * LONG_S
-    crowd.channel(deaf).last_activity -= 2 * LONG_S
+    crowd.channel(deaf).moved_at -= 2 * LONG_S
     getattr(crowd.loop, close)()
     assert crowd.channel(deaf) is None
     assert all(map(crowd.channel, others))
