@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import re
+import sys
 from pathlib import Path
 
 SETUP_CFG = Path(__file__).parents[1] / "setup.cfg"
@@ -21,4 +22,4 @@ def floors() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(f"{name}=={floor}" for name, floor in floors().items()))
+    sys.stdout.write("".join(f"{name}=={floor}\n" for name, floor in floors().items()))
