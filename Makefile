@@ -1,16 +1,18 @@
 # make run: from a fresh clone to a server with a model. make test: every test. Both can be repeated.
+# make test-lowest: the fast tests with the least versions of what embedpool needs.
 # make chaos: what make test does to a server for a minute, for an hour.
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c conf/constraints.txt
 CLIENTS := tests/live/clients
+LOWEST := $(VENV)/lowest
 NPM := $(shell command -v npm 2> /dev/null)
 MODEL := sentence-transformers/all-MiniLM-L6-v2
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: run test chaos lint docs docs-site bench clean
+.PHONY: run test test-lowest chaos lint docs docs-site bench clean
 
 run: $(VENV)/run.installed
 	@$(BIN)/embedpool init > /dev/null
@@ -21,6 +23,10 @@ run: $(VENV)/run.installed
 test: $(VENV)/test.installed $(VENV)/clients.installed $(if $(NPM),$(VENV)/npm.installed)
 	$(if $(NPM),,@echo "no npm: the test of OpenAI's client for JavaScript is skipped")
 	$(BIN)/python -m pytest
+
+# Its tool needs newer versions of other things than embedpool does.
+test-lowest: $(VENV)/lowest.installed
+	$(LOWEST)/bin/python -m pytest -p no:anyio --ignore=tests/live --ignore=tests/chaos --ignore=tests/web/test_openapi.py
 
 chaos: $(VENV)/test.installed
 	$(BIN)/python -m pytest tests/chaos --long -v
@@ -45,6 +51,13 @@ $(VENV)/run.installed: setup.cfg conf/constraints.txt | $(BIN)/python
 
 $(VENV)/test.installed: setup.cfg conf/constraints.txt | $(BIN)/python
 	$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/lowest.installed: setup.cfg conf/constraints.txt tests/lowest.py | $(BIN)/python
+	$(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) tests/lowest.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check -c conf/constraints.txt -c $(LOWEST)/constraints.txt \
+		-e '.[demo,openvino,otel]' hypothesis mkdocs-material pytest pytest-randomly pytest-timeout
 	@touch $@
 
 # Clients of other APIs that the tests drive; some need other versions of what embedpool needs, so they live apart.

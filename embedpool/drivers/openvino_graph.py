@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -10,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
@@ -29,6 +31,8 @@ LIBRARIES = ("openvino", "torch", "transformers", "sentence-transformers")
 PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 LEAST_COSINE = 0.9999
 HASHES = "hashes.json"
+UNUSED_S = 30 * 86400.0  # a graph that nobody has loaded for so long is deleted
+UNFINISHED, UNFINISHED_S = "export-", 86400.0  # the same of an export that never ended
 COMPILED_TWICE_BYTES = 256_000_000  # of weights; each compiled model holds its own copy
 
 
@@ -40,6 +44,7 @@ def exported(folder: Path, cache_dir: Path, load_model: Callable[[], Any]) -> Pa
     """
     graph = cache_dir / "openvino" / f"{folder.name}-{_key(folder)}" / "model.xml"
     if graph.exists() and is_whole(graph):
+        os.utime(graph.parent)  # see _prune
         return graph
     if graph.parent.exists():
         logger.warning("the cached graph %s is damaged, or older than its check, and is made anew", graph.parent)
@@ -49,7 +54,8 @@ def exported(folder: Path, cache_dir: Path, load_model: Callable[[], Any]) -> Pa
     model = load_model()
     converted = _convert(model)
     graph.parent.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=graph.parent.parent) as temporary:
+    _prune(graph.parent.parent)
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=graph.parent.parent) as temporary:
         new = Path(temporary) / "new"
         try:
             openvino.save_model(converted, new / "model.xml", compress_to_fp16=False)
@@ -63,6 +69,17 @@ def exported(folder: Path, cache_dir: Path, load_model: Callable[[], Any]) -> Pa
             if not graph.exists():  # else another process was first
                 raise
     return graph
+
+
+def _prune(graphs: Path) -> None:
+    """Delete what nobody has loaded for long: graphs of older models and libraries, and exports that were cut off."""
+    now = time.time()
+    for folder in graphs.iterdir():
+        longest_s = UNFINISHED_S if folder.name.startswith(UNFINISHED) else UNUSED_S
+        with contextlib.suppress(OSError):
+            if now - folder.stat().st_mtime > longest_s:
+                logger.info("the cached graph %s is deleted: nobody has used it for long", folder)
+                shutil.rmtree(folder)
 
 
 def is_whole(graph: Path) -> bool:

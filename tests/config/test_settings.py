@@ -270,8 +270,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, kind: str) -> None:
 
 
 def test_threads_default_to_what_is_admitted_and_a_reserve() -> None:
-    """0 threads means enough for every admitted request and for health beside them."""
-    assert parse("defaults: {max_inflight_global: 100}").threads == 116
+    """0 threads means enough for every admitted request, every body of lines, and for management beside them."""
+    assert parse("defaults: {max_inflight_global: 100, max_streams: 5}").threads == 121
     assert parse("server: {threads: 7}").threads == 7
 
 

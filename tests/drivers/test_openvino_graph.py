@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,25 @@ def test_a_graph_is_exported_once(folder: Path, cache_dir: Path) -> None:
     assert graph.with_suffix(".bin").stat().st_size > 80_000_000  # float32, not compressed
     assert exported(folder, cache_dir, load_model) == graph
     assert [p.name for p in (cache_dir / "openvino").iterdir()] == [graph.parent.name]  # nothing temporary is left
+
+
+def test_what_nobody_has_used_for_long_is_deleted(
+    openvino_driver: LocalStDriver, folder: Path, cache_dir: Path
+) -> None:
+    """Graphs of older models, and what exports left that were cut off, go with the next export; the others stay."""
+    graphs = cache_dir / "openvino"
+    days = {"old-graph": 31, "graph": 29, "export-cut": 2, "export-at-work": 0}
+    for name, age in days.items():
+        (graphs / name).mkdir()
+        (graphs / name / "model.bin").write_bytes(b"x")
+        os.utime(graphs / name, (time.time() - age * 86400,) * 2)
+    graph = exported(folder, cache_dir, load_model)
+    os.utime(graph.parent, (0, 0))
+    assert exported(folder, cache_dir, load_model) == graph
+    openvino_graph._prune(graphs)
+    assert {path.name for path in graphs.iterdir()} == {"graph", "export-at-work", graph.parent.name}
+    for name in ("graph", "export-at-work"):
+        shutil.rmtree(graphs / name)
 
 
 @pytest.mark.usefixtures("openvino_driver")
