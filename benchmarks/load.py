@@ -1,4 +1,4 @@
-"""Closed-loop load: each client sends its next request when the last one is answered.
+"""Closed-loop load, in which each client sends its next request when the last one is answered, and open arrivals.
 
 `wrk` drives one-text workloads where it is installed; it stops at the clock, which for small requests costs nothing.
 All else is the Python client below, in a process of its own: prebuilt bytes over keep-alive sockets, one thread.
@@ -6,6 +6,7 @@ All else is the Python client below, in a process of its own: prebuilt bytes ove
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import gc
 import heapq
@@ -13,6 +14,7 @@ import json
 import selectors
 import shutil
 import socket
+import statistics
 import subprocess
 import tempfile
 import time
@@ -65,14 +67,34 @@ class Group:
     last_answer_s: float = 0.0
 
     def result(self) -> dict[str, Any]:
-        """Answers, seconds until the last of them, percentiles of latency in milliseconds."""
+        """Answers, seconds until the last of them, the mean and percentiles of latency in milliseconds."""
         return {"answers": len(self.latencies_s), "seconds": self.last_answer_s, **percentiles(self.latencies_s)}
 
 
 def percentiles(latencies_s: Sequence[float]) -> dict[str, float]:
-    """p50_ms, p95_ms and p99_ms of latencies in seconds."""
+    """mean_ms, p50_ms, p95_ms and p99_ms of latencies in seconds."""
     ordered = sorted(latencies_s)
-    return {f"p{p}_ms": 1000 * ordered[min(len(ordered) * p // 100, len(ordered) - 1)] for p in (50, 95, 99)}
+    found = {f"p{p}_ms": 1000 * ordered[min(len(ordered) * p // 100, len(ordered) - 1)] for p in (50, 95, 99)}
+    return {"mean_ms": 1000 * sum(ordered) / len(ordered), **found}
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request that is sent at its time, in seconds from the start, whatever has been answered by then."""
+
+    at_s: float
+    kind: str
+    body: bytes
+
+
+def arrive(port: int, path: str, rounds: list[list[Arrival]]) -> dict[str, dict[str, Any]]:
+    """Send the arrivals of each round, which are in order; the next begins when all are answered.
+
+    Gives the result of each kind: latencies count from the time that was set, `seconds` is the time until the last
+    answer of a round, as a mean. Raises LoadError.
+    """
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(_arrive, port, path, rounds).result()
 
 
 def closed_loop(port: int, path: str, bodies: list[bytes], clients: int, seconds: float) -> dict[str, Any]:
@@ -143,11 +165,53 @@ class _Client:
         return self.expected is not None and len(self.got) >= self.expected
 
 
+def _head(port: int, path: str, body: bytes) -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\nContent-Length: "
+    return f"{head}{len(body)}\r\n\r\n".encode() + body
+
+
+def _arrive(port: int, path: str, rounds: list[list[Arrival]]) -> dict[str, dict[str, Any]]:
+    """Each request has a connection of its own, kept for a later one."""
+    gc.disable()
+    groups = {a.kind: Group(a.kind, 0, []) for arrivals in rounds for a in arrivals}
+    ends_s: dict[str, list[float]] = {kind: [] for kind in groups}
+    poll, idle = selectors.DefaultSelector(), list[_Client]()
+    for arrivals in rounds:
+        start_s, coming, under_way = time.perf_counter(), collections.deque(arrivals), 0
+        while coming or under_way:
+            now_s = time.perf_counter() - start_s
+            while coming and coming[0].at_s <= now_s:
+                arrival = coming.popleft()
+                client = idle.pop() if idle else _Client(port, groups[arrival.kind])
+                client.group = groups[arrival.kind]
+                client.begin(_head(port, path, arrival.body))
+                client.began_s = start_s + arrival.at_s
+                poll.register(client.socket, selectors.EVENT_READ | selectors.EVENT_WRITE * bool(client.unsent), client)
+                under_way += 1
+            for key, mask in poll.select(max(coming[0].at_s - now_s, 0) if coming else ANSWER_WITHIN_S):
+                client = key.data
+                if mask & selectors.EVENT_WRITE:
+                    client.send()
+                    if not client.unsent:
+                        poll.modify(client.socket, selectors.EVENT_READ, client)
+                if mask & selectors.EVENT_READ and client.answered():
+                    answered_s = time.perf_counter()
+                    client.group.latencies_s.append(answered_s - client.began_s)
+                    client.group.last_answer_s = answered_s - start_s
+                    poll.unregister(client.socket)
+                    idle.append(client)
+                    under_way -= 1
+        for kind in {arrival.kind for arrival in arrivals}:
+            ends_s[kind].append(groups[kind].last_answer_s)
+    for client in idle:
+        client.socket.close()
+    return {kind: {**group.result(), "seconds": statistics.mean(ends_s[kind])} for kind, group in groups.items()}
+
+
 def _drive(port: int, path: str, groups: list[Group], seconds: float | None) -> dict[str, dict[str, Any]]:
     """The loop of `drive`. Clients that think begin spread over their time of thought."""
     gc.disable()
-    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\nContent-Length: "
-    requests = {g.name: [f"{head}{len(b)}\r\n\r\n".encode() + b for b in g.bodies] for g in groups}
+    requests = {group.name: [_head(port, path, body) for body in group.bodies] for group in groups}
     poll = selectors.DefaultSelector()
     start_s = time.perf_counter()
     waiting: list[tuple[float, int, _Client]] = []  # when to send, a tie-breaker, who

@@ -20,12 +20,16 @@ Workloads:
   mixed16-1, mixed16-4, mixed16-16, mixed256-1, mixed256-4      16 or 256 mixed texts a request, fixed work
   mix      an endless bulk client of 256 mixed texts a request beside 8 clients of one short text and 50 ms of thought
   hot-64   one identical short text from 64 clients, and different ones
+  burst4-256, burst16-16    so many requests of 256 or 16 texts of like length at the same moment, to an idle server
+  open     Poisson arrivals at 60% of what the first server can: of 16 requests 9 have 16 texts, 6 have one, 1 has 256
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -41,11 +45,14 @@ import psutil
 from docopt import docopt
 
 from benchmarks import report, texts
-from benchmarks.load import Group, LoadError, closed_loop, drive
+from benchmarks.load import Arrival, Group, LoadError, arrive, closed_loop, drive
 from benchmarks.servers import GRAPHS, SERVERS, Absent, Running, Server, of_baseline, plain, running
 
-SHORT_TEXTS, MIXED_TEXTS = 1500, 2560
+SHORT_TEXTS, MIXED_TEXTS, ALIKE_TEXTS = 1500, 2560, 1024
 FIXED_TEXTS_PER_S = 200  # fixed work: as many texts as a server of this rate answers in --seconds
+OPEN_SIZES = {16: 9, 1: 6, 256: 1}  # texts of a request: how often, of 16
+OPEN_LOAD, OPEN_TIMES = 0.6, 8  # of what a server can, for so many times --seconds
+MEASURED_CAPACITY: list[float] = []
 INTERACTIVE_CLIENTS, THOUGHT_S, LEAST_BULK_ANSWERS = 8, 0.05, 4
 Result = dict[str, Any]
 
@@ -95,12 +102,50 @@ def hot(up: Running, seconds: float, clients: int) -> Result:
     return {**same, "different_texts_s": different["texts_s"], "texts": same["texts"] + different["texts"]}
 
 
+def burst(up: Running, seconds: float, per_request: int, requests: int) -> Result:
+    """Equal requests at once, again and again; `seconds` of them, about."""
+    count = max(1, round(seconds * FIXED_TEXTS_PER_S / (per_request * requests)))
+    bodies = itertools.cycle(_bodies(up, texts.alike(ALIKE_TEXTS), per_request))
+    rounds = [[Arrival(0.0, "all", next(bodies)) for _ in range(requests)] for _ in range(count)]
+    found = arrive(up.port, up.server.path, rounds)["all"]
+    rate = per_request * requests / found["seconds"]
+    return {"texts": found["answers"] * per_request, "texts_s": rate, "mean_ms": found["mean_ms"],
+            "last_ms": 1000 * found["seconds"]}  # fmt: skip
+
+
+def open_arrivals(up: Running, seconds: float) -> Result:
+    """The same requests at the same times for every server of a run."""
+    rate = _capacity(up)
+    per_request = sum(size * times for size, times in OPEN_SIZES.items()) / sum(OPEN_SIZES.values())
+    chance, at_s, arrivals = random.Random(7), 0.0, []
+    bodies = {size: itertools.cycle(_bodies(up, texts.mixed(MIXED_TEXTS), size)) for size in OPEN_SIZES}
+    while at_s < OPEN_TIMES * seconds:
+        (size,) = chance.choices(list(OPEN_SIZES), list(OPEN_SIZES.values()))
+        arrivals.append(Arrival(at_s, str(size), next(bodies[size])))
+        at_s += chance.expovariate(OPEN_LOAD * rate / per_request)
+    found = arrive(up.port, up.server.path, [arrivals])
+    result: Result = {"texts": sum(found[size]["answers"] * int(size) for size in found)}
+    for size, of_size in found.items():
+        result |= {f"of_{size}_{key}": of_size[key] for key in ("mean_ms", "p99_ms")}
+    return result
+
+
+def _capacity(up: Running) -> float:
+    """Texts a second of the server that is asked first: what all are offered a part of."""
+    if not MEASURED_CAPACITY:
+        MEASURED_CAPACITY.append(mixed(up, 8.0, 16, 16)["texts_s"])
+    return MEASURED_CAPACITY[0]
+
+
 WORKLOADS: dict[str, Callable[[Running, float], Result]] = {
     **{f"short-{c}": partial(short, clients=c) for c in (1, 8, 32, 128)},
     **{f"mixed16-{c}": partial(mixed, per_request=16, clients=c) for c in (1, 4, 16)},
     **{f"mixed256-{c}": partial(mixed, per_request=256, clients=c) for c in (1, 4)},
     "mix": mix,
     "hot-64": partial(hot, clients=64),
+    "burst4-256": partial(burst, per_request=256, requests=4),
+    "burst16-16": partial(burst, per_request=16, requests=16),
+    "open": open_arrivals,
 }
 
 
@@ -177,6 +222,8 @@ def _server(server: Server, workloads: list[str], seconds: float, expected: Any)
         if expected is not None:
             result["cosine"] = _cosine(up, expected)
             print(f"  cosine to torch fp32: least {result['cosine']:.7f} of {len(expected)}", flush=True)
+        if "open" in workloads:
+            _capacity(up)
         for workload in workloads:
             before_s = up.cpu_s()
             try:

@@ -55,6 +55,15 @@ def mixed(n: int) -> list[str]:
     return list(found)
 
 
+def alike(n: int) -> list[str]:
+    """`n` different mixed texts of about the median's length."""
+    found = mixed(4 * n)
+    distance = {
+        text: abs(tokens - MIXED_MEDIAN_TOKENS) for text, tokens in zip(found, token_counts(found), strict=True)
+    }
+    return sorted(found, key=distance.__getitem__)[:n]
+
+
 def token_counts(texts: list[str]) -> list[int]:
     """Tokens of each text, special tokens included, by the model's own tokenizer."""
     return [len(encoding.ids) for encoding in _tokenizer().encode_batch_fast(texts)]

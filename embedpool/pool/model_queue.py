@@ -13,11 +13,11 @@ import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from embedpool.pool.fair_order import FairOrder
+from embedpool.pool.fair_order import FairOrder, UsualWork
 from embedpool.pool.request import Request
 from embedpool.tasks.item import Item
 
-WINDOW = 256  # items a batch is planned from
+WINDOW = 256  # items a batch is planned from, at most
 JOINABLE_S = 1.0  # a running batch is joined no longer than this, so that one which hangs gathers nobody
 
 _Entry = tuple[int, Item]  # a number of its own
@@ -58,6 +58,7 @@ class ModelQueue(queue.Queue[Item]):
 
     def _init(self, maxsize: int) -> None:
         self._order = FairOrder()
+        self._usual_work: dict[str, UsualWork] = {}  # of callers
         self._waiting: dict[Request, dict[int, Item]] = {}  # the items of each, by their numbers, in order
         self._count = 0
         self._equal: dict[bytes, list[_Entry]] = {}  # the same items, by their keys
@@ -75,7 +76,10 @@ class ModelQueue(queue.Queue[Item]):
         if request not in self._order:
             call = request.call
             request.left = max(request.tokens, work_of(item))
-            self._order.enter(request, call.caller, call.weight, call.share, request.left)
+            count = len(request.task)
+            usual = self._usual_work.setdefault(call.caller, UsualWork())
+            work = count * usual.with_latest(request.left / count, count)
+            self._order.enter(request, call.caller, call.weight, call.share, work)
         if self._joins(item):
             self._order.serve(work_of(item))
             self._is_through(item)

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 SHORT_BATCH_S = 0.05  # how long a query waits for the running batch, where the operator says nothing
 LEAST_FIXED_COSTS = 10  # but no batch is cut shorter than so many fixed costs: they would take more of the machine
 FIXED_COSTS_BETWEEN_OTHERS = 2  # likewise for a batch that is cut to end between the others
+REACH_BATCHES = 10  # see Planner._reach
 UNKNOWN_FIXED_TOKENS = 150.0  # where a driver's cost is not known: a call costs as much as so many padded tokens
 
 
@@ -113,6 +114,7 @@ class Planner:
         It is the planned batch that holds the first item, so nobody's turn is passed over; the others in it are those
         of about its length. Items of different groups never share a batch.
         """
+        window = window[: self._reach(window)]
         group = window[0].group
         order = sorted((item.tokens, place) for place, item in enumerate(window) if item.group == group)
         longest = order[-1][0]
@@ -127,6 +129,20 @@ class Planner:
                 return sorted(place for _, place in order[start:end])
             start = end
         raise AssertionError("a plan covers every item")
+
+    def _reach(self, window: Sequence[Item]) -> int:
+        """How many items from the first on may share its batch.
+
+        What rides along from further behind is time that the requests before it lose. So no batch takes anything from
+        behind more work than REACH_BATCHES of the longest batches are.
+        """
+        most = REACH_BATCHES * self.largest_tokens()
+        tokens = 0
+        for place, item in enumerate(window):
+            tokens += item.tokens
+            if tokens > most and place:
+                return place
+        return len(window)
 
     def plan_under_lock(self, window: Sequence[Item], slots: Slots) -> Sequence[int]:
         """Choose a batch that begins now, in this thread; whatever fails, the next item can go alone.

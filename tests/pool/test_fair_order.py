@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -123,6 +124,43 @@ def test_a_query_passes_the_rest_of_a_long_request() -> None:
     order.serve(500)
     order.enter("query", "", 1, 1, 10)
     assert list(order) == ["query", "long"]
+
+
+def test_one_that_has_left_may_come_again() -> None:
+    """What the ideal server still does of its first work does not count for its second."""
+    order = FairOrder()
+    order.enter("twice", "", 1, 1, 10)
+    order.enter("other", "", 1, 1, 100)
+    order.leave("twice")
+    order.enter("twice", "", 1, 1, 1000)
+    assert list(order) == ["other", "twice"]
+    order.serve(40)
+    assert list(order) == ["other", "twice"]
+
+
+def test_requests_of_as_many_texts_are_first_come_first_served() -> None:
+    """Whichever has the longer ones, once the queue knows about how long a caller's texts are."""
+    waiting, chance = ModelQueue(10_000, lambda: 0.0), random.Random(3)
+
+    def come(number: int) -> Asked:
+        request = Asked(*(f"{number} {i}" for i in range(8)))
+        for item in request.items:
+            item.tokens = chance.randint(10, 100)
+        request.tokens = sum(item.tokens for item in request.items)
+        return request.admitted_to(waiting)
+
+    for number in range(100):
+        come(number)
+        waiting.take_all()
+    requests: list[Asked] = []
+    ended: list[int] = []
+    while len(ended) < 100:
+        requests.append(come(1000 + len(requests)))
+        for _ in range(8 if len(requests) > 16 else 0):
+            (item,) = waiting.take(lambda window: [0], 0)
+            if not item.request.waiting:
+                ended.append(requests.index(item.request))
+    assert max(abs(place - number) for place, number in enumerate(ended)) <= 1
 
 
 def test_what_is_withdrawn_is_nobodys_burden() -> None:
