@@ -11,6 +11,7 @@ Options:
 
 from __future__ import annotations
 
+import functools
 import statistics
 import tempfile
 import threading
@@ -18,11 +19,13 @@ import time
 from pathlib import Path
 
 from docopt import docopt
-from embedpool.drivers.base import Driver
 
 from benchmarks.texts import mixed, model_folder, short
 from embedpool.config.spec import DriverSpec, LocalStConfig, ModelSpec
-from embedpool.drivers import make_driver, open_meter
+from embedpool.drivers import make_driver, open_tokenizer
+from embedpool.places import open_place
+from embedpool.tasks.driver import Folders, Place
+from embedpool.tasks.item import Batch, Item
 
 BATCH_TEXTS = 32
 
@@ -31,44 +34,43 @@ def main() -> None:
     arguments = docopt(__doc__)
     rounds, seconds = int(arguments["--rounds"]), float(arguments["--seconds"])
     with tempfile.TemporaryDirectory() as cache:
-        drivers: dict[str, Driver] = {}
-        for isolation in ("thread", "process"):
-            config = LocalStConfig(
-                path=str(model_folder()), isolation=isolation, backend=arguments["--backend"], max_seq_length=256
-            )
-            spec = ModelSpec("minilm", DriverSpec("local_st", config))
-            drivers[isolation] = make_driver(spec, Path(cache))
-            drivers[isolation].open()
-        meter = open_meter(spec)
+        driver = DriverSpec("local_st", LocalStConfig(path=str(model_folder()), backend=arguments["--backend"]))
+        specs = {place: ModelSpec("minilm", driver, place=place) for place in ("thread", "process")}
+        folders = Folders(Path(cache), Path(cache))
+        places = {
+            name: open_place(spec, functools.partial(make_driver, spec, folders, {})) for name, spec in specs.items()
+        }
+        tokenizer = open_tokenizer(specs["thread"])
         print("| texts | process ÷ thread (median of rounds) | least, most |\n|---|---|---|")
         for name, texts in {"short": short(256), "mixed lengths, sorted": sorted(mixed(256), key=len)}.items():
-            ids = [meter.cut(i, 256, "right") for i in meter.measure(texts) or ()]
-            batches = [(texts[i : i + BATCH_TEXTS], ids[i : i + BATCH_TEXTS]) for i in range(0, 256, BATCH_TEXTS)]
+            ids = [tokenizer.cut(i, 256, "right") for i in tokenizer.encode(texts) or ()]
+            items = [Item((text,), len(i), i) for text, i in zip(texts, ids, strict=True)]
+            batches = [Batch("embed", items[i : i + BATCH_TEXTS]) for i in range(0, 256, BATCH_TEXTS)]
             ratios = []
             for number in range(rounds + 1):  # the first warms up
                 order = ["thread", "process"] if number % 2 else ["process", "thread"]
-                rates = {isolation: _texts_s(drivers[isolation], batches, seconds) for isolation in order}
+                rates = {place: _texts_s(places[place], batches, seconds) for place in order}
                 if number:
                     ratios.append(rates["process"] / rates["thread"])
             print(f"| {name} | {statistics.median(ratios):.3f} | {min(ratios):.3f}, {max(ratios):.3f} |")
-        for driver in drivers.values():
-            driver.close()
+        for place in places.values():
+            place.close()
 
 
-def _texts_s(driver: Driver, batches: list[tuple[list[str], list[list[int]]]], seconds: float) -> float:
+def _texts_s(place: Place, batches: list[Batch], seconds: float) -> float:
     """As many threads as serve the driver well, each running one batch after the other."""
-    done = [0] * driver.parallel
+    done = [0] * place.facts.slots
 
     def run(number: int) -> None:
         i = number
         while time.perf_counter() < end:
-            driver.embed(*batches[i % len(batches)], {})
+            place.run(batches[i % len(batches)])
             done[number] += BATCH_TEXTS
             i += 1
 
     start = time.perf_counter()
     end = start + seconds
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(driver.parallel)]
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(place.facts.slots)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -3,51 +3,30 @@
 Callers share the ideal server by their weights, and the requests of a caller share equally what the caller gets. The
 real one serves one batch after the other, whole requests in the order of their ideal ends (the fair sojourn protocol):
 so none ends later than under sharing, but for a batch that runs already; equal ones are first come, first served; a
-short one passes the rest of a long one; and none starves.
+short one passes the rest of a long one; and none starves. Requests that are about equal take each other's places, so
+that these, too, are first come, first served.
 """
 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import heapq
 import itertools
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
-MEMORY_ITEMS = 4096  # after so many more an average has half forgotten what was before
-DRIFT = 0.1  # of an average that is not followed: it would put requests that come together in another order
 
-
-class UsualWork:
-    """The work of an item of one caller, as a rule.
-
-    The ideal server is told of a request what so many items of its caller usually are. So requests of as many texts
-    are equal to it, and are first come, first served, whichever has the longer ones; and between callers, who share by
-    the work that is really done, that comes to the same.
-    """
-
-    __slots__ = ("_mean", "_seen", "_value")
-
-    def __init__(self) -> None:
-        self._value = self._mean = 0.0
-        self._seen = 0
-
-    def with_latest(self, mean: float, count: int) -> float:
-        """What it is, now that so many items more are known, of this work on the average."""
-        self._seen = min(self._seen, MEMORY_ITEMS) + count
-        self._mean += (mean - self._mean) * count / self._seen
-        if abs(self._mean - self._value) > DRIFT * self._value:
-            self._value = self._mean
-        return self._value
-
-
+@dataclasses.dataclass(eq=False, slots=True)
 class _Share:
     """A request in the ideal server. It ends there when its caller's `time` passes `tag`."""
 
-    __slots__ = ("caller", "key", "number", "share", "tag")
-
-    def __init__(self, key: Any, caller: _Caller, tag: float, share: float, number: int) -> None:
-        self.key, self.caller, self.tag, self.share, self.number = key, caller, tag, share, number
+    key: Any
+    caller: _Caller
+    tag: float
+    share: float
+    number: int
+    alike: Hashable
 
 
 class _Caller:
@@ -83,13 +62,17 @@ class FairOrder:
         self._callers: dict[str, _Caller] = {}  # active in the ideal server
         self._known: dict[Any, _Share] = {}  # requests that have not left the real one
         self._overdue: dict[Any, _Share] = {}  # of these, those that have ended in the ideal one, in that order
+        self._alike: dict[Hashable, dict[Any, None]] = {}  # those that are about equal, in the order of their arrival
         self._numbers = itertools.count()
 
     def __contains__(self, key: Any) -> bool:
         return key in self._known
 
-    def enter(self, key: Any, caller: str, weight: float, share: float, work: float) -> None:
-        """A request comes, with so much work; of its caller's requests it has a `share` of 1, or less of one."""
+    def enter(self, key: Any, caller: str, weight: float, share: float, work: float, *, alike: Hashable = None) -> None:
+        """A request comes, with so much work; of its caller's requests it has a `share` of 1, or less of one.
+
+        Requests of a caller with the same `alike`, but None, are about equal.
+        """
         if not self._known:
             self._callers.clear()  # what rounding has left
             self._time = 0.0
@@ -97,7 +80,10 @@ class FairOrder:
         if found is None:
             found = self._callers[caller] = _Caller(caller)
         found.weight = weight
-        entered = _Share(key, found, found.time + work / share, share, next(self._numbers))
+        number = next(self._numbers)
+        group = number if alike is None else (caller, alike)
+        entered = _Share(key, found, found.time + work / share, share, number, group)
+        self._alike.setdefault(group, {})[key] = None
         bisect.insort(found.active, (entered.tag, entered.number, entered))
         found.shares += share
         self._known[key] = entered
@@ -125,8 +111,13 @@ class FairOrder:
 
     def leave(self, key: Any) -> None:
         """The real server has done all of its work; the ideal one goes on with it."""
-        self._known.pop(key, None)
+        share = self._known.pop(key, None)
         self._overdue.pop(key, None)
+        if share is not None:
+            group = self._alike[share.alike]
+            del group[key]
+            if not group:
+                del self._alike[share.alike]
 
     def withdraw(self, key: Any) -> None:
         """Nobody wants it any more."""
@@ -142,11 +133,18 @@ class FairOrder:
 
     def __iter__(self) -> Iterator[Any]:
         """The requests in the order of service. Nothing may enter or leave meanwhile."""
-        yield from self._overdue
+        arrivals = {}
+        for share in self._by_ideal_end():
+            if share.alike not in arrivals:
+                arrivals[share.alike] = iter(self._alike[share.alike])
+            yield next(arrivals[share.alike])
+
+    def _by_ideal_end(self) -> Iterator[_Share]:
+        yield from self._overdue.values()
         ends = [self._ends(caller) for caller in self._callers.values()]
         for _, _, share in ends[0] if len(ends) == 1 else heapq.merge(*ends):
             if self._known.get(share.key) is share:
-                yield share.key
+                yield share
 
     def _ends(self, caller: _Caller) -> Iterator[tuple[float, int, _Share]]:
         """When the ideal server would end a caller's requests if no other came: its time does not depend on others."""

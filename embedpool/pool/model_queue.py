@@ -13,7 +13,7 @@ import queue
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from embedpool.pool.fair_order import FairOrder, UsualWork
+from embedpool.pool.fair_order import FairOrder
 from embedpool.pool.request import Request
 from embedpool.tasks.item import Item
 
@@ -27,6 +27,15 @@ Plan = Callable[[Sequence[Item]], Sequence[int]]
 def work_of(item: Item) -> int:
     """Its share of the machine, in tokens."""
     return item.tokens or 1
+
+
+def _likeness(request: Request) -> tuple[int, int] | None:
+    """Equal for requests of as many texts, whose lengths differ by less than a factor of 8 on the average.
+
+    None for a single text: those are queries, which are to pass documents.
+    """
+    count = len(request.task)
+    return (count, (int(request.left) // count).bit_length() // 3) if count > 1 else None
 
 
 class QueueClosed(Exception):
@@ -58,7 +67,6 @@ class ModelQueue(queue.Queue[Item]):
 
     def _init(self, maxsize: int) -> None:
         self._order = FairOrder()
-        self._usual_work: dict[str, UsualWork] = {}  # of callers
         self._waiting: dict[Request, dict[int, Item]] = {}  # the items of each, by their numbers, in order
         self._count = 0
         self._equal: dict[bytes, list[_Entry]] = {}  # the same items, by their keys
@@ -76,10 +84,7 @@ class ModelQueue(queue.Queue[Item]):
         if request not in self._order:
             call = request.call
             request.left = max(request.tokens, work_of(item))
-            count = len(request.task)
-            usual = self._usual_work.setdefault(call.caller, UsualWork())
-            work = count * usual.with_latest(request.left / count, count)
-            self._order.enter(request, call.caller, call.weight, call.share, work)
+            self._order.enter(request, call.caller, call.weight, call.share, request.left, alike=_likeness(request))
         if self._joins(item):
             self._order.serve(work_of(item))
             self._is_through(item)

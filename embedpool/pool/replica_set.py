@@ -275,11 +275,12 @@ class ReplicaSet:
         self.before_load()
         place = self.settings.open_place(self.spec, self._memory)
         with self._lock:
-            self.space, self.widths = self.space or place.facts.space, place.facts.tasks
+            self.space = self.space or place.facts.space
         if self.space != place.facts.space:
             place.close()
             says = "its files have changed since it was loaded first; to serve them as they are, switch it off and on"
             raise ModelFailed(says)
+        self.widths = place.facts.tasks
         return Runner(name, place, self.queue, self._quarantine, self.stats, self.settings.clock)
 
     def _adjust(self, replica: Replica) -> None:

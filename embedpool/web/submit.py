@@ -60,7 +60,10 @@ def call_of(
     client_gone: Callable[[], bool] | None = None,
     is_patient: bool = False,
 ) -> Call:
-    """For whom a request to the pool is. One of several that serve a request of lines has a `share` of a whole one."""
+    """For whom a request to the pool is. One of several that serve a request of lines has a `share` of a whole one.
+
+    A deadline `within_s` is counted from now, the others from the request's first byte.
+    """
     return Call(
         arrived_at=pool.clock(),
         age_s=0.0 if math.isfinite(within_s) else http.age_s,

@@ -71,6 +71,35 @@ def test_a_burst_gives_200_or_429_and_nothing_is_left(make_server: Callable[...,
         assert probe.connect_ex((host, int(port))) != 0
 
 
+def test_more_texts_than_the_queue_holds_are_no_overload(make_server: Callable[..., Server], kind: str) -> None:
+    """64 clients of 64 texts each, at once and again: none is refused, and a query beside them passes most of them."""
+    server = make_server()
+    server.write_pool(fake("m", delay_ms=20))
+    server.start(kind)
+    server.wait_ready()
+
+    async def beside() -> tuple[list[tuple[int, bool]], int]:
+        ended: list[int] = []
+
+        async def one(texts: int, count: int) -> list[tuple[int, bool]]:
+            answers = await burst(*address(server), count, texts)
+            ended.append(texts)
+            return answers
+
+        bulk = [asyncio.ensure_future(one(64, 1)) for _ in range(64)]
+        while not (await asyncio.to_thread(server.status, "m"))["queue_len"]:
+            pass
+        query = await one(1, 1)
+        answers = [answer for client in await asyncio.gather(*bulk) for answer in client]
+        return answers + query, ended.index(1)
+
+    for _ in range(3):
+        answers, before_the_query = asyncio.run(beside())
+        assert Counter(status for status, _ in answers) == {200: 65}
+        assert before_the_query < 32
+    assert server.status("m")["counters"]["errors"] == {}
+
+
 def test_slow_and_idle_clients_hold_no_thread(make_server: Callable[..., Server], kind: str) -> None:
     """300 clients that send half a request, or nothing, do not delay the others, on 4 request threads."""
     server = make_server(EMBEDPOOL_SERVER__THREADS="4", EMBEDPOOL_SERVER__CONNECTION_LIMIT="1000")

@@ -135,6 +135,18 @@ def test_many_slots_do_not_make_a_batch_of_nothing() -> None:
     assert Planner(64, 16_384, cost=Cost(0.004, 0.0001)).largest_tokens(slots=100) == 40
 
 
+def test_a_batch_takes_nothing_from_far_behind() -> None:
+    """What rides along from behind much work is time that the requests before it lose."""
+    planner = Planner(64, 16384, 0.05, Cost(0.001, 0.0005))  # 98 tokens are the longest batch
+    near = [20] * 10
+    far = [200] * 5
+    assert chosen(planner, 3, *near, *far, 3) == [0]
+    assert chosen(planner, 3, *near, 3) == [0, 11]
+    assert chosen(Planner(64, 16384), 3, *near, *far, 3) != [
+        0
+    ]  # where nothing is known of the cost, padding alone counts
+
+
 def test_a_call_that_costs_much_makes_larger_batches() -> None:
     """The fixed cost of a call, in tokens, decides how much padding is worth saving one."""
     lengths = [10, 10, 10, 40]
