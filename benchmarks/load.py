@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -151,6 +151,12 @@ class _Client:
         with contextlib.suppress(BlockingIOError):
             self.unsent = self.unsent[self.socket.send(self.unsent) :]
 
+    def note(self, start_s: float) -> None:
+        """Its answer is whole, of a load that began at `start_s`."""
+        now_s = time.perf_counter()
+        self.group.latencies_s.append(now_s - self.began_s)
+        self.group.last_answer_s = now_s - start_s
+
     def answered(self) -> bool:
         """Read what is there; whether the answer is whole."""
         received = self.socket.recv(RECEIVE_BYTES)
@@ -163,6 +169,21 @@ class _Client:
                 raise LoadError(bytes(self.got[:500]).decode(errors="replace"))
             self.expected = end + 4 + int(head.split(b"content-length:")[1].split(b"\r\n")[0])
         return self.expected is not None and len(self.got) >= self.expected
+
+
+def _answered(poll: selectors.BaseSelector, wait_s: float) -> Iterator[_Client]:
+    """Send and receive what can be; the clients whose answers are whole now. Raises LoadError."""
+    events = poll.select(wait_s)
+    if not events and wait_s == ANSWER_WITHIN_S:
+        raise LoadError(f"no answer within {ANSWER_WITHIN_S:.0f} s")
+    for key, mask in events:
+        client = key.data
+        if mask & selectors.EVENT_WRITE:
+            client.send()
+            if not client.unsent:
+                poll.modify(client.socket, selectors.EVENT_READ, client)
+        if mask & selectors.EVENT_READ and client.answered():
+            yield client
 
 
 def _head(port: int, path: str, body: bytes) -> bytes:
@@ -188,19 +209,11 @@ def _arrive(port: int, path: str, rounds: list[list[Arrival]]) -> dict[str, dict
                 client.began_s = start_s + arrival.at_s
                 poll.register(client.socket, selectors.EVENT_READ | selectors.EVENT_WRITE * bool(client.unsent), client)
                 under_way += 1
-            for key, mask in poll.select(max(coming[0].at_s - now_s, 0) if coming else ANSWER_WITHIN_S):
-                client = key.data
-                if mask & selectors.EVENT_WRITE:
-                    client.send()
-                    if not client.unsent:
-                        poll.modify(client.socket, selectors.EVENT_READ, client)
-                if mask & selectors.EVENT_READ and client.answered():
-                    answered_s = time.perf_counter()
-                    client.group.latencies_s.append(answered_s - client.began_s)
-                    client.group.last_answer_s = answered_s - start_s
-                    poll.unregister(client.socket)
-                    idle.append(client)
-                    under_way -= 1
+            for client in _answered(poll, max(coming[0].at_s - now_s, 0) if coming else ANSWER_WITHIN_S):
+                client.note(start_s)
+                poll.unregister(client.socket)
+                idle.append(client)
+                under_way -= 1
         for kind in {arrival.kind for arrival in arrivals}:
             ends_s[kind].append(groups[kind].last_answer_s)
     for client in idle:
@@ -240,21 +253,10 @@ def _drive(port: int, path: str, groups: list[Group], seconds: float | None) -> 
         if not under_way and (over or not waiting):
             break
         until_s = max(waiting[0][0] - now_s, 0) if waiting and not over else ANSWER_WITHIN_S
-        events = poll.select(until_s)
-        if not events and until_s == ANSWER_WITHIN_S:
-            raise LoadError(f"no answer within {ANSWER_WITHIN_S:.0f} s")
-        for key, mask in events:
-            client = key.data
-            if mask & selectors.EVENT_WRITE:
-                client.send()
-                if not client.unsent:
-                    poll.modify(client.socket, selectors.EVENT_READ, client)
-            if mask & selectors.EVENT_READ and client.answered():
-                now_s = time.perf_counter()
-                under_way -= 1
-                client.group.latencies_s.append(now_s - client.began_s)
-                client.group.last_answer_s = now_s - start_s
-                heapq.heappush(waiting, (now_s + client.group.think_s, id(client), client))
+        for client in _answered(poll, until_s):
+            client.note(start_s)
+            under_way -= 1
+            heapq.heappush(waiting, (time.perf_counter() + client.group.think_s, id(client), client))
     for key in list(poll.get_map().values()):
         key.data.socket.close()
     return {group.name: group.result() for group in groups}

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 SHORT_BATCH_S = 0.05  # how long a query waits for the running batch, where the operator says nothing
 LEAST_FIXED_COSTS = 10  # but no batch is cut shorter than so many fixed costs: they would take more of the machine
 FIXED_COSTS_BETWEEN_OTHERS = 2  # likewise for a batch that is cut to end between the others
-REACH_BATCHES = 10  # see Planner._reach
+REACH_BATCHES = 12  # see Planner._reach
 UNKNOWN_FIXED_TOKENS = 150.0  # where a driver's cost is not known: a call costs as much as so many padded tokens
 
 

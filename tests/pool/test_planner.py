@@ -139,7 +139,7 @@ def test_a_batch_takes_nothing_from_far_behind() -> None:
     """What rides along from behind much work is time that the requests before it lose."""
     planner = Planner(64, 16384, 0.05, Cost(0.001, 0.0005))  # 98 tokens are the longest batch
     near = [20] * 10
-    far = [200] * 5
+    far = [200] * 6
     assert chosen(planner, 3, *near, *far, 3) == [0]
     assert chosen(planner, 3, *near, 3) == [0, 11]
     assert chosen(Planner(64, 16384), 3, *near, *far, 3) != [
