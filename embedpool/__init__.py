@@ -27,7 +27,7 @@ pool/settings.py holds the settings that all models share. tasks/ defines the co
 tokenizers; places/ and drivers/ fulfil them.
 
 Beside the road: serve/ (sockets, processes, signals), server.py (where the parts meet), config/ (config.yml, pool.yml,
-keys.yml), reconcile.py (pool.yml becomes the live pool), logs.py, tracing.py, memory.py, errors.py, client.py and cli/.
+keys.yml), reconcile.py (pool.yml becomes the live pool), logs.py, tracing.py, bounds.py, errors.py, client.py and cli/.
 """
 
 from typing import TYPE_CHECKING, Any

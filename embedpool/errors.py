@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -25,7 +26,7 @@ class EmbedpoolError(Exception):
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
-        self.message = message
+        self.message = self.for_the_log = message
         self.fields = dict(fields or {})
         self.retry_after_s = self.default_retry_after_s if retry_after_s is None else retry_after_s
 
@@ -192,11 +193,15 @@ class InferenceFailed(EmbedpoolError):
     status, code = 500, "inference_failed"
 
 
+REFUSALS = (400, 413, 422)  # of a remote service: it takes this call from nobody
+
+
 class UpstreamError(EmbedpoolError):
     """A remote service failed. Its own 400, 413, 422 and 429 keep their status: those the caller can act on.
 
-    `content_may_cause` says whether a text of the batch, and not the service, may be at fault, `passing` whether the
-    same call may succeed when it is made again.
+    `said` holds the service's own words, which may quote any text of the call: they are for the caller of all of them,
+    never for another one or the log. `content_may_cause` says whether a text of the batch, and not the service, may be
+    at fault, `passing` whether the same call may succeed when it is made again.
     """
 
     status, code = 502, "upstream_error"
@@ -205,18 +210,28 @@ class UpstreamError(EmbedpoolError):
         self,
         message: str,
         *,
+        said: str = "",
         remote_status: int | None = None,
         retry_after_s: float | None = None,
         passing: bool = False,
+        content_may_cause: bool = False,
     ) -> None:
-        super().__init__(message, retry_after_s=retry_after_s)
+        super().__init__(f"{message}: {said}" if said else message, retry_after_s=retry_after_s)
+        self.for_the_log = message
         self.passing = passing
         self.remote_status = remote_status
-        self.content_may_cause = remote_status in (400, 413, 422)
-        if remote_status in (400, 413, 422, 429):
+        self.content_may_cause = content_may_cause or remote_status in (*REFUSALS, 424, 500)
+        if remote_status in (*REFUSALS, 429):
             self.status = remote_status
         if remote_status == 429 and retry_after_s is None:
             self.retry_after_s = Overloaded.default_retry_after_s
+
+    def without_words(self) -> UpstreamError:
+        """The same for whoever must not see the service's words."""
+        found = copy.copy(self)
+        found.message = self.for_the_log
+        found.args = (found.message,)
+        return found
 
 
 class ModelLoading(EmbedpoolError):

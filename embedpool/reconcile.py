@@ -42,6 +42,7 @@ class Reconciler:
         self._load_timeout_s = load_timeout_s
         self._lock = threading.Lock()
         self._followed: tuple[int, ...] | None = None  # the stamp of the file as it was read last
+        self._read: bytes | None = None  # what it held then
 
     def begin(self) -> None:
         """At the start: follow the file, or if it is broken the copy of what was followed last."""
@@ -64,9 +65,10 @@ class Reconciler:
     def reload(self, reason: str) -> PoolSpec:
         """Make the live pool what the file says. Raises PoolFileInvalid; the old pool then goes on."""
         with self._lock:
-            self._followed = files.stamp(self.pool_file.path)
+            self._followed, self._read = files.stamp(self.pool_file.path), None
             try:
                 text = self.pool_file.content()
+                self._read = text.encode()
                 spec = parse(text, str(self.pool_file.path))
             except PoolFileInvalid as error:
                 if not self.last_reload or self.last_reload["error"] != error.message:
@@ -95,6 +97,10 @@ class Reconciler:
         """For the watch: a broken file is noted, in last_reload and in the log, and changes nothing."""
         with contextlib.suppress(PoolFileInvalid):
             self.reload("pool.yml changed")
+
+    def is_behind(self, content: bytes | None) -> bool:
+        """Whether the file, which holds this, was read last when it held something else."""
+        return None not in (content, self._read) and content != self._read
 
     def catch_up(self, name: str) -> bool:
         """For a name that no model has: whether one has it once the file, changed a moment ago, is followed.

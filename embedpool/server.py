@@ -12,7 +12,7 @@ from flask import Flask
 
 from embedpool import tracing
 from embedpool.config import checked, guard
-from embedpool.config.keys import is_loopback, require_a_key
+from embedpool.config.keys import require_a_key
 from embedpool.config.pool_yml import PoolFile
 from embedpool.config.settings import Settings
 from embedpool.config.spec import ModelSpec
@@ -81,6 +81,7 @@ class EmbedpoolApp:
             self._watch = Watch(
                 self.reconciler.pool_file.path,
                 self.reconciler.on_file_change,
+                is_behind=self.reconciler.is_behind,
                 observer=settings.hot_reload.observer,
                 poll_interval_s=settings.hot_reload.poll_interval_s,
                 debounce_ms=settings.hot_reload.debounce_ms,
@@ -98,7 +99,7 @@ class EmbedpoolApp:
 
     def listens_at(self, hosts: Sequence[str]) -> None:
         """Ask everybody for a key if other machines reach one of these addresses."""
-        if not all(map(is_loopback, hosts)):
+        if not all(map(guard.is_loopback, hosts)):
             self.flask.extensions[ACCESS].serves_other_machines()
 
     @property

@@ -19,16 +19,16 @@ PACKAGE = ROOT / "embedpool"
 
 # room or file → what it may import, beside itself, be it at run time, inside a function or for types alone
 MAY_IMPORT = {
-    "web": {"reconcile", "pool", "tasks", "config", "memory", "tracing", "errors"},
-    "pool": {"tasks", "config.spec", "tracing", "errors"},
+    "web": {"reconcile", "pool", "tasks", "config", "bounds", "tracing", "errors"},
+    "pool": {"tasks", "config.spec", "bounds", "tracing", "errors"},
     "tasks": {"config.spec", "errors"},
     "places": {"tasks", "config.spec", "errors"},
     "drivers": {
-        "places.cores", "tasks", "config.spec", "config.guard", "config.settings", "memory", "tracing", "errors",
+        "places.cores", "tasks", "config.spec", "config.guard", "config.settings", "bounds", "tracing", "errors",
     },
     "config": {"errors"},
     "reconcile": {"pool", "config", "errors"},
-    "serve": {"server", "config", "client", "logs", "web.metrics", "memory", "errors"},
+    "serve": {"server", "config", "client", "logs", "web.metrics", "bounds", "errors"},
     "client": {"errors"},
     "server": {
         "web", "pool", "places", "drivers", "tasks", "config", "reconcile", "logs", "tracing", "errors",
@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "tracing": {"errors"},
     "cli": {"client", "serve", "config", "errors"},
     "errors": set(),
-    "memory": {"errors"},
+    "bounds": {"errors"},
     "__main__": {"cli"},
     "__init__": {"client"},
 }  # fmt: skip

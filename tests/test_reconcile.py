@@ -11,6 +11,7 @@ import pytest
 from embedpool.config.edit import parse_registration
 from embedpool.config.pool_yml import PoolFile
 from embedpool.config.spec import ModelSpec, PoolSpec
+from embedpool.config.watch import Watch
 from embedpool.errors import (
     AliasConflict,
     EmbedpoolError,
@@ -462,6 +463,19 @@ def test_requests_never_fail_while_the_pool_is_changed(reconciler: Reconciler, p
         finally:
             stop.set()
         assert all(a.result(WAIT_S) for a in asking)
+
+
+def test_a_file_that_is_put_back_right_after_a_change_is_followed(reconciler: Reconciler, pool: Pool) -> None:
+    """The watch saw neither the change, which the server made itself, nor that it went."""
+    path = reconciler.pool_file.path
+    watch = Watch(path, reconciler.on_file_change, is_behind=reconciler.is_behind)
+    backup = path.read_bytes()
+    reconciler.register(parse_registration({"model": "new", "driver_type": "fake"}), replace=False, wait=True)
+    assert pool.knows("new")
+    path.write_bytes(backup)
+    assert watch.check_once()
+    assert not pool.knows("new")
+    assert not watch.check_once()
 
 
 def test_a_name_is_known_as_soon_as_the_file_has_it(reconciler: Reconciler, pool: Pool) -> None:

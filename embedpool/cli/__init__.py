@@ -73,7 +73,7 @@ Options:
   --inflight N        Number of batches that a replica runs at once.
   --disabled          Register the model without serving it.
   --replace           Replace a model registered with a different spec.
-  --set KEY=VALUE     Any other key of driver.config, or an option of embed; the value is YAML.
+  --set KEY=VALUE     Any other key of driver.config, or an option of embed; YAML, or a text.
   --name NAME         Name of the key's owner.
   --scopes NAMES      embed, admin or both, separated by a comma [default: embed].
   --models NAMES      Names or aliases of models the key may use, separated by commas; default all.

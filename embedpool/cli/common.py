@@ -95,16 +95,21 @@ def converted(option: str, text: str, convert: Callable[[str], Any]) -> Any:
 
 
 def assignments(arguments: Arguments) -> dict[str, Any]:
-    """What --set KEY=VALUE says, each value read as YAML. Raises UsageError."""
+    """What --set KEY=VALUE says: numbers, true, false, null, YAML in brackets, else a text. Raises UsageError."""
     import yaml
 
-    found = {}
+    found: dict[str, Any] = {}
     for text in arguments["--set"]:
         key, equals, value = text.partition("=")
         if not equals:
             raise UsageError(f"--set takes KEY=VALUE, not {text!r}")
+        is_text = not value.lstrip().startswith(("{", "[", '"', "'"))
         try:
-            found[key] = yaml.safe_load(value)
+            read = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise UsageError(f"--set {key}: {value!r} is not a YAML value") from None
+            if not is_text:
+                raise UsageError(f"--set {key}: {value!r} is not a YAML value") from None
+            read = value
+        is_plain = isinstance(read, bool | int | float) or value.strip() in ("", "null", "~")
+        found[key] = value if is_text and not is_plain else read
     return found

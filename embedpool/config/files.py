@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,11 +57,36 @@ def replace(path: Path, text: str, *, new_mode: int | None = None) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, mode & 0o7777)
-        os.replace(temporary, target)
+        try:
+            os.replace(temporary, target)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            _overwrite(target, text.encode())
+            temporary.unlink()
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise StorageError(f"{target} cannot be written: {error}; nothing was changed") from None
+
+
+def _overwrite(target: Path, new: bytes) -> None:
+    """Write into a file that none can replace, since it is mounted by itself. If that fails its old text returns."""
+    old = target.read_bytes()
+    with target.open("r+b", buffering=0) as file:
+        try:
+            _write(file, new)
+        except OSError:
+            _write(file, old)
+            raise
+
+
+def _write(file: io.FileIO, content: bytes) -> None:
+    file.seek(0)
+    if file.write(content) != len(content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    file.truncate()
+    os.fsync(file.fileno())
 
 
 def _target(path: Path) -> Path:

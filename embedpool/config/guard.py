@@ -19,6 +19,14 @@ METADATA = {ipaddress.ip_address(address) for address in ("100.100.100.200", "19
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a listener at this address; "" is one on a unix socket."""
+    try:
+        return ipaddress.ip_address(host.strip("[]").split("%")[0]).is_loopback
+    except ValueError:
+        return host in ("localhost", "")
+
+
 def check(spec: ModelSpec, settings: Settings) -> None:
     """Raises Forbidden with the reason."""
     config = spec.driver.config

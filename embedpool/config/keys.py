@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import ipaddress
 import logging
 import re
 import secrets
@@ -18,6 +17,7 @@ from marshmallow import fields
 
 from embedpool.config import files
 from embedpool.config.fields import StrictInteger, StrictSchema, describe_faults, option, schema_of
+from embedpool.config.guard import is_loopback
 from embedpool.config.settings import Settings, yaml_fault
 from embedpool.errors import ConfigError, InvalidRequest, StorageError
 
@@ -207,14 +207,6 @@ def require_a_key(settings: Settings, host: str) -> None:
             f"{host} is reached from other machines and no key is asked for: make one with `embedpool key create`, or "
             "say --insecure"
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a listener at this address; "" is one on a unix socket."""
-    try:
-        return ipaddress.ip_address(host.strip("[]").split("%")[0]).is_loopback
-    except ValueError:
-        return host in ("localhost", "")
 
 
 def _entry(key: ApiKey) -> dict[str, object]:

@@ -38,6 +38,14 @@ def _http_urls(urls: tuple[str, ...]) -> None:
         _http_url(url)
 
 
+def _proxy(given: str) -> None:
+    if given == "env":
+        return
+    _http_url(given)
+    if "@" in given:
+        raise ma.ValidationError("must hold no user or password: set it in HTTPS_PROXY or HTTP_PROXY, and say env here")
+
+
 def _absolute(path: str) -> None:
     if not Path(path).is_absolute():
         raise ma.ValidationError("must be an absolute path: the server may run in another folder")
@@ -139,6 +147,13 @@ class HttpConfig:
         {},
         f"header → name of the environment variable ({SECRET_PREFIX}…) with its value",
         check=_secret_variables,
+        loads=True,
+    )
+    proxy: str | None = option(
+        None,
+        "a proxy's http:// or https:// URL, or env: what HTTP_PROXY, HTTPS_PROXY and NO_PROXY say; loopback addresses "
+        "are always reached directly",
+        check=_proxy,
         loads=True,
     )
     normalize: bool = option(True, "vectors of length 1")

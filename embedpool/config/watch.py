@@ -33,12 +33,14 @@ class Watch:
         path: Path,
         on_change: Callable[[], None],
         *,
+        is_behind: Callable[[bytes | None], bool] = lambda content: False,
         observer: str = "native",
         poll_interval_s: float = 2.0,
         debounce_ms: int = 200,
     ) -> None:
         self._path = path
         self._on_change = on_change
+        self._is_behind = is_behind  # the one that is called back, after changes that it made and saw itself
         self._observer_kind = observer
         self._poll_interval_s = poll_interval_s
         self._debounce_s = debounce_ms / 1000
@@ -64,9 +66,12 @@ class Watch:
             self._thread.join()
 
     def check_once(self) -> bool:
-        """One look at the file: calls back if its content differs from the last look. Says whether it did."""
+        """One look at the file: calls back if its content differs from the last look, or from what was followed since.
+
+        Says whether it did.
+        """
         content = self._content()
-        if content == self._seen:
+        if content == self._seen and not self._is_behind(content):
             return False
         self._seen = content
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import logging
 import random
@@ -13,12 +14,13 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
+from embedpool.bounds import CallBudget
 from embedpool.config.spec import HttpConfig, ModelSpec
 from embedpool.drivers.measure import probe_batch
 from embedpool.drivers.protocols import PROTOCOLS
 from embedpool.drivers.space import SAME_SPACE_COSINE, likeness, of_probes
-from embedpool.drivers.upstream import RetryBudget, Upstream, fault_of, secret
-from embedpool.errors import UpstreamError
+from embedpool.drivers.upstream import RETRY_RESERVE, RETRY_SHARE, Upstream, fault_of, secret
+from embedpool.errors import REFUSALS, UpstreamError
 from embedpool.tasks.driver import PROBE_TEXT, Driver, Facts, Folders, describe
 from embedpool.tasks.item import Batch
 from embedpool.tasks.rows import Answer, Rows
@@ -65,7 +67,7 @@ class HttpDriver(Driver):
         self._state_dir = state_dir
         self._shared = shared
         self._upstreams: list[Upstream] = []
-        self._budget = RetryBudget()
+        self._budget = CallBudget(RETRY_SHARE, RETRY_RESERVE)
         self._over = threading.Event()  # closed or lost
 
     @override
@@ -74,7 +76,8 @@ class HttpDriver(Driver):
         headers = {name: secret(variable) for name, variable in self._config.headers.items()}
         if self._config.api_key:
             headers["Authorization"] = f"Bearer {secret(self._config.api_key)}"
-        self._upstreams = [Upstream(url, self._protocol.path, headers) for url in self._config.addresses]
+        path, proxy = self._protocol.path, self._config.proxy
+        self._upstreams = [Upstream(url, path, headers, proxy) for url in self._config.addresses]
         try:
             self._find_one()
         except BaseException:
@@ -95,6 +98,7 @@ class HttpDriver(Driver):
     def run(self, batch: Batch) -> Answer:
         """One call, and where it fails for a reason that may pass, or that another address may not have, a few more."""
         texts = batch.texts
+        may_be_a_text = batch.is_search or len(texts) > 1
         body = self._protocol.body(self._model, texts, batch.options)
         tried: list[Upstream] = []
         upstream = self._least_busy(())
@@ -103,14 +107,16 @@ class HttpDriver(Driver):
             if upstream is None:
                 raise UpstreamError(self._lost or "the remote service is not asked")
             try:
-                with upstream.call():
+                with upstream.call(may_be_a_text=may_be_a_text):
                     return self._ask(upstream, body, len(texts), self._config.timeout_s)
             except UpstreamError as error:
                 tried.append(upstream)
                 self._publish()
-                if error.content_may_cause or len(tried) > self._config.retries:
+                if batch.is_search or error.remote_status in REFUSALS or len(tried) > self._config.retries:
                     raise
                 another = self._least_busy(tried)
+                if another is None and may_be_a_text and error.content_may_cause:
+                    raise  # finding the text is a better use of further calls
                 if not (another or (error.passing and not upstream.fault)) or not self._budget.spend():
                     raise
                 if another is None:
@@ -146,16 +152,15 @@ class HttpDriver(Driver):
         response = upstream.post(body, timeout_s)
         try:
             vectors, tokens, truncated = self._protocol.read(response.json())
-            with np.errstate(over="ignore"):  # becomes infinite, which the worker refuses
-                array = np.asarray(vectors, dtype=np.float32)
+            array = _rows(vectors)
             if not isinstance(tokens, int | None) or not all(isinstance(i, int) for i in truncated):
                 raise TypeError("counts must be whole numbers")
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
-            raise UpstreamError(
-                f"the remote service's answer is not one of protocol {self._config.protocol!r} ({type(error).__name__})"
-            ) from None
+            says = f"the remote service's answer is not one of protocol {self._config.protocol!r}"
+            raise UpstreamError(f"{says} ({type(error).__name__})", content_may_cause=True) from None
         if array.ndim != 2 or array.shape[0] != count or not array.shape[1]:
-            raise UpstreamError(f"the remote service gave vectors of shape {array.shape} for {count} texts")
+            says = f"the remote service gave vectors of shape {array.shape} for {count} texts"
+            raise UpstreamError(says, content_may_cause=True)
         if self._dim is not None and array.shape[1] != self._dim:
             raise UpstreamError(f"the remote service's vectors went from {self._dim} to {array.shape[1]} numbers")
         return Answer(Rows(array), tokens, [i for i in truncated if 0 <= i < count])
@@ -239,6 +244,29 @@ class HttpDriver(Driver):
             self._lost = f"left alone after failures in a row: {'; '.join(faults)}"
             self._over.set()
             self._on_lost(self._lost)
+
+
+def _rows(vectors: list[Any]) -> Array:
+    """As an array. A vector that is none, or of another length than most, is not finite: its text alone is at fault."""
+    with np.errstate(over="ignore"):  # becomes infinite, which the worker refuses
+        try:
+            return np.asarray(vectors, dtype=np.float32)
+        except (ValueError, TypeError):
+            rows = [_row(vector) for vector in vectors]
+            lengths = collections.Counter(len(row) for row in rows if row is not None)
+            if not lengths:
+                raise
+            width = lengths.most_common(1)[0][0]
+            gap = np.full(width, np.nan, np.float32)
+            return np.stack([gap if row is None or len(row) != width else row for row in rows])
+
+
+def _row(vector: Any) -> Array | None:
+    try:
+        row = np.asarray(vector, dtype=np.float32)
+    except (ValueError, TypeError):
+        return None
+    return row if row.ndim == 1 and len(row) else None
 
 
 def _pause_s(error: UpstreamError, attempts: int) -> float:

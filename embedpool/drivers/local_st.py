@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from typing_extensions import override
 
-from embedpool import memory
+from embedpool import bounds
 from embedpool.config.spec import LocalStConfig, ModelSpec
 from embedpool.drivers.measure import cosine, fastest_s, probe_batch
 from embedpool.drivers.model_folder import find_model_folder
@@ -131,7 +131,7 @@ class LocalStDriver(Driver):
     def close(self) -> None:
         self._run = self._run_beside = self._encode = None
         gc.collect()
-        memory.give_back()
+        bounds.give_back_memory()
 
     def _load(self, folder: Path) -> tuple[str, str]:
         """Make `_run` or `_encode`; gives the backend and why it was chosen."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import logging
 import math
+import os
 import re
 import socket
 import threading
@@ -15,12 +17,14 @@ from urllib.parse import quote, urlsplit
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
-from requests.utils import get_auth_from_url
+from requests.utils import get_auth_from_url, get_environ_proxies
 
 from embedpool import tracing
 from embedpool.config import guard
 from embedpool.config.settings import secret_value
-from embedpool.errors import Forbidden, UpstreamError, forget_frames
+from embedpool.errors import REFUSALS, Forbidden, UpstreamError, forget_frames
+
+logger = logging.getLogger(__name__)
 
 FAILURES_TO_OPEN = 5  # in a row; an address is then left alone until it has proved itself
 PASSING_STATUS = (429, 500, 502, 503, 504)
@@ -66,7 +70,8 @@ POOLS = {"http": _HttpPool, "https": _HttpsPool}
 class Upstream:
     """A circuit breaker around one address: `fault` says why it is not asked, None while it is. Thread-safe."""
 
-    def __init__(self, base_url: str, path: str, headers: Mapping[str, str]) -> None:
+    def __init__(self, base_url: str, path: str, headers: Mapping[str, str], proxy: str | None = None) -> None:
+        """`proxy` is a URL, or env."""
         parts = urlsplit(base_url)
         self.name = parts.netloc.rpartition("@")[2] + parts.path.rstrip("/")
         self.fault: str | None = "not asked yet"
@@ -75,12 +80,14 @@ class Upstream:
         self._lock = threading.Lock()
         self._url = base_url.rstrip("/") + path
         self._session = requests.Session()
+        self._session.trust_env = False  # else a proxy of the environment gets our key, unasked
+        self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
+        self._session.proxies = self._proxies(base_url, proxy)
         self._adapter = HTTPAdapter(pool_maxsize=CONNECTIONS)
         self._adapter.poolmanager.pool_classes_by_scheme = POOLS
         self._session.headers["User-Agent"] = "embedpool"
         in_url = get_auth_from_url(base_url)
-        # Set in any case, else a ~/.netrc would take the place of our key.
-        self._session.auth = in_url if any(in_url) else lambda request: request
+        self._session.auth = in_url if any(in_url) else None
         self._session.headers.update(headers)
         self._secrets = [h.removeprefix("Bearer ") for h in headers.values()]
         if any(in_url):
@@ -89,16 +96,34 @@ class Upstream:
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, self._adapter)
 
+    def _proxies(self, base_url: str, proxy: str | None) -> dict[str, str]:
+        """By scheme; none for an address of this machine, to which a proxy has no way."""
+        host = urlsplit(base_url).hostname or ""
+        if guard.is_loopback(host):
+            return {}
+        named = {scheme: found for scheme, found in get_environ_proxies(base_url).items() if scheme != "no"}
+        if proxy == "env":
+            return named
+        if proxy is None and named:
+            logger.warning("%s is called directly: a proxy of the environment is for models of `proxy: env`", host)
+        return {"http": proxy, "https": proxy} if proxy else {}
+
     @contextlib.contextmanager
-    def call(self) -> Iterator[None]:
-        """Count one call and how it ends. A text it does not take, or 429, is no failure of the address."""
+    def call(self, *, may_be_a_text: bool = False) -> Iterator[None]:
+        """Count one call and how it ends. What it refuses, and 429, is no failure of the address.
+
+        Nor is what one of several texts may have caused, as long as nobody knows.
+        """
         with self._lock:
             self.outstanding += 1
         try:
             yield
         except UpstreamError as error:
             with self._lock:
-                self._failures = 0 if error.content_may_cause or error.status == 429 else self._failures + 1
+                if error.remote_status in REFUSALS or error.status == 429:
+                    self._failures = 0
+                elif not (may_be_a_text and error.content_may_cause):
+                    self._failures += 1
                 if self._failures >= FAILURES_TO_OPEN:
                     self.fault = fault_of(error)
             raise
@@ -133,7 +158,8 @@ class Upstream:
         if response.status_code == 200:
             return response
         raise UpstreamError(
-            f"the remote service answered {response.status_code}: {self._message(response)}",
+            f"the remote service answered {response.status_code}",
+            said=self._message(response),
             remote_status=response.status_code,
             retry_after_s=_seconds(response.headers.get("Retry-After")),
             passing=response.status_code in PASSING_STATUS,
@@ -163,27 +189,6 @@ class Upstream:
 def fault_of(error: UpstreamError) -> str:
     """What everybody may read: the remote's own words are for the caller alone, whose texts may be in them."""
     return f"the remote service answered {error.remote_status}" if error.remote_status else error.message
-
-
-class RetryBudget:
-    """Further attempts are a share of the calls: a service in trouble is not given more of it. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._left = RETRY_RESERVE
-        self._lock = threading.Lock()
-
-    def earn(self) -> None:
-        """A call is made."""
-        with self._lock:
-            self._left = min(self._left + RETRY_SHARE, RETRY_RESERVE)
-
-    def spend(self) -> bool:
-        """Whether one more attempt may be made."""
-        with self._lock:
-            if self._left < 1:
-                return False
-            self._left -= 1
-            return True
 
 
 def secret(variable: str) -> str:

@@ -7,21 +7,26 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from embedpool import tracing
+from embedpool.bounds import CallBudget
 from embedpool.errors import EmbedpoolError, InferenceFailed, UnsupportedTask, UpstreamError
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.quarantine import Quarantine
 from embedpool.pool.request import blame, fail, give
 from embedpool.pool.stats import ModelStats
-from embedpool.tasks.driver import Loss, Place
-from embedpool.tasks.item import Batch, Item
+from embedpool.tasks.driver import PROBE_TEXT, Loss, Place
+from embedpool.tasks.item import Batch, Group, Item
 from embedpool.tasks.rows import Answer, Rows
 
 logger = logging.getLogger(__name__)
 
 LOSSES_SPARED = 3  # in which a batch is believed to have had no part; then it is bisected, as any other
 LOSSES_FORGIVEN = 2  # an item with so many losses goes into quarantine at its next: it was alone for the last two
+
+
+SEARCH_SHARE, SEARCH_RESERVE = 0.5, 200.0  # calls; a text among 64 costs 12
 
 
 class DriverBroken(Exception):
@@ -42,6 +47,9 @@ class Runner:
     quarantine: Quarantine
     stats: ModelStats
     clock: Callable[[], float]
+
+    def __post_init__(self) -> None:
+        self._searches = CallBudget(SEARCH_SHARE, SEARCH_RESERVE)
 
     def run(self, items: list[Item], on_work: Callable[[], None] = lambda: None) -> bool:
         """Run what was taken from the queue, after `on_work`: whether a driver call succeeded.
@@ -76,14 +84,20 @@ class Runner:
 
     # --- who is at fault if it fails
 
-    def _run(self, items: list[Item]) -> bool:
-        """Whether a call succeeded. A batch that content may have failed is bisected: only the item at fault fails."""
+    def _run(self, items: list[Item], cause: UpstreamError | None = None) -> bool:
+        """Whether a call succeeded. A batch that content may have failed is bisected: only the item at fault fails.
+
+        `cause` is what a call failed with in which these items were among others.
+        """
+        if cause and not self._searches.spend():
+            _refuse(items, cause)
+            return False
         try:
-            rows = self._call(items)
+            rows = self._call(items, is_search=cause is not None)
         except UpstreamError as error:
-            if error.content_may_cause and len(items) > 1:
-                return self._halve(items)
-            fail(items, error)
+            if error.content_may_cause and len(items) > 1 and (cause or self._bears_the_probe(items[0].group)):
+                return self._halve(items, error)
+            _refuse(items, error)
         except EmbedpoolError as error:
             fail(items, error)
         except DriverLost:  # by another batch, while this one waited to be alone: it has not run
@@ -116,17 +130,29 @@ class Runner:
         blame(items[0], f"the model failed on it: {says}")
         return False
 
-    def _halve(self, items: list[Item]) -> bool:
+    def _bears_the_probe(self, group: Group) -> bool:
+        """Whether a remote service takes a known text with the same options: then a text of the batch is at fault."""
+        probe = Batch(group.task, [Item((PROBE_TEXT,), 0)], _options_of(group))
+        try:
+            self.place.run(probe)
+        except Exception as error:
+            logger.info(
+                "%s: no text of the batch is at fault: a known one fails, too: %s", self.name, type(error).__name__
+            )
+            return False
+        return True
+
+    def _halve(self, items: list[Item], cause: UpstreamError | None = None) -> bool:
         middle = len(items) // 2
         try:
-            succeeded = self._run(items[:middle])
+            succeeded = self._run(items[:middle], cause)
         except DriverLost:
             self.queue.put_back(items[middle:])
             raise
         except DriverBroken:
             fail(items[middle:], InferenceFailed("the model failed on another part of the batch"))
             raise
-        return self._run(items[middle:]) or succeeded
+        return self._run(items[middle:], cause) or succeeded
 
     def _hand_back(self, items: list[Item], loss: Loss) -> None:
         """Another replica, or this one when it is open again, runs them again: as they were if none can be at fault.
@@ -153,13 +179,15 @@ class Runner:
 
     # --- the call
 
-    def _call(self, items: list[Item]) -> Rows:
+    def _call(self, items: list[Item], *, is_search: bool = False) -> Rows:
         """One driver call; its answer checked for count and shape."""
         started = self.clock()
         group, facts = items[0].group, self.place.facts
         if group.task not in facts.tasks:
             raise UnsupportedTask(f"{self.name}: this model cannot {group.task}; it can {', '.join(facts.tasks)}")
-        batch = Batch(group.task, items, json.loads(group.options) if group.options else {})
+        batch = Batch(group.task, items, _options_of(group), is_search)
+        if not is_search:
+            self._searches.earn()
         calls = [request.call for request in {item.request: None for item in items}]
         seen = {"embedpool.replica": self.name, "embedpool.texts": len(items)}
         with (
@@ -200,3 +228,13 @@ class Runner:
             if self.place.lost:
                 raise DriverLost(self.place.lost.reason)
             yield
+
+
+def _options_of(group: Group) -> dict[str, Any]:
+    return json.loads(group.options) if group.options else {}
+
+
+def _refuse(items: list[Item], error: UpstreamError) -> None:
+    """They get this error: the service's own words only if they are all of one request."""
+    requests = {equal.request for item in items for equal in item.equals}
+    fail(items, error.without_words() if len(requests) > 1 and error.message != error.for_the_log else error)

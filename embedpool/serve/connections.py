@@ -23,8 +23,8 @@ from waitress.channel import HTTPChannel
 from waitress.server import BaseWSGIServer, create_server
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
+from embedpool.bounds import Budget
 from embedpool.errors import BadRequest, BodyTooLarge
-from embedpool.memory import Budget
 from embedpool.serve.app import App
 from embedpool.serve.bodies import Parser, Refused, Spool, document
 from embedpool.serve.last_in_first_out import LastInFirstOut

@@ -22,6 +22,8 @@ except ImportError:  # Windows
 
 START_TIMEOUT_S = 60
 STOP_MARGIN_S = 30  # beyond the grace period, before it is killed: more than the server ever takes by itself
+KILLED_WITHIN_S = 10
+LOOK_EVERY_S = 0.05  # whether it has ended
 LOG_TAIL_LINES = 20
 LOCK_TRIES, LOCK_PAUSE_S = 40, 0.05
 
@@ -177,15 +179,31 @@ def stop(running: Running, grace_s: float) -> bool:
         return True
     except psutil.AccessDenied:
         raise ConfigError(f"not permitted to stop pid {running.pid}: it is another user's") from None
-    try:
-        running.process.wait(grace_s)
-    except psutil.TimeoutExpired:
-        for process in (running.process, *children):
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        running.process.wait(10)
-        return False
+    if _ends(running.process, grace_s):
+        return True
+    for process in (running.process, *children):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    _ends(running.process, KILLED_WITHIN_S)
+    return False
+
+
+def _ends(process: psutil.Process, within_s: float) -> bool:
+    """Whether it ends in time."""
+    deadline = time.monotonic() + within_s
+    while _is_alive(process):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(LOOK_EVERY_S)
     return True
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """One that has ended may stay in the table of processes, as a zombie, where its parent never asks for it."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _answers(address: str) -> bool:

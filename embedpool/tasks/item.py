@@ -87,11 +87,15 @@ class Keys:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
-    """Items of one task that one driver call serves. `options` are those that a remote service is to be given."""
+    """Items of one task that one driver call serves. `options` are those that a remote service is to be given.
+
+    `is_search`: one of its items may be what a call failed for, and this call is to tell; so it is made but once.
+    """
 
     task: str
     items: Sequence[Item]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    is_search: bool = False
 
     @property
     def texts(self) -> list[str]:

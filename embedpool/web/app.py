@@ -7,7 +7,7 @@ from typing import Any
 
 from flask import Flask, Response, request
 
-from embedpool import memory, tracing
+from embedpool import bounds, tracing
 from embedpool.config.keys import keys_file
 from embedpool.config.settings import Settings
 from embedpool.errors import EmbedpoolError
@@ -92,7 +92,7 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
         held_bytes = here().held_bytes
         intake.give_back(held_bytes)
         if held_bytes > LARGE_BYTES:
-            memory.give_back()
+            bounds.give_back_memory()
 
     @app.after_request
     def finish(response: Response) -> Response:

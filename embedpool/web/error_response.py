@@ -35,7 +35,7 @@ def error_response(error: Exception, shape: Shape = native_shape) -> Response:
             "request %s: %s: %s",
             http.id,
             known.code,
-            known.message,
+            known.for_the_log,
             exc_info=error if known.code == "internal_error" else None,
         )
     response = json_response(*shape(known, http.id))

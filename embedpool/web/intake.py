@@ -6,7 +6,7 @@ import threading
 
 from typing_extensions import override
 
-from embedpool.memory import Budget
+from embedpool.bounds import Budget
 
 INTAKE = "embedpool.intake"
 FREE_BYTES = 1 << 16  # a body of up to so many bytes is not counted

@@ -74,6 +74,16 @@ def test_the_callback_comes_exactly_when_the_content_differs(contents: list[byte
             assert not watch.check_once()
 
 
+def test_what_was_followed_since_the_last_look_counts(file: Path) -> None:
+    """A file that is put back right after a change that somebody else saw is followed, although it looks unchanged."""
+    calls = Calls()
+    behind = [True, False]
+    watch = Watch(file, calls, is_behind=lambda content: content == b"one" and behind.pop(0))
+    assert watch.check_once()
+    assert calls.count == 1
+    assert not watch.check_once()
+
+
 def test_a_failing_callback_does_not_end_the_watch(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It is logged, and the next change is noticed again."""
     calls = Calls(fail=True)

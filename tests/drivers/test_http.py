@@ -10,6 +10,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -20,11 +21,11 @@ import numpy as np
 import pytest
 
 from embedpool.config import guard
-from embedpool.config.spec import DriverSpec, HttpConfig, ModelSpec
+from embedpool.config.spec import DriverSpec, HttpConfig, ModelSpec, PoolSpec
 from embedpool.drivers import http, make_driver, open_tokenizer, upstream
 from embedpool.drivers.http import HttpDriver
 from embedpool.drivers.protocols import RAW
-from embedpool.errors import ModelFailed, UnsupportedOption, UpstreamError
+from embedpool.errors import InferenceFailed, ModelFailed, UnsupportedOption, UpstreamError
 from embedpool.pool.pool import Pool
 from embedpool.pool.settings import PoolSettings
 from embedpool.tasks.driver import Folders
@@ -255,7 +256,6 @@ NO_ANSWERS = {
     "none": Reply({"vectors": []}),
     "wrong dimension": Reply({"vectors": [[1.0, 2.0]] * 2}),
     "no dimension": Reply({"vectors": [[], []]}),
-    "ragged": Reply({"vectors": [[1.0, 2.0, 3.0], [1.0]]}),
     "flat": Reply({"vectors": [1.0, 2.0]}),
     "nested": Reply({"vectors": [ONE, ONE]}),
     "words": Reply({"vectors": [["a", "b", "c"]] * 2}),
@@ -277,8 +277,20 @@ def test_an_answer_that_is_none_is_the_remotes_fault(
     with pytest.raises(UpstreamError) as caught:
         run(driver, ["a", "b"])
     assert (caught.value.status, caught.value.code) == (502, "upstream_error")
-    assert not caught.value.content_may_cause
+    assert caught.value.content_may_cause == (kind != "wrong dimension")  # one of the texts may have upset it
     assert len(run(driver, ["a", "b"]).rows.values) == 2  # it goes on
+
+
+@pytest.mark.parametrize("odd", [None, [], [1.0], "words", {}, ["a", "b", "c"]], ids=repr)
+def test_a_text_without_a_sound_vector_is_at_fault_alone(
+    remote: Remote, opened: Callable[..., HttpDriver], odd: Any
+) -> None:
+    """The other rows of the answer are as good as ever."""
+    driver = opened()
+    remote.script = [Reply({"vectors": [[1.0, 2.0, 3.0], odd, [4.0, 5.0, 6.0]]})]
+    rows = run(driver, ["a", "b", "c"]).rows
+    assert rows.finite().tolist() == [True, False, True]
+    np.testing.assert_array_equal(rows.values[2], [4, 5, 6])
 
 
 @pytest.mark.parametrize("protocol", ["openai", "tei"])
@@ -350,7 +362,8 @@ def test_options_and_counts_through_the_pool(remote: Remote, pool: Pool) -> None
         (401, 502, False),
         (403, 502, False),
         (404, 502, False),
-        (500, 502, False),
+        (424, 502, True),
+        (500, 502, True),
         (503, 502, False),
         (204, 502, False),
     ],
@@ -588,6 +601,111 @@ def test_a_password_in_the_address_is_shown_nowhere(remote: Remote, opened: Call
         run(driver, ["a"])
     assert KEY not in str(caught.value)
     assert KEY not in str(driver.facts.description)
+
+
+# --- one text among those of many callers
+
+
+@pytest.mark.parametrize("kind", ["500", "422", "424", "html", "null", "empty", "short", "nan"])
+def test_what_a_service_cannot_bear_costs_its_own_caller_alone(
+    remote: Remote, pool_settings: PoolSettings, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And nobody else reads its text, in an answer or in the log."""
+
+    def answer(seen: Seen) -> Reply:
+        texts = seen.body["texts"]
+        bad = [i for i, text in enumerate(texts) if "poison" in text]
+        vectors: list[Any] = [vector(text) for text in texts]
+        if bad and kind.isdigit():
+            return Reply({"error": f"cannot embed {texts}"}, int(kind))
+        if bad and kind == "html":
+            return Reply(f"<html>{texts}</html>".encode())
+        if bad and kind == "short":
+            del vectors[bad[0]]
+        for i in bad if kind in ("null", "empty", "nan") else ():
+            vectors[i] = {"null": None, "empty": [], "nan": [float("nan")] * 3}[kind]
+        return Reply({"vectors": vectors})
+
+    remote.answer = answer
+    pool = Pool(pool_settings)
+    spec = ModelSpec("m", DriverSpec("http", HttpConfig(base_url=remote.url, normalize=False, retries=0)))
+    try:
+        pool.apply(PoolSpec((spec,)))
+        settle(pool)
+        texts = [f"text {'x' * i}" for i in range(40)]
+        texts[7] = "poison of caller seven"
+        with ThreadPoolExecutor(len(texts)) as callers:
+            found = [callers.submit(ask, pool, "m", text) for text in texts]
+        for text, future in zip(texts, found, strict=True):
+            if text == texts[7]:
+                assert isinstance(future.exception(), UpstreamError | InferenceFailed)
+            else:
+                np.testing.assert_array_equal(future.result().vectors, [vector(text)])
+    finally:
+        pool.stop()
+    assert "caller seven" not in caplog.text
+
+
+# --- proxies
+
+
+class Proxied(NamedTuple):
+    """What a proxy saw: the address it was to call, and the key that was sent with it."""
+
+    target: str
+    key: str | None
+
+
+def through(remote: Remote) -> list[Proxied]:
+    """A proxy is given the whole URL as the path."""
+    return [Proxied(seen.path, seen.headers["Authorization"]) for seen in remote.seen]
+
+
+@pytest.fixture
+def _named_proxy(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment names a proxy, and a key is set."""
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, remote.url)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("EMBEDPOOL_SECRET_X", KEY)
+
+
+AWAY = "http://embeddings.invalid/embed"
+
+
+@pytest.mark.usefixtures("_named_proxy")
+def test_a_proxy_of_the_environment_is_used_where_it_is_asked_for(
+    remote: Remote, opened: Callable[..., HttpDriver], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody else gets the key; the log says that a proxy is there and is not used."""
+    driver = opened(base_url=AWAY, proxy="env", api_key="EMBEDPOOL_SECRET_X")
+    run(driver, ["abc"])
+    assert through(remote) == [(AWAY, f"Bearer {KEY}")]
+    remote.seen.clear()
+    unasked = HttpDriver("m", HttpConfig(base_url=AWAY, api_key="EMBEDPOOL_SECRET_X", retries=0), tmp_path, {})
+    with pytest.raises(UpstreamError, match="connection failed"):
+        open_here(unasked)
+    assert remote.seen == []
+    assert "embeddings.invalid is called directly" in caplog.text
+
+
+@pytest.mark.usefixtures("_named_proxy")
+@pytest.mark.parametrize("proxy", [None, "env", "http://127.0.0.1:9"])
+def test_loopback_is_reached_without_a_proxy(
+    second: Remote, remote: Remote, opened: Callable[..., HttpDriver], proxy: str | None
+) -> None:
+    """A proxy has no way to it."""
+    driver = opened(base_url=second.url, proxy=proxy)
+    run(driver, ["abc"])
+    assert remote.seen == []
+
+
+def test_a_proxy_of_its_own(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
+    """Its URL stands in driver.config, without a password."""
+    driver = opened(base_url=AWAY, proxy=remote.url)
+    run(driver, ["abc"])
+    assert [seen.target for seen in through(remote)] == [AWAY]
 
 
 # --- several addresses, and one that fails for long

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -27,7 +28,7 @@ from embedpool.errors import (
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.planner import Planner, Slots
 from embedpool.pool.quarantine import MOST_REMEMBERED, QUARANTINE_S, Quarantine
-from embedpool.pool.runner import LOSSES_SPARED, DriverBroken, Runner
+from embedpool.pool.runner import LOSSES_SPARED, SEARCH_RESERVE, DriverBroken, Runner
 from embedpool.pool.stats import ModelStats
 from embedpool.tasks.driver import Cost, Facts, Loss
 from embedpool.tasks.item import Group
@@ -635,3 +636,80 @@ def test_a_driver_lost_by_its_neighbour_between_two_looks_is_asked_once() -> Non
     with pytest.raises(DriverBroken):
         bench.step()
     assert request.is_done != bool(bench.queue.qsize())
+
+
+@pytest.mark.parametrize("status", [500, 422, 503])
+def test_a_services_words_are_for_whom_alone_it_was_called(status: int) -> None:
+    """They may quote any text of the call."""
+
+    def quoting(texts: list[str]) -> None:
+        raise UpstreamError("the remote service refuses", said=f"cannot embed {texts}", remote_status=status)
+
+    bench = Bench(Scripted(quoting))
+    one, other = Asked("secret of one"), Asked("secret of another")
+    bench.serve(one, other)
+    assert {error_of(request).message for request in (one, other)} == {"the remote service refuses"}
+    alone = Asked("secret", "of", "mine")
+    bench.serve(alone)
+    assert "cannot embed ['secret'" in error_of(alone).message
+    assert error_of(alone).for_the_log == "the remote service refuses"
+
+
+def poisoned(*bad: str, status: int | None = 500, everything: bool = False):
+    """A remote service that fails for some texts, or for all, whatever they are."""
+
+    def on_run(texts: list[str]) -> None:
+        if everything or any(text in bad for text in texts):
+            raise UpstreamError("it fails", remote_status=status, content_may_cause=status is None)
+
+    return on_run
+
+
+@pytest.mark.parametrize("status", [400, 413, 422, 424, 500, None])
+@pytest.mark.parametrize("count", [2, 7, 64])
+def test_a_text_that_a_service_cannot_bear_fails_alone(count: int, status: int | None) -> None:
+    """Whatever it says to it, for a few further calls."""
+    requests = [Asked(f"text {i}") for i in range(count)]
+    bench = Bench(Scripted(poisoned("text 1", status=status)))
+    bench.serve(*requests)
+    assert [i for i, request in enumerate(requests) if request.error] == [1]
+    assert_served(requests[0], *requests[2:])
+    assert len(bench.place.calls) - 1 <= 2 * (math.ceil(math.log2(count)) + 1)
+
+
+@pytest.mark.parametrize("status", [401, 404, 429, 502, 503, 504])
+def test_what_no_text_causes_is_looked_for_in_none(status: int) -> None:
+    """The batch fails as one."""
+    requests = [Asked(f"text {i}") for i in range(8)]
+    bench = Bench(Scripted(poisoned(everything=True, status=status)))
+    bench.serve(*requests)
+    assert len(bench.place.calls) == 1
+    assert all(request.error for request in requests)
+
+
+@pytest.mark.parametrize("status", [422, 500])
+def test_what_options_or_the_service_itself_cause_costs_one_call_more(status: int) -> None:
+    """A known text with the same options fails, too."""
+    requests = [Asked(f"text {i}", group=Group("embed", '{"encoding": "odd"}')) for i in range(64)]
+    bench = Bench(Scripted(poisoned(everything=True, status=status)))
+    bench.serve(*requests)
+    assert [len(call) for call in bench.place.calls] == [64, 1]
+    assert bench.place.options == [{"encoding": "odd"}] * 2
+    assert all(request.error for request in requests)
+
+
+def test_a_search_has_its_bound() -> None:
+    """Beyond it the rest of the batch fails as one; calls that are made otherwise earn further ones."""
+    every_second = [f"text {i}" for i in range(0, 64, 2)]
+    bench = Bench(Scripted(poisoned(*every_second)))
+    for _ in range(4):
+        requests = [Asked(f"text {i}") for i in range(64)]
+        bench.serve(*requests)
+        assert all(request.error for request in requests[::2])
+    assert len(bench.place.calls) <= SEARCH_RESERVE + 4 * 3
+    served = [Asked(f"fine {i}") for i in range(100)]
+    for request in served:
+        bench.serve(request)
+    found = [Asked("text 0"), Asked("fine")]
+    bench.serve(*found)
+    assert_served(found[1])

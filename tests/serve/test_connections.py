@@ -18,7 +18,7 @@ from waitress.adjustments import Adjustments
 from waitress.buffers import OverflowableBuffer
 from waitress.channel import ClientDisconnected
 
-from embedpool.memory import Budget
+from embedpool.bounds import Budget
 from embedpool.serve.bodies import Parser
 from embedpool.serve.connections import Channel
 from embedpool.serve.readiness import OpenSockets

@@ -1,4 +1,4 @@
-"""Bounds of what may be held at once, and the way back to the system of memory that is free."""
+"""Bounds of what may be held at once, and of what may be tried again; and the way back of memory that is free."""
 
 from __future__ import annotations
 
@@ -37,7 +37,29 @@ class Budget:
                 self._bytes -= size
 
 
-def give_back() -> None:
+class CallBudget:
+    """Further attempts are a share of the calls, beside a reserve, so that a service in trouble is not given more."""
+
+    def __init__(self, share: float, reserve: float) -> None:
+        self._share, self._reserve = share, reserve
+        self._left = reserve
+        self._lock = threading.Lock()
+
+    def earn(self) -> None:
+        """A call is made."""
+        with self._lock:
+            self._left = min(self._left + self._share, self._reserve)
+
+    def spend(self) -> bool:
+        """Whether one more attempt may be made."""
+        with self._lock:
+            if self._left < 1:
+                return False
+            self._left -= 1
+            return True
+
+
+def give_back_memory() -> None:
     """Return free memory to the system: glibc keeps what many threads have freed for as long as it likes."""
     if trim := _trim():
         trim(0)  # without the GIL
