@@ -100,8 +100,11 @@ class Client:
         return vectors
 
     def health(self) -> dict[str, Any]:
-        """GET /health."""
-        return self._call("GET", "/health")
+        """GET /health. Raises ServerUnreachable if the answer is not that of embedpool, whoever else is there."""
+        found = self._call("GET", "/health")
+        if not {"ok", "booted", "models"} <= set(found):
+            raise ServerUnreachable(f"what answers at {self._base_url} is not embedpool")
+        return found
 
     def status(self) -> dict[str, Any]:
         """GET /status."""

@@ -14,7 +14,7 @@ from embedpool import tracing
 from embedpool.config import checked, guard
 from embedpool.config.keys import require_a_key
 from embedpool.config.pool_yml import PoolFile
-from embedpool.config.settings import Settings
+from embedpool.config.settings import Settings, unknown_variables
 from embedpool.config.spec import ModelSpec
 from embedpool.config.watch import Watch
 from embedpool.drivers import make_driver, open_tokenizer
@@ -39,6 +39,8 @@ class EmbedpoolApp:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        for variable, near in unknown_variables().items():
+            logger.warning("the environment variable %s is none of embedpool's; did you mean %s?", variable, near)
         folders = Folders(settings.file(settings.paths.cache_dir), settings.file(settings.paths.state_dir))
 
         def open_allowed_place(spec: ModelSpec, memory: dict[str, Any]) -> Place:

@@ -17,9 +17,12 @@ from werkzeug.serving import make_server
 
 import embedpool
 from embedpool import cli
+from embedpool.cli import common
 from embedpool.cli import embed as cli_embed
 from embedpool.client import DEADLINE_MARGIN_S, LEAST_WAIT_S, TEXTS_PER_CALL, Client
-from embedpool.errors import EmbedpoolError, ModelChanged, ServerUnreachable
+from embedpool.config import settings as config
+from embedpool.config.settings import Settings
+from embedpool.errors import ConfigError, EmbedpoolError, ModelChanged, ServerUnreachable
 from embedpool.pool.settings import PoolSettings
 from tests.conftest import settle
 from tests.web.conftest import MODEL, NAME, Web, raw, serving, unit
@@ -195,7 +198,7 @@ def test_the_admin_key_is_sent(key: str | None, sent: str | None) -> None:
     @app.route("/health")
     def health() -> Any:
         seen.append(request.headers.get("Authorization"))
-        return {}
+        return {"ok": True, "booted": True, "models": 0}
 
     served = Served(app)
     try:
@@ -359,3 +362,48 @@ def test_the_command_line_does_not_join_them_either(
     printed = capsysbinary.readouterr()
     assert printed.out.count(b"\n") == 1
     assert b"another model" in printed.err
+
+
+def test_another_server_gets_no_key_and_is_not_managed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What answers at the address may be anything: it is asked without the key who it is."""
+    app, keys = Flask("another"), []
+
+    @app.route("/", defaults={"path": ""})
+    @app.route("/<path:path>", methods=["GET", "POST", "DELETE"])
+    def any_path(path: str) -> dict[str, Any]:
+        keys.append(request.headers.get("Authorization"))
+        return {"ok": True, "path": path}
+
+    served = Served(app)
+    monkeypatch.setenv("EMBEDPOOL_SECRET_K", "key")
+    settings = Settings(client=config.Client(base_url=served.url, api_key_env="EMBEDPOOL_SECRET_K"))
+    object.__setattr__(settings, "base_dir", tmp_path)
+    try:
+        assert common.client_of(settings) is None
+    finally:
+        served.close()
+    assert keys == [None]
+
+
+def test_the_server_of_another_folder_is_not_managed_by_mistake(web: Web, tmp_path: Path) -> None:
+    """Two folders have the same port by default; whoever means the other one's server says so."""
+    served = Served(web.app)
+    port = int(served.url.rpartition(":")[2])
+    try:
+        for folder, base_url, ours in ((web.pool_yml.parent, None, True), (tmp_path / "b", None, False),
+                                       (tmp_path / "b", served.url, True)):  # fmt: skip
+            settings = Settings(
+                client=config.Client(base_url=base_url),
+                server=config.Server(port=port),
+                paths=config.Paths(pool_yml=web.pool_yml.name),
+            )
+            object.__setattr__(settings, "base_dir", folder)
+            if ours:
+                found = common.client_of(settings)
+                assert found is not None
+                found.close()
+            else:
+                with pytest.raises(ConfigError, match="serves"):
+                    common.client_of(settings)
+    finally:
+        served.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -50,14 +51,30 @@ def client_of(settings: Settings) -> Client | None:
     running = PidFile(settings).read()
     key = secret_value(settings.client.api_key_env) if settings.client.api_key_env else None
     has_a_port = running is not None and not running.address.startswith(UNIX)
-    client = Client(running.address if running and has_a_port else settings.base_url, api_key=key, timeout_s=30)
+    address = running.address if running and has_a_port else settings.base_url
     try:
-        client.health()
+        with Client(address, timeout_s=30) as stranger:  # who answers there is not given the key before he is known
+            stranger.health()
     except ServerUnreachable:
         if running:
             raise  # it lives and does not answer: editing its file behind its back would hide that
         return None
+    client = Client(address, api_key=key, timeout_s=30)
+    if not running and settings.client.base_url is None:
+        _require_ours(client, settings, address)
     return client
+
+
+def _require_ours(client: Client, settings: Settings, address: str) -> None:
+    """Of two folders with the same port one has the server. Raises ConfigError for the other."""
+    from embedpool.errors import ConfigError, EmbedpoolError
+
+    try:
+        theirs = str(client.status()["pool_file"])
+    except EmbedpoolError:
+        return  # it asks for a key, and will do so again
+    if os.path.realpath(theirs) != os.path.realpath(settings.file(settings.paths.pool_yml)):
+        raise ConfigError(f"the server at {address} serves {theirs}; to manage that one, set client.base_url")
 
 
 @contextmanager

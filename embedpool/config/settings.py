@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,11 @@ from embedpool.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG_YML = ".config/config.yml"
+SETTING_PREFIX = "EMBEDPOOL_"
+NO_SETTINGS = re.compile(  # what is set for other ends, some of it by Kubernetes for a service of this name
+    r"EMBEDPOOL_(CONFIG\Z|SECRET_|SERVICE_(HOST|PORT)(_|\Z)|PORT(_|\Z))"
+)
+LEAST_LIKENESS = 0.85
 SECRET_PREFIX = "EMBEDPOOL_SECRET_"  # noqa: S105  (the prefix of variable names, not a secret)
 
 
@@ -308,6 +315,17 @@ def _overrides(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
             raise ConfigError(f"environment variable {variable}: {raw!r} is not a YAML value") from None
         if value not in (None, ""):
             found.setdefault(section, {})[key] = value
+    return found
+
+
+def unknown_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Variables that look like a setting and are none, each with the one that may be meant."""
+    settings = [_variable((section, f.name)) for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)]
+    found = {}
+    for variable in environ:
+        if variable.startswith(SETTING_PREFIX) and "__" not in variable and not NO_SETTINGS.match(variable):
+            for near in get_close_matches(variable, settings, 1, LEAST_LIKENESS):
+                found[variable] = near
     return found
 
 

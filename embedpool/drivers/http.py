@@ -151,7 +151,14 @@ class HttpDriver(Driver):
         """One attempt. The answer must hold a vector of the known dimension for each of `count` texts."""
         response = upstream.post(body, timeout_s)
         try:
-            vectors, tokens, truncated = self._protocol.read(response.json())
+            document = response.json()
+            if isinstance(document, dict) and document.get("error"):
+                raise UpstreamError(
+                    "the remote service answered 200 with an error",
+                    said=upstream.words_of(response),
+                    content_may_cause=True,
+                )
+            vectors, tokens, truncated = self._protocol.read(document)
             array = _rows(vectors)
             if not isinstance(tokens, int | None) or not all(isinstance(i, int) for i in truncated):
                 raise TypeError("counts must be whole numbers")

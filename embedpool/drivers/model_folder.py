@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -43,14 +44,17 @@ def _from_hub(model: str, revision: str | None) -> Path:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     repo = model if "/" in model else f"sentence-transformers/{model}"
+    # The look-up leaves out what the download leaves out: else it takes what is there for the half of it.
+    snapshot = functools.partial(snapshot_download, repo, revision=revision, ignore_patterns=UNSAFE_OR_UNUSED)
     try:
         try:
-            found = snapshot_download(repo, revision=revision, local_files_only=True)
+            found = snapshot(local_files_only=True)
             if not any(Path(found).rglob("*.safetensors")):
                 raise LocalEntryNotFoundError(f"{found} holds no weights: a download was interrupted")
         except LocalEntryNotFoundError:
-            found = snapshot_download(repo, revision=revision, ignore_patterns=UNSAFE_OR_UNUSED)
+            found = snapshot()
     except Exception as error:  # the hub's library raises many kinds: offline, not found, gated, malformed id
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelFailed(f"{model!r} is not in the local cache and cannot be fetched from the hub: {reason}") from None
+        says = "is not whole in the local cache, and cannot be fetched from the hub"
+        raise ModelFailed(f"{model!r} {says}: {reason}") from None
     return Path(found)

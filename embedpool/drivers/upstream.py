@@ -159,7 +159,7 @@ class Upstream:
             return response
         raise UpstreamError(
             f"the remote service answered {response.status_code}",
-            said=self._message(response),
+            said=self.words_of(response),
             remote_status=response.status_code,
             retry_after_s=_seconds(response.headers.get("Retry-After")),
             passing=response.status_code in PASSING_STATUS,
@@ -172,7 +172,7 @@ class Upstream:
             pools[key].close()
         self._session.close()
 
-    def _message(self, response: requests.Response) -> str:
+    def words_of(self, response: requests.Response) -> str:
         """The remote's error message, shortened and without our keys."""
         try:
             document = response.json()

@@ -18,6 +18,7 @@ from embedpool.config.settings import (
     load_settings,
     parse_settings,
     sample_config_yml,
+    unknown_variables,
 )
 from embedpool.errors import ConfigError
 
@@ -286,3 +287,21 @@ def test_the_command_line_looks_where_the_server_listens() -> None:
 def test_off_is_a_word(written: str, meant: str) -> None:
     """YAML takes it for false."""
     assert parse(f"security: {{keys: {written}}}").security.keys == meant
+
+
+@pytest.mark.parametrize(
+    ("variable", "near"),
+    [
+        ("EMBEDPOOL_SERVER_PORT", "EMBEDPOOL_SERVER__PORT"),
+        ("EMBEDPOOL_LOGGING_LEVEL", "EMBEDPOOL_LOGGING__LEVEL"),
+        ("EMBEDPOOL_DEFAULT_REQUEST_TIMEOUT_S", "EMBEDPOOL_DEFAULTS__REQUEST_TIMEOUT_S"),
+        ("EMBEDPOOL_SERVICE_HOST", None),
+        ("EMBEDPOOL_PORT_8876_TCP_ADDR", None),
+        ("EMBEDPOOL_CONFIG", None),
+        ("EMBEDPOOL_SECRET_SERVER_PORT", None),
+        ("OTHER_SERVER_PORT", None),
+    ],
+)
+def test_a_variable_that_is_nearly_a_setting_is_told(variable: str, near: str | None) -> None:
+    """Not what Kubernetes sets by itself, and no secret."""
+    assert unknown_variables({variable: "1"}) == ({variable: near} if near else {})

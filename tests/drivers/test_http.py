@@ -281,6 +281,14 @@ def test_an_answer_that_is_none_is_the_remotes_fault(
     assert len(run(driver, ["a", "b"]).rows.values) == 2  # it goes on
 
 
+def test_an_error_with_a_good_status_is_one(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
+    """And its words reach the caller."""
+    driver = opened()
+    remote.script = [Reply({"error": {"message": "quota"}})]
+    with pytest.raises(UpstreamError, match="200 with an error: quota"):
+        run(driver, ["a"])
+
+
 @pytest.mark.parametrize("odd", [None, [], [1.0], "words", {}, ["a", "b", "c"]], ids=repr)
 def test_a_text_without_a_sound_vector_is_at_fault_alone(
     remote: Remote, opened: Callable[..., HttpDriver], odd: Any

@@ -60,7 +60,9 @@ def test_a_revision_is_taken_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_p
     (tmp_path / "model.safetensors").touch()
     asked = hub(monkeypatch, [tmp_path])
     assert find_model_folder(MINILM, LocalStConfig(revision="abc")) == tmp_path
-    assert asked == [(MINILM, {"revision": "abc", "local_files_only": True})]
+    assert [(repo, arguments["revision"], arguments["local_files_only"]) for repo, arguments in asked] == [
+        (MINILM, "abc", True)
+    ]
 
 
 @pytest.mark.parametrize(("name", "repo"), [("org/m", "org/m"), ("m", "sentence-transformers/m")])
@@ -79,6 +81,13 @@ def test_a_download_leaves_out_pickles(monkeypatch: pytest.MonkeyPatch, tmp_path
     asked = hub(monkeypatch, [LocalEntryNotFoundError("no"), tmp_path])
     assert find_model_folder("org/m", LocalStConfig()) == tmp_path
     assert {"*.bin", "*.pt", "*.ckpt"} <= set(asked[1][1]["ignore_patterns"])
+
+
+def test_a_cache_is_whole_without_what_is_never_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else each start would ask the hub, and follow whatever a branch has become: many repositories hold a .bin."""
+    asked = hub(monkeypatch, [LocalEntryNotFoundError("no"), tmp_path])
+    find_model_folder("org/m", LocalStConfig())
+    assert asked[0][1]["ignore_patterns"] == asked[1][1]["ignore_patterns"]
 
 
 @pytest.mark.parametrize("error", [OSError("offline\nand more"), ValueError(""), RuntimeError("401 gated")])
