@@ -129,7 +129,7 @@ class HttpConfig:
         loads=True,
     )
     remote_model: str | None = option(None, "the model's name there; default its name here", loads=True)
-    timeout_s: float = option(60, "time-out of a call, for connecting and for each read", minimum=0.001)
+    timeout_s: float = option(60, "time-out of a call", minimum=0.001)
     retries: int = option(
         2,
         "retries after a connection error, 429 or 5xx, possibly at another address; over time at most a fifth of calls",

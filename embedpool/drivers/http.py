@@ -29,6 +29,8 @@ from embedpool.tasks.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 SLOTS = 8  # calls at once
+LARGEST_VECTOR_BYTES = 1 << 21  # in JSON: 65,536 numbers of 32 characters
+LARGEST_REST_BYTES = 1 << 20  # of an answer
 BACKOFF_FACTOR_S = 0.2
 LONGEST_RETRY_AFTER_S = 30
 RECHECK_S = 5.0
@@ -88,7 +90,7 @@ class HttpDriver(Driver):
             threading.Thread(target=self._check, name=f"check-{self._model}", daemon=True).start()
         space = self._shared.get("space") or of_probes(self._state_dir, self._shared["reference"][1])
         self._shared["space"] = space
-        return Facts({"embed": self._dim}, space, slots=SLOTS, description=self._description)
+        return Facts({"embed": self._dim}, space, slots=SLOTS, pads=False, description=self._description)
 
     @override
     def configure(self, config: HttpConfig) -> None:
@@ -149,7 +151,7 @@ class HttpDriver(Driver):
 
     def _ask(self, upstream: Upstream, body: dict[str, Any], count: int, timeout_s: float) -> Answer:
         """One attempt. The answer must hold a vector of the known dimension for each of `count` texts."""
-        response = upstream.post(body, timeout_s)
+        response = upstream.post(body, timeout_s, count * LARGEST_VECTOR_BYTES + LARGEST_REST_BYTES)
         try:
             document = response.json()
             if isinstance(document, dict) and document.get("error"):

@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 SAME_SPACE_COSINE = 0.999
 SPACE_BYTES = 16
 FOLDER = "spaces"
-# Of a model's files those that decide no number: texts for people, and weights that are never loaded.
-NO_PART = (".md", ".gitattributes", ".gitignore", ".lock", ".png", ".jpg", ".onnx", ".bin", ".pt", ".pth", ".ckpt")
+# Of a model's files those that decide no number: texts for people, and weights beside others that are loaded instead.
+NO_PART = (".md", ".gitattributes", ".gitignore", ".lock", ".png", ".jpg", ".onnx")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 NO_PART_FOLDERS = ("onnx", "openvino", "__pycache__")
 
 Array = NDArray[Any]  # of shape (texts, width)
@@ -44,7 +45,8 @@ def of_files(folder: Path, task: str) -> str:
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
         hidden = any(part.startswith(".") or part in NO_PART_FOLDERS for part in name.parts)
-        if file.is_file() and not hidden and file.suffix not in NO_PART:
+        replaced = file.suffix in PICKLES and any(file.parent.glob("*.safetensors"))
+        if file.is_file() and not (hidden or replaced) and file.suffix not in NO_PART:
             with file.open("rb") as stream:
                 facts.append(f"{name.as_posix()} {hashlib.file_digest(stream, 'sha256').hexdigest()}")
     return hashed(*facts)

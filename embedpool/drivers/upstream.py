@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -30,6 +31,7 @@ FAILURES_TO_OPEN = 5  # in a row; an address is then left alone until it has pro
 PASSING_STATUS = (429, 500, 502, 503, 504)
 CONNECT_TIMEOUT_S = 10.0
 CONNECTIONS = 64
+READ_BYTES = 1 << 16
 LONGEST_QUOTE = 300  # characters of a remote's message that are passed on
 RETRY_SHARE = 0.2
 RETRY_RESERVE = 10.0
@@ -140,21 +142,26 @@ class Upstream:
             self._failures = 0
             self.fault = None
 
-    def post(self, body: dict[str, Any], timeout_s: float) -> requests.Response:
-        """One attempt. Raises UpstreamError with the remote's status and message, never its key."""
+    def post(self, body: dict[str, Any], timeout_s: float, most_bytes: int) -> requests.Response:
+        """One attempt, of so long and an answer of so many bytes at most.
+
+        Raises UpstreamError with the remote's status and message, never its key.
+        """
+        deadline = time.monotonic() + timeout_s
         try:
-            response = self._session.post(
+            with self._session.post(
                 self._url,
                 json=body,
                 timeout=(min(CONNECT_TIMEOUT_S, timeout_s), timeout_s),
                 allow_redirects=False,
                 headers=dict(tracing.outgoing()),
-            )
-        except requests.RequestException as error:
+                stream=True,
+            ) as response:
+                _read(response, deadline, most_bytes)
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             forget_frames(error)
-            raise UpstreamError(
-                f"the remote service does not answer: {_reason(error)}", passing=not isinstance(error, requests.Timeout)
-            ) from None
+            is_late = isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError)
+            raise UpstreamError(f"the remote service does not answer: {_reason(error)}", passing=not is_late) from None
         if response.status_code == 200:
             return response
         raise UpstreamError(
@@ -186,6 +193,18 @@ class Upstream:
         return re.sub(r"\s+", " ", text)[:LONGEST_QUOTE]
 
 
+def _read(response: requests.Response, deadline: float, most_bytes: int) -> None:
+    """Its whole body, unpacked, as the library would read it; but for that each byte may take as long as a call."""
+    content = bytearray()
+    while part := response.raw.read1(READ_BYTES, decode_content=True):
+        content += part
+        if len(content) > most_bytes:
+            raise UpstreamError(f"the remote service's answer is larger than {most_bytes} bytes")
+        if time.monotonic() > deadline:
+            raise requests.ReadTimeout
+    response._content = bytes(content)
+
+
 def fault_of(error: UpstreamError) -> str:
     """What everybody may read: the remote's own words are for the caller alone, whose texts may be in them."""
     return f"the remote service answered {error.remote_status}" if error.remote_status else error.message
@@ -199,9 +218,9 @@ def secret(variable: str) -> str:
     return value
 
 
-def _reason(error: requests.RequestException) -> str:
+def _reason(error: Exception) -> str:
     """The kind of failure; the library's own text would show the URL with its credentials."""
-    if isinstance(error, requests.Timeout):
+    if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
         return "timed out"
     if isinstance(error, requests.exceptions.SSLError):
         return "the TLS handshake failed"

@@ -89,6 +89,7 @@ class Planner:
     max_tokens: int
     max_s: float | None = None
     cost: Cost | None = None
+    pads: bool = True
 
     @property
     def fixed_tokens(self) -> float:
@@ -111,11 +112,14 @@ class Planner:
     def choose(self, window: Sequence[Item], busy_s: float = 0.0, slots: int = 1) -> list[int]:
         """Which items of the window, which is in the order of service, make the next batch: places in it, ascending.
 
-        It is the planned batch that holds the first item, so nobody's turn is passed over; the others in it are those
-        of about its length. Items of different groups never share a batch.
+        Where nothing pads, it is filled in the order of service. Else it is the planned batch that holds the first
+        item, so nobody's turn is passed over; the others in it are those of about its length. Items of different
+        groups never share a batch.
         """
-        window = window[: self._reach(window)]
         group = window[0].group
+        if not self.pads:
+            return [place for place, item in enumerate(window) if item.group == group][: self.max_items]
+        window = window[: self._reach(window)]
         order = sorted((item.tokens, place) for place, item in enumerate(window) if item.group == group)
         longest = order[-1][0]
         total = sum(tokens for tokens, _ in order)

@@ -292,8 +292,8 @@ class ReplicaSet:
             config, settings = self.spec.driver.config, self.settings
             runner.place.configure(config)
             most = config.max_batch_texts or settings.max_batch_texts
-            cost = runner.place.facts.cost
-            replica.planner = Planner(most, settings.max_batch_tokens, settings.max_batch_s, cost)
+            facts = runner.place.facts
+            replica.planner = Planner(most, settings.max_batch_tokens, settings.max_batch_s, facts.cost, facts.pads)
             replica.threads[1:] = [thread for thread in replica.threads[1:] if thread.is_alive()]
             for number in range(len(replica.threads) + 1, self._inflight(replica) + 1):
                 self._start_thread(replica, self._loop, f"{replica.name}/{number}", number)

@@ -60,7 +60,7 @@ LAST_RELOAD = or_null(closed(at=STRING, reason=STRING, ok=BOOLEAN, error=or_null
 MODEL_STATUS = {
     "model": STRING, "alias": or_null(STRING), "enabled": BOOLEAN, "state": STRING, "driver_type": STRING,
     "replicas": COUNT, "replicas_idle": COUNT, "replicas_busy": COUNT,
-    "replicas_stuck": COUNT, "runs_on": {"type": "object"},
+    "replicas_stuck": COUNT, "space": STRING, "runs_on": {"type": "object"},
     "queue_len": COUNT, "queue_max": COUNT, "scaling": {"type": "object"}, "counters": {"type": "object"},
     "last_error": or_null(STRING),
 }  # fmt: skip

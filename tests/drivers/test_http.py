@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import gzip
 import ipaddress
 import json
 import socket
@@ -52,6 +53,7 @@ class Seen(NamedTuple):
 
 
 DROP = Reply(None, status=0)  # the connection is closed without an answer
+DRIP = Reply(None, status=-2)  # a byte now and then, without end
 HANG = Reply(None, status=-1)  # no answer while the test runs
 
 
@@ -92,6 +94,12 @@ class Handler(BaseHTTPRequestHandler):
         reply = self.server.script.pop(0) if self.server.script else self.server.answer(seen)
         if reply is HANG:
             self.server.closing.wait(20)
+        if reply is DRIP:
+            self.send_response(200)
+            self.end_headers()
+            with suppress(OSError):
+                while not self.server.closing.wait(0.01):
+                    self.wfile.write(b" ")
         if reply.status <= 0:
             return
         body = reply.document if isinstance(reply.document, bytes) else json.dumps(reply.document).encode()
@@ -652,6 +660,30 @@ def test_what_a_service_cannot_bear_costs_its_own_caller_alone(
     finally:
         pool.stop()
     assert "caller seven" not in caplog.text
+
+
+def test_an_answer_that_drips_has_the_same_time_as_any(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
+    """Each byte comes soon enough, and the answer never ends."""
+    driver = opened(retries=0, timeout_s=0.3)
+    remote.script = [DRIP]
+    with pytest.raises(UpstreamError, match="timed out"):
+        run(driver, ["a"])
+    remote.closing.set()
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+def test_an_answer_has_its_bound(
+    remote: Remote, opened: Callable[..., HttpDriver], monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """As it is when it is unpacked, whatever was sent for it."""
+    driver = opened(retries=0)
+    monkeypatch.setattr(http, "LARGEST_VECTOR_BYTES", 1000)
+    monkeypatch.setattr(http, "LARGEST_REST_BYTES", 0)
+    body = b" " * 1_000_000
+    remote.script = [Reply(gzip.compress(body) if encoding == "gzip" else body, headers={"Content-Encoding": encoding})]
+    with pytest.raises(UpstreamError, match="larger than 1000 bytes"):
+        run(driver, ["a"])
+    assert len(run(driver, ["a"]).rows) == 1
 
 
 # --- proxies

@@ -18,6 +18,7 @@ FILES = {
     "1_Pooling/config.json": b'{"pooling_mode_mean_tokens": true}',
     "modules.json": b"[]",
     "sentencepiece.bpe.model": b"words",
+    "2_Dense/pytorch_model.bin": b"these are loaded: there are no others",
     "code.py": b"",
 }
 PROBES = np.random.default_rng(1).standard_normal((3, 16)).astype(np.float32)

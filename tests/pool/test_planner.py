@@ -135,6 +135,14 @@ def test_many_slots_do_not_make_a_batch_of_nothing() -> None:
     assert Planner(64, 16_384, cost=Cost(0.004, 0.0001)).largest_tokens(slots=100) == 40
 
 
+def test_where_nothing_pads_a_batch_is_filled_in_the_order_of_service() -> None:
+    """A remote service has its own way with lengths, and is called as seldom as can be; options still part batches."""
+    lengths = (3, 300, 5, 200, 7, 100)
+    groups = (None, None, "{}", None, None, None)
+    assert chosen(Planner(4, 100, pads=False), *lengths) == [0, 1, 2, 3]
+    assert chosen(Planner(4, 100, pads=False), *lengths, groups=groups) == [0, 1, 3, 4]
+
+
 def test_a_batch_takes_nothing_from_far_behind() -> None:
     """What rides along from behind much work is time that the requests before it lose."""
     planner = Planner(64, 16384, 0.05, Cost(0.001, 0.0005))  # 98 tokens are the longest batch
