@@ -19,7 +19,7 @@ from embedpool.config.spec import HttpConfig, ModelSpec
 from embedpool.drivers.measure import probe_batch
 from embedpool.drivers.protocols import PROTOCOLS
 from embedpool.drivers.space import SAME_SPACE_COSINE, likeness, of_probes
-from embedpool.drivers.upstream import RETRY_RESERVE, RETRY_SHARE, Upstream, fault_of, secret
+from embedpool.drivers.upstream import RETRY_RESERVE, RETRY_SHARE, Upstream, secret
 from embedpool.errors import REFUSALS, UpstreamError
 from embedpool.tasks.driver import PROBE_TEXT, Driver, Facts, Folders, describe
 from embedpool.tasks.item import Batch
@@ -238,7 +238,7 @@ class HttpDriver(Driver):
                         logger.info("%s: %s is asked from now on", self._model, upstream.name)
                 except UpstreamError as error:
                     if fault:
-                        upstream.fault = fault_of(error)
+                        upstream.fault = error.for_the_log
                 except Exception:  # nobody looks at an address again if this thread dies
                     logger.exception("%s: %s could not be checked", self._model, upstream.name)
             self._publish()

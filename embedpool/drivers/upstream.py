@@ -127,7 +127,7 @@ class Upstream:
                 elif not (may_be_a_text and error.content_may_cause):
                     self._failures += 1
                 if self._failures >= FAILURES_TO_OPEN:
-                    self.fault = fault_of(error)
+                    self.fault = error.for_the_log  # everybody may read it
             raise
         else:
             with self._lock:
@@ -203,11 +203,6 @@ def _read(response: requests.Response, deadline: float, most_bytes: int) -> None
         if time.monotonic() > deadline:
             raise requests.ReadTimeout
     response._content = bytes(content)
-
-
-def fault_of(error: UpstreamError) -> str:
-    """What everybody may read: the remote's own words are for the caller alone, whose texts may be in them."""
-    return f"the remote service answered {error.remote_status}" if error.remote_status else error.message
 
 
 def secret(variable: str) -> str:

@@ -293,8 +293,9 @@ def test_an_error_with_a_good_status_is_one(remote: Remote, opened: Callable[...
     """And its words reach the caller."""
     driver = opened()
     remote.script = [Reply({"error": {"message": "quota"}})]
-    with pytest.raises(UpstreamError, match="200 with an error: quota"):
+    with pytest.raises(UpstreamError, match="200 with an error: quota") as caught:
         run(driver, ["a"])
+    assert "quota" not in caught.value.for_the_log  # which is what /status and the log have, too
 
 
 @pytest.mark.parametrize("odd", [None, [], [1.0], "words", {}, ["a", "b", "c"]], ids=repr)
