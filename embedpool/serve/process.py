@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ START_TIMEOUT_S = 60
 STOP_MARGIN_S = 30  # beyond the grace period, before it is killed: more than the server ever takes by itself
 KILLED_WITHIN_S = 10
 LOOK_EVERY_S = 0.05  # whether it has ended
+REAPED_WITHIN_S = 3  # by a parent that does so at all
 LOG_TAIL_LINES = 20
 LOCK_TRIES, LOCK_PAUSE_S = 40, 0.05
 
@@ -189,21 +191,17 @@ def stop(running: Running, grace_s: float) -> bool:
 
 
 def _ends(process: psutil.Process, within_s: float) -> bool:
-    """Whether it ends in time."""
+    """Whether it ends in time. Where its parent never asks for it, it stays in the table of processes, as a zombie."""
     deadline = time.monotonic() + within_s
-    while _is_alive(process):
-        if time.monotonic() >= deadline:
-            return False
+    ended_at = math.inf
+    while process.is_running() and time.monotonic() < ended_at + REAPED_WITHIN_S:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                ended_at = min(ended_at, time.monotonic())
+            elif time.monotonic() >= deadline:
+                return False
         time.sleep(LOOK_EVERY_S)
     return True
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    """One that has ended may stay in the table of processes, as a zombie, where its parent never asks for it."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _answers(address: str) -> bool:
