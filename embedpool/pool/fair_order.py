@@ -26,7 +26,7 @@ class _Share:
     tag: float
     share: float
     number: int
-    alike: Hashable
+    alike: Hashable  # None where no other is
 
 
 class _Caller:
@@ -80,10 +80,10 @@ class FairOrder:
         if found is None:
             found = self._callers[caller] = _Caller(caller)
         found.weight = weight
-        number = next(self._numbers)
-        group = number if alike is None else (caller, alike)
-        entered = _Share(key, found, found.time + work / share, share, number, group)
-        self._alike.setdefault(group, {})[key] = None
+        group = None if alike is None else (caller, alike)
+        entered = _Share(key, found, found.time + work / share, share, next(self._numbers), group)
+        if group is not None:
+            self._alike.setdefault(group, {})[key] = None
         bisect.insort(found.active, (entered.tag, entered.number, entered))
         found.shares += share
         self._known[key] = entered
@@ -113,7 +113,7 @@ class FairOrder:
         """The real server has done all of its work; the ideal one goes on with it."""
         share = self._known.pop(key, None)
         self._overdue.pop(key, None)
-        if share is not None:
+        if share is not None and share.alike is not None:
             group = self._alike[share.alike]
             del group[key]
             if not group:
@@ -133,11 +133,9 @@ class FairOrder:
 
     def __iter__(self) -> Iterator[Any]:
         """The requests in the order of service. Nothing may enter or leave meanwhile."""
-        arrivals = {}
+        arrivals = {group: iter(keys) for group, keys in self._alike.items()}
         for share in self._by_ideal_end():
-            if share.alike not in arrivals:
-                arrivals[share.alike] = iter(self._alike[share.alike])
-            yield next(arrivals[share.alike])
+            yield share.key if share.alike is None else next(arrivals[share.alike])
 
     def _by_ideal_end(self) -> Iterator[_Share]:
         yield from self._overdue.values()
