@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -36,8 +35,7 @@ def embed(
                 "/embed, or accept application/x-npy there"
             )
 
-    call = dataclasses.replace(call_of(http, pool), require_room=require_room)
-    return submit(http, pool, model, Embed(texts, options), call)
+    return submit(http, pool, model, Embed(texts, options), call_of(http, pool, require_room=require_room))
 
 
 def submit(http: HttpRequest, pool: Pool, model: str, task: Task, call: Call) -> Result:
@@ -59,6 +57,7 @@ def call_of(
     share: float = 1.0,
     client_gone: Callable[[], bool] | None = None,
     is_patient: bool = False,
+    require_room: Callable[[int], None] = lambda width: None,
 ) -> Call:
     """For whom a request to the pool is. One of several that serve a request of lines has a `share` of a whole one.
 
@@ -74,6 +73,7 @@ def call_of(
         require=http.caller.require_spec,
         client_gone=client_gone or http.client_gone,
         is_patient=is_patient,
+        require_room=require_room,
         hops=http.hops,
         trace=http.trace,
     )
