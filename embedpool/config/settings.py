@@ -296,16 +296,16 @@ def parse_settings(text: str, name: str, environ: Mapping[str, str]) -> Settings
 
 
 def _variable(path: tuple[str | int, ...]) -> str:
-    return "EMBEDPOOL_" + "__".join(str(p).upper() for p in path)
+    return SETTING_PREFIX + "__".join(str(p).upper() for p in path)
 
 
 def _overrides(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """EMBEDPOOL_<SECTION>__<KEY> → {section: {key: value}}; values are read as YAML."""
     found: dict[str, dict[str, Any]] = {}
     for variable, raw in environ.items():
-        if not variable.startswith("EMBEDPOOL_") or "__" not in variable or variable.startswith(SECRET_PREFIX):
+        if not variable.startswith(SETTING_PREFIX) or "__" not in variable or variable.startswith(SECRET_PREFIX):
             continue
-        section, _, key = variable.removeprefix("EMBEDPOOL_").lower().partition("__")
+        section, _, key = variable.removeprefix(SETTING_PREFIX).lower().partition("__")
         if section not in SECTIONS:
             raise ConfigError(f"environment variable {variable}: {unknown_key(section, SECTIONS)}")
         kind = {f.name: f.type for f in dataclasses.fields(SECTIONS[section])}.get(key, "")

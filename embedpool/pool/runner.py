@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 LOSSES_SPARED = 3  # in which a batch is believed to have had no part; then it is bisected, as any other
 LOSSES_FORGIVEN = 2  # an item with so many losses goes into quarantine at its next: it was alone for the last two
-
-
 SEARCH_SHARE, SEARCH_RESERVE = 0.5, 200.0  # calls; a text among 64 costs 12
 
 
