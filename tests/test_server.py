@@ -47,3 +47,14 @@ def test_without_hot_reload_nobody_who_asks_for_a_name_changes_the_pool(tmp_path
     finally:
         app.begin_to_stop()
         app.stop()
+
+
+def test_a_start_tells_of_a_variable_that_is_nearly_a_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise it would be ignored without a word."""
+    config = tmp_path / "config.yml"
+    config.write_text("paths: {pool_yml: pool.yml, state_dir: state}\nhot_reload: {enabled: false}\n")
+    monkeypatch.setenv("EMBEDPOOL_SERVER_PORT", "1")
+    EmbedpoolApp(load_settings(config, {}))
+    assert "EMBEDPOOL_SERVER_PORT is none of embedpool's; did you mean EMBEDPOOL_SERVER__PORT?" in caplog.text

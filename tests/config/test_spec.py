@@ -164,6 +164,8 @@ def test_another_model_or_driver_is_loaded_anew(other: ModelSpec) -> None:
         ("http", {"base_url": "ftp://h"}, "base_url"),
         ("http", {"base_url": "http://"}, "base_url"),
         ("http", {"base_url": "http://h", "protocol": "soap"}, "protocol"),
+        ("http", {"base_url": "http://h", "proxy": "proxy:3128"}, "proxy"),
+        ("http", {"base_url": "http://h", "proxy": "http://user:password@proxy"}, "proxy"),
         ("http", {"base_url": "http://h", "timeout_s": 0}, "timeout_s"),
         ("http", {"base_url": "http://h", "retries": -1}, "retries"),
         ("http", {"base_url": "http://h", "api_key": "sk-123"}, "api_key"),

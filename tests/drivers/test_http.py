@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import MappingProxyType
@@ -661,6 +661,41 @@ def test_what_a_service_cannot_bear_costs_its_own_caller_alone(
     finally:
         pool.stop()
     assert "caller seven" not in caplog.text
+
+
+@pytest.mark.parametrize("how", ["plain", "gzip", "chunked", "refused"])
+def test_a_connection_serves_many_calls(
+    remote: Remote, opened: Callable[..., HttpDriver], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """However an answer comes, it is read to its end."""
+    connections = set()
+
+    class KeepsAlive(Handler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            connections.add(self.client_address)
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            answer = json.dumps(good(Seen(self.path, self.headers, json.loads(body))).document).encode()
+            self.send_response(422 if how == "refused" else 200)
+            if how == "gzip":
+                answer = gzip.compress(answer)
+                self.send_header("Content-Encoding", "gzip")
+            if how == "chunked":
+                self.send_header("Transfer-Encoding", "chunked")
+                answer = b"%x\r\n%b\r\n0\r\n\r\n" % (len(answer), answer)
+            else:
+                self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+    driver = opened()
+    monkeypatch.setattr(remote, "RequestHandlerClass", KeepsAlive)
+    for _ in range(3):
+        with suppress(UpstreamError) if how == "refused" else nullcontext():
+            run(driver, ["a", "b"])
+    assert len(connections) == 1
+    driver.close()  # the server serves one connection at a time, to its end
 
 
 def test_an_answer_that_drips_has_the_same_time_as_any(remote: Remote, opened: Callable[..., HttpDriver]) -> None:

@@ -217,6 +217,33 @@ def test_health_is_answered_whatever_all_threads_wait_for(make_server: Callable[
             other.recv(1)
 
 
+def test_large_bodies_share_the_room_that_is_set(make_server: Callable[..., Server], kind: str) -> None:
+    """One that does not fit beside another is refused by its head; when that one's connection is cut there is room."""
+    server = make_server(EMBEDPOOL_LIMITS__MAX_SPOOLED_BYTES="4000000")
+    server.write_pool(fake("m"))
+    server.start(kind)
+    server.wait_ready()
+
+    def begun(connection: socket.socket, path: str, media_type: str) -> int:
+        """The status of the answer to the head alone: 100 if the body may follow."""
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\n"
+        connection.sendall(f"{head}Content-Type: {media_type}\r\nContent-Length: 3000000\r\n\r\n".encode())
+        return int(connection.recv(12).split()[1])
+
+    kinds = [("/embed", "application/json"), ("/embed?model=m", "application/x-ndjson")]
+    for first, second in (kinds, reversed(kinds)):
+        with socket.create_connection(address(server), timeout=60) as holds:
+            assert begun(holds, *first) == 100
+            with socket.create_connection(address(server), timeout=60) as other:
+                assert begun(other, *second) == 429
+
+        def has_room(of: tuple[str, str] = second) -> bool:
+            with socket.create_connection(address(server), timeout=60) as again:
+                return begun(again, *of) == 100
+
+        wait_until(has_room)
+
+
 def test_the_deadline_is_counted_from_the_first_byte(server: Server, kind: str) -> None:
     """A client that sends for longer than it would wait gets 504, and nothing is computed for it."""
     server.write_pool(fake("m"))

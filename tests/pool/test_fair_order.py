@@ -103,6 +103,21 @@ def test_one_item_at_a_time_no_request_ends_later_than_under_sharing(arrivals: l
 
 
 @settings(max_examples=300, deadline=None, database=None)
+@given(_arrivals("ab", 40))
+def test_what_a_later_request_of_one_caller_puts_off_is_all_that_others_lose(arrivals: list[Arrival]) -> None:
+    """Its caller's earlier requests may have been served first, by what was known then."""
+    ideal = ideal_ends(arrivals)
+    for number, (arrival, real) in enumerate(zip(arrivals, real_ends(arrivals, 1, 1), strict=True)):
+        put_off = sum(
+            other.items
+            for i, other in enumerate(arrivals)
+            if other.caller != arrival.caller
+            and any(i < j and later.caller == other.caller and later.at > other.at for j, later in enumerate(arrivals))
+        )
+        assert real <= ideal[number] + 1 + put_off
+
+
+@settings(max_examples=300, deadline=None, database=None)
 @given(ARRIVALS, st.integers(1, 3), st.integers(1, 8))
 def test_with_batches_it_is_no_later_than_the_longest_of_each_slot(
     arrivals: list[Arrival], slots: int, batch: int
