@@ -44,7 +44,8 @@ def exported(folder: Path, cache_dir: Path, load_model: Callable[[], Any]) -> Pa
     """
     graph = cache_dir / "openvino" / f"{folder.name}-{_key(folder)}" / "model.xml"
     if graph.exists() and is_whole(graph):
-        os.utime(graph.parent)  # see _prune
+        with contextlib.suppress(OSError):  # others may own the cache
+            os.utime(graph.parent)  # see _prune
         return graph
     if graph.parent.exists():
         logger.warning("the cached graph %s is damaged, or older than its check, and is made anew", graph.parent)

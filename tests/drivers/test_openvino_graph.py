@@ -44,6 +44,17 @@ def test_a_graph_is_exported_once(folder: Path, cache_dir: Path) -> None:
     assert [p.name for p in (cache_dir / "openvino").iterdir()] == [graph.parent.name]  # nothing temporary is left
 
 
+@pytest.mark.usefixtures("openvino_driver")
+def test_a_cache_that_may_only_be_read_is_used(folder: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one in an image: that it was used cannot be noted there."""
+
+    def refused(*_: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert exported(folder, cache_dir, load_model).is_file()
+
+
 def test_what_nobody_has_used_for_long_is_deleted(
     openvino_driver: LocalStDriver, folder: Path, cache_dir: Path
 ) -> None:
