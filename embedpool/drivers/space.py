@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 SAME_SPACE_COSINE = 0.999
 SPACE_BYTES = 16
 FOLDER = "spaces"
-# Of a model's files those that decide no number: texts for people, and weights beside others that are loaded instead.
-NO_PART = (".md", ".gitattributes", ".gitignore", ".lock", ".png", ".jpg", ".onnx")
+# Of a model's files those that decide no number: texts for people, and weights in other formats beside safetensors.
+NO_PART = (".md", ".gitattributes", ".gitignore", ".lock", ".png", ".jpg")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-NO_PART_FOLDERS = ("onnx", "openvino", "__pycache__")
+OTHER_RUNTIMES = ("onnx", "openvino")  # folders; a graph may also lie beside the rest
 
 Array = NDArray[Any]  # of shape (texts, width)
 
@@ -43,13 +43,21 @@ def of_files(folder: Path, task: str) -> str:
     """The space of a local model: weights, tokenizer and configurations, byte for byte, and what it is asked for."""
     facts = [task]
     for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder)
-        hidden = any(part.startswith(".") or part in NO_PART_FOLDERS for part in name.parts)
-        replaced = file.suffix in PICKLES and any(file.parent.glob("*.safetensors"))
-        if file.is_file() and not (hidden or replaced) and file.suffix not in NO_PART:
+        if file.is_file() and _is_part(file, folder):
             with file.open("rb") as stream:
-                facts.append(f"{name.as_posix()} {hashlib.file_digest(stream, 'sha256').hexdigest()}")
+                name = file.relative_to(folder).as_posix()
+                facts.append(f"{name} {hashlib.file_digest(stream, 'sha256').hexdigest()}")
     return hashed(*facts)
+
+
+def _is_part(file: Path, folder: Path) -> bool:
+    """Whether it may decide the numbers of the model in `folder`."""
+    parts = file.relative_to(folder).parts
+    if file.suffix in NO_PART or any(part.startswith(".") or part == "__pycache__" for part in parts):
+        return False
+    if parts[0] in OTHER_RUNTIMES or file.suffix == ".onnx":
+        return not any(folder.glob("*.safetensors"))
+    return file.suffix not in PICKLES or not any(file.parent.glob("*.safetensors"))
 
 
 def of_probes(state_dir: Path, probes: Array) -> str:

@@ -56,6 +56,18 @@ def test_what_decides_no_number_changes_no_space(folder: Path) -> None:
     assert of_files(folder, "sparse") != before
 
 
+@pytest.mark.parametrize("name", ["onnx/model.onnx", "model.onnx", "openvino/model.bin"])
+def test_weights_of_another_format_count_where_there_are_no_others(folder: Path, name: str) -> None:
+    """Two models that differ in nothing else are not the same."""
+    (folder / "model.safetensors").unlink()
+    spaces = set()
+    for weights in (b"one", b"another"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(weights)
+        spaces.add(of_files(folder, "embed"))
+    assert len(spaces) == 2
+
+
 def test_a_remote_model_is_recognised_in_spite_of_noise(tmp_path: Path) -> None:
     """Its vectors are compared with those seen before; others, or of another width, are another space."""
     space = of_probes(tmp_path, PROBES)
