@@ -110,7 +110,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
     close_when_flushed: bool  # waitress's own, and so is the next
     request: Parser | None
-    has_begun = False  # to answer the request that is served
+    has_begun = False  # to answer the first of its requests
     takes_answers_alone = False  # the client has shut its sending side
 
     def __init__(self, server: Any, client: socket.socket, *arguments: Any, **named: Any) -> None:
@@ -209,11 +209,6 @@ class Channel(HTTPChannel):  # type: ignore[misc]
             return not self.connected or is_gone(self.socket)
 
     @override
-    def service(self) -> None:
-        self.has_begun = False
-        super().service()
-
-    @override
     def readable(self) -> bool:
         return not self.takes_answers_alone and bool(super().readable())
 
@@ -295,6 +290,7 @@ class _ServerOfChannel:
 
     def add_task(self, channel: Channel) -> None:
         """Have a request thread serve the first request of the channel."""
+        channel.has_begun = False
         threads = self._server.for_health if channel.requests[0].path in ALWAYS_ANSWERED else self._server
         threads.add_task(channel)
 

@@ -241,6 +241,34 @@ def test_a_connection_that_was_sent_an_answer_waits_anew() -> None:
         assert channel.waits_since > before
 
 
+@pytest.mark.parametrize("requests", [1, 3])
+def test_a_client_that_shuts_its_side_is_sought_whichever_request_waits(requests: int) -> None:
+    """By an interim answer, on a kept connection too, where earlier requests have been answered; but in no answer."""
+    server = Listener()
+    with connected(server) as (channel, theirs):
+        for _ in range(requests - 1):
+            theirs.sendall(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n")
+            channel.handle_read()
+            channel.begins_to_answer()
+            channel.requests.clear()  # it is answered
+        theirs.sendall(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n")
+        channel.handle_read()
+        theirs.shutdown(socket.SHUT_WR)
+        channel.handle_read()
+        assert theirs.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert channel.connected
+        assert not channel.check_client_disconnected()
+    with connected(server) as (channel, theirs):
+        theirs.sendall(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n")
+        channel.handle_read()
+        channel.begins_to_answer()
+        theirs.shutdown(socket.SHUT_WR)
+        channel.handle_read()
+        channel.write_soon(b"answer")
+        channel.handle_write()
+        assert theirs.recv(100) == b"answer"
+
+
 # --- the room for large bodies
 
 

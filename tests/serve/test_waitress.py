@@ -159,7 +159,6 @@ METHODS: dict[str, dict[str, list[str]]] = {
         "handle_write": [],
         "readable": [],
         "received": ["data"],
-        "service": [],
         "writable": [],
         "write_soon": ["data"],
     },
