@@ -34,7 +34,7 @@ class Facts:
 
     `tasks` are those that it can do, with the number of values of a vector of each; None where that varies. `space`
     identifies whose numbers these are: vectors of two spaces are never comparable. `slots` is how many batches at once
-    serve it well, `cost` what a call takes, as far as it is known; it does not `pad` where texts of any lengths share a
+    serve it well, `cost` what a call takes, as far as it is known. Where nothing `pads`, texts of any lengths share a
     batch for nothing. `description` is what runs where, for /status: the driver may replace entries of it.
     """
 
