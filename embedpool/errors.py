@@ -6,13 +6,17 @@ import copy
 import traceback
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Self
 
 LONGEST_NAME = 200  # characters of a name that are compared and quoted
+FAILED_INPUTS_HEADER = "X-Embedpool-Failed"  # of an answer of any API: the inputs at fault, by index
 
 
 class EmbedpoolError(Exception):
-    """Base of all errors. `fields` maps a path in the input to what is wrong there; `retry_after_s` is in seconds."""
+    """Base of all errors. `fields` maps a path in the input to what is wrong there; `retry_after_s` is in seconds.
+
+    `inputs` are the indices of the inputs of a request that are at fault, as far as they are known.
+    """
 
     status = 500
     code = "internal_error"
@@ -23,12 +27,23 @@ class EmbedpoolError(Exception):
         message: str,
         *,
         fields: Mapping[str, str] | None = None,
+        inputs: Iterable[int] = (),
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message = self.for_the_log = message
         self.fields = dict(fields or {})
+        self.inputs = tuple(inputs)
         self.retry_after_s = self.default_retry_after_s if retry_after_s is None else retry_after_s
+
+    def of_input(self, index: int, where: str | None) -> Self:
+        """The same for a request of which one input is at fault; the message names it by its path, if that is given."""
+        found = copy.copy(self)
+        found.inputs = (index,)
+        if where is not None:
+            found.message, found.for_the_log = f"{where}: {self.message}", f"{where}: {self.for_the_log}"
+            found.args, found.fields = (found.message,), {where: self.message}
+        return found
 
 
 # --- 4xx: the caller can do something about it
@@ -201,7 +216,8 @@ class UpstreamError(EmbedpoolError):
 
     `said` holds the service's own words, which may quote any text of the call: they are for the caller of all of them,
     never for another one or the log. `content_may_cause` says whether a text of the batch, and not the service, may be
-    at fault, `passing` whether the same call may succeed when it is made again.
+    at fault, and `rows` which ones are, where the service has named them; `passing` says whether the same call may
+    succeed when it is made again, `is_busy` that the service asks for a pause.
     """
 
     status, code = 502, "upstream_error"
@@ -215,22 +231,33 @@ class UpstreamError(EmbedpoolError):
         retry_after_s: float | None = None,
         passing: bool = False,
         content_may_cause: bool = False,
+        rows: Iterable[int] = (),
     ) -> None:
         super().__init__(f"{message}: {said}" if said else message, retry_after_s=retry_after_s)
         self.for_the_log = message
         self.passing = passing
+        self.rows = tuple(rows)
+        self.is_busy = remote_status == 429
         self.remote_status = remote_status
-        self.content_may_cause = content_may_cause or remote_status in (*REFUSALS, 424, 500)
+        self.content_may_cause = (
+            content_may_cause or bool(self.rows) or remote_status in (*REFUSALS, 424) or (remote_status or 0) >= 500
+        )
         if remote_status in (*REFUSALS, 429):
             self.status = remote_status
-        if remote_status == 429 and retry_after_s is None:
+        if self.is_busy and retry_after_s is None:
             self.retry_after_s = Overloaded.default_retry_after_s
 
-    def without_words(self) -> UpstreamError:
+    def without_words(self) -> Self:
         """The same for whoever must not see the service's words."""
         found = copy.copy(self)
         found.message = self.for_the_log
         found.args = (found.message,)
+        return found
+
+    def after_s(self, retry_after_s: float) -> Self:
+        """The same with another time to ask again."""
+        found = copy.copy(self)
+        found.retry_after_s = retry_after_s
         return found
 
 
@@ -278,6 +305,16 @@ class RateLimited(EmbedpoolError):
     """The key is over its rate limit; retry after `Retry-After` seconds."""
 
     status, code = 429, "rate_limited"
+
+
+def _status_of() -> dict[str, int]:
+    classes = [EmbedpoolError]
+    for known in classes:
+        classes += known.__subclasses__()
+    return {known.code: known.status for known in classes}
+
+
+STATUS_OF: Mapping[str, int] = _status_of()  # of each code
 
 
 # --- not answered over HTTP

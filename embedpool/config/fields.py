@@ -140,6 +140,7 @@ def _field_of(f: dataclasses.Field[Any], hint: Any) -> fields.Field[Any]:
         int: StrictInteger,
         float: StrictFloat,
         str: fields.String,
+        Any: fields.Raw,
     }
     if hint is str and f.metadata["choices"]:
         return _Choice(required=required, validate=rules)

@@ -6,6 +6,7 @@ Every key of pool.yml is declared here once.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from marshmallow import fields, validate
 from embedpool.config.fields import StrictSchema, option, schema_of
 from embedpool.config.settings import SECRET_PREFIX, secret_variable
 
+MODEL_SLOT, TEXTS_SLOT, TEXT_SLOT = "{model}", "{texts}", "{text}"  # in a request of protocol template
 NOT_IN_A_URL = re.compile(r"[\\\s\x00-\x20\x7f]")
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:@/-]{0,199}\Z"
 
@@ -46,6 +48,15 @@ def _proxy(given: str) -> None:
         raise ma.ValidationError("must hold no user or password: set it in HTTPS_PROXY or HTTP_PROXY, and say env here")
 
 
+def _has_slot(form: Any) -> bool:
+    """Whether it has a place for any number of texts."""
+    if isinstance(form, dict):
+        return any(map(_has_slot, form.values()))
+    if isinstance(form, list):
+        return any(map(_has_slot, form)) or (len(form) == 1 and TEXT_SLOT in json.dumps(form))
+    return bool(form == TEXTS_SLOT)
+
+
 def _absolute(path: str) -> None:
     if not Path(path).is_absolute():
         raise ma.ValidationError("must be an absolute path: the server may run in another folder")
@@ -58,11 +69,13 @@ PLACES = ("thread", "process")
 class LocalConfig:
     """The part of a driver.config that all drivers of local models have.
 
-    Of every driver's the pool reads `is_remote`, `max_batch_texts`, `max_seq_length`, `normalize`, `dtype`, `prompts`.
+    Of every driver's the pool reads `is_remote`, `max_batch_texts`, `max_batch_chars`, `max_seq_length`, `normalize`,
+    `dtype`, `prompts`.
     """
 
     is_remote: ClassVar = False
     max_batch_texts: ClassVar = None
+    max_batch_chars: ClassVar = None
 
     isolation: str | None = option(None, "older spelling of the model's `place`", choices=PLACES, loads=True)
     max_rss_mb: int | None = option(
@@ -124,19 +137,34 @@ class HttpConfig:
     )
     protocol: str = option(
         "embedpool",
-        "embedpool: the full URL of /embed; openai: ends in /v1; tei: the server's root",
-        choices=("embedpool", "openai", "tei"),
+        "embedpool, template: the full URL; openai, jina, voyage: ends in /v1; tei, cohere, ollama: the server's root",
+        choices=("embedpool", "openai", "tei", "cohere", "jina", "voyage", "ollama", "template"),
+        loads=True,
+    )
+    request: dict[str, Any] = option(
+        {},
+        f"body of a call (template): {MODEL_SLOT} and {TEXTS_SLOT} stand for the name there and the list of texts; "
+        f"a list of one entry with {TEXT_SLOT} in it gets an entry for each text",
+        loads=True,
+    )
+    vectors: str | None = option(
+        None,
+        "where the vectors stand in the answer (template), such as data[].embedding",
+        pattern=r"^(\w[\w-]*(\.\w[\w-]*)*)?(\[\](\.\w[\w-]*)*)*\Z",
         loads=True,
     )
     remote_model: str | None = option(None, "the model's name there; default its name here", loads=True)
     timeout_s: float = option(60, "time-out of a call", minimum=0.001)
     retries: int = option(
         2,
-        "retries after a connection error, 429 or 5xx, possibly at another address; over time at most a fifth of calls",
+        "retries after a connection error or 5xx, possibly at another address; over time at most a fifth of calls",
         minimum=0,
         maximum=20,
     )
     max_batch_texts: int = option(64, "texts in one call", minimum=1)
+    max_batch_chars: int | None = option(
+        None, "characters of the texts in one call; a longer text goes alone; default: no limit", minimum=1
+    )
     api_key: str | None = option(
         None,
         f"name of the environment variable ({SECRET_PREFIX}…) with the bearer key",
@@ -159,6 +187,18 @@ class HttpConfig:
     normalize: bool = option(True, "vectors of length 1")
     dtype: str = option("float32", "type of the vectors given out", choices=("float32", "float16"))
     prompts: dict[str, str] = option({}, "named prompts, which embedpool puts before the text")
+
+    def __post_init__(self) -> None:
+        is_template = self.protocol == "template"
+        for name in ("request", "vectors"):
+            if bool(getattr(self, name)) != is_template:
+                says = "is needed by" if is_template else "is for"
+                raise ma.ValidationError({name: [f"{says} protocol template"]})
+        if is_template and not _has_slot(self.request) and self.max_batch_texts > 1:
+            message = (
+                f"has no {TEXTS_SLOT}, nor a list of one entry with {TEXT_SLOT}; without, max_batch_texts must be 1"
+            )
+            raise ma.ValidationError({"request": [message]})
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -284,7 +324,7 @@ class ModelSpec:
         """Equal for specs that one loaded model can serve; everything else applies at once."""
         config = self.driver.config
         values = ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if f.metadata["loads"])
-        loaded = tuple((name, tuple(sorted(v.items())) if isinstance(v, dict) else v) for name, v in values)
+        loaded = tuple((name, json.dumps(v, sort_keys=True) if isinstance(v, dict) else v) for name, v in values)
         return self.model, self.enabled, self.place, self.driver.type, loaded
 
 

@@ -7,7 +7,7 @@ import itertools
 import logging
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from typing_extensions import override
 from embedpool.bounds import CallBudget
 from embedpool.config.spec import HttpConfig, ModelSpec
 from embedpool.drivers.measure import probe_batch
-from embedpool.drivers.protocols import PROTOCOLS
+from embedpool.drivers.protocols import protocol_of
 from embedpool.drivers.space import SAME_SPACE_COSINE, likeness, of_probes
 from embedpool.drivers.upstream import RETRY_RESERVE, RETRY_SHARE, Upstream, secret
 from embedpool.errors import REFUSALS, UpstreamError
@@ -65,12 +65,13 @@ class HttpDriver(Driver):
         self._lost: str | None = None
         self._model = config.remote_model or model
         self._config = config
-        self._protocol = PROTOCOLS[config.protocol]
+        self._protocol = protocol_of(config)
         self._state_dir = state_dir
         self._shared = shared
         self._upstreams: list[Upstream] = []
         self._budget = CallBudget(RETRY_SHARE, RETRY_RESERVE)
         self._over = threading.Event()  # closed or lost
+        self._call_ended = threading.Condition()  # its lock is held for a look at the addresses
 
     @override
     def open(self, on_lost: Callable[[str], None]) -> Facts:
@@ -79,7 +80,7 @@ class HttpDriver(Driver):
         if self._config.api_key:
             headers["Authorization"] = f"Bearer {secret(self._config.api_key)}"
         path, proxy = self._protocol.path, self._config.proxy
-        self._upstreams = [Upstream(url, path, headers, proxy) for url in self._config.addresses]
+        self._upstreams = [Upstream(url, path, headers, proxy, self._notify) for url in self._config.addresses]
         try:
             self._find_one()
         except BaseException:
@@ -98,39 +99,47 @@ class HttpDriver(Driver):
 
     @override
     def run(self, batch: Batch) -> Answer:
-        """One call, and where it fails for a reason that may pass, or that another address may not have, a few more."""
+        """One call, and where it fails for a reason that may pass, or that another address may not have, a few more.
+
+        An address that asks for a pause is not called before it is over; if all do, this raises an error that says so.
+        """
         texts = batch.texts
         may_be_a_text = batch.is_search or len(texts) > 1
         body = self._protocol.body(self._model, texts, batch.options)
-        tried: list[Upstream] = []
+        tried: dict[Upstream, UpstreamError] = {}
+        attempts = 0
         upstream = self._least_busy(())
         self._budget.earn()
         while True:
             if upstream is None:
-                raise UpstreamError(self._lost or "the remote service is not asked")
+                raise self._nobody_to_ask()
             try:
                 with upstream.call(may_be_a_text=may_be_a_text):
-                    return self._ask(upstream, body, len(texts), self._config.timeout_s)
+                    answer = self._ask(upstream, body, len(texts), self._config.timeout_s)
             except UpstreamError as error:
-                tried.append(upstream)
+                tried[upstream] = error
+                attempts += 1
                 self._publish()
-                if batch.is_search or error.remote_status in REFUSALS or len(tried) > self._config.retries:
+                if batch.is_search or error.rows or error.remote_status in REFUSALS or attempts > self._config.retries:
                     raise
                 another = self._least_busy(tried)
-                if another is None and may_be_a_text and error.content_may_cause:
+                if another is None and may_be_a_text and error.content_may_cause and not _is_of_the_way(error):
                     raise  # finding the text is a better use of further calls
                 if not (another or (error.passing and not upstream.fault)) or not self._budget.spend():
                     raise
                 if another is None:
-                    self._over.wait(_pause_s(error, len(tried)))
+                    self._over.wait(_pause_s(error, attempts))
                 upstream = another or upstream
+            else:
+                self._count_failures(tried, upstream)
+                return answer
 
     @override
     def probe(self) -> None:
         try:
             vectors = self.run(probe_batch()).rows.values
         except UpstreamError as error:
-            if error.remote_status != 429:  # it is there, and busy
+            if not error.is_busy:  # else it is there
                 raise
             return
         if not np.isfinite(vectors).all():
@@ -144,9 +153,37 @@ class HttpDriver(Driver):
         for upstream in self._upstreams:
             upstream.close()
 
-    def _least_busy(self, tried: Sequence[Upstream]) -> Upstream | None:
-        """The best address that is in use and not in `tried`."""
-        serving = [u for u in self._upstreams if not u.fault and u not in tried]
+    @override
+    def rest_s(self) -> float:
+        return min((u.rest_s for u in self._upstreams if not u.fault), default=0.0)
+
+    @override
+    def takes_a_batch(self, within_s: float = 0.0) -> bool:
+        def has_turn() -> bool:
+            return self._lost is not None or any(u.takes_a_call for u in self._upstreams if not u.fault)
+
+        with self._call_ended:
+            return self._call_ended.wait_for(has_turn, min(within_s, self.rest_s() or within_s))
+
+    def _notify(self) -> None:
+        with self._call_ended:
+            self._call_ended.notify_all()
+
+    def _nobody_to_ask(self) -> UpstreamError:
+        if self._lost is None and (rest_s := self.rest_s()):
+            return UpstreamError("the remote service asks for a pause", remote_status=429, retry_after_s=rest_s)
+        return UpstreamError(self._lost or "the remote service is not asked")
+
+    def _count_failures(self, tried: Mapping[Upstream, UpstreamError], served: Upstream) -> None:
+        """Of addresses that failed with texts that another one has served."""
+        for upstream, error in tried.items():
+            if upstream is not served and error.content_may_cause and error.remote_status not in REFUSALS:
+                upstream.count_failure(error)
+                self._publish()
+
+    def _least_busy(self, tried: Container[Upstream]) -> Upstream | None:
+        """The best address that is in use, does not rest, and is not in `tried`."""
+        serving = [u for u in self._upstreams if not u.fault and not u.rest_s and u not in tried]
         return min(serving, key=lambda u: (u.outstanding, random.random()), default=None)  # noqa: S311  (no secret)
 
     def _ask(self, upstream: Upstream, body: dict[str, Any], count: int, timeout_s: float) -> Answer:
@@ -160,9 +197,9 @@ class HttpDriver(Driver):
                     said=upstream.words_of(response),
                     content_may_cause=True,
                 )
-            vectors, tokens, truncated = self._protocol.read(document)
-            array = _rows(vectors)
-            if not isinstance(tokens, int | None) or not all(isinstance(i, int) for i in truncated):
+            read = self._protocol.read(document)
+            array = _rows(read.vectors, self._dim if read.errors else None)
+            if not isinstance(read.tokens, int | None) or not all(isinstance(i, int) for i in read.truncated):
                 raise TypeError("counts must be whole numbers")
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
             says = f"the remote service's answer is not one of protocol {self._config.protocol!r}"
@@ -172,7 +209,7 @@ class HttpDriver(Driver):
             raise UpstreamError(says, content_may_cause=True)
         if self._dim is not None and array.shape[1] != self._dim:
             raise UpstreamError(f"the remote service's vectors went from {self._dim} to {array.shape[1]} numbers")
-        return Answer(Rows(array), tokens, [i for i in truncated if 0 <= i < count])
+        return Answer(Rows(array), read.tokens, [i for i in read.truncated if 0 <= i < count], read.errors)
 
     # --- which addresses are asked
 
@@ -255,19 +292,22 @@ class HttpDriver(Driver):
             self._on_lost(self._lost)
 
 
-def _rows(vectors: list[Any]) -> Array:
-    """As an array. A vector that is none, or of another length than most, is not finite: its text alone is at fault."""
+def _rows(vectors: list[Any], width: int | None) -> Array:
+    """As an array. A vector that is none, or of another length than most, is not finite: its text alone is at fault.
+
+    Without any vector it has this width.
+    """
     with np.errstate(over="ignore"):  # becomes infinite, which the worker refuses
         try:
             return np.asarray(vectors, dtype=np.float32)
         except (ValueError, TypeError):
             rows = [_row(vector) for vector in vectors]
             lengths = collections.Counter(len(row) for row in rows if row is not None)
-            if not lengths:
+            if not lengths and width is None:
                 raise
-            width = lengths.most_common(1)[0][0]
-            gap = np.full(width, np.nan, np.float32)
-            return np.stack([gap if row is None or len(row) != width else row for row in rows])
+            most = lengths.most_common(1)[0][0] if lengths else width or 0
+            gap = np.full(most, np.nan, np.float32)
+            return np.stack([gap if row is None or len(row) != most else row for row in rows])
 
 
 def _row(vector: Any) -> Array | None:
@@ -276,6 +316,11 @@ def _row(vector: Any) -> Array | None:
     except (ValueError, TypeError):
         return None
     return row if row.ndim == 1 and len(row) else None
+
+
+def _is_of_the_way(error: UpstreamError) -> bool:
+    """Whether the network or a proxy is likelier to be at fault than a text."""
+    return error.passing and error.remote_status != 500
 
 
 def _pause_s(error: UpstreamError, attempts: int) -> float:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from embedpool.errors import UnsupportedOption
+from embedpool.config.spec import MODEL_SLOT, TEXT_SLOT, TEXTS_SLOT, HttpConfig
+from embedpool.errors import STATUS_OF, EmbedpoolError, UnsupportedOption, UpstreamError
+from embedpool.tasks.embed import DOCUMENT, QUERY
+
+
+class Reading(NamedTuple):
+    """What an answer holds: vectors, the tokens that the service counted, and the texts it cut or failed on."""
+
+    vectors: list[Any]
+    tokens: int | None = None
+    truncated: Sequence[int] = ()
+    errors: Mapping[int, EmbedpoolError] = {}
 
 
 class Protocol(NamedTuple):
@@ -13,19 +25,32 @@ class Protocol(NamedTuple):
 
     path: str
     body: Callable[[str, Sequence[str], Mapping[str, Any]], dict[str, Any]]
-    read: Callable[[Any], tuple[list[Any], int | None, list[int]]]  # vectors, tokens, truncated
+    read: Callable[[Any], Reading]
 
 
-RAW = {"normalize": False, "dtype": "float32"}  # the final form is made here
+# --- embedpool
+
+# The final form is made here, and a text that fails there takes no other with it.
+RAW = {"normalize": False, "dtype": "float32", "on_error": "partial"}
 
 
 def _embedpool_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": model, "texts": list(texts), "options": {**RAW, **options}}
 
 
-def _embedpool_read(document: Any) -> tuple[list[Any], int | None, list[int]]:
+def _embedpool_read(document: Any) -> Reading:
     meta = document.get("meta") or {}
-    return document["vectors"], meta.get("tokens"), list(meta.get("truncated") or [])
+    errors = {entry["index"]: _error_of(entry) for entry in document.get("errors") or ()}
+    return Reading(document["vectors"], meta.get("tokens"), list(meta.get("truncated") or []), errors)
+
+
+def _error_of(entry: Mapping[str, Any]) -> UpstreamError:
+    code = entry["code"] if entry["code"] in STATUS_OF else "an error"
+    says = f"the remote service answered {code}"
+    return UpstreamError(says, said=str(entry["message"]), remote_status=STATUS_OF.get(code))
+
+
+# --- OpenAI, Jina and Voyage, which have one form of answer
 
 
 def _openai_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,9 +58,30 @@ def _openai_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -
     return {**options, "model": model, "input": list(texts), "encoding_format": "float"}
 
 
-def _openai_read(document: Any) -> tuple[list[Any], int | None, list[int]]:
+def _jina_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    passed_on, cuts = _cut_or_refused("jina", options)
+    if input_type := passed_on.pop("input_type", None):
+        passed_on["task"] = _word_for(input_type, "retrieval.query", "retrieval.passage")
+    return {
+        **passed_on, "model": model, "input": list(texts), "embedding_type": "float", "normalized": False,
+        "truncate": cuts,
+    }  # fmt: skip
+
+
+def _voyage_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    passed_on, cuts = _cut_or_refused("voyage", options)
+    if input_type := passed_on.pop("input_type", None):
+        passed_on["input_type"] = _word_for(input_type, "query", "document")
+    return {**passed_on, "model": model, "input": list(texts), "output_dtype": "float", "truncation": cuts}
+
+
+def _openai_read(document: Any) -> Reading:
     data = sorted(document["data"], key=lambda entry: entry.get("index", 0))
-    return [entry["embedding"] for entry in data], (document.get("usage") or {}).get("prompt_tokens"), []
+    usage = document.get("usage") or {}
+    return Reading([entry["embedding"] for entry in data], usage.get("prompt_tokens", usage.get("total_tokens")))
+
+
+# --- text-embeddings-inference
 
 
 def _tei_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,8 +95,48 @@ def _tei_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> d
     return body
 
 
-def _tei_read(document: Any) -> tuple[list[Any], int | None, list[int]]:
-    return list(document), None, []
+def _tei_read(document: Any) -> Reading:
+    return Reading(list(document))
+
+
+# --- Cohere
+
+COHERE_TRUNCATE = {"error": "NONE", "left": "START", "right": "END"}
+
+
+def _cohere_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse("cohere", options, "prompt_name")
+    passed_on = dict(options)
+    if limit := passed_on.pop("max_seq_length", None):
+        passed_on["max_tokens"] = limit
+    policy = COHERE_TRUNCATE[passed_on.pop("truncate", "right")]
+    # Its models ask for one; most texts that are embedded are documents.
+    input_type = _word_for(passed_on.pop("input_type", "document"), "search_query", "search_document")
+    return {
+        **passed_on, "model": model, "texts": list(texts), "input_type": input_type, "embedding_types": ["float"],
+        "truncate": policy,
+    }  # fmt: skip
+
+
+def _cohere_read(document: Any) -> Reading:
+    billed = (document.get("meta") or {}).get("billed_units") or {}
+    return Reading(document["embeddings"]["float"], billed.get("input_tokens"))
+
+
+# --- Ollama
+
+
+def _ollama_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    passed_on, cuts = _cut_or_refused("ollama", options)
+    passed_on.pop("input_type", None)  # it knows no such thing; `driver.config.prompts` does
+    return {**passed_on, "model": model, "input": list(texts), "truncate": cuts}
+
+
+def _ollama_read(document: Any) -> Reading:
+    return Reading(document["embeddings"], document.get("prompt_eval_count"))
+
+
+# --- what options mean there
 
 
 def _refuse(protocol: str, options: Mapping[str, Any], *names: str) -> None:
@@ -60,8 +146,64 @@ def _refuse(protocol: str, options: Mapping[str, Any], *names: str) -> None:
             raise UnsupportedOption(f"options.{name}: {message}", fields={f"options.{name}": message})
 
 
+def _cut_or_refused(protocol: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The other options, and whether a text that is too long is cut, where a service can be told only that."""
+    _refuse(protocol, options, "max_seq_length", "prompt_name")
+    passed_on = dict(options)
+    policy = passed_on.pop("truncate", "right")
+    if policy == "left":
+        _refuse(protocol, options, "truncate")
+    return passed_on, policy != "error"
+
+
+def _word_for(input_type: str, query: str, document: str) -> str:
+    """A service's word for what the texts are for."""
+    return query if input_type in QUERY else document if input_type in DOCUMENT else input_type
+
+
+# --- a service that is described in driver.config
+
+
+def _by_template(config: HttpConfig) -> Protocol:
+    def body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+        _refuse("template", options, *(name for name in options if name != "input_type"))
+        filled: dict[str, Any] = _filled(config.request, model, texts)
+        return filled
+
+    return Protocol("", body, lambda document: Reading(list(_at(document, config.vectors or ""))))
+
+
+def _filled(form: Any, model: str, texts: Sequence[str]) -> Any:
+    """The form with the model's name and the texts in their slots; a list around a single text is one of all texts."""
+    if isinstance(form, dict):
+        return {name: _filled(value, model, texts) for name, value in form.items()}
+    if isinstance(form, list):
+        if len(form) == 1 and TEXT_SLOT in json.dumps(form):
+            return [_filled(form[0], model, [text]) for text in texts]
+        return [_filled(value, model, texts) for value in form]
+    slots = {MODEL_SLOT: model, TEXTS_SLOT: list(texts), TEXT_SLOT: texts[0]}
+    return slots.get(form, form) if isinstance(form, str) else form
+
+
+def _at(document: Any, path: str) -> Any:
+    """What stands at a path like `data[].embedding`, where [] stands for each entry of a list."""
+    before, each, after = path.partition("[]")
+    for name in filter(None, before.split(".")):
+        document = document[name]
+    return [_at(entry, after) for entry in document] if each else document
+
+
 PROTOCOLS = {
     "embedpool": Protocol("", _embedpool_body, _embedpool_read),
     "openai": Protocol("/embeddings", _openai_body, _openai_read),
     "tei": Protocol("/embed", _tei_body, _tei_read),
+    "cohere": Protocol("/v2/embed", _cohere_body, _cohere_read),
+    "jina": Protocol("/embeddings", _jina_body, _openai_read),
+    "voyage": Protocol("/embeddings", _voyage_body, _openai_read),
+    "ollama": Protocol("/api/embed", _ollama_body, _ollama_read),
 }
+
+
+def protocol_of(config: HttpConfig) -> Protocol:
+    """The protocol that a driver.config names, or describes."""
+    return PROTOCOLS.get(config.protocol) or _by_template(config)

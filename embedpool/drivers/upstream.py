@@ -11,7 +11,8 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from email.utils import mktime_tz, parsedate_tz
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -23,12 +24,13 @@ from requests.utils import get_auth_from_url, get_environ_proxies
 from embedpool import tracing
 from embedpool.config import guard
 from embedpool.config.settings import secret_value
-from embedpool.errors import REFUSALS, Forbidden, UpstreamError, forget_frames
+from embedpool.drivers.pace import Pace
+from embedpool.errors import FAILED_INPUTS_HEADER, REFUSALS, Forbidden, UpstreamError, forget_frames
 
 logger = logging.getLogger(__name__)
 
 FAILURES_TO_OPEN = 5  # in a row; an address is then left alone until it has proved itself
-PASSING_STATUS = (429, 500, 502, 503, 504)
+PASSING_STATUS = (500, 502, 503, 504)
 CONNECT_TIMEOUT_S = 10.0
 CONNECTIONS = 64
 READ_BYTES = 1 << 16
@@ -70,15 +72,26 @@ POOLS = {"http": _HttpPool, "https": _HttpsPool}
 
 
 class Upstream:
-    """A circuit breaker around one address: `fault` says why it is not asked, None while it is. Thread-safe."""
+    """A circuit breaker around one address: `fault` says why it is not asked, None while it is. Thread-safe.
 
-    def __init__(self, base_url: str, path: str, headers: Mapping[str, str], proxy: str | None = None) -> None:
-        """`proxy` is a URL, or env."""
+    `proxy` is a URL, or env. `on_call_ended` is called on the thread that called, whatever became of the call.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        path: str,
+        headers: Mapping[str, str],
+        proxy: str | None = None,
+        on_call_ended: Callable[[], None] = lambda: None,
+    ) -> None:
         parts = urlsplit(base_url)
         self.name = parts.netloc.rpartition("@")[2] + parts.path.rstrip("/")
         self.fault: str | None = "not asked yet"
         self.outstanding = 0  # calls
         self._failures = 0  # in a row
+        self._pace = Pace(time.monotonic)
+        self._on_call_ended = on_call_ended
         self._lock = threading.Lock()
         self._url = base_url.rstrip("/") + path
         self._session = requests.Session()
@@ -110,6 +123,16 @@ class Upstream:
             logger.warning("%s is called directly: a proxy of the environment is for models of `proxy: env`", host)
         return {"http": proxy, "https": proxy} if proxy else {}
 
+    @property
+    def rest_s(self) -> float:
+        """Seconds until it may be called again, after it has asked for a pause."""
+        return self._pace.rest_s
+
+    @property
+    def takes_a_call(self) -> bool:
+        """Whether it bears one more now."""
+        return not self.rest_s and self.outstanding + 1 <= self._pace.at_once
+
     @contextlib.contextmanager
     def call(self, *, may_be_a_text: bool = False) -> Iterator[None]:
         """Count one call and how it ends. What it refuses, and 429, is no failure of the address.
@@ -118,23 +141,36 @@ class Upstream:
         """
         with self._lock:
             self.outstanding += 1
+        began_at = time.monotonic()
         try:
             yield
         except UpstreamError as error:
             with self._lock:
-                if error.remote_status in REFUSALS or error.status == 429:
+                if error.is_busy:
+                    self._pace.refused(began_at, self.outstanding, error.retry_after_s)
+                if error.remote_status in REFUSALS or error.is_busy:
                     self._failures = 0
-                elif not (may_be_a_text and error.content_may_cause):
-                    self._failures += 1
-                if self._failures >= FAILURES_TO_OPEN:
-                    self.fault = error.for_the_log  # everybody may read it
+                elif not (error.rows or (may_be_a_text and error.content_may_cause)):
+                    self._failed(error)
             raise
         else:
             with self._lock:
                 self._failures = 0
+                self._pace.served()
         finally:
             with self._lock:
                 self.outstanding -= 1
+            self._on_call_ended()
+
+    def count_failure(self, error: UpstreamError) -> None:
+        """No text was at fault in a call that failed: another address has served it."""
+        with self._lock:
+            self._failed(error)
+
+    def _failed(self, error: UpstreamError) -> None:
+        self._failures += 1
+        if self._failures >= FAILURES_TO_OPEN:
+            self.fault = error.for_the_log  # everybody may read it
 
     def admit(self) -> None:
         """It has proved itself: ask it from now on."""
@@ -161,15 +197,18 @@ class Upstream:
         except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             forget_frames(error)
             is_late = isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError)
-            raise UpstreamError(f"the remote service does not answer: {_reason(error)}", passing=not is_late) from None
+            says = f"the remote service does not answer: {_reason(error)}"
+            raise UpstreamError(says, passing=not is_late, content_may_cause=True) from None
         if response.status_code == 200:
             return response
+        named = _indices(response.headers.get(FAILED_INPUTS_HEADER))
         raise UpstreamError(
             f"the remote service answered {response.status_code}",
             said=self.words_of(response),
             remote_status=response.status_code,
             retry_after_s=_seconds(response.headers.get("Retry-After")),
-            passing=response.status_code in PASSING_STATUS,
+            passing=response.status_code in PASSING_STATUS and not named,
+            rows=named,
         )
 
     def close(self) -> None:
@@ -199,7 +238,8 @@ def _read(response: requests.Response, deadline: float, most_bytes: int) -> None
     while part := response.raw.read1(READ_BYTES, decode_content=True):
         content += part
         if len(content) > most_bytes:
-            raise UpstreamError(f"the remote service's answer is larger than {most_bytes} bytes")
+            says = f"the remote service's answer is larger than {most_bytes} bytes"
+            raise UpstreamError(says, content_may_cause=True)
         if time.monotonic() > deadline:
             raise requests.ReadTimeout
     response._content = bytes(content)
@@ -223,8 +263,15 @@ def _reason(error: Exception) -> str:
 
 
 def _seconds(retry_after: str | None) -> float | None:
+    """A number of seconds, or a date (RFC 9110)."""
     try:
         seconds = float(retry_after or "")
     except ValueError:
-        return None
+        date = parsedate_tz(retry_after)
+        seconds = max(mktime_tz(date) - time.time(), 0.0) if date else math.nan
     return seconds if seconds >= 0 and math.isfinite(seconds) else None
+
+
+def _indices(named: str | None) -> list[int]:
+    """Another embedpool names the texts at fault, whatever the protocol."""
+    return [int(index) for index in re.findall(r"\d{1,9}", named or "")]

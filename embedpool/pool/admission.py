@@ -16,6 +16,7 @@ from embedpool.errors import (
     ModelLoading,
     Overloaded,
     ShuttingDown,
+    UpstreamError,
 )
 from embedpool.pool.model_queue import ModelQueue, QueueClosed
 from embedpool.pool.replica_set import ReplicaSet
@@ -56,7 +57,7 @@ class Admission:
         try:
             result = self._serve(request)
         except EmbedpoolError as error:
-            if not (call.is_patient and isinstance(error, Overloaded)):
+            if not (call.is_patient and error.status == Overloaded.status):
                 self.stats.refused(error.code)
             raise
         finally:
@@ -85,8 +86,9 @@ class Admission:
     def _serve(self, request: Request) -> Result:
         clock, task, call = self.settings.clock, request.task, request.call
         spec = self.replicas.spec
+        self._require_no_rest(call)  # before it is measured, as all of these
         if self.queue.full() and not self.queue.is_closed:
-            raise self._overloaded()  # before it is measured
+            raise self._overloaded()
         if width := self.replicas.widths.get(task.name):
             call.require_room(width)
         tokenizer = self.tokenizer(max(call.deadline - clock(), 0))
@@ -117,6 +119,13 @@ class Admission:
             replicas=sorted(request.replicas),
             errors=errors,
         )
+
+    def _require_no_rest(self, call: Call) -> None:
+        """Raises UpstreamError if a remote service asks for a pause that is longer than the request may take."""
+        rest_s = self.replicas.rest_s
+        if rest_s and self.settings.clock() + rest_s >= call.deadline:
+            says = f"the remote service asks for a pause of {rest_s:.0f} s"
+            raise UpstreamError(says, remote_status=429, retry_after_s=rest_s)
 
     def _require_time(self, call: Call) -> None:
         """Raises DeadlineExceeded."""
@@ -152,7 +161,8 @@ class Admission:
     def _overloaded(self) -> Overloaded:
         """The error for a full queue, with the time until the waiting items should be done, by the measured rate."""
         rate = self.stats.texts_per_busy_s() * max(len(self.replicas), 1)
-        retry_after_s = min(max(self.queue.qsize() / rate, 1.0), 60.0) if rate else 1.0
+        drained_s = min(max(self.queue.qsize() / rate, 1.0), 60.0) if rate else 1.0
+        retry_after_s = max(drained_s, self.replicas.rest_s)
         message = f"the queue of {self.replicas.spec.model!r} is full ({self.queue.maxsize} texts)"
         return Overloaded(message, retry_after_s=retry_after_s)
 

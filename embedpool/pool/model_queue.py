@@ -47,7 +47,7 @@ class ModelQueue(queue.Queue[Item]):
 
     All state, and `waiting` and `left` of requests, is guarded by the one lock of `queue.Queue`. Requests' threads
     wait for `not_full` and put, replicas' threads wait for `not_empty` and take. Under the lock nothing waits and no
-    other lock is taken but those of the planner's `Slots`.
+    other lock is taken but those of the planner's `Slots` and of a driver that tells whether it takes a batch.
     """
 
     def __init__(
@@ -214,6 +214,12 @@ class ModelQueue(queue.Queue[Item]):
                 self._forget(number, item)
             self._order.withdraw(request)
             self.not_full.notify_all()
+
+    def requests(self) -> set[Request]:
+        """Those that have items here."""
+        with self.mutex:
+            returned = itertools.chain.from_iterable(self._returned)
+            return {*self._waiting, *(equal.request for item in returned for equal in item.equals)}
 
     def put_back(self, items: Sequence[Item]) -> None:
         """Let items that were taken run again, as a batch of their own. The queue may be full by now.

@@ -19,6 +19,8 @@ from embedpool.pool.settings import PoolSettings
 
 logger = logging.getLogger(__name__)
 
+REST_LOOK_S = 0.25  # whether to go on letting a remote service rest
+
 
 @dataclasses.dataclass(eq=False)
 class Replica:
@@ -124,14 +126,17 @@ class Replica:
         assert runner is not None
         served = False
         try:
-            if runner.place.lost:
-                raise DriverLost(runner.place.lost.reason)
+            place = runner.place
+            if place.lost:
+                raise DriverLost(place.lost.reason)
+            if not place.takes_a_batch(REST_LOOK_S if timeout_s is None else min(timeout_s, REST_LOOK_S)):
+                return False
             items = runner.queue.take(
                 lambda window: self.planner.plan_under_lock(window, self.slots),  # as it is when the wait is over
                 timeout_s,
                 enough=self.planner.max_items,
                 max_wait_s=self.settings.max_wait_s,
-                leaving=leaving,
+                leaving=lambda: leaving() or not place.takes_a_batch(),
             )
             if not items:
                 self._probe_if_due(runner, probe_s)

@@ -96,6 +96,12 @@ class ReplicaSet:
         """How long until the next attempt of a failed model, and a second at least."""
         return max(min((r.retry_at for r in self._replicas), default=0.0) - self.settings.clock(), 1.0)
 
+    @property
+    def rest_s(self) -> float:
+        """Seconds until a remote service takes a batch again; 0 unless it has asked for a pause."""
+        runners = [r.runner for r in self._replicas if r.state == "ready"]
+        return min((runner.place.rest_s() for runner in runners if runner), default=0.0)
+
     def counts(self) -> dict[str, object]:
         """How many there are, idle and busy, and what an open one says of itself, for /status."""
         replicas = self._replicas
@@ -106,6 +112,7 @@ class ReplicaSet:
             "replicas_idle": max(ready - busy, 0),
             "replicas_busy": busy,
             "replicas_stuck": sum(self._stuck_s([r]) > 0 for r in replicas),
+            "rest_s": round(self.rest_s, 1),
             "space": self.space,
             "runs_on": next((dict(r.description) for r in replicas if r.description), {}),
         }

@@ -9,9 +9,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from embedpool.config.spec import ModelSpec
-from embedpool.errors import ClientGone, DeadlineExceeded, EmbedpoolError, InferenceFailed, forget_frames
+from embedpool.errors import (
+    ClientGone,
+    DeadlineExceeded,
+    EmbedpoolError,
+    InferenceFailed,
+    UpstreamError,
+    forget_frames,
+)
 from embedpool.tasks.item import Item
-from embedpool.tasks.rows import Rows
+from embedpool.tasks.rows import Answer, Rows
 from embedpool.tasks.task import Measured, Task
 from embedpool.tracing import Trace
 
@@ -198,13 +205,16 @@ class Request:
 # --- what becomes of the items of a batch, and of their duplicates
 
 
-def give(items: list[Item], rows: Rows) -> None:
-    """Each gets its row, unless that is not finite."""
-    for i, (item, finite) in enumerate(zip(items, rows.finite().tolist(), strict=True)):
-        if not finite:
-            blame(item, "the model gave a vector that is not finite")
+def give(items: list[Item], answer: Answer) -> None:
+    """Each gets its row, unless it has an error of its own or a row that is not finite."""
+    for i, (item, finite) in enumerate(zip(items, answer.rows.finite().tolist(), strict=True)):
+        if error := answer.errors.get(i):
+            blame(item, for_callers_of(items, error))
             continue
-        row = rows.row(i)
+        if not finite:
+            blame(item, InferenceFailed("the model gave a vector that is not finite"))
+            continue
+        row = answer.rows.row(i)
         for equal in item.equals:
             equal.request.fill(equal.index, row)
 
@@ -217,12 +227,16 @@ def fail(items: list[Item], error: EmbedpoolError) -> None:
             equal.request.fail_input(equal.index, error)
 
 
-def blame(item: Item, message: str) -> None:
+def blame(item: Item, error: EmbedpoolError) -> None:
     """An item is at fault: its requests fail, naming it by its place in each, or go on without it."""
+    forget_frames(error)
     for equal in item.equals:
-        task = equal.request.task
-        if task.partial:
-            equal.request.fail_input(equal.index, InferenceFailed(message))  # the answer says which
-            continue
-        where = task.where(equal.index)
-        equal.request.fail_input(equal.index, InferenceFailed(f"{where}: {message}", fields={where: message}))
+        task = equal.request.task  # the answer of a partial one says which
+        where = None if task.partial else task.where(equal.index)
+        equal.request.fail_input(equal.index, error.of_input(equal.index, where))
+
+
+def for_callers_of(items: list[Item], error: EmbedpoolError) -> EmbedpoolError:
+    """What may be told of a failed call of these: a service's own words only if they are all of one request."""
+    requests = {equal.request for item in items for equal in item.equals}
+    return error.without_words() if len(requests) > 1 and isinstance(error, UpstreamError) else error

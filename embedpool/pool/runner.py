@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -14,11 +15,11 @@ from embedpool.bounds import CallBudget
 from embedpool.errors import EmbedpoolError, InferenceFailed, UnsupportedTask, UpstreamError
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.quarantine import Quarantine
-from embedpool.pool.request import blame, fail, give
+from embedpool.pool.request import blame, fail, for_callers_of, give
 from embedpool.pool.stats import ModelStats
 from embedpool.tasks.driver import PROBE_TEXT, Loss, Place
 from embedpool.tasks.item import Batch, Group, Item
-from embedpool.tasks.rows import Answer, Rows
+from embedpool.tasks.rows import Answer
 
 logger = logging.getLogger(__name__)
 
@@ -77,25 +78,27 @@ class Runner:
             return False
         item.request, item.index, item.duplicates = wanted[0].request, wanted[0].index, wanted[1:]
         if reason := self.quarantine.reason(item):
-            blame(item, f"not tried again for a while, since the model failed on it: {reason}")
+            blame(item, InferenceFailed(f"not tried again for a while, since the model failed on it: {reason}"))
         return not reason
 
     # --- who is at fault if it fails
 
-    def _run(self, items: list[Item], cause: UpstreamError | None = None) -> bool:
-        """Whether a call succeeded. A batch that content may have failed is bisected: only the item at fault fails.
-
-        `cause` is what a call failed with in which these items were among others.
-        """
-        if cause and not self._searches.spend():
-            _refuse(items, cause)
-            return False
+    def _run(self, items: list[Item]) -> bool:
+        """Whether a call succeeded. A batch that content may have failed is bisected: only the item at fault fails."""
         try:
-            rows = self._call(items, is_search=cause is not None)
+            return self._attempt(items)
         except UpstreamError as error:
-            if error.content_may_cause and len(items) > 1 and (cause or self._bears_the_probe(items[0].group)):
-                return self._halve(items, error)
-            _refuse(items, error)
+            if error.content_may_cause:
+                return self._search(items, error)
+            self._refuse(items, error)
+            return False
+
+    def _attempt(self, items: list[Item], *, is_search: bool = False) -> bool:
+        """As `_run`. Raises UpstreamError, after which the items have no answer."""
+        try:
+            answer = self._call(items, is_search=is_search)
+        except UpstreamError:
+            raise
         except EmbedpoolError as error:
             fail(items, error)
         except DriverLost:  # by another batch, while this one waited to be alone: it has not run
@@ -105,9 +108,89 @@ class Runner:
             logger.warning("%s: a batch of %d failed: %s: %s", self.name, len(items), type(error).__name__, error)
             return self._after_failure(items, error)
         else:
-            give(items, rows)
+            give(items, answer)
             return True
         return False
+
+    def _search(self, items: list[Item], error: UpstreamError) -> bool:
+        """Find the items that a remote service fails on, by halving; as soon as it fails on all, the rest fails as one.
+
+        Whether a call succeeded.
+        """
+        left: list[list[Item]] = []
+        succeeded = False
+        try:
+            left = self._suspects(items, error, is_known=False)
+            while left:
+                items = [item for item in left.pop() if self._is_to_run(item)]  # a search may take long
+                if not items:
+                    continue
+                if not self._searches.spend():
+                    raise error.without_words()
+                try:
+                    succeeded = self._attempt(items, is_search=True) or succeeded
+                except UpstreamError as found:
+                    left += self._suspects(items, found, is_known=True)
+        except UpstreamError as last:
+            of_one = last.without_words() if left else last
+            self._refuse([*items, *itertools.chain.from_iterable(left)], of_one)
+        except DriverBroken:
+            self.queue.put_back(list(itertools.chain.from_iterable(left)))
+            raise
+        return succeeded
+
+    def _suspects(self, items: list[Item], error: UpstreamError, *, is_known: bool) -> list[list[Item]]:
+        """The parts of a batch that failed among which further items at fault may be; one that is found gets its error.
+
+        `is_known` says that the service has lately served others. Raises UpstreamError if no item is at fault.
+        """
+        said = for_callers_of(items, error)
+        if named := [item for row, item in enumerate(items) if row in error.rows]:
+            for item in named:
+                blame(item, said)
+            return [others] if (others := [item for item in items if item not in named]) else []
+        if not error.content_may_cause:
+            raise error
+        is_alone = len(items) == 1
+        if is_alone and not is_known and len(items[0].request.task) == 1:
+            raise error  # its only input: nobody asks which
+        if is_alone or not is_known:
+            self._require_the_probe(items[0].group, error)
+        if is_alone:
+            blame(items[0], said)
+            return []
+        middle = len(items) // 2
+        return [items[middle:], items[:middle]]
+
+    def _require_the_probe(self, group: Group, error: UpstreamError) -> None:
+        """Raise the error unless the service takes a known text with the same options: then an item is at fault.
+
+        If it is busy, that is raised.
+        """
+        probe = Batch(group.task, [Item((PROBE_TEXT,), 0)], _options_of(group))
+        try:
+            self.place.run(probe)
+        except Exception as fault:
+            says = "%s: no text of the batch is at fault: a known one fails, too: %s"
+            logger.info(says, self.name, type(fault).__name__)
+            raise fault if isinstance(fault, UpstreamError) and fault.is_busy else error from None
+
+    def _refuse(self, items: list[Item], error: UpstreamError) -> None:
+        """Let a busy service rest, and try again; else they all fail."""
+        if error.is_busy:
+            self._postpone(items, error)
+        else:
+            fail(items, for_callers_of(items, error))
+
+    def _postpone(self, items: list[Item], error: UpstreamError) -> None:
+        """The service asks for a pause. These items run after it; a request that cannot wait so long fails now."""
+        rest_s = self.place.rest_s()
+        until = self.clock() + rest_s
+        mine = {equal.request for item in items for equal in item.equals}
+        for request in mine | self.queue.requests():
+            if request.call.deadline <= until:
+                request.fail(error.after_s(rest_s) if mine == {request} else error.after_s(rest_s).without_words())
+        self.queue.put_back(items)
 
     def _after_failure(self, items: list[Item], error: BaseException) -> bool:
         """Hand the batch back if the place is lost, fail it if the driver fails at its probe too, else bisect it."""
@@ -125,32 +208,20 @@ class Runner:
             raise DriverBroken(fault) from error
         if len(items) > 1:
             return self._halve(items)
-        blame(items[0], f"the model failed on it: {says}")
+        blame(items[0], InferenceFailed(f"the model failed on it: {says}"))
         return False
 
-    def _bears_the_probe(self, group: Group) -> bool:
-        """Whether a remote service takes a known text with the same options: then a text of the batch is at fault."""
-        probe = Batch(group.task, [Item((PROBE_TEXT,), 0)], _options_of(group))
-        try:
-            self.place.run(probe)
-        except Exception as error:
-            logger.info(
-                "%s: no text of the batch is at fault: a known one fails, too: %s", self.name, type(error).__name__
-            )
-            return False
-        return True
-
-    def _halve(self, items: list[Item], cause: UpstreamError | None = None) -> bool:
+    def _halve(self, items: list[Item]) -> bool:
         middle = len(items) // 2
         try:
-            succeeded = self._run(items[:middle], cause)
+            succeeded = self._run(items[:middle])
         except DriverLost:
             self.queue.put_back(items[middle:])
             raise
         except DriverBroken:
             fail(items[middle:], InferenceFailed("the model failed on another part of the batch"))
             raise
-        return self._run(items[middle:], cause) or succeeded
+        return self._run(items[middle:]) or succeeded
 
     def _hand_back(self, items: list[Item], loss: Loss) -> None:
         """Another replica, or this one when it is open again, runs them again: as they were if none can be at fault.
@@ -173,11 +244,11 @@ class Runner:
             self.queue.put_back(items)
         else:
             self.quarantine.add(items[0], loss.reason)
-            blame(items[0], f"the model failed on it: {loss.reason}")
+            blame(items[0], InferenceFailed(f"the model failed on it: {loss.reason}"))
 
     # --- the call
 
-    def _call(self, items: list[Item], *, is_search: bool = False) -> Rows:
+    def _call(self, items: list[Item], *, is_search: bool = False) -> Answer:
         """One driver call; its answer checked for count and shape."""
         started = self.clock()
         group, facts = items[0].group, self.place.facts
@@ -200,7 +271,7 @@ class Runner:
         lengths = [item.tokens for item in items]
         self._note(items, answer, sum(lengths), started, elapsed_s)
         self.stats.batch(len(items), sum(lengths), max(lengths) * len(items), elapsed_s)
-        return answer.rows
+        return answer
 
     def _note(self, items: list[Item], answer: Answer, tokens: int, started: float, elapsed_s: float) -> None:
         """Tell the requests of the batch, and what a remote service says: its token count is shared out by length."""
@@ -230,9 +301,3 @@ class Runner:
 
 def _options_of(group: Group) -> dict[str, Any]:
     return json.loads(group.options) if group.options else {}
-
-
-def _refuse(items: list[Item], error: UpstreamError) -> None:
-    """They get this error: the service's own words only if they are all of one request."""
-    requests = {equal.request for item in items for equal in item.equals}
-    fail(items, error.without_words() if len(requests) > 1 and error.message != error.for_the_log else error)

@@ -72,6 +72,14 @@ class Driver(abc.ABC):
     def probe(self) -> None:
         """Run a fixed text. Raises if the driver itself is at fault."""
 
+    def rest_s(self) -> float:
+        """Seconds for which it is to be given no batch, since a remote service has asked for a pause; as a rule 0."""
+        return 0.0
+
+    def takes_a_batch(self, within_s: float = 0.0) -> bool:
+        """Whether it is to be given a batch; waits up to `within_s` until it is."""
+        return True
+
     def configure(self, config: Any) -> None:  # noqa: B027  (most drivers read nothing that may change)
         """Apply a changed driver.config, on any thread. Keys that load the model anew are the same as before."""
 
@@ -109,6 +117,14 @@ class Place:
     def probe(self) -> None:
         """Raises if the driver itself is at fault, or the place is lost."""
         self._driver.probe()
+
+    def rest_s(self) -> float:
+        """See Driver.rest_s."""
+        return self._driver.rest_s()
+
+    def takes_a_batch(self, within_s: float = 0.0) -> bool:
+        """See Driver.takes_a_batch."""
+        return self._driver.takes_a_batch(within_s)
 
     def configure(self, config: Any) -> None:
         """Take over a driver.config, and what in it concerns the place itself."""

@@ -124,8 +124,9 @@ class Embed(Task):
         if self.partial or not says:
             return {i: TextTooLong(sentence) for i, sentence in says.items()}
         first = next(iter(says))
-        named = itertools.islice(says, MOST_NAMED)
-        raise TextTooLong(f"{self.where(first)} has {says[first]}", fields={self.where(i): says[i] for i in named})
+        named = list(itertools.islice(says, MOST_NAMED))
+        fields = {self.where(i): says[i] for i in named}
+        raise TextTooLong(f"{self.where(first)} has {says[first]}", fields=fields, inputs=named)
 
     @override
     def finish(self, rows: Rows, config: DriverConfig, errors: dict[int, EmbedpoolError]) -> Rows:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from embedpool.errors import EmbedpoolError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -97,9 +99,11 @@ class Rows:
 class Answer:
     """A driver's answer to a batch: a row for each item, in order.
 
-    A remote service also tells the `tokens` it counted and the indices of the items it `truncated`.
+    A remote service also tells the `tokens` it counted, the indices of the items it `truncated`, and the `errors` of
+    items it has no row for, whose rows mean nothing.
     """
 
     rows: Rows
     tokens: int | None = None
     truncated: Sequence[int] = ()
+    errors: Mapping[int, EmbedpoolError] = dataclasses.field(default_factory=dict)

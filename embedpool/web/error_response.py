@@ -10,7 +10,15 @@ from typing import Any
 from flask import Response, request
 from werkzeug.exceptions import HTTPException
 
-from embedpool.errors import BadRequest, EmbedpoolError, MethodNotAllowed, NotFound, as_document, forget_frames
+from embedpool.errors import (
+    FAILED_INPUTS_HEADER,
+    BadRequest,
+    EmbedpoolError,
+    MethodNotAllowed,
+    NotFound,
+    as_document,
+    forget_frames,
+)
 from embedpool.web.encoding import json_response
 from embedpool.web.http_request import here
 
@@ -41,6 +49,8 @@ def error_response(error: Exception, shape: Shape = native_shape) -> Response:
     response = json_response(*shape(known, http.id))
     if known.retry_after_s is not None:
         response.headers["Retry-After"] = str(math.ceil(known.retry_after_s))
+    if known.inputs:
+        response.headers[FAILED_INPUTS_HEADER] = ",".join(map(str, known.inputs))
     if isinstance(error, HTTPException):
         response.headers.extend({k: v for k, v in error.get_headers() if k == "Allow"})
     forget_frames(error)

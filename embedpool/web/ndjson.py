@@ -184,7 +184,8 @@ class _Stream:
         result = self._result([line.text for line in lines])
         self._require_the_same_space(result.space)
         first = next(iter(result.errors.values()), None)
-        if not self._has_begun and len(result.errors) == len(lines) and isinstance(first, UpstreamError):
+        is_down = isinstance(first, UpstreamError) and not first.inputs
+        if first and is_down and not self._has_begun and len(result.errors) == len(lines):
             raise first  # a remote service that is down is no matter of single lines
         vectors: Any = as_base64(result.vectors) if self._encoding == "base64" else result.vectors
         for i, (line, vector) in enumerate(zip(lines, vectors, strict=True)):

@@ -46,6 +46,7 @@ class Scripted(Place):
         *,
         on_probe: Callable[[], None] = lambda: None,
         on_close: Callable[[], None] = lambda: None,
+        rest_s: Callable[[], float] = lambda: 0.0,
         facts: Facts = FACTS,
     ) -> None:
         self.facts = facts
@@ -53,7 +54,7 @@ class Scripted(Place):
         self.options: list[Mapping[str, Any]] = []
         self.probes = 0
         self.closed = threading.Event()
-        self._on_run, self._on_probe, self._on_close = on_run, on_probe, on_close
+        self._on_run, self._on_probe, self._on_close, self._rest_s = on_run, on_probe, on_close, rest_s
 
     def run(self, batch: Batch) -> Answer:
         self.calls.append(batch.texts)
@@ -66,6 +67,12 @@ class Scripted(Place):
     def probe(self) -> None:
         self.probes += 1
         self._on_probe()
+
+    def rest_s(self) -> float:
+        return self._rest_s()
+
+    def takes_a_batch(self, within_s: float = 0.0) -> bool:
+        return not self._rest_s()
 
     def configure(self, config: Any) -> None:
         pass
