@@ -7,7 +7,7 @@ import itertools
 import logging
 import random
 import threading
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class HttpDriver(Driver):
             threading.Thread(target=self._check, name=f"check-{self._model}", daemon=True).start()
         space = self._shared.get("space") or of_probes(self._state_dir, self._shared["reference"][1])
         self._shared["space"] = space
-        return Facts({"embed": self._dim}, space, slots=SLOTS, pads=False, description=self._description)
+        return Facts({"embed": self._dim}, space, slots=SLOTS, pads=False, paces=True, description=self._description)
 
     @override
     def configure(self, config: HttpConfig) -> None:
@@ -106,7 +106,7 @@ class HttpDriver(Driver):
         texts = batch.texts
         may_be_a_text = batch.is_search or len(texts) > 1
         body = self._protocol.body(self._model, texts, batch.options)
-        tried: dict[Upstream, UpstreamError] = {}
+        tried: dict[Upstream, str] = {}  # what is told of their failure, if that is no text's
         attempts = 0
         upstream = self._least_busy(())
         self._budget.earn()
@@ -117,7 +117,7 @@ class HttpDriver(Driver):
                 with upstream.call(may_be_a_text=may_be_a_text):
                     answer = self._ask(upstream, body, len(texts), self._config.timeout_s)
             except UpstreamError as error:
-                tried[upstream] = error
+                tried[upstream] = error.for_the_log if error.content_may_cause else ""
                 attempts += 1
                 self._publish()
                 if batch.is_search or error.rows or error.remote_status in REFUSALS or attempts > self._config.retries:
@@ -131,7 +131,9 @@ class HttpDriver(Driver):
                     self._over.wait(_pause_s(error, attempts))
                 upstream = another or upstream
             else:
-                self._count_failures(tried, upstream)
+                for failed, reason in tried.items():
+                    if failed is not upstream and reason:
+                        failed.count_failure(reason)  # with texts that another address has served
                 return answer
 
     @override
@@ -173,13 +175,6 @@ class HttpDriver(Driver):
         if self._lost is None and (rest_s := self.rest_s()):
             return UpstreamError("the remote service asks for a pause", remote_status=429, retry_after_s=rest_s)
         return UpstreamError(self._lost or "the remote service is not asked")
-
-    def _count_failures(self, tried: Mapping[Upstream, UpstreamError], served: Upstream) -> None:
-        """Of addresses that failed with texts that another one has served."""
-        for upstream, error in tried.items():
-            if upstream is not served and error.content_may_cause and error.remote_status not in REFUSALS:
-                upstream.count_failure(error)
-                self._publish()
 
     def _least_busy(self, tried: Container[Upstream]) -> Upstream | None:
         """The best address that is in use, does not rest, and is not in `tried`."""

@@ -148,10 +148,11 @@ class Upstream:
             with self._lock:
                 if error.is_busy:
                     self._pace.refused(began_at, self.outstanding, error.retry_after_s)
-                if error.remote_status in REFUSALS or error.is_busy:
+                is_no_failure = error.remote_status in REFUSALS or error.is_busy
+                if is_no_failure:
                     self._failures = 0
-                elif not (error.rows or (may_be_a_text and error.content_may_cause)):
-                    self._failed(error)
+            if not (is_no_failure or error.rows or (may_be_a_text and error.content_may_cause)):
+                self.count_failure(error.for_the_log)
             raise
         else:
             with self._lock:
@@ -162,15 +163,12 @@ class Upstream:
                 self.outstanding -= 1
             self._on_call_ended()
 
-    def count_failure(self, error: UpstreamError) -> None:
-        """No text was at fault in a call that failed: another address has served it."""
+    def count_failure(self, reason: str) -> None:
+        """A call failed, and no text was at fault in it. Everybody may read the reason."""
         with self._lock:
-            self._failed(error)
-
-    def _failed(self, error: UpstreamError) -> None:
-        self._failures += 1
-        if self._failures >= FAILURES_TO_OPEN:
-            self.fault = error.for_the_log  # everybody may read it
+            self._failures += 1
+            if self._failures >= FAILURES_TO_OPEN:
+                self.fault = reason
 
     def admit(self) -> None:
         """It has proved itself: ask it from now on."""

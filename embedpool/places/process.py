@@ -120,14 +120,6 @@ class ProcessPlace(Place):
         return answer
 
     @override
-    def rest_s(self) -> float:
-        return 0.0  # of remote services alone, which do not run here
-
-    @override
-    def takes_a_batch(self, within_s: float = 0.0) -> bool:
-        return True
-
-    @override
     def probe(self) -> None:
         with self._slot() as slot:
             self._ask(slot, None)

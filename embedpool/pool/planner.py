@@ -90,6 +90,7 @@ class Planner:
     max_s: float | None = None
     cost: Cost | None = None
     pads: bool = True
+    max_chars: int | None = None  # where nothing pads
 
     @property
     def fixed_tokens(self) -> float:
@@ -118,7 +119,7 @@ class Planner:
         """
         group = window[0].group
         if not self.pads:
-            return [place for place, item in enumerate(window) if item.group == group][: self.max_items]
+            return self._filled([place for place, item in enumerate(window) if item.group == group], window)
         window = window[: self._reach(window)]
         order = sorted((item.tokens, place) for place, item in enumerate(window) if item.group == group)
         longest = order[-1][0]
@@ -133,6 +134,19 @@ class Planner:
                 return sorted(place for _, place in order[start:end])
             start = end
         raise AssertionError("a plan covers every item")
+
+    def _filled(self, places: Sequence[int], window: Sequence[Item]) -> list[int]:
+        """As many of the first of these places as a call may hold, and one at least."""
+        if self.max_chars is None:
+            return list(places[: self.max_items])
+        taken: list[int] = []
+        chars = 0
+        for place in places[: self.max_items]:
+            chars += sum(map(len, window[place].parts))
+            if taken and chars > self.max_chars:
+                break
+            taken.append(place)
+        return taken
 
     def _reach(self, window: Sequence[Item]) -> int:
         """How many items from the first on may share its batch.

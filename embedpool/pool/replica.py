@@ -129,14 +129,15 @@ class Replica:
             place = runner.place
             if place.lost:
                 raise DriverLost(place.lost.reason)
-            if not place.takes_a_batch(REST_LOOK_S if timeout_s is None else min(timeout_s, REST_LOOK_S)):
+            paces = place.facts.paces
+            if paces and not place.takes_a_batch(REST_LOOK_S if timeout_s is None else min(timeout_s, REST_LOOK_S)):
                 return False
             items = runner.queue.take(
                 lambda window: self.planner.plan_under_lock(window, self.slots),  # as it is when the wait is over
                 timeout_s,
                 enough=self.planner.max_items,
                 max_wait_s=self.settings.max_wait_s,
-                leaving=lambda: leaving() or not place.takes_a_batch(),
+                leaving=lambda: leaving() or (paces and not place.takes_a_batch()),
             )
             if not items:
                 self._probe_if_due(runner, probe_s)

@@ -99,8 +99,8 @@ class ReplicaSet:
     @property
     def rest_s(self) -> float:
         """Seconds until a remote service takes a batch again; 0 unless it has asked for a pause."""
-        runners = [r.runner for r in self._replicas if r.state == "ready"]
-        return min((runner.place.rest_s() for runner in runners if runner), default=0.0)
+        places = [runner.place for r in self._replicas if r.state == "ready" and (runner := r.runner)]
+        return min((place.rest_s() if place.facts.paces else 0.0 for place in places), default=0.0)
 
     def counts(self) -> dict[str, object]:
         """How many there are, idle and busy, and what an open one says of itself, for /status."""
@@ -300,7 +300,9 @@ class ReplicaSet:
             runner.place.configure(config)
             most = config.max_batch_texts or settings.max_batch_texts
             facts = runner.place.facts
-            replica.planner = Planner(most, settings.max_batch_tokens, settings.max_batch_s, facts.cost, facts.pads)
+            replica.planner = Planner(
+                most, settings.max_batch_tokens, settings.max_batch_s, facts.cost, facts.pads, config.max_batch_chars
+            )
             replica.threads[1:] = [thread for thread in replica.threads[1:] if thread.is_alive()]
             for number in range(len(replica.threads) + 1, self._inflight(replica) + 1):
                 self._start_thread(replica, self._loop, f"{replica.name}/{number}", number)

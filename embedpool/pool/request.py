@@ -238,5 +238,7 @@ def blame(item: Item, error: EmbedpoolError) -> None:
 
 def for_callers_of(items: list[Item], error: EmbedpoolError) -> EmbedpoolError:
     """What may be told of a failed call of these: a service's own words only if they are all of one request."""
+    if not isinstance(error, UpstreamError) or error.message == error.for_the_log:
+        return error
     requests = {equal.request for item in items for equal in item.equals}
-    return error.without_words() if len(requests) > 1 and isinstance(error, UpstreamError) else error
+    return error.without_words() if len(requests) > 1 else error

@@ -154,6 +154,8 @@ class Runner:
         is_alone = len(items) == 1
         if is_alone and not is_known and len(items[0].request.task) == 1:
             raise error  # its only input: nobody asks which
+        if is_alone and is_known and not self._searches.spend():
+            raise error.without_words()
         if is_alone or not is_known:
             self._require_the_probe(items[0].group, error)
         if is_alone:

@@ -35,7 +35,8 @@ class Facts:
     `tasks` are those that it can do, with the number of values of a vector of each; None where that varies. `space`
     identifies whose numbers these are: vectors of two spaces are never comparable. `slots` is how many batches at once
     serve it well, `cost` what a call takes, as far as it is known. Where nothing `pads`, texts of any lengths share a
-    batch for nothing. `description` is what runs where, for /status: the driver may replace entries of it.
+    batch for nothing. One that `paces` itself is asked whether it takes a batch. `description` is what runs where, for
+    /status: the driver may replace entries of it.
     """
 
     tasks: Mapping[str, int | None] = dataclasses.field(default_factory=lambda: {"embed": None})
@@ -43,6 +44,7 @@ class Facts:
     slots: int = 1
     cost: Cost | None = None
     pads: bool = True
+    paces: bool = False
     description: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
@@ -73,11 +75,11 @@ class Driver(abc.ABC):
         """Run a fixed text. Raises if the driver itself is at fault."""
 
     def rest_s(self) -> float:
-        """Seconds for which it is to be given no batch, since a remote service has asked for a pause; as a rule 0."""
+        """Seconds for which it is to be given no batch, since a remote service has asked for a pause."""
         return 0.0
 
     def takes_a_batch(self, within_s: float = 0.0) -> bool:
-        """Whether it is to be given a batch; waits up to `within_s` until it is."""
+        """Whether it is to be given a batch; waits up to `within_s` until it is. Where it `paces` itself."""
         return True
 
     def configure(self, config: Any) -> None:  # noqa: B027  (most drivers read nothing that may change)

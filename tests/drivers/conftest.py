@@ -1,21 +1,24 @@
-"""The real MiniLM, packaged; each way to run it is loaded once a session, for each load costs seconds."""
+"""The real MiniLM, packaged, each way to run it loaded once a session, for each load costs seconds; remote services."""
 
 from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from embedpool.config.spec import LocalStConfig
+from embedpool.config.spec import HttpConfig, LocalStConfig
+from embedpool.drivers import http, pace
+from embedpool.drivers.http import HttpDriver
 from embedpool.drivers.local_st import LocalStDriver
 from embedpool.drivers.model_folder import find_model_folder
 from embedpool.drivers.tokenizer import FolderTokenizer
 from tests.conftest import open_here
+from tests.drivers.remote import Remote, serving
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -116,3 +119,26 @@ def copied_folder(folder: Path, tmp_path: Path) -> Path:
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.safetensors"))
     (copy / "model.safetensors").symlink_to(folder / "model.safetensors")
     return copy
+
+
+@pytest.fixture
+def remote() -> Iterator[Remote]:
+    yield from serving()
+
+
+@pytest.fixture
+def opened(remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., HttpDriver]]:
+    """Open drivers; nothing of the opening is left in `remote.seen`."""
+    monkeypatch.setattr(http, "BACKOFF_FACTOR_S", 0)
+    monkeypatch.setattr(pace, "FIRST_PAUSE_S", 0.001)
+    drivers: list[HttpDriver] = []
+
+    def open_one(**config: Any) -> HttpDriver:
+        driver = open_here(HttpDriver("org/m", HttpConfig(**{"base_url": remote.url, **config}), tmp_path, {}))
+        drivers.append(driver)
+        remote.seen.clear()
+        return driver
+
+    yield open_one
+    for driver in drivers:
+        driver.close()

@@ -186,11 +186,11 @@ def test_a_remotes_complaint_about_content_is_bisected(remote_status: int) -> No
 
 
 @pytest.mark.parametrize("error", [
-    UpstreamError("down"), UpstreamError("slow down", remote_status=429, retry_after_s=3),
-    UpstreamError("no", remote_status=401), UnsupportedOption("no such option"), Overloaded("full"),
+    UpstreamError("lost"), UpstreamError("no", remote_status=401), UnsupportedOption("no such option"),
+    Overloaded("full"),
 ], ids=lambda e: f"{type(e).__name__}-{e.status}")  # fmt: skip
 def test_a_fault_that_content_cannot_cause_is_not_bisected(error: Exception) -> None:
-    """Transport, 5xx, 401, 429 and the driver's own errors reach every request of the batch after one call."""
+    """401 and the driver's own errors reach every request of the batch after one call."""
     driver = Scripted(failing("a", error=error))
     requests = [Asked("a"), Asked("b", "c")]
     Bench(driver).serve(*requests)
@@ -665,7 +665,7 @@ def poisoned(*bad: str, status: int | None = 500, everything: bool = False):
     return on_run
 
 
-@pytest.mark.parametrize("status", [400, 413, 422, 424, 500, None])
+@pytest.mark.parametrize("status", [400, 413, 422, 424, 500, 502, 503, 504, None])
 @pytest.mark.parametrize("count", [2, 7, 64])
 def test_a_text_that_a_service_cannot_bear_fails_alone(count: int, status: int | None) -> None:
     """Whatever it says to it, for a few further calls."""
@@ -677,7 +677,7 @@ def test_a_text_that_a_service_cannot_bear_fails_alone(count: int, status: int |
     assert len(bench.place.calls) - 1 <= 2 * (math.ceil(math.log2(count)) + 1)
 
 
-@pytest.mark.parametrize("status", [401, 404, 429, 502, 503, 504])
+@pytest.mark.parametrize("status", [401, 403, 404])
 def test_what_no_text_causes_is_looked_for_in_none(status: int) -> None:
     """The batch fails as one."""
     requests = [Asked(f"text {i}") for i in range(8)]
