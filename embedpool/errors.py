@@ -244,8 +244,6 @@ class UpstreamError(EmbedpoolError):
         )
         if remote_status in (*REFUSALS, 429):
             self.status = remote_status
-        if self.is_busy and retry_after_s is None:
-            self.retry_after_s = Overloaded.default_retry_after_s
 
     def without_words(self) -> Self:
         """The same for whoever must not see the service's words."""

@@ -120,7 +120,10 @@ class HttpDriver(Driver):
                 tried[upstream] = error.for_the_log if error.content_may_cause else ""
                 attempts += 1
                 self._publish()
-                if batch.is_search or error.rows or error.remote_status in REFUSALS or attempts > self._config.retries:
+                most = self._config.retries
+                if batch.is_search:  # a text that is alone is not blamed for a connection that is lost once
+                    most = min(most, 1) if len(texts) == 1 and _is_of_the_way(error) else 0
+                if attempts > most or error.rows or error.remote_status in REFUSALS:
                     raise
                 another = self._least_busy(tried)
                 if another is None and may_be_a_text and error.content_may_cause and not _is_of_the_way(error):
@@ -134,6 +137,7 @@ class HttpDriver(Driver):
                 for failed, reason in tried.items():
                     if failed is not upstream and reason:
                         failed.count_failure(reason)  # with texts that another address has served
+                        self._publish()
                 return answer
 
     @override
@@ -290,19 +294,21 @@ class HttpDriver(Driver):
 def _rows(vectors: list[Any], width: int | None) -> Array:
     """As an array. A vector that is none, or of another length than most, is not finite: its text alone is at fault.
 
-    Without any vector it has this width.
+    If no text has a vector, their width is this, where it is given.
     """
     with np.errstate(over="ignore"):  # becomes infinite, which the worker refuses
+        if width is not None and all(vector is None for vector in vectors):
+            return np.full((len(vectors), width), np.nan, np.float32)
         try:
             return np.asarray(vectors, dtype=np.float32)
         except (ValueError, TypeError):
             rows = [_row(vector) for vector in vectors]
             lengths = collections.Counter(len(row) for row in rows if row is not None)
-            if not lengths and width is None:
+            if not lengths:
                 raise
-            most = lengths.most_common(1)[0][0] if lengths else width or 0
-            gap = np.full(most, np.nan, np.float32)
-            return np.stack([gap if row is None or len(row) != most else row for row in rows])
+            width = lengths.most_common(1)[0][0]
+            gap = np.full(width, np.nan, np.float32)
+            return np.stack([gap if row is None or len(row) != width else row for row in rows])
 
 
 def _row(vector: Any) -> Array | None:

@@ -9,13 +9,14 @@ from collections.abc import Callable
 FIRST_PAUSE_S = 0.1  # doubled with each refusal after a pause
 LONGEST_GUESS_S = 30.0
 LONGEST_PAUSE_S = 3600.0  # that a service can ask for
+GROWTH = 0.1  # of a call at once, for as many answers as there are calls at once
 
 
 class Pace:
     """Additive increase and multiplicative decrease, as of TCP's window (RFC 5681). Not thread-safe.
 
-    A refusal halves the calls that are made at once, and each call that is served adds a part of one. `Retry-After`
-    says how long the pause is at least.
+    A refusal halves the calls that are made at once, and each call that is served adds a small part of one: one that is
+    too many costs a refusal. `Retry-After` says how long the pause is at least.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -33,7 +34,7 @@ class Pace:
     def served(self) -> None:
         """A call was answered."""
         self._refusals = 0
-        self.at_once += 1 / self.at_once
+        self.at_once += GROWTH / self.at_once
 
     def refused(self, began_at: float, running: int, retry_after_s: float | None) -> None:
         """A call that began then was refused, one of so many that ran at once.

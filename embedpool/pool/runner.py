@@ -185,14 +185,21 @@ class Runner:
             fail(items, for_callers_of(items, error))
 
     def _postpone(self, items: list[Item], error: UpstreamError) -> None:
-        """The service asks for a pause. These items run after it; a request that cannot wait so long fails now."""
+        """The service asks for a pause. These items run after it; a request that cannot wait so long fails now.
+
+        A batch that is refused again comes back in halves: it may be too large, or one of its items is the cause.
+        """
         rest_s = self.place.rest_s()
         until = self.clock() + rest_s
         mine = {equal.request for item in items for equal in item.equals}
         for request in mine | self.queue.requests():
             if request.call.deadline <= until:
                 request.fail(error.after_s(rest_s) if mine == {request} else error.after_s(rest_s).without_words())
-        self.queue.put_back(items)
+        for item in items:
+            item.postponed += 1
+        middle = len(items) // 2 if items[0].postponed > 1 else 0
+        for part in filter(None, (items[:middle], items[middle:])):
+            self.queue.put_back(part)
 
     def _after_failure(self, items: list[Item], error: BaseException) -> bool:
         """Hand the batch back if the place is lost, fail it if the driver fails at its probe too, else bisect it."""

@@ -29,11 +29,13 @@ class Item:
 
     The pool's own: `request`, to which the row goes; `duplicates`, the items with the same key that share it; `losses`,
     0 at first, 1 after a place was lost while this item's batch ran, and 1 more for each later loss while it ran alone;
-    `spared`, the losses that were not counted, since no item can have caused them.
+    `spared`, the losses that were not counted, since no item can have caused them; `postponed`, how often it has been
+    in a call that a busy service refused.
     """
 
     __slots__ = (
-        "duplicates", "group", "ids", "index", "key", "losses", "parts", "request", "second", "spared", "tokens",
+        "duplicates", "group", "ids", "index", "key", "losses", "parts", "postponed", "request", "second", "spared",
+        "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -56,7 +58,7 @@ class Item:
         self.index = index
         self.request: Any = None
         self.duplicates: list[Item] = []
-        self.losses = self.spared = 0
+        self.losses = self.spared = self.postponed = 0
 
     @property
     def equals(self) -> list[Item]:
@@ -89,7 +91,7 @@ class Keys:
 class Batch:
     """Items of one task that one driver call serves. `options` are those that a remote service is to be given.
 
-    `is_search`: one of its items may be what a call failed for, and this call is to tell; so it is made but once.
+    `is_search`: one of its items may be what a call failed for, and this call is to tell; so it is not made again.
     """
 
     task: str

@@ -18,7 +18,7 @@ from embedpool.drivers.local_st import LocalStDriver
 from embedpool.drivers.model_folder import find_model_folder
 from embedpool.drivers.tokenizer import FolderTokenizer
 from tests.conftest import open_here
-from tests.drivers.remote import Remote, serving
+from tests.drivers.remote import Crowd, Remote, serving
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -124,6 +124,17 @@ def copied_folder(folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def remote() -> Iterator[Remote]:
     yield from serving()
+
+
+@pytest.fixture
+def second() -> Iterator[Remote]:
+    yield from serving()
+
+
+@pytest.fixture
+def crowd() -> Iterator[Remote]:
+    """Answers many calls at once."""
+    yield from serving(Crowd)
 
 
 @pytest.fixture

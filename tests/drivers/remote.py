@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from socketserver import ThreadingMixIn
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -91,8 +92,14 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def serving() -> Iterator[Remote]:
-    server = Remote()
+class Crowd(ThreadingMixIn, Remote):
+    """Answers many calls at once."""
+
+    request_queue_size = 128
+
+
+def serving(kind: type[Remote] = Remote) -> Iterator[Remote]:
+    server = kind()
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), name="remote")
     thread.start()
     yield server
@@ -100,3 +107,12 @@ def serving() -> Iterator[Remote]:
     server.shutdown()
     server.server_close()
     thread.join(20)
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    """Poll; nothing waits that long when all is well."""
+    for _ in range(1000):
+        if condition():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("the condition did not come true")

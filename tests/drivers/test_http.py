@@ -8,9 +8,8 @@ import gzip
 import ipaddress
 import json
 import socket
-import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -30,7 +29,7 @@ from embedpool.pool.settings import PoolSettings
 from embedpool.tasks.driver import Folders
 from embedpool.tasks.embed import Embed
 from tests.conftest import ask, fake_spec, open_here, run, settle
-from tests.drivers.remote import DRIP, DROP, HANG, Handler, Remote, Reply, Seen, good, serving, vector
+from tests.drivers.remote import DRIP, DROP, HANG, Handler, Remote, Reply, Seen, good, vector, wait_until
 
 KEY = "s3cr3t-key"
 
@@ -389,7 +388,7 @@ def test_retry_after_is_handed_on(
     remote.script = [Reply({}, 429, {"Retry-After": given})]
     with pytest.raises(UpstreamError) as caught:
         run(driver, ["a"])
-    assert caught.value.retry_after_s == (1.0 if seconds is None else seconds)  # a 429 always says when
+    assert caught.value.retry_after_s == seconds
 
 
 def test_a_redirect_is_not_followed(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
@@ -672,11 +671,6 @@ def test_a_proxy_of_its_own(remote: Remote, opened: Callable[..., HttpDriver]) -
 # --- several addresses, and one that fails for long
 
 
-@pytest.fixture
-def second() -> Iterator[Remote]:
-    yield from serving()
-
-
 def several(first: Remote, second: Remote, **config: Any) -> dict[str, Any]:
     return {"base_url": first.url, "base_urls": (second.url,), **config}
 
@@ -685,15 +679,6 @@ def states(driver: HttpDriver) -> list[str]:
     found = driver.facts.description["base_urls"]
     assert isinstance(found, dict)
     return list(found.values())
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Poll; nothing waits that long when all is well."""
-    for _ in range(1000):
-        if condition():
-            return
-        threading.Event().wait(0.01)
-    pytest.fail("the condition did not come true")
 
 
 @pytest.fixture

@@ -143,6 +143,12 @@ def test_where_nothing_pads_a_batch_is_filled_in_the_order_of_service() -> None:
     assert chosen(Planner(4, 100, pads=False), *lengths, groups=groups) == [0, 1, 3, 4]
 
 
+@pytest.mark.parametrize(("max_chars", "places"), [(None, [0, 1, 2, 3]), (31, [0, 1, 2, 3]), (30, [0, 1, 2]), (1, [0])])
+def test_a_call_may_have_a_bound_in_characters(max_chars: int | None, places: list[int]) -> None:
+    """Nobody is passed over for it, and a text that is longer goes alone."""
+    assert chosen(Planner(4, 100, pads=False, max_chars=max_chars), 10, 10, 10, 1, 1) == places
+
+
 def test_a_batch_takes_nothing_from_far_behind() -> None:
     """What rides along from behind much work is time that the requests before it lose."""
     planner = Planner(64, 16384, 0.05, Cost(0.001, 0.0005))  # 98 tokens are the longest batch
