@@ -65,7 +65,7 @@ Options:
   --base-url URL      Address of the remote service (http).
   --remote-model R    The model's name there (http).
   --timeout-s S       Time-out of a call, in seconds (http).
-  --protocol P        API of the service: embedpool, openai or tei (http).
+  --protocol P        API of the service: embedpool, openai, tei, cohere, jina, voyage, ollama or template (http).
   --min N             Minimum number of replicas; 0 loads the model at first use.
   --max N             Maximum number of replicas.
   --idle-ttl-s S      Seconds that a replica above --min may be idle.

@@ -156,6 +156,20 @@ def test_another_model_or_driver_is_loaded_anew(other: ModelSpec) -> None:
 # --- what a driver's config may hold
 
 
+TEMPLATE = {"protocol": "template", "request": {"q": "{texts}"}, "vectors": "data[].embedding"}
+
+
+@pytest.mark.parametrize("further", [
+    {}, {"vectors": "[]"}, {"vectors": "a.b-c[].d[].e"}, {"request": {"a": [{"b": "{text}"}]}},
+    {"request": {"a": {"b": ["{text}"]}}}, {"request": {"q": "{text}"}, "max_batch_texts": 1},
+], ids=str)  # fmt: skip
+def test_a_service_may_be_described(further: dict[str, Any]) -> None:
+    """A body with a place for the texts, and where the vectors stand; another body loads the model anew."""
+    described = spec(driver_type="http", driver_config={"base_url": "http://h", **TEMPLATE, **further})
+    other = {"base_url": "http://h", **TEMPLATE, **further, "request": {"r": "{texts}"}}
+    assert described.load_key != spec(driver_type="http", driver_config=other).load_key
+
+
 @pytest.mark.parametrize(
     ("driver_type", "config", "path"),
     [
@@ -167,6 +181,14 @@ def test_another_model_or_driver_is_loaded_anew(other: ModelSpec) -> None:
         ("http", {"base_url": "http://h", "proxy": "proxy:3128"}, "proxy"),
         ("http", {"base_url": "http://h", "proxy": "http://user:password@proxy"}, "proxy"),
         ("http", {"base_url": "http://h", "timeout_s": 0}, "timeout_s"),
+        ("http", {"base_url": "http://h", "max_batch_chars": 0}, "max_batch_chars"),
+        ("http", {"base_url": "http://h", "request": {"q": "{texts}"}}, "request"),
+        ("http", {"base_url": "http://h", "vectors": "data"}, "vectors"),
+        ("http", {"base_url": "http://h", "protocol": "template", "vectors": "[]"}, "request"),
+        ("http", {"base_url": "http://h", "protocol": "template", "request": {"q": "{texts}"}}, "vectors"),
+        ("http", {"base_url": "http://h", **TEMPLATE, "request": {"q": "{text}"}}, "request"),
+        ("http", {"base_url": "http://h", **TEMPLATE, "request": {"q": ["{text}", "b"]}}, "request"),
+        ("http", {"base_url": "http://h", **TEMPLATE, "vectors": "$.data[*]"}, "vectors"),
         ("http", {"base_url": "http://h", "retries": -1}, "retries"),
         ("http", {"base_url": "http://h", "api_key": "sk-123"}, "api_key"),
         ("http", {"base_url": "http://h", "api_key": "HOME"}, "api_key"),

@@ -40,6 +40,11 @@ def vector(text: str) -> list[float]:
 def good(seen: Seen) -> Reply:
     """A sound answer of the protocol that the body is of."""
     body = seen.body
+    if seen.path == "/v2/embed":
+        billed = {"billed_units": {"input_tokens": 3}}
+        return Reply({"embeddings": {"float": [vector(t) for t in body["texts"]]}, "meta": billed})
+    if seen.path == "/api/embed":
+        return Reply({"embeddings": [vector(t) for t in body["input"]], "prompt_eval_count": 9})
     if "inputs" in body:
         return Reply([vector(t) for t in body["inputs"]])
     if "input" in body:

@@ -54,8 +54,15 @@ def test_an_address_is_looked_at_when_it_is_connected_to(
         ("openai", "/v1", "/v1/embeddings", {"model": "r", "input": ["a", "bc"], "encoding_format": "float"}, 5, []),
         ("openai", "/v1/", "/v1/embeddings", {"model": "r", "input": ["a", "bc"], "encoding_format": "float"}, 5, []),
         ("tei", "", "/embed", {"inputs": ["a", "bc"], "normalize": False, "truncate": True}, None, []),
+        ("cohere", "", "/v2/embed", {"model": "r", "texts": ["a", "bc"], "input_type": "search_document",
+                                     "embedding_types": ["float"], "truncate": "END"}, 3, []),
+        ("jina", "/v1", "/v1/embeddings", {"model": "r", "input": ["a", "bc"], "embedding_type": "float",
+                                           "normalized": False, "truncate": True}, 5, []),
+        ("voyage", "/v1", "/v1/embeddings", {"model": "r", "input": ["a", "bc"], "output_dtype": "float",
+                                             "truncation": True}, 5, []),
+        ("ollama", "", "/api/embed", {"model": "r", "input": ["a", "bc"], "truncate": True}, 9, []),
     ],
-)
+)  # fmt: skip
 def test_each_protocol_asks_and_reads_its_way(
     remote: Remote,
     opened: Callable[..., HttpDriver],
@@ -94,6 +101,19 @@ def test_the_remote_model_is_by_default_the_models_name(remote: Remote, opened: 
         ("tei", {"truncate": "error"}, {"truncate": False}),
         ("openai", {"input_type": "query"}, {"input_type": "query"}),
         ("tei", {"truncate": "left"}, {"truncate": True, "truncation_direction": "Left"}),
+        ("cohere", {"input_type": "query"}, {"input_type": "search_query"}),
+        ("cohere", {"input_type": "classification", "priority": 1}, {"input_type": "classification", "priority": 1}),
+        ("cohere", {"truncate": "left", "max_seq_length": 9}, {"truncate": "START", "max_tokens": 9}),
+        ("cohere", {"truncate": "error"}, {"truncate": "NONE"}),
+        ("jina", {"input_type": "search_query"}, {"task": "retrieval.query"}),
+        (
+            "jina",
+            {"input_type": "text-matching", "late_chunking": False},
+            {"task": "text-matching", "late_chunking": False},
+        ),
+        ("jina", {"truncate": "error"}, {"truncate": False}),
+        ("voyage", {"input_type": "passage", "truncate": "error"}, {"input_type": "document", "truncation": False}),
+        ("ollama", {"truncate": "error", "keep_alive": "5m"}, {"truncate": False, "keep_alive": "5m"}),
     ],
 )
 def test_options_are_passed_on(
@@ -104,24 +124,99 @@ def test_options_are_passed_on(
     assert {name: remote.seen[0].body[name] for name in sent} == sent
 
 
-def test_tei_is_not_told_what_it_does_not_know(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
+@pytest.mark.parametrize(("protocol", "keys"), [
+    ("tei", {"inputs", "normalize", "truncate"}), ("ollama", {"model", "input", "truncate"}),
+])  # fmt: skip
+def test_a_service_is_not_told_what_it_does_not_know(
+    remote: Remote, opened: Callable[..., HttpDriver], protocol: str, keys: set[str]
+) -> None:
     """A client that always says what its texts are for works with a service that has no such notion."""
-    run(opened(protocol="tei"), ["a"], None, {"input_type": "query"})
-    assert set(remote.seen[0].body) == {"inputs", "normalize", "truncate"}
+    run(opened(protocol=protocol), ["a"], None, {"input_type": "query"})
+    assert set(remote.seen[0].body) == keys
 
 
-@pytest.mark.parametrize(
-    ("protocol", "option"),
-    [("openai", "truncate"), ("openai", "max_seq_length"), ("openai", "prompt_name"), ("tei", "max_seq_length")],
-)
+@pytest.mark.parametrize(("protocol", "options"), [
+    ("openai", ["truncate", "max_seq_length", "prompt_name"]), ("tei", ["max_seq_length"]), ("cohere", ["prompt_name"]),
+    *((name, ["max_seq_length", "prompt_name", "truncate"]) for name in ("jina", "voyage", "ollama")),
+])  # fmt: skip
 def test_what_a_protocol_cannot_ask_for_is_refused(
-    remote: Remote, opened: Callable[..., HttpDriver], protocol: str, option: str
+    remote: Remote, opened: Callable[..., HttpDriver], protocol: str, options: list[str]
 ) -> None:
     """An option that the service has no word for is refused by its path, not dropped."""
-    with pytest.raises(UnsupportedOption) as caught:
-        run(opened(protocol=protocol), ["a"], None, {option: "x"})
-    assert list(caught.value.fields) == [f"options.{option}"]
+    driver = opened(protocol=protocol)
+    for option in options:
+        with pytest.raises(UnsupportedOption) as caught:
+            run(driver, ["a"], None, {option: "left"})
+        assert list(caught.value.fields) == [f"options.{option}"]
     assert not remote.seen
+
+
+# --- a service that driver.config describes
+
+PREDICT = {"instances": [{"content": "{text}", "task": "x"}], "model": "{model}", "n": [1, "{model}"]}
+
+
+@pytest.mark.parametrize(("request_", "vectors", "sent", "answer"), [
+    ({"inputs": "{texts}", "fixed": {"a": [1, 2]}}, "[]", {"inputs": ["a", "bc"], "fixed": {"a": [1, 2]}},
+     [vector("a"), vector("bc")]),
+    (PREDICT, "predictions[].embeddings.values",
+     {"instances": [{"content": "a", "task": "x"}, {"content": "bc", "task": "x"}], "model": "r", "n": [1, "r"]},
+     {"predictions": [{"embeddings": {"values": vector("a")}}, {"embeddings": {"values": vector("bc")}}]}),
+    ({"requests": [{"content": {"parts": [{"text": "{text}"}]}}]}, "embeddings[].values",
+     {"requests": [{"content": {"parts": [{"text": t}]}} for t in ("a", "bc")]},
+     {"embeddings": [{"values": vector("a")}, {"values": vector("bc")}]}),
+    ({"q": "{texts}"}, "result.vectors", {"q": ["a", "bc"]}, {"result": {"vectors": [vector("a"), vector("bc")]}}),
+])  # fmt: skip
+def test_a_service_is_asked_and_read_by_a_template(
+    remote: Remote, opened: Callable[..., HttpDriver], request_: Any, vectors: str, sent: Any, answer: Any
+) -> None:
+    """The body as it is written, with name and texts in their slots, sent to the very URL."""
+
+    def by_the_template(seen: Seen) -> Reply:
+        return Reply(answer) if seen.body == sent else Reply(_like(answer, 3))
+
+    remote.answer = by_the_template
+    url = f"{remote.url}/a/path?api-version=1"
+    driver = opened(base_url=url, protocol="template", remote_model="r", request=request_, vectors=vectors)
+    np.testing.assert_array_equal(run(driver, ["a", "bc"]).rows.values, [vector("a"), vector("bc")])
+    assert [(seen.path, seen.body) for seen in remote.seen] == [("/a/path?api-version=1", sent)]
+
+
+def _like(answer: Any, count: int) -> Any:
+    """An answer of the same form for the three texts of the proof."""
+    if isinstance(answer, dict):
+        return {name: _like(value, count) for name, value in answer.items()}
+    return [answer[0]] * count
+
+
+def test_one_text_a_call_has_a_template_too(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
+    """Some services take no list."""
+    remote.answer = lambda seen: Reply({"embedding": [vector(seen.body["prompt"])]})
+    driver = opened(
+        protocol="template", request={"prompt": "{text}"}, vectors="embedding", max_batch_texts=1, remote_model="r"
+    )
+    assert len(run(driver, ["abc"]).rows) == 1
+    assert remote.seen[0].body == {"prompt": "abc"}
+
+
+def test_a_text_without_its_vector_is_at_fault_alone_by_a_template_too(
+    remote: Remote, opened: Callable[..., HttpDriver]
+) -> None:
+    """A null stands in its place."""
+    driver_config = {"protocol": "template", "request": {"q": "{texts}"}, "vectors": "data[].v"}
+    remote.answer = lambda seen: Reply({"data": [{"v": vector(t) if t != "bad" else None} for t in seen.body["q"]]})
+    rows = run(opened(**driver_config), ["a", "bad", "c"]).rows
+    assert rows.finite().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("name", ["truncate", "max_seq_length", "prompt_name", "user"])
+def test_a_template_has_no_place_for_options(remote: Remote, opened: Callable[..., HttpDriver], name: str) -> None:
+    """All are refused but what texts are for, which `prompts` may serve."""
+    remote.answer = lambda seen: Reply([vector(t) for t in seen.body["q"]])
+    driver = opened(protocol="template", request={"q": "{texts}"}, vectors="[]")
+    with pytest.raises(UnsupportedOption):
+        run(driver, ["a"], None, {name: "x"})
+    assert len(run(driver, ["a"], None, {"input_type": "query"}).rows) == 1
 
 
 def test_openai_vectors_are_sorted_by_index(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
