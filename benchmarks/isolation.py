@@ -40,7 +40,7 @@ def main() -> None:
         places = {
             name: open_place(spec, functools.partial(make_driver, spec, folders, {})) for name, spec in specs.items()
         }
-        tokenizer = open_tokenizer(specs["thread"])
+        tokenizer = open_tokenizer(specs["thread"], folders)
         print("| texts | process ÷ thread (median of rounds) | least, most |\n|---|---|---|")
         for name, texts in {"short": short(256), "mixed lengths, sorted": sorted(mixed(256), key=len)}.items():
             ids = [tokenizer.cut(i, 256, "right") for i in tokenizer.encode(texts) or ()]

@@ -54,7 +54,7 @@ class EmbedpoolApp:
 
         def open_allowed_tokenizer(spec: ModelSpec) -> Tokenizer:
             guard.check(spec, settings)
-            return open_tokenizer(spec)
+            return open_tokenizer(spec, folders)
 
         self.metrics = metrics.Metrics()
         batching = settings.batching

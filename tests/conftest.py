@@ -22,6 +22,7 @@ from embedpool.tasks.driver import Driver, Folders, Place
 from embedpool.tasks.embed import Embed, EmbedOptions
 from embedpool.tasks.item import Batch, Ids, Item
 from embedpool.tasks.rows import Answer
+from embedpool.tasks.tokenizer import Tokenizer
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -63,10 +64,15 @@ def open_fake(spec: ModelSpec, memory: dict[str, Any] | None = None) -> Place:
     return open_place(spec, functools.partial(make_driver, spec, NOWHERE, {} if memory is None else memory))
 
 
+def open_fake_tokenizer(spec: ModelSpec) -> Tokenizer:
+    """`open_tokenizer`, likewise."""
+    return open_tokenizer(spec, NOWHERE)
+
+
 @pytest.fixture
 def pool_settings() -> PoolSettings:
     """What the server gives the pool, with the shipped drivers."""
-    return PoolSettings(open_fake, open_tokenizer, request_timeout_s=20)
+    return PoolSettings(open_fake, open_fake_tokenizer, request_timeout_s=20)
 
 
 @pytest.fixture

@@ -181,7 +181,7 @@ import json, sys, tempfile, threading
 from pathlib import Path
 
 import embedpool
-from tests.conftest import PoolSettings, open_fake, open_tokenizer, settle
+from tests.conftest import PoolSettings, open_fake, open_fake_tokenizer, settle
 from tests.web.conftest import serving
 
 package, walked, recording = str(Path(embedpool.__file__).parent) + "/", [], []
@@ -193,7 +193,7 @@ def note(frame, event, argument):
 
 threading.setprofile(note)  # of the replicas' threads
 with tempfile.TemporaryDirectory() as folder:
-    with serving(Path(folder), PoolSettings(open_fake, open_tokenizer), "model: m") as web:
+    with serving(Path(folder), PoolSettings(open_fake, open_fake_tokenizer), "model: m") as web:
         settle(web.pool)
         assert web.embed("a").status_code == 200
         recording.append(True)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from embedpool.config.spec import DriverConfig, DriverSpec, FakeConfig, ModelSpec, PoolSpec, QueueSpec, Scaling
-from embedpool.drivers import open_tokenizer
 from embedpool.drivers.fake import FakeDriver
 from embedpool.errors import EmbedpoolError, InferenceFailed, UnsupportedTask
 from embedpool.places import open_place
@@ -24,7 +23,7 @@ from embedpool.tasks.item import Batch, Group, Item, Keys
 from embedpool.tasks.rows import Answer, Rows
 from embedpool.tasks.task import Measured, Task
 from embedpool.tasks.tokenizer import Tokenizer
-from tests.conftest import settle
+from tests.conftest import open_fake_tokenizer, settle
 from tests.pool.scripted import in_thread
 
 DIM, WIDTH = 4, 3
@@ -85,7 +84,7 @@ def words_place(spec: ModelSpec, memory: dict[str, Any]) -> Place:
 
 @pytest.fixture(params=["thread", "process"])
 def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
-    made = Pool(PoolSettings(words_place, open_tokenizer, request_timeout_s=20, max_batch_texts=4))
+    made = Pool(PoolSettings(words_place, open_fake_tokenizer, request_timeout_s=20, max_batch_texts=4))
     driver = DriverSpec("fake", FakeConfig(dim=DIM))
     queue, scaling = QueueSpec(max_size=20, max_inflight_per_replica=2), Scaling(max=2)
     made.apply(PoolSpec((ModelSpec("m", driver, place=request.param, queue=queue, scaling=scaling),)))

@@ -27,7 +27,7 @@ def make_driver(spec: ModelSpec, folders: Folders, shared: dict[str, Any]) -> Dr
     return driver
 
 
-def open_tokenizer(spec: ModelSpec) -> Tokenizer:
+def open_tokenizer(spec: ModelSpec, folders: Folders) -> Tokenizer:
     """The tokenizer of the spec's model. Raises ModelFailed if it cannot be had."""
-    tokenizer: Tokenizer = importlib.import_module(_MODULES[spec.driver.type]).open_tokenizer(spec)
+    tokenizer: Tokenizer = importlib.import_module(_MODULES[spec.driver.type]).open_tokenizer(spec, folders)
     return tokenizer

@@ -140,6 +140,6 @@ def make_driver(spec: ModelSpec, folders: Folders, shared: dict[str, Any]) -> Dr
     return FakeDriver(spec.driver.config, may_crash=spec.place == "process")
 
 
-def open_tokenizer(spec: ModelSpec) -> Tokenizer:
+def open_tokenizer(spec: ModelSpec, folders: Folders) -> Tokenizer:
     """Called by the table of drivers, in drivers/__init__.py."""
     return FakeTokenizer()

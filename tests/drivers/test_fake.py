@@ -12,7 +12,7 @@ from embedpool.config.spec import DriverSpec, FakeConfig, ModelSpec
 from embedpool.drivers import make_driver, open_tokenizer
 from embedpool.drivers.fake import END, START, FakeDriver, FakeTokenizer
 from embedpool.tasks.driver import Folders
-from tests.conftest import open_here, run
+from tests.conftest import NOWHERE, open_here, run
 
 
 def embed(*texts: str, **config: Any) -> np.ndarray:
@@ -25,7 +25,7 @@ def test_the_table_knows_it() -> None:
     driver = open_here(make_driver(spec, Folders(Path(), Path()), {}))
     assert run(driver, ["a"]).rows.values.shape == (1, 7)
     assert dict(driver.facts.description) == {"dim": 7}
-    assert open_tokenizer(spec).encode(["a b"]) == FakeTokenizer().encode(["a b"])
+    assert open_tokenizer(spec, NOWHERE).encode(["a b"]) == FakeTokenizer().encode(["a b"])
 
 
 def test_equal_texts_give_equal_vectors_and_others_do_not() -> None:

@@ -28,7 +28,7 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.settings import PoolSettings
 from embedpool.tasks.driver import Folders
 from embedpool.tasks.embed import Embed
-from tests.conftest import ask, fake_spec, open_here, run, settle
+from tests.conftest import NOWHERE, ask, fake_spec, open_here, run, settle
 from tests.drivers.remote import DRIP, DROP, HANG, Handler, Remote, Reply, Seen, good, vector, wait_until
 
 KEY = "s3cr3t-key"
@@ -1045,7 +1045,7 @@ def test_max_batch_texts_bounds_each_call(remote: Remote, pool: Pool) -> None:
 def test_the_remote_tokenizes() -> None:
     """Texts for a remote are only estimated here; the table gives the driver and its tokenizer."""
     spec = ModelSpec(model="m", driver=DriverSpec("http", HttpConfig(base_url="http://x")))
-    tokenizer = open_tokenizer(spec)
+    tokenizer = open_tokenizer(spec, NOWHERE)
     assert tokenizer.encode(["a"]) is None
     items = Embed(["", "word " * 100]).measure(spec.driver.config, tokenizer).items
     assert 1 <= items[0].tokens < items[1].tokens

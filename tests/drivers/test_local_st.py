@@ -21,8 +21,8 @@ from embedpool.drivers.tokenizer import FolderTokenizer
 from embedpool.errors import ModelFailed
 from embedpool.places.cores import available_cores
 from embedpool.tasks.driver import Folders
-from tests.conftest import open_here, run
-from tests.drivers.conftest import MINILM, TEXTS, cosines
+from tests.conftest import NOWHERE, open_here, run
+from tests.drivers.conftest import MINILM, TEXTS, cached_in, cosines
 
 
 def ids_of(tokenizer: FolderTokenizer, texts: list[str], limit: int | None = None) -> list[list[int]]:
@@ -121,7 +121,7 @@ def test_weights_are_prepacked_where_that_is_faster(
     monkeypatch.setattr(torch_pipeline, "PREPACKED_LEAST_GAIN", 0.0)
     if not bears_it:
         monkeypatch.setattr(torch_pipeline, "prepack", spoil)
-    driver = LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, tmp_path)
+    driver = LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, cached_in(tmp_path))
     open_here(driver)
     assert ("prepacked" in driver.facts.description) is bears_it
     assert cosines(run(driver, TEXTS, ids_of(tokenizer, TEXTS)).rows.values, expected).min() >= 0.99999
@@ -135,7 +135,7 @@ def test_profile_fast_takes_bfloat16_where_it_is_faster_and_names_its_cost(
 ) -> None:
     """`profile: fast` is a measurement, not a hope: what it found, and the cosine it costs, stand in /status."""
     monkeypatch.setattr(local_st, "FAST_LEAST_GAIN", least_gain)
-    driver = LocalStDriver(MINILM, LocalStConfig(backend="openvino", profile="fast"), 1, cache_dir)
+    driver = LocalStDriver(MINILM, LocalStConfig(backend="openvino", profile="fast"), 1, cached_in(cache_dir))
     open_here(driver)
     assert driver.facts.description["compute_dtype"] == dtype
     assert re.search(
@@ -147,7 +147,7 @@ def test_profile_fast_takes_bfloat16_where_it_is_faster_and_names_its_cost(
 @pytest.mark.usefixtures("openvino_driver")  # its graph is in the cache
 def test_bfloat16_is_close(cache_dir: Path, tokenizer: FolderTokenizer, expected: np.ndarray) -> None:
     """`compute_dtype: bfloat16` trades little: cosine of 0.999 and more."""
-    driver = LocalStDriver(MINILM, LocalStConfig(backend="openvino", compute_dtype="bfloat16"), 1, cache_dir)
+    driver = LocalStDriver(MINILM, LocalStConfig(backend="openvino", compute_dtype="bfloat16"), 1, cached_in(cache_dir))
     open_here(driver)
     vectors = run(driver, TEXTS, ids_of(tokenizer, TEXTS)).rows.values
     driver.close()
@@ -160,7 +160,7 @@ def test_more_tokens_than_positions_are_refused(
 ) -> None:
     """A max_seq_length above the model's positions is refused before anything is loaded."""
     monkeypatch.setattr(LocalStDriver, "_load", lambda self, folder: pytest.fail("loaded"))
-    driver = LocalStDriver(MINILM, LocalStConfig(backend=backend, max_seq_length=513), 1, tmp_path)
+    driver = LocalStDriver(MINILM, LocalStConfig(backend=backend, max_seq_length=513), 1, cached_in(tmp_path))
     with pytest.raises(ModelFailed, match="512"):
         open_here(driver)
 
@@ -176,7 +176,7 @@ class Watched(LocalStDriver):
 
 def test_close_gives_the_weights_back(folder: Path, tmp_path: Path) -> None:
     """A closed driver holds no weights; opened anew it serves again. Its own max_seq_length holds for encode."""
-    driver = Watched(MINILM, LocalStConfig(backend="torch", max_seq_length=384), 1, tmp_path)
+    driver = Watched(MINILM, LocalStConfig(backend="torch", max_seq_length=384), 1, cached_in(tmp_path))
     open_here(driver)
     assert driver.model().max_seq_length == 384
     driver.close()
@@ -204,12 +204,12 @@ def test_auto_falls_back_to_torch_and_says_why(
     monkeypatch.setattr(local_st.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(local_st, "find_model_folder", lambda *_: folder)
     monkeypatch.setattr(LocalStDriver, "_load_torch", fake_torch)
-    driver = LocalStDriver(MINILM, LocalStConfig(), 1, tmp_path)
+    driver = LocalStDriver(MINILM, LocalStConfig(), 1, cached_in(tmp_path))
     open_here(driver)
     assert driver.facts.description["backend"] == "torch"
     assert why in str(driver.facts.description["why"])
     with pytest.raises(type(error)):
-        open_here(LocalStDriver(MINILM, LocalStConfig(backend="openvino"), 1, tmp_path))
+        open_here(LocalStDriver(MINILM, LocalStConfig(backend="openvino"), 1, cached_in(tmp_path)))
 
 
 def test_vectors_that_are_not_finite_do_not_open(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +220,7 @@ def test_vectors_that_are_not_finite_do_not_open(folder: Path, tmp_path: Path, m
 
     monkeypatch.setattr(LocalStDriver, "_load_torch", broken)
     with pytest.raises(ModelFailed, match="not finite"):
-        open_here(LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, tmp_path))
+        open_here(LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, cached_in(tmp_path)))
 
 
 class TakesNoIds:
@@ -249,7 +249,7 @@ def test_a_model_that_cannot_be_fed_ids_is_run_by_encode(
 ) -> None:
     """Where token ids do not give encode's vectors, encode itself is used."""
     monkeypatch.setattr(LocalStDriver, "_sentence_transformer", lambda *_: TakesNoIds(by_ids))
-    driver = LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, tmp_path)
+    driver = LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, cached_in(tmp_path))
     open_here(driver)
     np.testing.assert_array_equal(run(driver, ["abc", ""], [[1, 2], [1]]).rows.values, [[3, 0], [0, 0]])
 
@@ -260,7 +260,7 @@ def test_the_table_knows_it(folder: Path, tmp_path: Path) -> None:
     driver = make_driver(spec, Folders(tmp_path, tmp_path), {})
     assert isinstance(driver, LocalStDriver)
     assert driver._cores == 1
-    assert open_tokenizer(spec).encode([""]) == [[101, 102]]
+    assert open_tokenizer(spec, NOWHERE).encode([""]) == [[101, 102]]
 
 
 @pytest.mark.parametrize(

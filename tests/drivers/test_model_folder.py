@@ -3,38 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import huggingface_hub
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
 
 from embedpool.config.spec import LocalStConfig
-from embedpool.drivers.model_folder import find_model_folder
+from embedpool.drivers import hub
+from embedpool.drivers.model_folder import commit_of, find_model_folder, keep_commit
 from embedpool.errors import ModelFailed
+from tests.conftest import NOWHERE
 from tests.drivers.conftest import MINILM
 
-
-def hub(monkeypatch: pytest.MonkeyPatch, answers: list[Any]) -> list[tuple[str, dict[str, Any]]]:
-    """A hub that gives these answers one by one; what it was asked."""
-    asked: list[tuple[str, dict[str, Any]]] = []
-
-    def snapshot_download(repo: str, **arguments: Any) -> str:
-        asked.append((repo, arguments))
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return str(answer)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return asked
+NEW, OLD = "1" * 40, "0" * 40
 
 
-def test_a_folder_of_its_own_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Asked:
+    """Takes the place of the hub: gives the folder of what it is asked for."""
+
+    def __init__(self, folder: Path, newest: str = OLD) -> None:
+        self.seen: list[tuple[str, str | None]] = []
+        self.newest = newest
+        self._folder = folder
+
+    def __call__(self, repo: str, revision: str | None) -> Path:
+        self.seen.append((repo, revision))
+        commit = revision if revision and len(revision) == 40 else self.newest
+        found = self._folder / "snapshots" / commit
+        found.mkdir(parents=True, exist_ok=True)
+        return found
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Asked:
+    made = Asked(tmp_path / "cache")
+    monkeypatch.setattr(hub, "snapshot", made)
+    return made
+
+
+def served(model: str, state: Path, config: LocalStConfig | None = None) -> str:
+    """Find a model and load it; gives the commit."""
+    config = config or LocalStConfig()
+    folder = find_model_folder(model, config, state)
+    keep_commit(model, config, state, folder)
+    return commit_of(folder) or ""
+
+
+def test_a_folder_of_its_own_is_taken(tmp_path: Path, asked: Asked) -> None:
     """`path` wins over the name, and nobody is asked."""
-    asked = hub(monkeypatch, [])
-    assert find_model_folder(MINILM, LocalStConfig(path=str(tmp_path))) == tmp_path
-    assert not asked
+    assert find_model_folder(MINILM, LocalStConfig(path=str(tmp_path)), NOWHERE.state) == tmp_path
+    assert not asked.seen
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -42,74 +58,77 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "none", tmp_path / "file"):
         with pytest.raises(ModelFailed, match=str(path)):
-            find_model_folder("org/m", LocalStConfig(path=str(path)))
+            find_model_folder("org/m", LocalStConfig(path=str(path)), NOWHERE.state)
 
 
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("name", [MINILM, "all-MiniLM-L6-v2"])
-def test_the_packaged_model_needs_no_network(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_the_packaged_model_needs_no_network(asked: Asked, name: str) -> None:
     """MiniLM is found in its package, without a look at the hub."""
-    asked = hub(monkeypatch, [])
-    found = find_model_folder(name, LocalStConfig())
+    found = find_model_folder(name, LocalStConfig(), NOWHERE.state)
     assert (found / "tokenizer.json").is_file()
-    assert not asked
-
-
-def test_a_revision_is_taken_from_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A pinned revision is not answered with whatever the package holds."""
-    (tmp_path / "model.safetensors").touch()
-    asked = hub(monkeypatch, [tmp_path])
-    assert find_model_folder(MINILM, LocalStConfig(revision="abc")) == tmp_path
-    assert [(repo, arguments["revision"], arguments["local_files_only"]) for repo, arguments in asked] == [
-        (MINILM, "abc", True)
-    ]
+    assert commit_of(found) is None
+    assert not asked.seen
 
 
 @pytest.mark.parametrize(("name", "repo"), [("org/m", "org/m"), ("m", "sentence-transformers/m")])
-def test_the_local_cache_comes_before_the_network(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, repo: str
-) -> None:
-    """What is in the cache is used; a bare name is one of sentence-transformers."""
-    (tmp_path / "model.safetensors").touch()
-    asked = hub(monkeypatch, [tmp_path])
-    assert find_model_folder(name, LocalStConfig()) == tmp_path
-    assert [(r, arguments["local_files_only"]) for r, arguments in asked] == [(repo, True)]
+def test_a_bare_name_is_one_of_sentence_transformers(asked: Asked, name: str, repo: str) -> None:
+    """As its library has it."""
+    find_model_folder(name, LocalStConfig(), NOWHERE.state)
+    assert asked.seen == [(repo, None)]
 
 
-def test_a_download_leaves_out_pickles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What is not cached is fetched, without weights that could carry code."""
-    asked = hub(monkeypatch, [LocalEntryNotFoundError("no"), tmp_path])
-    assert find_model_folder("org/m", LocalStConfig()) == tmp_path
-    assert {"*.bin", "*.pt", "*.ckpt"} <= set(asked[1][1]["ignore_patterns"])
+def test_a_revision_is_taken_from_the_hub(asked: Asked) -> None:
+    """A pinned revision is not answered with whatever the package holds."""
+    find_model_folder(MINILM, LocalStConfig(revision="abc"), NOWHERE.state)
+    assert asked.seen == [(MINILM, "abc")]
 
 
-def test_a_cache_is_whole_without_what_is_never_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Else each start would ask the hub, and follow whatever a branch has become: many repositories hold a .bin."""
-    asked = hub(monkeypatch, [LocalEntryNotFoundError("no"), tmp_path])
-    find_model_folder("org/m", LocalStConfig())
-    assert asked[0][1]["ignore_patterns"] == asked[1][1]["ignore_patterns"]
+def test_a_commit_that_was_served_stays(asked: Asked, tmp_path: Path) -> None:
+    """However the branch moves, and whoever moves it in the shared cache, until `revision` asks for another."""
+    state = tmp_path / "state"
+    assert served("org/m", state) == OLD
+    asked.newest = NEW
+    assert served("org/m", state) == OLD
+    assert asked.seen[-1] == ("org/m", OLD)
+    assert served("org/m", state, LocalStConfig(revision="main")) == NEW
+    asked.newest = "2" * 40
+    assert served("org/m", state, LocalStConfig(revision="main")) == NEW
+    assert served("org/m", state, LocalStConfig(revision=OLD)) == OLD
+    assert served("org/m", state) == OLD
+    assert served("org/other", state) == "2" * 40
 
 
-@pytest.mark.parametrize("error", [OSError("offline\nand more"), ValueError(""), RuntimeError("401 gated")])
-def test_a_model_that_cannot_be_had_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """Whatever the hub's library raises, the error names the model and the reason in one line."""
-    hub(monkeypatch, [LocalEntryNotFoundError("no"), error])
-    with pytest.raises(ModelFailed, match="org/m") as caught:
-        find_model_folder("org/m", LocalStConfig())
-    assert "\n" not in caught.value.message
-    assert (str(error).splitlines() or ["ValueError"])[0] in caught.value.message
+def test_a_commit_that_never_loaded_does_not(asked: Asked, tmp_path: Path) -> None:
+    """Its authors may mend it."""
+    find_model_folder("org/m", LocalStConfig(), tmp_path)
+    asked.newest = NEW
+    assert served("org/m", tmp_path) == NEW
 
 
-def test_offline_and_not_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without a network a model that is not there is refused at once, with the hub's own library."""
-    with pytest.raises(ModelFailed, match="cannot be fetched"):
-        find_model_folder("no-such-organisation/no-such-model", LocalStConfig())
+@pytest.mark.parametrize("broken", [b"", b"main", b"\xff", b"../../etc"])
+def test_a_broken_note_of_a_commit_is_none(asked: Asked, tmp_path: Path, broken: bytes) -> None:
+    """A disk may break any file."""
+    served("org/m", tmp_path)
+    (note,) = (tmp_path / "revisions").iterdir()
+    note.write_bytes(broken)
+    asked.newest = NEW
+    assert served("org/m", tmp_path) == NEW
+    assert note.read_text() == f"{NEW}\n"
 
 
-def test_an_interrupted_download_is_taken_up_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A cached folder without weights is not taken for the model."""
-    (tmp_path / "cut").mkdir()
-    (tmp_path / "whole").mkdir()
-    asked = hub(monkeypatch, [tmp_path / "cut", tmp_path / "whole"])
-    assert find_model_folder("org/m", LocalStConfig()) == tmp_path / "whole"
-    assert [arguments.get("local_files_only", False) for _, arguments in asked] == [True, False]
+def test_a_commit_that_cannot_be_noted_is_served(asked: Asked, caplog: pytest.LogCaptureFixture) -> None:
+    """The log says what that means."""
+    assert served("org/m", NOWHERE.state) == OLD
+    assert "another commit after a restart" in caplog.text
+
+
+def test_what_cannot_be_had_is_told_with_the_models_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with the reason."""
+
+    def fail(repo: str, revision: str | None) -> Path:
+        raise hub.NotToBeHad("it is gone")
+
+    monkeypatch.setattr(hub, "snapshot", fail)
+    with pytest.raises(ModelFailed, match=r"'org/m' is not whole in the local cache.*: it is gone"):
+        find_model_folder("org/m", LocalStConfig(), NOWHERE.state)
