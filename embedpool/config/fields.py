@@ -89,6 +89,17 @@ class StrictFloat(fields.Float):
         raise ma.ValidationError(f"must be a finite number, not {value!r:.40}")
 
 
+class StrictText(fields.String):
+    """A text; what YAML reads as a number, a date or true wants quotation marks."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        if not isinstance(value, str):
+            kinds: dict[type, str] = {list: "a list", dict: "a mapping"}
+            given = kinds.get(type(value), f"{value!r:.40}")
+            raise ma.ValidationError(f"must be a text, not {given}: put it in quotation marks")
+        return super()._deserialize(value, attr, data, **kwargs)
+
+
 class StrictSchema(ma.Schema):
     """null means absent, and an unknown key is an error that names the nearest known one."""
 
@@ -139,11 +150,11 @@ def _field_of(f: dataclasses.Field[Any], hint: Any) -> fields.Field[Any]:
         bool: StrictBoolean,
         int: StrictInteger,
         float: StrictFloat,
-        str: fields.String,
+        str: StrictText,
         Any: fields.Raw,
     }
     if hint is str and f.metadata["choices"]:
-        return _Choice(required=required, validate=rules)
+        return _Choice(required=required, validate=rules, metadata={"choices": f.metadata["choices"]})
     if hint in plain:
         return plain[hint](required=required, validate=rules)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -154,11 +165,12 @@ def _field_of(f: dataclasses.Field[Any], hint: Any) -> fields.Field[Any]:
     raise TypeError(f"no schema field for {f.name}: {hint}")  # a mistake in our own declarations
 
 
-class _Choice(fields.String):
-    """One of some words, among them perhaps `off`, which YAML reads as false."""
+class _Choice(StrictText):
+    """One of some words in any case, among them perhaps `off`, which YAML reads as false."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
-        return super()._deserialize("off" if value is False else value, attr, data, **kwargs)
+        found: str = super()._deserialize("off" if value is False else value, attr, data, **kwargs)
+        return found.lower() if found.lower() in self.metadata["choices"] else found
 
 
 class _Tuple(fields.List[Any]):

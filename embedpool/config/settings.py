@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG_YML = ".config/config.yml"
 SETTING_PREFIX = "EMBEDPOOL_"
+DUPLICATE_KEY = re.compile(r"found duplicate key (.+?) with value.*", re.DOTALL)
 NO_SETTINGS = re.compile(  # what is set for other ends, some of it by Kubernetes for a service of this name
     r"EMBEDPOOL_(CONFIG\Z|SECRET_|SERVICE_(HOST|PORT)(_|\Z)|PORT(_|\Z))"
 )
@@ -71,6 +72,10 @@ class Server:
     )
     idle_connection_s: int = option(120, "the server closes a connection that is idle for so long", minimum=1)
     graceful_timeout_s: int = option(30, "how long a stop waits for accepted requests", minimum=0)
+
+    def __post_init__(self) -> None:
+        if self.host.startswith("[") and self.host.endswith("]"):  # as an IPv6 address stands in a URL
+            object.__setattr__(self, "host", self.host[1:-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,12 +307,14 @@ def _variable(path: tuple[str | int, ...]) -> str:
 def _overrides(environ: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """EMBEDPOOL_<SECTION>__<KEY> → {section: {key: value}}; values are read as YAML."""
     found: dict[str, dict[str, Any]] = {}
-    for variable, raw in environ.items():
+    for variable, given in environ.items():
         if not variable.startswith(SETTING_PREFIX) or "__" not in variable or variable.startswith(SECRET_PREFIX):
             continue
         section, _, key = variable.removeprefix(SETTING_PREFIX).lower().partition("__")
         if section not in SECTIONS:
             raise ConfigError(f"environment variable {variable}: {unknown_key(section, SECTIONS)}")
+        is_quoted = len(given) > 1 and given[0] in "'\"" and given[-1] == given[0]
+        raw = given[1:-1] if is_quoted else given  # files of variables keep quotation marks
         kind = {f.name: f.type for f in dataclasses.fields(SECTIONS[section])}.get(key, "")
         try:
             value = raw if str(kind).startswith("str") else yaml.safe_load(raw)
@@ -345,7 +352,9 @@ def yaml_fault(name: str, error: Exception) -> str:
     """Describe a YAML library's error in one line, with file and line."""
     mark = getattr(error, "problem_mark", None)
     where = f", line {mark.line + 1}" if mark else ""
-    return f"{name}{where}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}"
+    says = getattr(error, "problem", None) or str(error).splitlines()[0]
+    says = DUPLICATE_KEY.sub(r"the key \1 stands here twice", says)
+    return f"{name}{where}: {says}"
 
 
 def sample_config_yml(root: str = ".config") -> str:

@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def available_cores() -> int:
-    """Cores this process may use, by affinity and by its cgroup's quota, never the host's count."""
+    """Cores this process may use, by affinity and by the quotas of its cgroup and of those above it, never the host's.
+
+    Reads version 2 of cgroups and version 1, in a container or below a unit of systemd.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            cores = min(cores, math.ceil(int(quota) / int(period)))
-    except (OSError, ValueError):
-        pass
-    return max(cores, 1)
+    return max(min([cores, *map(math.ceil, _quotas())]), 1)
+
+
+def _quotas() -> Iterator[float]:
+    """Each in cores."""
+    for folder in _folders():
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+            quota, period = (folder / "cpu.max").read_text().split()
+            if quota != "max":
+                yield int(quota) / int(period)
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+            quota = (folder / "cpu.cfs_quota_us").read_text()
+            if int(quota) > 0:
+                yield int(quota) / int((folder / "cpu.cfs_period_us").read_text())
+
+
+def _folders() -> Iterator[Path]:
+    """Of the process's groups and of those above them. In a container the mount's root may be the group itself."""
+    yield CGROUPS
+    groups: list[str] = []
+    with contextlib.suppress(OSError, ValueError):
+        groups = OWN_GROUPS.read_text().splitlines()
+    for line in groups:  # such as 0::/a/b, or 4:cpu,cpuacct:/a/b
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = CGROUPS / controllers if controllers else CGROUPS
+        group = PurePosixPath(path.lstrip("/"))
+        for level in (group, *group.parents):
+            yield root / level

@@ -182,7 +182,6 @@ def test_an_empty_variable_overrides_nothing(raw: str) -> None:
         ("SERVR__PORT", "9", "did you mean server?"),
         ("SERVER__PROT", "9", "did you mean port?"),
         ("SERVER__PORT", "abc", "whole number"),
-        ("SERVER__PORT", "'9'", "whole number"),
         ("SERVER__PORT", "70000", "65535"),
         ("SERVER__PORT", "{", "not a YAML value"),
         ("SERVER__PORT", "2024-13-45", ""),
@@ -305,3 +304,22 @@ def test_off_is_a_word(written: str, meant: str) -> None:
 def test_a_variable_that_is_nearly_a_setting_is_told(variable: str, near: str | None) -> None:
     """Not what Kubernetes sets by itself, and no secret."""
     assert unknown_variables({variable: "1"}) == ({variable: near} if near else {})
+
+
+@pytest.mark.parametrize("raw", ["9", "'9'", '"9"'])
+def test_a_variable_may_stand_in_quotation_marks(raw: str) -> None:
+    """`docker run --env-file` keeps those of the file."""
+    assert parse_settings(CONTRACT, "c", {"EMBEDPOOL_SERVER__PORT": raw}).server.port == 9
+    host = parse_settings(CONTRACT, "c", {"EMBEDPOOL_SERVER__HOST": raw.replace("9", "::1")}).server.host
+    assert host == "::1"
+
+
+def test_words_may_be_in_any_case() -> None:
+    """INFO is a level, as elsewhere."""
+    assert parse_settings("version: 1\nlogging: {level: INFO}\n", "c", {}).logging.level == "info"
+    assert parse_settings("version: 1\n", "c", {"EMBEDPOOL_SERVER__SERVER": "Waitress"}).server.server == "waitress"
+
+
+def test_an_ipv6_address_may_stand_in_brackets() -> None:
+    """As in a URL."""
+    assert parse_settings('version: 1\nserver: {host: "[::1]"}\n', "c", {}).server.host == "::1"

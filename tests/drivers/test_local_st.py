@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import re
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -261,23 +260,3 @@ def test_the_table_knows_it(folder: Path, tmp_path: Path) -> None:
     assert isinstance(driver, LocalStDriver)
     assert driver._cores == 1
     assert open_tokenizer(spec, NOWHERE).encode([""]) == [[101, 102]]
-
-
-@pytest.mark.parametrize(
-    ("affinity", "cgroup", "cores"),
-    [(8, "max 100000", 8), (8, "150000 100000", 2), (2, "400000 100000", 2), (8, "10000 100000", 1), (3, None, 3),
-     (3, "nonsense", 3)],
-)  # fmt: skip
-def test_cores_are_those_of_the_container(
-    monkeypatch: pytest.MonkeyPatch, affinity: int, cgroup: str | None, cores: int
-) -> None:
-    """Threads are sized by affinity and by the cgroup's quota, whichever is less, never by the host."""
-
-    def read_text(self: Path) -> str:
-        if cgroup is None:
-            raise FileNotFoundError
-        return cgroup
-
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(affinity)), raising=False)
-    monkeypatch.setattr(Path, "read_text", read_text)
-    assert available_cores() == cores
