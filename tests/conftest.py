@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +118,12 @@ def settle(pool: Pool) -> None:
     """Wait for every model's first load."""
     for served in pool.models:
         assert served.replicas.settled.wait(20)
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    """Poll; nothing waits that long when all is well."""
+    for _ in range(1000):
+        if condition():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("the condition did not come true")

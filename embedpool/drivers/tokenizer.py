@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"
 
 
 CHARS_PER_TOKEN = 12  # of a beginning that most probably has enough tokens
+LFS_POINTER = b"version https://git-lfs"
 TRAILING_DIGITS = re.compile(r"\d+\Z")
 
 
@@ -121,7 +123,10 @@ def pad(ids: Sequence[Sequence[int]], pad_id: int) -> dict[str, NDArray[np.int64
 def _load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     file = folder / "tokenizer.json"
     if file.exists():
-        return tokenizers.Tokenizer.from_file(str(file))
+        try:
+            return tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # it raises nothing narrower
+            raise ModelFailed(f"{file} {_broken(file, error)}") from None
     from transformers import AutoTokenizer  # builds a fast tokenizer from older files
 
     try:
@@ -131,19 +136,30 @@ def _load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
         raise ModelFailed(f"{folder.name}: no fast tokenizer: {error}") from None
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json(file: Path, kind: type[Any] = dict) -> Any:
+    """Its document, an empty one if there is no such file. Raises ModelFailed, which names the file."""
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        document = json.loads(text)
     except FileNotFoundError:
-        return {}
-    return document if isinstance(document, dict) else {}
+        return kind()
+    except (OSError, ValueError) as error:
+        raise ModelFailed(f"{file} {_broken(file, error)}") from None
+    if not isinstance(document, kind):
+        raise ModelFailed(f"{file} holds {type(document).__name__}, not {kind.__name__}")
+    return document
+
+
+def _broken(file: Path, error: Exception) -> str:
+    """What is wrong with a file that a library cannot read."""
+    with contextlib.suppress(OSError), file.open("rb") as stream:
+        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+            return "is a pointer of Git LFS in the place of the file: fetch it with `git lfs pull`"
+    return f"cannot be read: {error}"
 
 
 def _first_module_path(folder: Path) -> str:
-    try:
-        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return ""
+    modules = _json(folder / "modules.json", list)
     return str(modules[0].get("path") or "") if modules else ""
 
 

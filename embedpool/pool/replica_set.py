@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from embedpool.config.spec import ModelSpec
-from embedpool.errors import ModelFailed
+from embedpool.errors import EmbedpoolError, ModelFailed
+from embedpool.pool.backoff import Backoff
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.planner import Planner, Slots
 from embedpool.pool.quarantine import Quarantine
@@ -59,6 +60,8 @@ class ReplicaSet:
         self._memory: dict[str, Any] = {}
         self._quarantine = Quarantine(self.settings.clock)
         self._slots = Slots(self.settings.clock)
+        self._backoff = Backoff()  # of loads on demand, whose replicas are gone when they have failed
+        self._retry_at = 0.0  # on the clock: before, no load on demand is tried again
 
     def __len__(self) -> int:
         return len(self._replicas)
@@ -72,7 +75,7 @@ class ReplicaSet:
         if any(r.state == "ready" for r in replicas):
             return "failed" if self._stuck_s(replicas) else "ready"
         if not replicas:
-            return "idle"
+            return "failed" if self.settings.clock() < self._retry_at else "idle"
         limit = 1 if self.loads_first else FAILURES_BEFORE_FAILED
         return "failed" if all(r.backoff.failures >= limit for r in replicas) else "loading"
 
@@ -94,7 +97,7 @@ class ReplicaSet:
     @property
     def retry_after_s(self) -> float:
         """How long until the next attempt of a failed model, and a second at least."""
-        return max(min((r.retry_at for r in self._replicas), default=0.0) - self.settings.clock(), 1.0)
+        return max(min((r.retry_at for r in self._replicas), default=self._retry_at) - self.settings.clock(), 1.0)
 
     @property
     def rest_s(self) -> float:
@@ -139,6 +142,13 @@ class ReplicaSet:
         for replica in self._replicas:
             self._adjust(replica)
         self.queue.wake()  # idle times may have changed
+
+    def failed_without_one(self, error: EmbedpoolError) -> None:
+        """A load on demand has failed, or what must precede it."""
+        with self._lock:
+            self.last_error = error.message
+            self._backoff.failed(error)
+            self._retry_at = self.settings.clock() + self._backoff.pause_s
 
     def need_one(self) -> None:
         """Work was put into the queue. Under the lock of `_retires`, so that no work is left without a replica."""
@@ -215,7 +225,10 @@ class ReplicaSet:
             retired = False
             while not (retired or replica.stopping.is_set()):
                 if not replica.open():
-                    retired = self._retires(replica, is_idle=True) or replica.stopping.wait(replica.backoff.pause_s)
+                    retired = self._retires(replica, is_idle=True)
+                    if retired and not self.stopped:
+                        self.failed_without_one(ModelFailed(replica.last_error or ""))
+                    retired = retired or replica.stopping.wait(replica.backoff.pause_s)
                     continue
                 try:
                     retired = self._serve(replica)
@@ -322,6 +335,7 @@ class ReplicaSet:
         """On the replica's own threads."""
         self._count_slots()
         if replica.state == "ready":
+            self._backoff, self._retry_at = Backoff(), 0.0
             self.loads_first = False
             self.settled.set()
             self.on_ready()

@@ -9,7 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 from embedpool.config.spec import ModelSpec
-from embedpool.errors import DeadlineExceeded, InvalidRequest, ModelFailed, ShuttingDown, UnsupportedOption
+from embedpool.errors import (
+    DeadlineExceeded,
+    EmbedpoolError,
+    InvalidRequest,
+    ModelFailed,
+    ShuttingDown,
+    UnsupportedOption,
+)
 from embedpool.pool.admission import Admission
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.replica_set import ReplicaSet
@@ -124,6 +131,14 @@ class ServedModel:
                 raise DeadlineExceeded("the deadline passed while the model's tokenizer was being opened")
             try:
                 self._tokenizer = self._tokenizer or self._settings.open_tokenizer(self.spec)
+            except EmbedpoolError as error:
+                self.replicas.failed_without_one(error)
+                raise
+            except Exception as error:
+                logger.exception("%s: its tokenizer cannot be opened", self.spec.model)
+                failed = ModelFailed(f"its tokenizer cannot be opened: {type(error).__name__}: {error}")
+                self.replicas.failed_without_one(failed)
+                raise failed from None
             finally:
                 self._tokenizer_lock.release()
         return self._tokenizer

@@ -112,12 +112,3 @@ def serving(kind: type[Remote] = Remote) -> Iterator[Remote]:
     server.shutdown()
     server.server_close()
     thread.join(20)
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    """Poll; nothing waits that long when all is well."""
-    for _ in range(1000):
-        if condition():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError("the condition did not come true")

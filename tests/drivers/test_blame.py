@@ -21,8 +21,8 @@ from embedpool.drivers.http import HttpDriver
 from embedpool.errors import FAILED_INPUTS_HEADER, EmbedpoolError, UpstreamError
 from embedpool.pool.pool import Pool
 from embedpool.pool.settings import PoolSettings
-from tests.conftest import ask, run, settle
-from tests.drivers.remote import DROP, Remote, Reply, Seen, good, vector, wait_until
+from tests.conftest import ask, run, settle, wait_until
+from tests.drivers.remote import DROP, Remote, Reply, Seen, good, vector
 
 
 @contextmanager

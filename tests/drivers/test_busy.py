@@ -23,8 +23,8 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call
 from embedpool.pool.settings import PoolSettings
 from embedpool.tasks.embed import Embed, EmbedOptions
-from tests.conftest import ask, run, settle
-from tests.drivers.remote import Remote, Reply, Seen, good, vector, wait_until
+from tests.conftest import ask, run, settle, wait_until
+from tests.drivers.remote import Remote, Reply, Seen, good, vector
 from tests.web.conftest import serving as web_serving
 
 

@@ -28,8 +28,8 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.settings import PoolSettings
 from embedpool.tasks.driver import Folders
 from embedpool.tasks.embed import Embed
-from tests.conftest import NOWHERE, ask, fake_spec, open_here, run, settle
-from tests.drivers.remote import DRIP, DROP, HANG, Handler, Remote, Reply, Seen, good, vector, wait_until
+from tests.conftest import NOWHERE, ask, fake_spec, open_here, run, settle, wait_until
+from tests.drivers.remote import DRIP, DROP, HANG, Handler, Remote, Reply, Seen, good, vector
 
 KEY = "s3cr3t-key"
 

@@ -281,3 +281,26 @@ def test_ids_are_decoded(tokenizer: FolderTokenizer) -> None:
     ids = tokenizer.encode(["hello world"])
     assert tokenizer.decode(ids, skip_special=True) == ["hello world"]
     assert tokenizer.decode(ids, skip_special=False) == ["[CLS] hello world [SEP]"]
+
+
+FILES = (
+    "tokenizer.json", "config.json", "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json",
+)  # fmt: skip
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 466247\n"
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize(("content", "says"), [
+    (POINTER, "git lfs pull"), (b"", "cannot be read"), (b'{"a": ', "cannot be read"), (b"<html>", "cannot be read"),
+    (b"\xef\xbb\xbf{}", "cannot be read"), (b"\xff\xfe", "cannot be read"), (b"7", "cannot be read|holds int"),
+], ids=lambda value: ascii(value)[:12])  # fmt: skip
+def test_a_broken_file_is_named(
+    made: Callable[..., FolderTokenizer], tmp_path: Path, file: str, content: bytes, says: str
+) -> None:
+    """Whatever is in its place: a model is never served without what it says."""
+    made()
+    (tmp_path / file).unlink(missing_ok=True)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ModelFailed, match=says) as caught:
+        FolderTokenizer(tmp_path)
+    assert str(tmp_path / file) in caught.value.message

@@ -28,10 +28,11 @@ from embedpool.errors import (
 )
 from embedpool.pool.model_queue import QueueClosed
 from embedpool.pool.planner import Planner
-from embedpool.pool.replica_set import ReplicaSet
+from embedpool.pool.replica_set import FAILURES_BEFORE_FAILED, ReplicaSet
 from embedpool.pool.served_model import ServedModel
 from embedpool.tasks.driver import Cost, Facts, Loss
 from embedpool.tasks.rows import Answer, Rows
+from tests.conftest import wait_until
 from tests.pool.scripted import (
     A_WHILE_S,
     PATIENCE_S,
@@ -505,6 +506,37 @@ def test_a_tokenizer_that_cannot_be_had_leaks_no_driver(serve) -> None:
     settled(served)
     wait_until_ready(served)
     assert_answers(ask(served, "a"), "a")
+
+
+@pytest.mark.parametrize("where", ["tokenizer", "driver"])
+def test_a_model_loaded_on_demand_that_cannot_load_says_so(serve, where: str) -> None:
+    """Its requests get the reason and a time to come back, it is failed until then, and then it is tried again."""
+    now = [100.0]
+    reasons: list[Exception] = [OSError("a broken file") for _ in range(2)]
+
+    def open_tokenizer(spec) -> FakeTokenizer:
+        if reasons and where == "tokenizer":
+            raise reasons.pop()
+        return FakeTokenizer()
+
+    script = 2 * FAILURES_BEFORE_FAILED * reasons[:1] if where == "driver" else ()
+    served, opener = serve(*script, min=0, settings={"open_tokenizer": open_tokenizer, "clock": lambda: now[0]})
+    assert served.state == "idle"
+    for _ in range(2):  # a load is tried three times at once
+        with pytest.raises(ModelFailed, match="a broken file"):
+            ask(served, "a")
+        wait_until(lambda: served.state == "failed")
+        assert not served.is_serving
+        assert "a broken file" in served.snapshot()["last_error"]
+        loads = len(opener.specs)
+        with pytest.raises(ModelFailed, match="a broken file") as caught:
+            ask(served, "a")
+        assert (caught.value.retry_after_s or 0) >= 1
+        assert len(opener.specs) == loads  # nothing was tried
+        now[0] += 60
+        assert served.state == "idle"
+    assert_answers(ask(served, "a"), "a")
+    assert served.state == "ready"
 
 
 def test_a_thread_that_cannot_be_started_wedges_nothing(serve, monkeypatch: pytest.MonkeyPatch) -> None:
