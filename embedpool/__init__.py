@@ -3,7 +3,8 @@
 The road of a request, each file entered once on the way in and once on the way out:
 
     web/native.py         POST /embed: a body becomes a task, and the result becomes an answer
-    web/schemas.py        the schema of the body
+    web/body.py           the body is read, unpacked and parsed
+    web/schemas.py        its schema
     web/submit.py         the one way into the pool: the task, and a call that says for whom it is
     tasks/embed.py        the task: prompts and truncation make items of texts, and rows get their final form
     pool/pool.py          a permit admits the request, a name or an alias finds its model
@@ -20,7 +21,8 @@ What they hand on: tasks/item.py (items and batches), tasks/rows.py, pool/reques
 A dialect in web/dialects/ takes the place of web/native.py; web/ndjson.py serves bodies of lines.
 
 Around the road: web/app.py puts web/ together, with web/http_request.py, web/access.py (keys), web/intake.py (bodies),
-web/rate_limit.py, web/metrics.py, web/request_log.py and web/error_response.py. pool/served_model.py is the life of a
+web/rate_limit.py, web/metrics.py, web/request_log.py, web/error_response.py, web/compat.py (what the APIs of others
+have in common), web/cors.py (pages in a browser) and web/root.py. pool/served_model.py is the life of a
 model, pool/replica_set.py says how many replicas it has and runs their threads, pool/replica.py is the life of one,
 pool/backoff.py says when to open it again, pool/quarantine.py holds items that are not run again, pool/stats.py counts,
 pool/settings.py holds the settings that all models share. tasks/ defines the contracts of tasks, drivers, places and

@@ -20,6 +20,7 @@ class EmbedpoolError(Exception):
 
     status = 500
     code = "internal_error"
+    retry_helps = True  # the same request may succeed when it is sent again, as its status says elsewhere
     default_retry_after_s: float | None = None
 
     def __init__(
@@ -123,7 +124,7 @@ class AliasConflict(EmbedpoolError):
 class ModelChanged(EmbedpoolError):
     """Another model took over the name while the server answered lines; its vectors would not fit the earlier ones."""
 
-    status, code = 409, "model_changed"
+    status, code, retry_helps = 409, "model_changed", False
 
 
 class ModelExistsDifferently(EmbedpoolError):
@@ -199,13 +200,13 @@ class Overloaded(EmbedpoolError):
 class LoopDetected(EmbedpoolError):
     """The request has passed too many embedpool servers; one of them is a remote model of itself."""
 
-    status, code = 508, "loop_detected"
+    status, code, retry_helps = 508, "loop_detected", False
 
 
 class InferenceFailed(EmbedpoolError):
     """The model failed on a text; `fields` names it."""
 
-    status, code = 500, "inference_failed"
+    status, code, retry_helps = 500, "inference_failed", False
 
 
 REFUSALS = (400, 413, 422)  # of a remote service: it takes this call from nobody

@@ -47,8 +47,8 @@ MAY_IMPORT_THIRD_PARTY = {
     "pool": set(),
     "places": {"numpy", "psutil", "typing_extensions"},
     "web": {
-        "flask", "werkzeug", "marshmallow", "orjson", "numpy", "prometheus_client", "apispec", "markupsafe",
-        "typing_extensions",
+        "flask", "werkzeug", "marshmallow", "orjson", "numpy", "prometheus_client", "apispec",
+        "typing_extensions", "tiktoken", "zstandard", "brotli",
     },
     "errors": set(),
     "reconcile": set(),

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 def init(arguments: Arguments) -> int:
     """Write the sample files and make the folders."""
     from embedpool.config.pool_yml import EMPTY_POOL_YML
-    from embedpool.config.settings import load_settings, sample_config_yml
+    from embedpool.config.sample import sample_config_yml
+    from embedpool.config.settings import load_settings
 
     root = arguments["--root"]
     config = Path(arguments["--config"] or os.environ.get("EMBEDPOOL_CONFIG") or Path(root) / "config.yml")

@@ -21,6 +21,7 @@ from marshmallow import fields, validate
 from embedpool.errors import LONGEST_NAME, near_names
 
 MOST_UNKNOWN_KEYS = 10  # named in one answer
+DUPLICATE_KEY = re.compile(r"found duplicate key (.+?) with value.*", re.DOTALL)
 
 
 def option(
@@ -236,6 +237,15 @@ def describe_faults(file: str, text: str, messages: Any) -> str:
         f"{file}, line {line_of(text, path)}: {dotted(path) or 'the document'}: {sentence}"
         for path, sentence in faults(messages)
     )
+
+
+def yaml_fault(name: str, error: Exception) -> str:
+    """Describe a YAML library's error in one line, with file and line."""
+    mark = getattr(error, "problem_mark", None)
+    where = f", line {mark.line + 1}" if mark else ""
+    says = getattr(error, "problem", None) or str(error).splitlines()[0]
+    says = DUPLICATE_KEY.sub(r"the key \1 stands here twice", says)
+    return f"{name}{where}: {says}"
 
 
 def explicit(instance: Any) -> dict[str, Any]:

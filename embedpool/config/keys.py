@@ -16,9 +16,9 @@ import yaml
 from marshmallow import fields
 
 from embedpool.config import files
-from embedpool.config.fields import StrictInteger, StrictSchema, describe_faults, option, schema_of
+from embedpool.config.fields import StrictInteger, StrictSchema, describe_faults, option, schema_of, yaml_fault
 from embedpool.config.guard import is_loopback
-from embedpool.config.settings import Settings, yaml_fault
+from embedpool.config.settings import Settings
 from embedpool.errors import ConfigError, InvalidRequest, StorageError
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from embedpool.config import files
-from embedpool.config.fields import StrictInteger, StrictSchema, describe_faults, explicit, schema_of
-from embedpool.config.settings import yaml_fault
+from embedpool.config.fields import StrictInteger, StrictSchema, describe_faults, explicit, schema_of, yaml_fault
 from embedpool.config.spec import ModelSpec, PoolSpec, diff
 from embedpool.errors import PoolFileInvalid
 

@@ -14,14 +14,14 @@ from typing import Any
 import marshmallow as ma
 import yaml
 
-from embedpool.config.fields import describe_faults, faults, option, schema_of, unknown_key
+from embedpool.config.fields import describe_faults, faults, option, schema_of, unknown_key, yaml_fault
 from embedpool.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG_YML = ".config/config.yml"
 SETTING_PREFIX = "EMBEDPOOL_"
-DUPLICATE_KEY = re.compile(r"found duplicate key (.+?) with value.*", re.DOTALL)
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9.:_\[\]-]+\Z")
 NO_SETTINGS = re.compile(  # what is set for other ends, some of it by Kubernetes for a service of this name
     r"EMBEDPOOL_(CONFIG\Z|SECRET_|SERVICE_(HOST|PORT)(_|\Z)|PORT(_|\Z))"
 )
@@ -48,6 +48,12 @@ def secret_value(variable: str, environ: Mapping[str, str] = os.environ) -> str 
     return value or None
 
 
+def _origins(given: tuple[str, ...]) -> None:
+    for origin in given:
+        if origin != "*" and not ORIGIN.match(origin):
+            raise ma.ValidationError(f"{origin!r} is no origin: scheme, host and port, such as https://app.example")
+
+
 @dataclasses.dataclass(frozen=True)
 class Client:
     """How the command line finds the server."""
@@ -72,6 +78,12 @@ class Server:
     )
     idle_connection_s: int = option(120, "the server closes a connection that is idle for so long", minimum=1)
     graceful_timeout_s: int = option(30, "how long a stop waits for accepted requests", minimum=0)
+    cors_origins: tuple[str, ...] = option(
+        (),
+        "origins of web pages that may embed, such as https://app.example; *: all, while no key is needed; never the "
+        "management",
+        check=_origins,
+    )
 
     def __post_init__(self) -> None:
         if self.host.startswith("[") and self.host.endswith("]"):  # as an IPv6 address stands in a URL
@@ -104,6 +116,26 @@ class Logging:
     level: str = option("info", "least severe level logged", choices=("debug", "info", "warning", "error"))
     format: str = option("text", "lines for people, or JSON objects", choices=("text", "json"))
     requests: bool = option(True, "a line for each request, at level info")
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenAI:
+    """The API of OpenAI."""
+
+    token_ids: str = option(
+        "decode",
+        "token ids as input; decode: those of cl100k_base become the text they stand for; refuse: an error",
+        choices=("decode", "refuse"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tei:
+    """The API of text-embeddings-inference."""
+
+    default_model: str | None = option(
+        None, "name or alias of the model at the root of the server; default: the only one there is"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +245,8 @@ class Settings:
     process: Process = dataclasses.field(default_factory=Process)
     logging: Logging = dataclasses.field(default_factory=Logging)
     tracing: Tracing = dataclasses.field(default_factory=Tracing)
+    openai: OpenAI = dataclasses.field(default_factory=OpenAI)
+    tei: Tei = dataclasses.field(default_factory=Tei)
     defaults: Defaults = dataclasses.field(default_factory=Defaults)
     hot_reload: HotReload = dataclasses.field(default_factory=HotReload)
     batching: Batching = dataclasses.field(default_factory=Batching)
@@ -346,33 +380,3 @@ def base_dir_of(file: Path, config_yml: str) -> Path:
     if not Path(config_yml).is_absolute() and file.parts[-len(tail) :] == tail:
         return Path(*file.parts[: -len(tail)])
     return file.parent
-
-
-def yaml_fault(name: str, error: Exception) -> str:
-    """Describe a YAML library's error in one line, with file and line."""
-    mark = getattr(error, "problem_mark", None)
-    where = f", line {mark.line + 1}" if mark else ""
-    says = getattr(error, "problem", None) or str(error).splitlines()[0]
-    says = DUPLICATE_KEY.sub(r"the key \1 stands here twice", says)
-    return f"{name}{where}: {says}"
-
-
-def sample_config_yml(root: str = ".config") -> str:
-    """A commented config.yml with every default, for `embedpool init` and the docs."""
-    lines = ["# embedpool's settings. Every key may be left out; EMBEDPOOL_<SECTION>__<KEY> overrides it."]
-    lines += ["version: 1"]
-    for section, cls in SECTIONS.items():
-        lines += ["", f"# {(cls.__doc__ or '').strip()}", f"{section}:"]
-        for f in dataclasses.fields(cls):
-            default = f.default
-            if root != ".config" and isinstance(default, str):
-                default = default.replace(".config", root, 1)
-            shown = yaml.safe_dump(
-                list(default) if isinstance(default, tuple) else default,
-                default_flow_style=True,
-                width=1000,
-            ).splitlines()[0]
-            choices = f.metadata["choices"]
-            note = f.metadata["doc"] + (f" ({' | '.join(choices)})" if choices else "")
-            lines.append(f"  {f.name}: {shown}".ljust(40) + f"  # {note}")
-    return "\n".join(lines) + "\n"

@@ -121,6 +121,31 @@ class ServedModel:
         self.admission.refuse_unless_serving()
         return self._open_tokenizer(self._settings.request_timeout_s)
 
+    def load(self) -> dict[str, Any]:
+        """How much waits, in the words of infinity's list of models."""
+        waiting, most = self.queue.qsize(), self.queue.maxsize
+        return {
+            "queue_fraction": waiting / most,
+            "queue_absolute": waiting,
+            "results_pending": waiting,
+            "batch_size": self.spec.driver.config.max_batch_texts or self._settings.max_batch_texts,
+        }
+
+    def preload(self) -> None:
+        """Begin to load it if it is loaded on demand. Raises what a request would meet."""
+        self.admission.refuse_unless_serving()
+        self.replicas.need_one()
+
+    @property
+    def width(self) -> int | None:
+        """Numbers of a vector; None before it was loaded."""
+        return self.replicas.widths.get("embed")
+
+    def known_max_tokens(self) -> int | None:
+        """As `max_tokens`, as far as that is known without opening anything."""
+        own = self._tokenizer.default_max_tokens if self._tokenizer else None
+        return self.spec.driver.config.max_seq_length or own
+
     def max_tokens(self) -> int | None:
         """Tokens that it keeps of a text, as far as that is known."""
         return self.spec.driver.config.max_seq_length or self._open_tokenizer().default_max_tokens

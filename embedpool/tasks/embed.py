@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import re
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ QUERY = ("query", "search_query", "retrieval.query")
 DOCUMENT = ("document", "passage", "search_document", "retrieval.passage")
 INPUT_TYPES = (*QUERY, *DOCUMENT, "classification", "clustering", "separation", "text-matching")
 
+HALF = re.compile("[\ud800-\udfff]")  # a lone surrogate
+HALF_A_CHARACTER = "it holds half a character (a lone surrogate): somebody has cut the text inside an emoji or the like"
 NO_FLOAT16 = "the vectors do not fit float16; ask for float32 or normalize"
 SLICE_CHARS = 1 << 17  # of texts that are tokenised at once: at full length ids take 200 times a text's memory
 LONG_TEXTS = threading.Lock()  # of texts that are longer than a slice one is read whole at a time
@@ -76,9 +79,12 @@ class Embed(Task):
     def measure(
         self, config: DriverConfig, tokenizer: Tokenizer, still_wanted: Callable[[], None] = lambda: None
     ) -> Measured:
-        texts, passed_on = prompted(self.texts, self.options, config, tokenizer)
+        broken = self._broken()
+        given = ["" if i in broken else text for i, text in enumerate(self.texts)] if broken else self.texts
+        texts, passed_on = prompted(given, self.options, config, tokenizer)
         if config.is_remote:
-            return Measured(self._for_a_remote(texts, passed_on), [], {})
+            of_remote = self._for_a_remote(texts, passed_on)
+            return Measured([item for item in of_remote if item.index not in broken], [], broken)
         if extra := self.options.extra:
             raise UnsupportedOption(
                 f"unknown option for a local model: {', '.join(sorted(extra))}",
@@ -102,9 +108,19 @@ class Embed(Task):
                     ids = array("I", tokenizer.cut(full, limit, self.options.truncate or "right"))
                     key = keys.of(ids, text)  # a driver that is not fed by ids is given the text
                 items.append(Item((text,), len(ids), ids, group=LOCAL, key=key, index=i))
+        items = [item for item in items if item.index not in broken] if broken else items
         if refuses and limit is not None:
-            return Measured(items, [], self._refused(too_long, limit))
-        return Measured(items, list(too_long), {})
+            return Measured(items, [], {**broken, **self._refused(too_long, limit)})
+        return Measured(items, list(too_long), broken)
+
+    def _broken(self) -> dict[int, EmbedpoolError]:
+        """The texts that hold half a character, where the others go on without them. Else raises InvalidRequest."""
+        found = [i for i, text in enumerate(self.texts) if not text.isascii() and HALF.search(text)]
+        if found and not self.partial:
+            fields = {self.where(i): HALF_A_CHARACTER for i in found[:MOST_NAMED]}
+            message = f"{self.where(found[0])}: {HALF_A_CHARACTER}"
+            raise InvalidRequest(message, fields=fields, inputs=found[:MOST_NAMED])
+        return {i: InvalidRequest(HALF_A_CHARACTER) for i in found}
 
     def _for_a_remote(self, texts: Sequence[str], passed_on: dict[str, object]) -> list[Item]:
         for name in ("max_seq_length", "truncate"):

@@ -24,7 +24,12 @@ from embedpool.web.rate_limit import RateLimit
 
 OPEN = "open"
 FROM_ENVIRONMENT = "env-"  # begins an id that none in keys.yml can have
-SCOPES = {"observe": EMBED, "manage": ADMIN, "openapi": OPEN}  # of a blueprint's routes; of the others: embed
+SCOPES = {
+    "observe": EMBED,
+    "manage": ADMIN,
+    "openapi": OPEN,
+    "root": OPEN,
+}  # of a blueprint's routes; of the others: embed
 OPEN_ENDPOINTS = ("observe.health", "observe.ready", "observe.ready_model")
 
 
@@ -90,7 +95,7 @@ NOBODY = Caller(None)
 
 
 class Access:
-    """Tells callers apart, by `Authorization: Bearer` or `X-API-Key`."""
+    """Tells callers apart, by `Authorization: Bearer`, `X-API-Key` or `api-key`."""
 
     def __init__(self, security: Security, keys: KeysFile) -> None:
         self._keys = keys
@@ -166,7 +171,9 @@ def _scope_of(of: Request) -> str:
 
 def _given(of: Request) -> str:
     scheme, _, bearer = of.headers.get("Authorization", "").partition(" ")
-    return bearer.strip() if scheme.lower() == "bearer" else of.headers.get("X-API-Key", "").strip()
+    if scheme.lower() == "bearer":
+        return bearer.strip()
+    return (of.headers.get("X-API-Key") or of.headers.get("Api-Key") or "").strip()  # the second is Azure's
 
 
 def _find(given: str, known: tuple[ApiKey, ...]) -> ApiKey | None:

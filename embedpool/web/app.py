@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,8 +14,10 @@ from embedpool.config.settings import Settings
 from embedpool.errors import EmbedpoolError
 from embedpool.pool.pool import Pool
 from embedpool.reconcile import Reconciler
-from embedpool.web import manage, native, observe, openapi
+from embedpool.web import cors, manage, native, observe, openapi, root
 from embedpool.web.access import Access
+from embedpool.web.body import OWN_HOSTS
+from embedpool.web.compat import IGNORED_HEADER, named
 from embedpool.web.dialects import cohere, ollama, openai, tei
 from embedpool.web.error_response import Shape, error_response, native_shape
 from embedpool.web.http_request import HttpRequest, here
@@ -25,6 +28,7 @@ from embedpool.web.request_log import log_request, span_attributes
 ACCESS = "embedpool.access"
 MOST_TRUNCATED_NAMED = 500
 DIALECTS = (openai, tei, cohere, ollama)
+BEFORE_A_NAME = re.compile(r"(/+(?:models|ready|v1/+models|tei|openai/+deployments))/+(.+)", re.DOTALL)
 SHAPES: dict[str, Shape] = {p: shape for dialect in DIALECTS for p, shape in dialect.SHAPES.items()}
 
 
@@ -46,7 +50,9 @@ def refusal(app: Flask, method: str, path: str, headers: Mapping[str, str]) -> t
     access: Access = app.extensions[ACCESS]
     if access.is_open:  # the loop itself asks, and every large body costs the question
         return None
-    with app.test_request_context(method=method, headers=dict(headers), environ_overrides={"PATH_INFO": path}):
+    with app.test_request_context(
+        method=method, headers=dict(headers), environ_overrides={"PATH_INFO": plain_path(path)}
+    ):
         try:
             access.caller(here())
         except EmbedpoolError as error:
@@ -57,8 +63,22 @@ def refusal(app: Flask, method: str, path: str, headers: Mapping[str, str]) -> t
     return None
 
 
+def plain_path(path: str) -> str:
+    """Without doubled and trailing slashes, but for those of a model's name, which may have them."""
+    found = BEFORE_A_NAME.match(path)
+    before, name = found.groups() if found else (path, "")
+    return "/".join(("", *filter(None, before.split("/")), *([name] if name else []))) or "/"
+
+
 class _App(Flask):
     """No view of ours is async, which Flask would ask of each at every request."""
+
+    def wsgi_app(self, environ: dict[str, Any], start_response: Any) -> Any:
+        """A path with doubled or trailing slashes, as clients put it together, is the one that is meant."""
+        path = environ.get("PATH_INFO", "")
+        if "//" in path or path.endswith("/"):
+            environ["PATH_INFO"] = plain_path(path)
+        return super().wsgi_app(environ, start_response)
 
     def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
         return func
@@ -70,20 +90,26 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
     app.request_class = HttpRequest
     app.url_map.strict_slashes = False
     access = app.extensions[ACCESS] = Access(settings.security, keys_file(settings))
-    app.register_blueprint(native.blueprint(pool, settings.limits, settings.defaults.max_streams))
+    app.extensions[OWN_HOSTS] = manage.own_hosts(settings)
+    app.register_blueprint(native.blueprint(pool, settings))
     for dialect in DIALECTS:
-        app.register_blueprint(dialect.blueprint(pool, settings.limits))
+        app.register_blueprint(dialect.blueprint(pool, settings))
     app.register_blueprint(observe.blueprint(pool, reconciler, metrics, access))
     app.register_blueprint(manage.blueprint(pool, reconciler, settings, access))
     app.register_blueprint(openapi.blueprint())
-    app.register_error_handler(Exception, lambda error: error_response(error, shape_at(request.path)))
+    app.register_blueprint(root.blueprint())
+    app.register_error_handler(Exception, lambda error: error_response(error, here().shape or shape_at(request.path)))
 
     @app.before_request
     def begin() -> None:
         http = here()
         http.span, http.trace = tracing.begin_request(http.route, http.trace)
-        http.caller = access.caller(http)
+        if http.method != "OPTIONS":  # a browser's question whether it may ask, which has no key
+            http.caller = access.caller(http)
         http.max_answer_bytes = settings.limits.max_answer_bytes
+
+    embedding = {"native", *(dialect.__name__.rpartition(".")[2] for dialect in DIALECTS)}
+    cors.allow(app, settings.server.cors_origins, embedding, lambda: access.is_open)
 
     intake = app.extensions[INTAKE] = Intake(settings.limits.max_bodies_bytes)
 
@@ -98,6 +124,8 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
     def finish(response: Response) -> Response:
         http = here()
         response.headers["X-Request-Id"] = http.id
+        if http.ignored:
+            response.headers[IGNORED_HEADER] = named(http.ignored)
         if http.result is not None:
             response.headers["X-Embedpool-Space"] = http.result.space
             if http.result.truncated and not response.is_streamed:
@@ -107,6 +135,7 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
 
         def note() -> None:
             metrics.http_answer(http.route, status, http.error_code)
+            metrics.ignored(http.route, len(http.ignored))
             log_request(http, status)
             if http.span is not None:
                 failed = status >= 500 or http.error_code == EmbedpoolError.code

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flask import Response, request
@@ -34,8 +35,8 @@ def native_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any]
 
 def error_response(error: Exception, shape: Shape = native_shape) -> Response:
     """The answer to any exception."""
-    known = as_embedpool_error(error)
     http = here()
+    known = in_its_words(as_embedpool_error(error), http.words)
     http.error_code = known.code
     if known.status >= 500:
         logger.log(
@@ -49,12 +50,33 @@ def error_response(error: Exception, shape: Shape = native_shape) -> Response:
     response = json_response(*shape(known, http.id))
     if known.retry_after_s is not None:
         response.headers["Retry-After"] = str(math.ceil(known.retry_after_s))
+    if not known.retry_helps or known.inputs:
+        response.headers["x-should-retry"] = "false"  # OpenAI's clients ask for it
     if known.inputs:
         response.headers[FAILED_INPUTS_HEADER] = ",".join(map(str, known.inputs))
     if isinstance(error, HTTPException):
         response.headers.extend({k: v for k, v in error.get_headers() if k == "Allow"})
     forget_frames(error)
     return response
+
+
+def in_its_words(error: EmbedpoolError, words: Mapping[str, str]) -> EmbedpoolError:
+    """The error with the paths that it names in the words of the request: `input[0]` for `texts[0]`."""
+    renamed = {path: _renamed(path, words) for path in error.fields}
+    if all(path == word for path, word in renamed.items()):
+        return error
+    found = copy.copy(error)
+    for path, word in renamed.items():
+        found.message = found.message.replace(path, word)
+    found.fields = {renamed[path]: says for path, says in error.fields.items()}
+    return found
+
+
+def _renamed(path: str, words: Mapping[str, str]) -> str:
+    for ours, theirs in words.items():
+        if path == ours or path.startswith(f"{ours}["):
+            return theirs + path.removeprefix(ours)
+    return path
 
 
 def as_embedpool_error(error: Exception) -> EmbedpoolError:

@@ -45,6 +45,9 @@ class HttpRequest(Request):
         self.tokens = self.truncated = 0
         self.queue_ms = self.compute_ms = 0.0
         self.error_code = ""
+        self.shape: Any = None  # of an error, where the path does not tell it
+        self.ignored: list[str] = []  # fields of its body
+        self.words: dict[str, str] = {}  # its own for paths of POST /embed, such as input for texts
         self.trace = tracing.trace_of(self.headers) if TRACEPARENT in self.environ else {}
         self.span: Any = None
         self.caller = NOBODY

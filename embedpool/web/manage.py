@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 from typing import Any
-from urllib.parse import urlsplit
 
-from flask import Blueprint, Request, Response, request
+from flask import Blueprint, Request, Response, current_app, request
 
 from embedpool.config import edit, guard
 from embedpool.config.settings import Settings
@@ -14,18 +13,23 @@ from embedpool.errors import Forbidden, InvalidRequest, ModelNotFound
 from embedpool.pool.pool import Pool
 from embedpool.reconcile import Reconciler
 from embedpool.web.access import Access
+from embedpool.web.body import OWN_HOSTS, host_of, read_json
 from embedpool.web.encoding import json_response
 from embedpool.web.http_request import here
-from embedpool.web.schemas import AliasSchema, EnableSchema, RegisterSchema, ReloadSchema, read_json
+from embedpool.web.schemas import AliasSchema, EnableSchema, RegisterSchema, ReloadSchema
 
 PROXY_HEADERS = ("Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-Ip", "Via")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
+def own_hosts(settings: Settings) -> set[str]:
+    """Names under which this server is meant."""
+    return {*LOOPBACK_NAMES, settings.server.host.lower(), *(h.lower() for h in settings.security.allowed_hosts)}
+
+
 def blueprint(pool: Pool, reconciler: Reconciler, settings: Settings, access: Access) -> Blueprint:
     """The routes that change the pool. Each answers with the model's entry of /status."""
     routes = Blueprint("manage", __name__)
-    own_hosts = {*LOOPBACK_NAMES, settings.server.host.lower(), *(h.lower() for h in settings.security.allowed_hosts)}
 
     def read(schema: type[Any]) -> dict[str, Any]:
         return read_json(here(), schema, settings.limits)
@@ -33,7 +37,7 @@ def blueprint(pool: Pool, reconciler: Reconciler, settings: Settings, access: Ac
     @routes.before_request
     def let_in() -> None:
         if request.method not in ("GET", "HEAD", "OPTIONS"):
-            refuse_strangers(request, own_hosts, has_key=not access.is_open)
+            refuse_strangers(request, current_app.extensions[OWN_HOSTS], has_key=not access.is_open)
 
     @routes.post("/models/register")
     def register() -> Response:
@@ -94,7 +98,7 @@ def refuse_strangers(of: Request, own_hosts: set[str], *, has_key: bool) -> None
     Raises Forbidden. A web page can make a browser send requests to loopback: its Origin or, after DNS
     rebinding, its Host tells it apart. What came through a proxy is not a loopback request, whoever connected last.
     """
-    if _host_of(f"//{of.host}") not in own_hosts:
+    if host_of(f"//{of.host}") not in own_hosts:
         raise Forbidden(f"management is not answered under the Host {of.host!r}; see security.allowed_hosts")
     origin = of.headers.get("Origin")
     if origin is not None and origin.partition("://")[2].lower() != of.host.lower():  # another port is another origin
@@ -105,13 +109,6 @@ def refuse_strangers(of: Request, own_hosts: set[str], *, has_key: bool) -> None
         raise Forbidden("management is closed to requests that came through a proxy")
     if not _is_loopback(of.remote_addr):
         raise Forbidden("management is closed to other machines; see security.admin_key_env")
-
-
-def _host_of(url: str) -> str:
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
 
 
 def _is_loopback(address: str | None) -> bool:

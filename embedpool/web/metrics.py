@@ -68,6 +68,9 @@ class Metrics(Observer):
         self.http_requests = counter(
             "http_requests", "Answers, by route and status; the code of an error.", "route", "status", "code"
         )
+        self.ignored_fields = counter(
+            "ignored_fields", "Fields of bodies that were ignored, as in other servers' APIs, by route.", "route"
+        )
         self.requests = counter("requests", "Requests that reached the model, answered or refused.", "model")
         self.items = counter("items", "Inputs of requests answered: of POST /embed, texts.", "model")
         self.tokens = counter("tokens", "Tokens answered, special tokens included, after truncation.", "model")
@@ -93,6 +96,11 @@ class Metrics(Observer):
     def http_answer(self, route: str, status: int, code: str) -> None:
         """One has left; the code is that of an error."""
         self._series(self.http_requests, route, status, code).inc()
+
+    def ignored(self, route: str, count: int) -> None:
+        """So many fields of a body were ignored."""
+        if count:
+            self._series(self.ignored_fields, route).inc(count)
 
     # --- what the pool tells
 

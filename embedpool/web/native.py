@@ -6,19 +6,22 @@ import threading
 
 from flask import Blueprint, Response
 
-from embedpool.config.settings import Limits
+from embedpool.config.settings import Settings
 from embedpool.errors import InvalidRequest
 from embedpool.pool.pool import Pool
 from embedpool.web import ndjson, submit
+from embedpool.web.body import read_document
+from embedpool.web.dialects import tei
 from embedpool.web.encoding import NPY, embed_response, npy_response
 from embedpool.web.http_request import here
 from embedpool.web.ndjson import NDJSON
-from embedpool.web.schemas import EmbedSchema, check_texts, embed_options, read_json
+from embedpool.web.schemas import EmbedSchema, check_texts, embed_options, load
 
 
-def blueprint(pool: Pool, limits: Limits, max_streams: int) -> Blueprint:
+def blueprint(pool: Pool, settings: Settings) -> Blueprint:
     """The routes that embed."""
-    streams = threading.BoundedSemaphore(max_streams)
+    limits = settings.limits
+    streams = threading.BoundedSemaphore(settings.defaults.max_streams)
     routes = Blueprint("native", __name__)
 
     @routes.post("/embed")
@@ -26,7 +29,10 @@ def blueprint(pool: Pool, limits: Limits, max_streams: int) -> Blueprint:
         http = here()
         if http.mimetype == NDJSON:
             return ndjson.embed(pool, limits, streams)
-        body = read_json(http, EmbedSchema, limits)
+        document = read_document(http, limits)
+        if "inputs" in document and "texts" not in document:  # TEI's, at the root of its host
+            return tei.embed_at_the_root(pool, settings, document)
+        body = load(EmbedSchema, document)
         options = body["options"]
         texts = check_texts(body["texts"], limits)
         partial = options.get("on_error") == "partial"

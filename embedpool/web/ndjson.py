@@ -31,6 +31,7 @@ from embedpool.errors import (
     ModelChanged,
     Overloaded,
     ShuttingDown,
+    UnsupportedMediaType,
     UpstreamError,
     forget_frames,
 )
@@ -61,6 +62,8 @@ class StreamSchema(OptionsSchema):
 def embed(pool: Pool, limits: Limits, room: threading.BoundedSemaphore) -> Response:
     """The answer to the request at hand, whose first lines are computed. `room` bounds how many there are at once."""
     http = here()
+    if http.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("lines are read as they are: send them without a Content-Encoding")
     if (http.content_length or 0) > limits.max_stream_body_bytes:
         raise BodyTooLarge(f"the body has {http.content_length} bytes, the limit is {limits.max_stream_body_bytes}")
     query = load(StreamSchema, _typed(http.args))

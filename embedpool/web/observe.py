@@ -75,11 +75,23 @@ def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics, access: Acce
 
 
 def all_models(pool: Pool) -> Response:
-    """OpenAI's list of those that the caller's key is for, each under its name and again under its alias."""
-    visible = here().caller.visible(pool)
+    """OpenAI's list of those that the caller's key is for, each under its name and again under its alias.
+
+    Beside it stands what Cohere's clients read; what infinity's and Mistral's read stands in each entry.
+    """
+    visible = [(served, name) for served in here().caller.visible(pool) for name in served.spec.names]
     return json_response(
-        {"object": "list", "data": [model_document(s, name) for s in visible for name in s.spec.names]}
+        {
+            "object": "list",
+            "data": [model_document(served, name) for served, name in visible],
+            "models": [_as_cohere(served, name) for served, name in visible],
+        }
     )
+
+
+def _as_cohere(served: ServedModel, name: str) -> dict[str, Any]:
+    context = served.known_max_tokens()
+    return {"name": name, "endpoints": ["embed"], "finetuned": False, "context_length": context, "features": []}
 
 
 def one_model(pool: Pool, name: str) -> Response:
@@ -95,6 +107,10 @@ def model_document(served: ServedModel, name: str) -> dict[str, Any]:
         "object": "model",
         "created": 0,
         "owned_by": "embedpool",
+        "type": "base",
+        "max_model_len": served.known_max_tokens(),
+        "backend": served.spec.driver.type,
+        "stats": served.load(),
         "state": served.state,
         "spec": as_document(served.spec),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 from apispec import APISpec
 from apispec.ext.marshmallow import MarshmallowPlugin
 from flask import Blueprint, Response, request
-from markupsafe import escape
 
 from embedpool import __version__
 from embedpool.errors import NotFound
@@ -38,6 +38,8 @@ LINES = (
     f"With `Content-Type: {NDJSON}` each line is a JSON object of `text` and, if wanted, `id`; a line answers it. "
     f"Model and options stand in the query string: {', '.join(StreamSchema._declared_fields)}."
 )
+
+PLAIN_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+\Z")  # of a proxy's, which anybody may send
 
 Operation = Mapping[str, Any]
 
@@ -92,6 +94,7 @@ TIMEOUT = {
 }  # fmt: skip
 TEXT = {"text/plain": {"schema": {"type": "string"}}}
 EMBEDS: dict[str, Any] = {"parameters": (TIMEOUT,)}
+AT_ROOT: dict[str, Any] = {"error": "TeiError", "parameters": (TIMEOUT,)}
 TEI: dict[str, Any] = {"error": "TeiError", "parameters": (MODEL, TIMEOUT)}
 
 OPERATIONS: dict[tuple[str, str], Operation] = {
@@ -113,6 +116,14 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("post", "/embeddings"): operation(
         "OpenAI", "The same", "OpenAIAnswer", openai.OpenAISchema, error="OpenAIError", **EMBEDS
     ),
+    ("post", "/openai/v1/embeddings"): operation(
+        "OpenAI", "The same, for Azure's clients", "OpenAIAnswer", openai.OpenAISchema, error="OpenAIError", **EMBEDS
+    ),
+    ("post", "/openai/deployments/{name}/embeddings"): operation(
+        "OpenAI", "Vectors, for Azure's clients", "OpenAIAnswer", openai.OfThisModel, error="OpenAIError",
+        parameters=(MODEL, TIMEOUT),
+    ),
+    ("get", "/openai/v1/models"): operation("OpenAI", "The models, for Azure's clients", "Models", error="OpenAIError"),
     ("get", "/v1/models"): operation("OpenAI", "The models", "Models", error="OpenAIError"),
     ("get", "/v1/models/{name}"): operation(
         "OpenAI", "One model", "Model", error="OpenAIError", parameters=(MODEL,)
@@ -125,9 +136,28 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("post", "/tei/{name}/tokenize"): operation("TEI", "Tokens of texts", "Tokens", tei.TokenizeSchema, **TEI),
     ("post", "/tei/{name}/decode"): operation("TEI", "Texts of token ids", "Texts", tei.DecodeSchema, **TEI),
     ("post", "/tei/{name}/v1/embeddings"): operation(
-        "TEI", "Vectors as OpenAI gives them", "OpenAIAnswer", openai.OpenAISchema,
+        "TEI", "Vectors as OpenAI gives them", "OpenAIAnswer", openai.OfThisModel,
         **{**TEI, "error": "OpenAIError"},
     ),
+    ("post", "/tei/{name}/embeddings"): operation(
+        "TEI", "The same", "OpenAIAnswer", openai.OfThisModel, **{**TEI, "error": "OpenAIError"}
+    ),
+    ("post", "/tei/{name}/embed_all"): operation(
+        "TEI", "Vectors of each token, which no model here gives", "TeiAnswer", tei.TeiSchema, **TEI
+    ),
+    ("post", "/"): operation("TEI", "Vectors of the default model", "TeiAnswer", tei.TeiSchema, **AT_ROOT),
+    ("post", "/similarity"): operation(
+        "TEI", "Cosines of a sentence and others", "Numbers", tei.SimilaritySchema, **AT_ROOT
+    ),
+    ("post", "/tokenize"): operation("TEI", "Tokens of texts", "Tokens", tei.TokenizeSchema, **AT_ROOT),
+    ("post", "/decode"): operation("TEI", "Texts of token ids", "Texts", tei.DecodeSchema, **AT_ROOT),
+    ("post", "/embed_all"): operation(
+        "TEI", "Vectors of each token, which no model here gives", "TeiAnswer", tei.TeiSchema, **AT_ROOT
+    ),
+    ("get", "/info"): operation("TEI", "The default model", "TeiInfo", **AT_ROOT),
+    ("get", "/ping"): operation("TEI", "Whether the default model is served", {"text/html": {}}, **AT_ROOT),
+    ("get", "/tei/{name}"): operation("TEI", "The model", "TeiInfo", **TEI),
+    ("get", "/tei/{name}/ping"): operation("TEI", "Whether it is served", {"text/html": {}}, **TEI),
     ("get", "/tei/{name}/info"): operation("TEI", "The model", "TeiInfo", **TEI),
     ("get", "/tei/{name}/health"): operation("TEI", "Whether it is served", {"text/html": {}}, **TEI),
     ("post", "/v2/embed"): operation(
@@ -143,6 +173,18 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "Ollama", "One vector, older", "OllamaLegacyAnswer", ollama.OllamaLegacySchema, error="OllamaError", **EMBEDS
     ),
     ("get", "/api/tags"): operation("Ollama", "The models", "OllamaTags", error="OllamaError"),
+    ("get", "/api/ps"): operation("Ollama", "The models that are loaded", "OllamaTags", error="OllamaError"),
+    ("get", "/api/version"): operation("Ollama", "Its version", "OllamaVersion", error="OllamaError"),
+    ("post", "/api/show"): operation(
+        "Ollama", "One model", "OllamaShown", ollama.OllamaModelSchema, error="OllamaError"
+    ),
+    ("post", "/api/pull"): operation(
+        "Ollama", "A model that is there", {NDJSON: {"schema": "Pulled"}}, ollama.OllamaModelSchema,
+        error="OllamaError",
+    ),
+    ("get", "/"): operation(
+        "Documentation", "What stands here", {"application/json": {"schema": "Root"}, **TEXT}, status=("200", "302")
+    ),
     ("get", "/health"): operation("Watching", "The process is up", "Health"),
     ("get", "/ready"): operation("Watching", "Every model is loaded or has failed", "Ready", error="Ready"),
     ("get", "/ready/{name}"): operation(
@@ -207,12 +249,15 @@ def blueprint() -> Blueprint:
 
     @routes.get("/openapi.json")
     def openapi() -> Response:
-        return json_response(document())
+        given = request.headers.get("X-Forwarded-Prefix", "").rstrip("/")
+        prefix = given if PLAIN_PATH.match(given) else request.script_root
+        return json_response({**document(), "servers": [{"url": prefix or "/"}]})
 
     @routes.get("/docs")
     def docs() -> Response:
-        page = (DOCS / "index.html").read_text().format(root=escape(request.script_root))
-        return Response(page, mimetype="text/html", headers={"Content-Security-Policy": POLICY})
+        return Response(
+            (DOCS / "index.html").read_bytes(), mimetype="text/html", headers={"Content-Security-Policy": POLICY}
+        )
 
     @routes.get("/docs/<file>")
     def docs_file(file: str) -> Response:

@@ -60,7 +60,7 @@ LAST_RELOAD = or_null(closed(at=STRING, reason=STRING, ok=BOOLEAN, error=or_null
 MODEL_STATUS = {
     "model": STRING, "alias": or_null(STRING), "enabled": BOOLEAN, "state": STRING, "driver_type": STRING,
     "replicas": COUNT, "replicas_idle": COUNT, "replicas_busy": COUNT,
-    "replicas_stuck": COUNT, "space": STRING, "runs_on": {"type": "object"},
+    "replicas_stuck": COUNT, "rest_s": NUMBER, "space": STRING, "runs_on": {"type": "object"},
     "queue_len": COUNT, "queue_max": COUNT, "scaling": {"type": "object"}, "counters": {"type": "object"},
     "last_error": or_null(STRING),
 }  # fmt: skip
@@ -77,17 +77,19 @@ SCHEMAS: dict[str, Schema] = {
             replicas=listed(STRING),
         ),
     )),
-    "OpenAIError": closed(error=OPENAI_ERROR),
+    "OpenAIError": closed(error=OPENAI_ERROR, detail=STRING),
     "OpenAIAnswer": closed(
+        id=STRING,
         object=STRING,
         data=listed(closed(object=STRING, index=COUNT, embedding=VECTOR)),
         model=STRING,
         usage=closed(prompt_tokens=COUNT, total_tokens=COUNT),
     ),
     "Model": closed(
-        id=STRING, object=STRING, created=COUNT, owned_by=STRING, state=STRING, spec={"type": "object"}
+        id=STRING, object=STRING, created=COUNT, owned_by=STRING, type=STRING, max_model_len=or_null(COUNT),
+        backend=STRING, stats={"type": "object"}, state=STRING, spec={"type": "object"},
     ),
-    "Models": closed(object=STRING, data=listed(ref("Model"))),
+    "Models": closed(object=STRING, data=listed(ref("Model")), models=listed(open_(name=STRING))),
     "TeiError": closed(error=STRING, error_type=STRING),
     "TeiAnswer": listed(NUMBERS),
     "TeiInfo": open_(
@@ -105,9 +107,11 @@ SCHEMAS: dict[str, Schema] = {
         **COHERE, response_type=STRING, embeddings={"anyOf": [listed(NUMBERS), COHERE_TYPES]}
     ),
     "OllamaError": closed(error=STRING),
-    "OllamaAnswer": closed(
-        model=STRING, embeddings=listed(NUMBERS), total_duration=COUNT, load_duration=COUNT, prompt_eval_count=COUNT
-    ),
+    "OllamaAnswer": open_(model=STRING, embeddings=listed(NUMBERS)),
+    "OllamaVersion": closed(version=STRING, embedpool=STRING),
+    "OllamaShown": open_(details={"type": "object"}, capabilities=listed(STRING)),
+    "Pulled": closed(status=STRING),
+    "Root": closed(name=STRING, version=STRING, links={"type": "object"}),
     "OllamaLegacyAnswer": closed(embedding=NUMBERS),
     "OllamaTags": closed(models=listed(open_(name=STRING, model=STRING))),
     "Health": closed(ok=BOOLEAN, booted=BOOLEAN, models=COUNT),

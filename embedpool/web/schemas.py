@@ -5,23 +5,20 @@ Texts are checked by hand: thousands of strings need one pass, not a field each.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Mapping
 from typing import Any
 
 import marshmallow as ma
-import orjson
-from flask import Request, current_app
+from flask import Request
 from marshmallow import fields, validate
 
 from embedpool.config.fields import StrictBoolean, StrictInteger, StrictSchema, dotted, faults
 from embedpool.config.settings import Limits
 from embedpool.config.spec import DRIVER_CONFIGS, PLACES
-from embedpool.errors import BadJson, BodyTooLarge, EmptyInput, InvalidRequest, TooManyTexts, UnsupportedMediaType
+from embedpool.errors import EmptyInput, InvalidRequest, TooManyTexts
 from embedpool.tasks.embed import INPUT_TYPES, EmbedOptions
-from embedpool.web.http_request import HttpRequest, environ_key
-from embedpool.web.intake import INTAKE, LARGE_BYTES, Intake
+from embedpool.web.http_request import environ_key
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 TIMEOUT = environ_key(TIMEOUT_HEADER)
@@ -96,34 +93,6 @@ class RegisterSchema(StrictSchema):
     idle_ttl_s = fields.Raw(metadata={"type": "number", "minimum": 0})
     queue_max_size = fields.Raw(metadata={"type": "integer", "minimum": 1})
     max_inflight_per_replica = fields.Raw(metadata={"type": "integer", "minimum": 1})
-
-
-def read_json(request: HttpRequest, schema: type[StrictSchema], limits: Limits) -> dict[str, Any]:
-    """The request's JSON object through a schema. Raises the 400s, 413, 415 and 422 of the contract."""
-    if request.mimetype != "application/json":
-        raise UnsupportedMediaType(f"send Content-Type: application/json, not {request.mimetype or 'none at all'}")
-    intake: Intake = current_app.extensions[INTAKE]
-    request.held_bytes += intake.take(request.content_length or 0)  # before it is read into memory
-    body = read_body(request, limits)
-    try:
-        with intake.one_at_a_time if len(body) > LARGE_BYTES else contextlib.nullcontext():
-            document = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise BadJson(f"the body is not JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise BadJson("the body must be a JSON object")
-    return load(schema, document)
-
-
-def read_body(request: Request, limits: Limits) -> bytes:
-    """The body, if it is within `max_body_bytes`."""
-    length = request.content_length
-    if length is not None and length > limits.max_body_bytes:
-        raise BodyTooLarge(f"the body has {length} bytes, the limit is {limits.max_body_bytes}")
-    body = request.get_data(cache=False)
-    if len(body) > limits.max_body_bytes:
-        raise BodyTooLarge(f"the body is over the limit of {limits.max_body_bytes} bytes")
-    return body
 
 
 def load(schema: type[StrictSchema], document: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embedpool.config.sample import sample_config_yml
 from embedpool.config.settings import (
     SECTIONS,
     Client,
@@ -17,7 +18,6 @@ from embedpool.config.settings import (
     find_config_yml,
     load_settings,
     parse_settings,
-    sample_config_yml,
     unknown_variables,
 )
 from embedpool.errors import ConfigError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from embedpool.config.keys import KeysFile, keys_file, make_key
-from embedpool.config.settings import Security, Settings
+from embedpool.config.settings import Security, Settings, Tei
 from embedpool.pool.settings import PoolSettings
 from embedpool.web.app import ACCESS, create_app, refusal
 from embedpool.web.lines import CHUNK_TEXTS
@@ -34,7 +34,17 @@ EMBED_PATHS = {
     "/tei/{name}/tokenize": {"inputs": "a"},
     "/tei/{name}/decode": {"ids": [3]},
     "/tei/{name}/v1/embeddings": {"model": "m", "input": "a"},
+    "/tei/{name}/embeddings": {"input": "a"},
+    "/openai/v1/embeddings": {"model": "m", "input": "a"},
+    "/openai/deployments/{name}/embeddings": {"input": "a"},
+    "/": {"inputs": "a"},
+    "/similarity": {"inputs": {"source_sentence": "a", "sentences": ["b"]}},
+    "/tokenize": {"inputs": "a"},
+    "/decode": {"ids": [3]},
+    "/api/show": {"model": "m"},
+    "/api/pull": {"model": "m"},
 }
+NOT_HERE = ("/embed_all", "/tei/{name}/embed_all")  # nobody is served
 MANAGE_PATHS = {
     "/models/register": {"model": "new", "driver_type": "fake"},
     "/models/alias": {"model": "new", "alias": "n"},
@@ -42,6 +52,7 @@ MANAGE_PATHS = {
     "/reload": {},
     "/models/{name}": None,
 }
+OPEN = ("get", "/")
 OPEN_PATHS = {"/health", "/ready", "/ready/{name}", "/openapi.json", "/docs", "/docs/{file}"}
 
 
@@ -59,7 +70,7 @@ class Guarded:
         return key
 
     def ask(self, method: str, path: str, key: str | None = None, name: str = "m", **arguments: Any) -> Any:
-        body = {**EMBED_PATHS, **MANAGE_PATHS}.get(path)
+        body = {**EMBED_PATHS, **MANAGE_PATHS}.get(path) if method.lower() != "get" else None
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         at = path.replace("{name}", name).replace("{file}", "start.js")
         sent = {"json": body} if body is not None else {}
@@ -71,7 +82,7 @@ class Guarded:
 def guarded(tmp_path: Path, pool_settings: PoolSettings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded]:
     """No key yet; a new one counts at once."""
     monkeypatch.setattr("embedpool.config.keys.LOOK_EVERY_S", 0.0)
-    settings = Settings(security=Security(keys_file=str(tmp_path / "keys.yml")))
+    settings = Settings(security=Security(keys_file=str(tmp_path / "keys.yml")), tei=Tei(default_model="m"))
     object.__setattr__(settings, "base_dir", tmp_path)
     with serving(tmp_path, pool_settings, MODEL, "model: new", settings=settings) as web:
         settle(web.pool)
@@ -85,9 +96,10 @@ def kind_of(path: str) -> str:
 
 
 OPERATIONS = [
-    (method, path, kind_of(path) if (method, path) != ("get", "/models/{name}") else "embed")
+    (method, path, {("get", "/models/{name}"): "embed", OPEN: "open"}.get((method, path), kind_of(path)))
     for path, item in document()["paths"].items()
     for method in item
+    if path not in NOT_HERE
 ]
 
 
@@ -368,7 +380,7 @@ def test_a_changed_limit_counts_and_an_unchanged_one_goes_on(guarded: Guarded) -
 def test_a_key_sees_the_models_it_is_for(guarded: Guarded) -> None:
     """Lists name no other; asking for one of those is refused as a request to it would be."""
     for_m, for_all = guarded.key(models=("m",)), guarded.key()
-    lists = (("/models", "data", "id"), ("/v1/models", "data", "id"), ("/api/tags", "models", "name"))
+    lists = (("/models", "data", "id"), ("/v1/models", "data", "id"), ("/v1/models", "models", "name"))
     for path, list_name, id_name in lists:
         names = [{entry[id_name] for entry in guarded.ask("get", path, k).json[list_name]} for k in (for_m, for_all)]
         assert "new" in names[1] - names[0]

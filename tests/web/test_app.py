@@ -50,7 +50,7 @@ def test_an_error_carries_the_clients_id(web: Web) -> None:
     assert refused(answer, 400, "empty_input")["request_id"] == "trace-7"
 
 
-@pytest.mark.parametrize("path", ["/", "/nothing", "/embed/x", "/v3/embed", "/static/x"])
+@pytest.mark.parametrize("path", ["/nothing", "/embed/x", "/v3/embed", "/static/x"])
 def test_an_unknown_path_is_not_found(web: Web, path: str) -> None:
     """A path that is nothing here answers 404 in the one shape."""
     refused(web.get(path), 404, "not_found")
@@ -76,8 +76,8 @@ def test_a_wrong_method_names_the_allowed_ones(web: Web, method: str, path: str,
 @pytest.mark.parametrize(
     ("path", "keys"),
     [
-        ("/v1/completions", {"error"}),
-        ("/embeddings", {"error"}),
+        ("/v1/completions", {"error", "detail"}),
+        ("/embeddings", {"error", "detail"}),
         ("/v2/rerank", {"id", "message"}),
         ("/v1/embed", {"id", "message"}),
         ("/tei/m/rerank/\n", {"error", "error_type"}),

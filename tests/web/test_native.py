@@ -265,9 +265,7 @@ def test_an_unknown_field_comes_with_the_nearest_known_one(web: Web) -> None:
     assert "texts" in error["fields"]["textes"]
 
 
-@pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b'"text"', b"null", b'{"a": NaN}', b"\xff\xfe", b'{"texts": ["\\ud800"]}', b"[" * 5000]
-)
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"text"', b"null", b'{"a": NaN}', b"\xff\xfe", b"[" * 5000])
 def test_what_is_no_json_object_is_refused(web: Web, body: bytes) -> None:
     """A body that is not JSON, or not an object, is bad_json."""
     refused(web.post("/embed", data=body, content_type="application/json"), 400, "bad_json")

@@ -7,16 +7,24 @@ unknown paths and methods.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import marshmallow as ma
+from marshmallow import fields, validate
 
+from embedpool.config.fields import StrictInteger
 from embedpool.config.settings import Limits
 from embedpool.errors import EmbedpoolError, InvalidRequest
+from embedpool.pool.pool import Pool
+from embedpool.tasks.embed import INPUT_TYPES
+from embedpool.web.compat import CompatSchema, YesOrNo
+from embedpool.web.http_request import here
 from embedpool.web.schemas import check_texts
 
 POLICIES = {True: "right", False: "error"}  # where truncation is a yes or no
+LATEST = ":latest"
+NIM = {"NONE": "error", "START": "left", "END": "right"}  # Cohere's and NVIDIA's words for it
 
 
 def means(option: str, values: Mapping[Any, Any] | None = None) -> dict[str, Any]:
@@ -49,14 +57,73 @@ def options_of(schema: type[ma.Schema], body: Mapping[str, Any]) -> dict[str, An
                 message = f"contradicts {said_by[option]}"
                 raise InvalidRequest(f"{name}: {message}", fields={name: message})
             said_by[option] = name
+    here().words |= {f"options.{option}": name for option, name in said_by.items()}
     return found
 
 
 def texts_of(given: Any, limits: Limits, path: str) -> list[str]:
-    """A string is a list of one. Raises as check_texts does."""
-    return check_texts([given] if isinstance(given, str) else given, limits, path)
+    """A string is a list of one; an entry may be an object with a text, as Jina has it. Raises as check_texts does."""
+    here().words["texts"] = path
+    rows = [given] if isinstance(given, str | dict) else given
+    if isinstance(rows, list):
+        rows = [row["text"] if isinstance(row, dict) and set(row) == {"text"} else row for row in rows]
+    return check_texts(rows, limits, path)
+
+
+class Truncate(fields.Raw):
+    """A yes or no, also as a word, or where to cut in Cohere's and NVIDIA's words."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> str:
+        if isinstance(value, str) and value.upper() in NIM:
+            return NIM[value.upper()]
+        try:
+            return POLICIES[YesOrNo().deserialize(value)]
+        except ma.ValidationError:
+            raise ma.ValidationError(f"must be true, false, {', '.join(NIM)}, not {value!r:.40}") from None
+
+
+def only(value: Any, says: str) -> Callable[[Any], None]:
+    """A check of a field that other servers have: its other values ask for what this one cannot do."""
+
+    def check(given: Any) -> None:
+        if given != value:
+            raise ma.ValidationError(says)
+
+    return check
+
+
+def known(pool: Pool, name: str) -> str:
+    """The name as the pool knows it: Ollama's tag `latest` and none are one."""
+    if pool.knows(name):
+        return name
+    other = name.removesuffix(LATEST) if name.endswith(LATEST) else name + LATEST
+    return other if pool.knows(other) else name
 
 
 def status_with_400(error: EmbedpoolError) -> int:
     """For APIs in which whatever is wrong with a body is 400."""
     return 400 if error.status in (413, 415, 422) else error.status
+
+
+# vLLM's number of tokens to keep; -1 is the model's own.
+UNLESS_NEGATIVE = {"options": ("max_seq_length",), "read": lambda said: {"max_seq_length": said} if said > 0 else {}}
+# infinity's own client sends 0 for "all of them".
+UNLESS_0 = {"options": ("dimensions",), "read": lambda said: {"dimensions": said} if said else {}}
+
+
+class CommonOptions(CompatSchema):
+    """Options in the words of all these APIs: whichever a client uses means the same everywhere."""
+
+    dimensions = StrictInteger(validate=validate.Range(min=0), metadata=UNLESS_0)
+    output_dimension = StrictInteger(validate=validate.Range(min=1), metadata=means("dimensions"))  # Voyage, Cohere
+    input_type = fields.String(validate=validate.OneOf(INPUT_TYPES), metadata=means("input_type"))
+    task = fields.String(validate=validate.OneOf(INPUT_TYPES), metadata=means("input_type"))  # Jina
+    prompt_name = fields.String(metadata=means("prompt_name"))
+    normalize = YesOrNo(metadata=means("normalize"))
+    normalized = YesOrNo(metadata=means("normalize"))  # Jina
+    truncate = Truncate(metadata=means("truncate"))
+    truncation = YesOrNo(metadata=means("truncate", POLICIES))  # Voyage
+    truncate_prompt_tokens = StrictInteger(validate=validate.Range(min=-1), metadata=UNLESS_NEGATIVE)  # vLLM
+    add_special_tokens = YesOrNo(validate=only(True, "texts are embedded with their special tokens"))  # vLLM
+    late_chunking = YesOrNo(validate=only(False, "this server does not chunk late: each text is embedded by itself"))
+    return_multivector = YesOrNo(validate=only(False, "this model gives one vector for each text"))

@@ -8,19 +8,19 @@ from typing import Any
 from flask import Blueprint, Response
 from marshmallow import fields, validate
 
-from embedpool.config.fields import StrictInteger, StrictSchema
-from embedpool.config.settings import Limits
+from embedpool.config.fields import StrictInteger
+from embedpool.config.settings import Limits, Settings
 from embedpool.errors import EmbedpoolError, InvalidRequest
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
-from embedpool.tasks.embed import INPUT_TYPES, EmbedOptions, Vectors, final_form
+from embedpool.tasks.embed import EmbedOptions, Vectors, final_form
 from embedpool.web import submit
-from embedpool.web.dialects import means, options_of, part_of, status_with_400
+from embedpool.web.body import read_json
+from embedpool.web.compat import CompatSchema
+from embedpool.web.dialects import CommonOptions, known, means, options_of, part_of, status_with_400
 from embedpool.web.encoding import as_base64, json_response
 from embedpool.web.http_request import here
-from embedpool.web.schemas import TEXTS, check_texts, embed_options, read_json
-
-TRUNCATE = {"NONE": "error", "START": "left", "END": "right"}
+from embedpool.web.schemas import TEXTS, check_texts, embed_options
 
 
 def _as(precision: str) -> Callable[[Vectors], Vectors]:
@@ -35,39 +35,37 @@ TYPES: dict[str, Callable[[Vectors], Any]] = {
 }
 
 
-class ContentSchema(StrictSchema):
+class ContentSchema(CompatSchema):
     """A part of an input; only texts are embedded here."""
 
     type = fields.String(required=True, validate=validate.Equal("text"))
     text = fields.String(required=True)
 
 
-class InputSchema(StrictSchema):
+class InputSchema(CompatSchema):
     """An entry of `inputs`."""
 
     content = fields.List(fields.Nested(ContentSchema), required=True, validate=validate.Length(min=1))
 
 
-class CohereSchema(StrictSchema):
+class CohereSchema(CommonOptions):
     """Body of POST /v2/embed and /v1/embed."""
 
     model = fields.String(required=True)
     texts = fields.Raw(metadata=TEXTS)
     inputs = fields.List(fields.Nested(InputSchema))
-    input_type = fields.String(validate=validate.OneOf(INPUT_TYPES), metadata=means("input_type"))
     embedding_types = fields.List(
         fields.String(validate=validate.OneOf(tuple(TYPES))),
         validate=validate.Length(min=1),
         metadata=part_of("precision", "encoding"),
     )
-    output_dimension = StrictInteger(validate=validate.Range(min=1), metadata=means("dimensions"))
     max_tokens = StrictInteger(validate=validate.Range(min=1), metadata=means("max_seq_length"))
-    truncate = fields.String(validate=validate.OneOf(tuple(TRUNCATE)), metadata=means("truncate", TRUNCATE))
-    priority = StrictInteger()  # of Cohere's own queue
+    priority = fields.Raw()  # of Cohere's own queue
 
 
-def blueprint(pool: Pool, limits: Limits) -> Blueprint:
+def blueprint(pool: Pool, settings: Settings) -> Blueprint:
     """POST /v2/embed and the older POST /v1/embed."""
+    limits = settings.limits
     routes = Blueprint("cohere", __name__)
 
     @routes.post("/v2/embed")
@@ -94,7 +92,7 @@ def _embed(pool: Pool, limits: Limits) -> tuple[dict[str, Any], list[str], Resul
     texts = _texts(body, limits)
     options = embed_options({**options_of(CohereSchema, body), "dtype": "float32"})
     forms = body.get("embedding_types", ["float"])
-    return body, texts, submit.embed(here(), pool, body["model"], texts, options, forms=forms)
+    return body, texts, submit.embed(here(), pool, known(pool, body["model"]), texts, options, forms=forms)
 
 
 def _texts(body: dict[str, Any], limits: Limits) -> list[str]:
@@ -102,6 +100,7 @@ def _texts(body: dict[str, Any], limits: Limits) -> list[str]:
     if ("texts" in body) == ("inputs" in body):
         message = "give either texts or inputs"
         raise InvalidRequest(f"texts: {message}", fields={"texts": message})
+    here().words["texts"] = "texts" if "texts" in body else "inputs"
     if "texts" in body:
         return check_texts(body["texts"], limits)
     joined = ["\n".join(part["text"] for part in entry["content"]) for entry in body["inputs"]]

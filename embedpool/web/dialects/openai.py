@@ -7,110 +7,136 @@ from typing import Any
 from flask import Blueprint, Response
 from marshmallow import fields, validate
 
-from embedpool.config.fields import StrictBoolean, StrictInteger, StrictSchema
-from embedpool.config.settings import Limits
+from embedpool.config.settings import Settings
 from embedpool.errors import EmbedpoolError, InvalidRequest
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
-from embedpool.tasks.embed import INPUT_TYPES
 from embedpool.web import submit
-from embedpool.web.dialects import POLICIES, chooses, means, options_of, status_with_400, texts_of
+from embedpool.web.body import read_json
+from embedpool.web.dialects import (
+    CommonOptions,
+    chooses,
+    known,
+    means,
+    options_of,
+    status_with_400,
+    texts_of,
+    token_ids,
+)
 from embedpool.web.encoding import as_base64, json_response
 from embedpool.web.http_request import here
 from embedpool.web.observe import all_models, one_model
-from embedpool.web.schemas import TEXT_OR_TEXTS, embed_options, read_json
+from embedpool.web.schemas import TEXT_OR_TEXTS, check_texts, embed_options
 
 PRECISIONS = {"float": "float32", "int8": "int8", "uint8": "uint8", "binary": "binary", "ubinary": "ubinary"}
 EMBEDDING_TYPES = {said: {"precision": meant} for said, meant in PRECISIONS.items()} | {
     "base64": {"encoding": "base64"}
 }
-NO_IDS = (
-    "token ids are refused: they are another tokenizer's. Send strings; with LangChain's OpenAIEmbeddings set "
-    "check_embedding_ctx_length=False"
-)
+DECODED_HEADER = "X-Embedpool-Token-Ids"
 
 
-# infinity's own client sends 0 for "all of them".
-UNLESS_0 = {"options": ("dimensions",), "read": lambda said: {"dimensions": said} if said else {}}
+class _OneOrAlone(fields.String):
+    """A word, or a list of that word alone."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
+        alone = value[0] if isinstance(value, list) and len(value) == 1 else value
+        return super()._deserialize(alone, attr, data, **kwargs)
 
 
-class OpenAISchema(StrictSchema):
+class OpenAISchema(CommonOptions):
     """Body of POST /v1/embeddings."""
 
     model = fields.String(required=True)
     input = fields.Raw(required=True, metadata=TEXT_OR_TEXTS)
     encoding_format = fields.String(validate=validate.OneOf(("float", "base64")), metadata=means("encoding"))
-    dimensions = StrictInteger(validate=validate.Range(min=0), metadata=UNLESS_0)
-    user = fields.String()
-    # Voyage
-    input_type = fields.String(validate=validate.OneOf(INPUT_TYPES), metadata=means("input_type"))
-    output_dimension = StrictInteger(validate=validate.Range(min=1), metadata=means("dimensions"))
+    user = fields.Raw()
     output_dtype = fields.String(validate=validate.OneOf(tuple(PRECISIONS)), metadata=means("precision", PRECISIONS))
-    truncation = StrictBoolean(metadata=means("truncate", POLICIES))
-    # Jina
-    task = fields.String(validate=validate.OneOf(INPUT_TYPES), metadata=means("input_type"))
-    normalized = StrictBoolean(metadata=means("normalize"))
-    embedding_type = fields.String(validate=validate.OneOf(tuple(EMBEDDING_TYPES)), metadata=chooses(EMBEDDING_TYPES))
-    truncate = StrictBoolean(metadata=means("truncate", POLICIES))
-    # ours, and what infinity's client sends
-    prompt_name = fields.String(metadata=means("prompt_name"))
-    modality = fields.String(validate=validate.Equal("text"))
+    embedding_type = _OneOrAlone(validate=validate.OneOf(tuple(EMBEDDING_TYPES)), metadata=chooses(EMBEDDING_TYPES))
+    encoding_type = _OneOrAlone(validate=validate.OneOf(tuple(EMBEDDING_TYPES)), metadata=chooses(EMBEDDING_TYPES))
+    modality = _OneOrAlone(validate=validate.Equal("text"))  # infinity
 
 
-def blueprint(pool: Pool, limits: Limits) -> Blueprint:
-    """POST /v1/embeddings, also at /embeddings, and the list of models."""
+class OfThisModel(OpenAISchema):
+    """The same where the path names the model."""
+
+    model = fields.Raw()  # type: ignore[assignment]  # whatever it is
+
+
+def blueprint(pool: Pool, settings: Settings) -> Blueprint:
+    """POST /v1/embeddings, also at /embeddings and at Azure's path, and the list of models."""
     routes = Blueprint("openai", __name__)
 
     @routes.post("/v1/embeddings")
     @routes.post("/embeddings")
+    @routes.post("/openai/v1/embeddings")
     def embeddings() -> Response:
-        return embed(pool, limits)
+        return embed(pool, settings)
+
+    @routes.post("/openai/deployments/<path:name>/embeddings")
+    def of_deployment(name: str) -> Response:
+        return embed(pool, settings, name)
 
     @routes.get("/v1/models")
+    @routes.get("/openai/v1/models")
     def models() -> Response:
         return all_models(pool)
 
     @routes.get("/v1/models/<path:name>")
     def model(name: str) -> Response:
-        return one_model(pool, name)
+        return one_model(pool, known(pool, name))
 
     return routes
 
 
-def embed(pool: Pool, limits: Limits, model: str | None = None) -> Response:
+def embed(pool: Pool, settings: Settings, model: str | None = None) -> Response:
     """The answer to the request at hand, of the model it names or of a given one."""
-    body = read_json(here(), OpenAISchema, limits)
-    options = options_of(OpenAISchema, body)
+    schema = OpenAISchema if model is None else OfThisModel
+    body = read_json(here(), schema, settings.limits)
+    options = options_of(schema, body)
     encoding = options.pop("encoding", "float")
     if encoding == "base64":
         options["dtype"] = "float32"  # whatever the model's: it is what clients decode
-    _refuse_token_ids(body["input"])
-    texts = texts_of(body["input"], limits, "input")
-    result = submit.embed(here(), pool, model or body["model"], texts, embed_options(options), forms=[encoding])
-    return _answer(result, encoding)
+    name = known(pool, model or body["model"])
+    given = body["input"]
+    has_ids = token_ids.are_token_ids(given)
+    if has_ids:
+        given = _text_of_ids(given, pool, settings, name)
+    texts = texts_of(given, settings.limits, "input")
+    result = submit.embed(here(), pool, name, texts, embed_options(options), forms=[encoding])
+    answer = _answer(result, encoding)
+    if has_ids:
+        answer.headers[DECODED_HEADER] = f"decoded as {token_ids.ENCODING}"
+    return answer
 
 
-def _refuse_token_ids(given: Any) -> None:
-    if isinstance(given, list) and given:
-        first = given[0][0] if isinstance(given[0], list) and given[0] else given[0]
-        if isinstance(first, int) and not isinstance(first, bool):
-            raise InvalidRequest(f"input: {NO_IDS}", fields={"input": NO_IDS})
+def _text_of_ids(given: list[Any], pool: Pool, settings: Settings, name: str) -> list[str]:
+    """Raises InvalidRequest for ids of another tokenizer, or for any if the operator wants it so."""
+    if settings.openai.token_ids == "refuse":  # noqa: S105  (no secret)
+        raise InvalidRequest(f"input: {token_ids.REFUSED}", fields={"input": token_ids.REFUSED})
+    rows = token_ids.rows_of(given)
+    if len(rows) > settings.limits.max_texts_per_request:
+        check_texts(rows, settings.limits, "input")  # raises
+    here().caller.require(pool, name)
+    served = pool.find(name)
+    own = None if served.spec.driver.config.is_remote else served.tokenizer().encode([""])
+    return token_ids.decoded(rows, own[0] if own else ())
 
 
 def _answer(result: Result, encoding: str) -> Response:
     vectors = as_base64(result.vectors) if encoding == "base64" else result.vectors
     data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
     usage = {"prompt_tokens": result.tokens, "total_tokens": result.tokens}
-    return json_response({"object": "list", "data": data, "model": result.model, "usage": usage})
+    document = {"id": here().id, "object": "list", "data": data, "model": result.model, "usage": usage}
+    return json_response(document)
 
 
 def openai_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], int]:
-    """OpenAI's error and status: any invalid body is 400 there."""
+    """OpenAI's error and status: any invalid body is 400 there. Voyage's and Jina's clients read `detail`."""
     status = status_with_400(error)
     kind = {429: "rate_limit_error"}.get(status, "invalid_request_error" if status < 500 else "server_error")
     param = next(iter(error.fields), None)
     body = {"message": error.message, "type": kind, "param": param, "code": error.code, "request_id": request_id}
-    return {"error": body}, status
+    return {"error": body, "detail": error.message}, status
 
 
-SHAPES = {"/v1/": openai_shape, "/v1/embeddings": openai_shape, "/embeddings": openai_shape}
+SHAPES = {"/v1/": openai_shape, "/v1/embeddings": openai_shape, "/embeddings": openai_shape, "/openai/": openai_shape}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,19 +10,20 @@ from flask import Blueprint, Response, request
 from marshmallow import fields, validate
 
 from embedpool import __version__
-from embedpool.config.fields import StrictBoolean, StrictInteger, StrictSchema
-from embedpool.config.settings import Limits
-from embedpool.errors import EmbedpoolError, EmptyInput, InvalidRequest, MethodNotAllowed, ModelFailed, TooManyTexts
+from embedpool.config.settings import Limits, Settings
+from embedpool.errors import EmbedpoolError, EmptyInput, InvalidRequest, ModelFailed, TooManyTexts, UnsupportedTask
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
 from embedpool.tasks.embed import EmbedOptions, prompted
 from embedpool.web import submit
-from embedpool.web.dialects import means, openai, options_of, part_of, texts_of
+from embedpool.web.body import read_json
+from embedpool.web.compat import CompatSchema, YesOrNo
+from embedpool.web.dialects import CommonOptions, Truncate, openai, options_of, part_of, texts_of
 from embedpool.web.encoding import json_response
 from embedpool.web.http_request import here
-from embedpool.web.schemas import TEXT_OR_TEXTS, TEXTS, check_texts, embed_options, read_json
+from embedpool.web.schemas import TEXT_OR_TEXTS, TEXTS, check_texts, embed_options, load
 
-Action = Callable[[Pool, Limits, str], Response]
+Action = Callable[[Pool, Settings, str], Response]
 
 
 TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": (1 << 32) - 1}}
@@ -30,18 +32,13 @@ TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximu
 MOST_TOKENIZED = 262_144  # characters, or ids, of a request to /tokenize or /decode
 
 
-class TeiParameters(StrictSchema):
+class TeiParameters(CommonOptions):
     """What /embed takes beside its inputs, and /similarity under `parameters`."""
 
-    truncate = StrictBoolean(metadata=part_of("truncate"))
+    truncate = Truncate(metadata=part_of("truncate"))
     truncation_direction = fields.String(
-        load_default="Right",
-        validate=validate.OneOf(("Left", "Right", "left", "right")),
-        metadata=part_of("truncate"),
+        validate=validate.OneOf(("Left", "Right", "left", "right")), metadata=part_of("truncate")
     )
-    prompt_name = fields.String(metadata=means("prompt_name"))
-    normalize = StrictBoolean(load_default=True, metadata=means("normalize"))
-    dimensions = StrictInteger(validate=validate.Range(min=1), metadata=means("dimensions"))
 
 
 class TeiSchema(TeiParameters):
@@ -50,75 +47,111 @@ class TeiSchema(TeiParameters):
     inputs = fields.Raw(required=True, metadata=TEXT_OR_TEXTS)
 
 
-class SentencesSchema(StrictSchema):
+class SentencesSchema(CompatSchema):
     """`inputs` of /similarity."""
 
     source_sentence = fields.String(required=True)
     sentences = fields.Raw(required=True, metadata=TEXTS)
 
 
-class SimilaritySchema(StrictSchema):
+class SimilaritySchema(CompatSchema):
     """Body of /similarity."""
 
     inputs = fields.Nested(SentencesSchema, required=True)
-    parameters = fields.Nested(TeiParameters, load_default=lambda: {"truncation_direction": "Right"})
+    parameters = fields.Nested(TeiParameters, load_default=dict)
 
 
-class TokenizeSchema(StrictSchema):
+class TokenizeSchema(CompatSchema):
     """Body of /tokenize."""
 
     inputs = fields.Raw(required=True, metadata=TEXT_OR_TEXTS)
-    add_special_tokens = StrictBoolean(load_default=True)
+    add_special_tokens = YesOrNo(load_default=True)
     prompt_name = fields.String()
 
 
-class DecodeSchema(StrictSchema):
+class DecodeSchema(CompatSchema):
     """Body of /decode."""
 
     ids = fields.Raw(required=True, metadata={"oneOf": [TOKEN_IDS, {"type": "array", "items": TOKEN_IDS}]})
-    skip_special_tokens = StrictBoolean(load_default=True)
+    skip_special_tokens = YesOrNo(load_default=True)
 
 
-def blueprint(pool: Pool, limits: Limits) -> Blueprint:
-    """POST to the base URL and to its POSTS, GET its GETS."""
+def blueprint(pool: Pool, settings: Settings) -> Blueprint:
+    """POST to the base URL and to its POSTS, GET its GETS; at the root of the server they are of the default model."""
     routes = Blueprint("tei", __name__)
 
     @routes.post("/tei/<path:name>")
     def post(name: str) -> Response:
         name, action = _target(pool, name, POSTS)
         here().caller.require(pool, name)
-        return POSTS[action](pool, limits, name)
+        return POSTS[action](pool, settings, name)
 
     @routes.get("/tei/<path:name>")
     def get(name: str) -> Response:
         name, action = _target(pool, name, GETS)
-        if not action:
-            raise MethodNotAllowed(f"GET is for {' and '.join(GETS)} below /tei/<model>")
         here().caller.require(pool, name)
-        return GETS[action](pool, limits, name)
+        return GETS[action](pool, settings, name)
 
+    def at_the_root(actions: Mapping[str, Action], action: str) -> Response:
+        here().shape = tei_shape
+        return actions[action](pool, settings, _default(pool, settings))
+
+    for method, actions, names in (("POST", POSTS, POSTS_AT_THE_ROOT), ("GET", GETS, GETS_AT_THE_ROOT)):
+        for name in names:
+            view = functools.partial(at_the_root, actions, name)
+            routes.add_url_rule(f"/{name}", f"root {method} {name}", view, methods=[method])
     return routes
+
+
+def embed_at_the_root(pool: Pool, settings: Settings, document: Mapping[str, Any]) -> Response:
+    """The answer to POST /embed with a body of TEI's."""
+    here().shape = tei_shape
+    return _embedded(pool, settings, _default(pool, settings), load(TeiSchema, document))
+
+
+def _default(pool: Pool, settings: Settings) -> str:
+    """The model that is meant where no path names one. Raises InvalidRequest and Forbidden."""
+    if settings.tei.default_model:
+        name = settings.tei.default_model
+    else:
+        enabled = [served.spec.model for served in here().caller.visible(pool) if served.spec.enabled]
+        if len(enabled) != 1:
+            raise InvalidRequest(
+                f"this server has {len(enabled)} models: name one in the path, /tei/<model>, or set tei.default_model"
+            )
+        (name,) = enabled
+    here().caller.require(pool, name)
+    return name
 
 
 def _target(pool: Pool, path: str, actions: Mapping[str, Action]) -> tuple[str, str]:
     """Model and action of a path; names hold slashes, and a whole name wins over one with a suffix."""
+    path = path if pool.knows(path) else path.rstrip("/")
     if not pool.knows(path):
         for action in actions:
             if action and path.endswith(f"/{action}"):
-                return path.removesuffix(f"/{action}"), action
+                return path.removesuffix(f"/{action}").rstrip("/"), action
     return path, ""
 
 
-def _embed(pool: Pool, limits: Limits, name: str) -> Response:
-    body = read_json(here(), TeiSchema, limits)
-    texts = texts_of(body["inputs"], limits, "inputs")
+def _embed(pool: Pool, settings: Settings, name: str) -> Response:
+    return _embedded(pool, settings, name, read_json(here(), TeiSchema, settings.limits))
+
+
+def _embedded(pool: Pool, settings: Settings, name: str, body: Mapping[str, Any]) -> Response:
+    texts = texts_of(body["inputs"], settings.limits, "inputs")
     result = submit.embed(here(), pool, name, texts, embed_options(_options(pool, name, body)))
     return _timed(json_response(result.vectors), result)
 
 
-def _similarity(pool: Pool, limits: Limits, name: str) -> Response:
-    body = read_json(here(), SimilaritySchema, limits)
-    sentences = check_texts(body["inputs"]["sentences"], limits, "inputs.sentences")
+def _embed_all(pool: Pool, settings: Settings, name: str) -> Response:
+    read_json(here(), TeiSchema, settings.limits)
+    raise UnsupportedTask(f"{name!r} gives one vector for a text, none for each of its tokens")
+
+
+def _similarity(pool: Pool, settings: Settings, name: str) -> Response:
+    body = read_json(here(), SimilaritySchema, settings.limits)
+    sentences = check_texts(body["inputs"]["sentences"], settings.limits, "inputs.sentences")
     options = {**_options(pool, name, body["parameters"]), "normalize": True, "dtype": "float32"}
     texts = [body["inputs"]["source_sentence"], *sentences]
     result = submit.embed(here(), pool, name, texts, embed_options(options), forms=())  # a number for each
@@ -126,18 +159,23 @@ def _similarity(pool: Pool, limits: Limits, name: str) -> Response:
 
 
 def _options(pool: Pool, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """A long text is an error unless the client lets it be cut; a remote service is left to its own default."""
-    options = options_of(TeiSchema, body)
-    if body.get("truncate"):
-        options["truncate"] = body["truncation_direction"].lower()
-    elif "truncate" in body or not pool.find(name).spec.driver.config.is_remote:
-        options["truncate"] = "error"
+    """A long text is cut unless the client wants an error; a remote service is left to its own default."""
+    options = {"normalize": True, **options_of(TeiSchema, body)}
+    side = body.get("truncation_direction", "").lower()
+    policy = body.get("truncate")
+    if policy == "right" and side:
+        policy = side
+    if policy is None and not pool.find(name).spec.driver.config.is_remote:
+        policy = side or "right"
+    if policy is not None:
+        options["truncate"] = policy
+        here().words["options.truncate"] = "truncate"
     return options
 
 
-def _tokenize(pool: Pool, limits: Limits, name: str) -> Response:
-    body = read_json(here(), TokenizeSchema, limits)
-    texts = texts_of(body["inputs"], limits, "inputs")
+def _tokenize(pool: Pool, settings: Settings, name: str) -> Response:
+    body = read_json(here(), TokenizeSchema, settings.limits)
+    texts = texts_of(body["inputs"], settings.limits, "inputs")
     _bound(sum(map(len, texts)), "characters")
     options = EmbedOptions(prompt_name=body.get("prompt_name"))
     with pool.permit():
@@ -148,9 +186,9 @@ def _tokenize(pool: Pool, limits: Limits, name: str) -> Response:
         return json_response([[token._asdict() for token in tokens] for tokens in found])
 
 
-def _decode(pool: Pool, limits: Limits, name: str) -> Response:
-    body = read_json(here(), DecodeSchema, limits)
-    ids = _ids_of(body["ids"], limits)
+def _decode(pool: Pool, settings: Settings, name: str) -> Response:
+    body = read_json(here(), DecodeSchema, settings.limits)
+    ids = _ids_of(body["ids"], settings.limits)
     _bound(sum(map(len, ids)), "ids")
     with pool.permit():
         return json_response(pool.find(name).tokenizer().decode(ids, skip_special=body["skip_special_tokens"]))
@@ -175,7 +213,7 @@ def _ids_of(given: Any, limits: Limits) -> list[list[int]]:
     return rows
 
 
-def _info(pool: Pool, limits: Limits, name: str) -> Response:
+def _info(pool: Pool, settings: Settings, name: str) -> Response:
     served = pool.find(name)
     return json_response(
         {
@@ -185,14 +223,14 @@ def _info(pool: Pool, limits: Limits, name: str) -> Response:
             "model_type": {"embedding": {}},
             "max_concurrent_requests": pool.max_inflight_global,
             "max_input_length": served.max_tokens(),
-            "max_client_batch_size": limits.max_texts_per_request,
-            "auto_truncate": False,
+            "max_client_batch_size": settings.limits.max_texts_per_request,
+            "auto_truncate": True,
             "version": __version__,
         }
     )
 
 
-def _health(pool: Pool, limits: Limits, name: str) -> Response:
+def _health(pool: Pool, settings: Settings, name: str) -> Response:
     served = pool.find(name)
     if served.is_serving and not pool.draining:
         return Response()
@@ -203,12 +241,18 @@ def _health(pool: Pool, limits: Limits, name: str) -> Response:
 POSTS: dict[str, Action] = {
     "": _embed,
     "embed": _embed,
+    "embed_all": _embed_all,
     "similarity": _similarity,
     "tokenize": _tokenize,
     "decode": _decode,
     "v1/embeddings": openai.embed,
+    "embeddings": openai.embed,
 }
-GETS: dict[str, Action] = {"info": _info, "health": _health}
+GETS: dict[str, Action] = {"": _info, "info": _info, "health": _health, "ping": _health}
+
+
+POSTS_AT_THE_ROOT = ("", "similarity", "tokenize", "decode", "embed_all")
+GETS_AT_THE_ROOT = ("info", "ping")
 
 
 def _timed(response: Response, result: Result) -> Response:
@@ -227,7 +271,7 @@ def _timed(response: Response, result: Result) -> Response:
 
 def tei_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], int]:
     """TEI's error and status; an OpenAI client below a model's URL is answered as one."""
-    if request.path.rstrip("/").endswith("/v1/embeddings"):
+    if request.path.endswith("/embeddings"):
         return openai.openai_shape(error, request_id)
     if isinstance(error, EmptyInput):
         kind, status = "Empty", 400

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from werkzeug.test import TestResponse
 
-from embedpool.config.settings import Defaults, Settings
+from embedpool.config.settings import Defaults, OpenAI, Settings
 from tests.web.conftest import MODEL, NAME, MakeWeb, Web, raw, unit
 
 TEXTS = ["Hello, world!", "This is a test sentence."]
@@ -35,7 +35,7 @@ def decoded(web: Web, dtype: str, **fields: Any) -> np.ndarray:
 def refused(answer: TestResponse, status: int, kind: str) -> dict[str, Any]:
     """The error, once it is known to have OpenAI's shape."""
     assert answer.status_code == status, answer.text
-    assert set(answer.json) == {"error"}
+    assert set(answer.json) == {"error", "detail"}
     error: dict[str, Any] = answer.json["error"]
     assert set(error) == {"message", "type", "param", "code", "request_id"}
     assert error["type"] == kind
@@ -47,7 +47,7 @@ def refused(answer: TestResponse, status: int, kind: str) -> dict[str, Any]:
 def test_the_answer_has_openais_shape(web: Web, path: str) -> None:
     """A list of embeddings in the order of the input, and usage in real tokens of this request."""
     answer = ask(web, path=path).json
-    assert set(answer) == {"object", "data", "model", "usage"}
+    assert set(answer) == {"id", "object", "data", "model", "usage"}
     assert (answer["object"], answer["model"]) == ("list", NAME)
     assert [(entry["object"], entry["index"]) for entry in answer["data"]] == [("embedding", 0), ("embedding", 1)]
     np.testing.assert_allclose([entry["embedding"] for entry in answer["data"]], unit(raw(*TEXTS)), atol=1e-6)
@@ -80,8 +80,9 @@ def test_dimensions_cut_and_renormalise(web: Web, field: str) -> None:
 
 
 @pytest.mark.parametrize("given", [[1, 2, 3], [[1, 2], [3]]])
-def test_token_ids_are_refused_with_a_hint(web: Web, given: list[Any]) -> None:
-    """Ids of a foreign tokenizer are never embedded as this model's; a LangChain user is told what to do."""
+def test_token_ids_may_be_refused_with_a_hint(make_web: MakeWeb, given: list[Any]) -> None:
+    """A LangChain user is told what to do."""
+    web = make_web(MODEL, settings=Settings(openai=OpenAI(token_ids="refuse")))
     assert "check_embedding_ctx_length=False" in refused(ask(web, given), 400, "invalid_request_error")["message"]
 
 
@@ -142,6 +143,12 @@ def test_two_fields_for_one_thing_must_agree(web: Web) -> None:
         ({"model": "m", "input": ["a", None]}, 400),
         ({"model": "m", "input": "a", "encoding_format": "hex"}, 400),
         ({"model": "m", "input": "a", "dimension": 8}, 400),
+        ({"model": "m", "inputs": "a"}, 400),
+        ({"model": "m", "input": "a", "late_chunking": True}, 400),
+        ({"model": "m", "input": "a", "return_multivector": True}, 400),
+        ({"model": "m", "input": "a", "add_special_tokens": False}, 400),
+        ({"model": "m", "input": "a", "truncate": "MIDDLE"}, 400),
+        ({"model": "m", "input": "a", "modality": ["image"]}, 400),
         ({"model": "mm", "input": "a"}, 404),
     ],
 )
@@ -181,5 +188,4 @@ def test_models_are_listed_under_name_and_alias(web: Web) -> None:
 
 def test_dimensions_0_is_all_of_them(web: Web) -> None:
     """infinity's own client says so where it means nothing."""
-    body = {"model": "m", "input": "a"}
-    assert web.post("/embeddings", {**body, "dimensions": 0}).json == web.post("/embeddings", body).json
+    np.testing.assert_array_equal(vectors(web, "a", dimensions=0), vectors(web, "a"))

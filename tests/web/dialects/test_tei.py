@@ -52,9 +52,10 @@ def test_a_whole_name_wins_over_a_suffix(make_web: MakeWeb) -> None:
     assert "org/embed" in refused(ask(web, at="/tei/org"), 404, "Validation")
 
 
-def test_a_long_text_is_an_error_unless_it_may_be_cut(web: Web) -> None:
-    """`truncate` is false by default; `truncation_direction` says which end goes."""
-    assert "limit" in refused(ask(web, LONG), 422, "Validation")
+def test_a_long_text_is_cut_unless_the_client_wants_an_error(web: Web) -> None:
+    """`truncate` is true by default, and told in a header; `truncation_direction` says which end goes."""
+    assert ask(web, ["a", LONG]).headers["X-Embedpool-Truncated-Texts"] == "1"
+    assert "inputs[0] has 602 tokens" in refused(ask(web, LONG, truncate=False), 422, "Validation")
     words = " ".join(f"w{i}" for i in range(600))
     for direction in ("Left", "Right"):
         cut = vectors(web, words, truncate=True, truncation_direction=direction)
@@ -104,11 +105,12 @@ def test_its_own_openai_route_names_no_model(web: Web) -> None:
 def test_info_and_health(web: Web) -> None:
     """What a client wants to know of such a server before it asks."""
     info = web.get(f"/tei/{NAME}/info").json
-    assert (info["model_id"], info["max_input_length"], info["auto_truncate"]) == (NAME, 512, False)
+    assert (info["model_id"], info["max_input_length"], info["auto_truncate"]) == (NAME, 512, True)
     assert web.get("/tei/m/health").status_code == 200
     assert web.post("/models/enable", {"model": "m", "enabled": False}).status_code == 200
     assert "disabled" in refused(web.get("/tei/m/health"), 503, "Unhealthy")
-    refused(web.get("/tei/m"), 405, "Validation")
+    assert web.get("/tei/m").json["model_id"] == NAME
+    refused(web.get("/tei/m/ping"), 503, "Unhealthy")
 
 
 def test_errors_have_teis_shape(make_web: MakeWeb) -> None:
@@ -116,7 +118,7 @@ def test_errors_have_teis_shape(make_web: MakeWeb) -> None:
     web = make_web(MODEL + ", driver: {type: fake, config: {fault: raise, fault_text: bad}}", settings=LITTLE)
     refused(ask(web, []), 400, "Empty")
     refused(ask(web, [1]), 422, "Validation")
-    refused(ask(web, input="a"), 422, "Validation")
+    refused(web.post("/tei/m", {"input": "a"}), 422, "Validation")
     refused(ask(web, "bad"), 424, "Backend")
     with web.pool.permit():
         answer = ask(web)

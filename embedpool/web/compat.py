@@ -1,0 +1,64 @@
+"""What APIs of other servers have in common: they take more than ours does, and hide nothing of it.
+
+A body's fields that are not known are ignored, as the originals do, and named in the answer. But for one that may be a
+slip of an option that changes numbers: nobody would notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import marshmallow as ma
+from flask import has_request_context
+from marshmallow import fields
+
+from embedpool.config.fields import StrictSchema
+from embedpool.errors import LONGEST_NAME
+from embedpool.web.http_request import here
+
+IGNORED_HEADER = "X-Embedpool-Ignored"
+MOST_IGNORED = 20  # named
+LIKENESS_OF_A_SLIP = 0.85
+WORDS = {"true": True, "false": False}
+
+
+class YesOrNo(fields.Boolean):
+    """true or false, also as a word."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bool:
+        found = WORDS.get(value.lower(), value) if isinstance(value, str) else value
+        if not isinstance(found, bool):
+            raise ma.ValidationError(f"must be true or false, not {value!r:.40}")
+        return found
+
+
+class CompatSchema(StrictSchema):
+    """The body of a request in the API of another server."""
+
+    @ma.pre_load
+    def _drop_nulls_and_name_unknown_keys(self, data: Any, **kwargs: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        known = {f.data_key or name: f for name, f in self.load_fields.items()}
+        unknown = [str(key)[:LONGEST_NAME] for key in data if key not in known]
+        options = [name for name, f in known.items() if f.metadata.get("options")]
+        slips = {name: near[0] for name in unknown if (near := _near(name, options))}
+        absent = [name for name, f in known.items() if f.required and data.get(name) is None]
+        slips |= {name: near[0] for name in unknown if (near := _near(name, absent))}
+        if slips:
+            raise ma.ValidationError({name: [f"unknown key; did you mean {near}?"] for name, near in slips.items()})
+        if unknown and has_request_context():
+            here().ignored += unknown
+        return {key: value for key, value in data.items() if key in known and value is not None}
+
+
+def _near(name: str, names: list[str]) -> list[str]:
+    return get_close_matches(name.lower(), names, 1, LIKENESS_OF_A_SLIP)
+
+
+def named(ignored: list[str]) -> str:
+    """The value of the header: names that a header can hold."""
+    shown = [name.encode("ascii", "backslashreplace").decode() for name in dict.fromkeys(ignored)]
+    return ", ".join("".join(c if c.isprintable() else "?" for c in name) for name in shown[:MOST_IGNORED])
