@@ -13,7 +13,14 @@ import numpy as np
 import requests
 from numpy.typing import NDArray
 
-from embedpool.errors import EmbedpoolError, ModelChanged, ServerUnreachable
+from embedpool.errors import (
+    HALF_A_CHARACTER,
+    EmbedpoolError,
+    InvalidRequest,
+    ModelChanged,
+    ServerUnreachable,
+    with_half_a_character,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -60,10 +67,14 @@ class Client:
         """The vectors of the texts, of shape (texts, dim), in order; `options` are those of POST /embed.
 
         Any number of texts, which go in calls of up to 1,000, or 4 million characters. How many the server had to
-        truncate is logged as a warning. Raises ModelChanged if `model` became another one between two calls.
+        truncate is logged as a warning. Raises ModelChanged if `model` became another one between two calls, and before
+        anything is sent InvalidRequest for a text with half a character.
         """
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings, not one string")
+        if broken := with_half_a_character(texts):
+            where = f"texts[{broken[0]}]"
+            raise InvalidRequest(f"{where}: {HALF_A_CHARACTER}", fields={where: HALF_A_CHARACTER}, inputs=broken)
         self.space = None
         parts = [self._vectors(texts[i:j], model, options, i) for i, j in _parts(texts)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import traceback
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
@@ -331,6 +332,15 @@ class ClientGone(EmbedpoolError):
     """The client closed its connection while its items waited."""
 
     status, code = 499, "client_gone"
+
+
+HALF_A_CHARACTER = "it holds half a character (a lone surrogate): somebody has cut the text inside an emoji or the like"
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+def with_half_a_character(texts: Iterable[str]) -> list[int]:
+    """The indices of the texts that no encoding can hold."""
+    return [i for i, text in enumerate(texts) if not text.isascii() and _HALF.search(text)]
 
 
 def forget_frames(error: BaseException) -> None:

@@ -22,7 +22,7 @@ from embedpool.cli import embed as cli_embed
 from embedpool.client import DEADLINE_MARGIN_S, LEAST_WAIT_S, TEXTS_PER_CALL, Client
 from embedpool.config import settings as config
 from embedpool.config.settings import Settings
-from embedpool.errors import ConfigError, EmbedpoolError, ModelChanged, ServerUnreachable
+from embedpool.errors import ConfigError, EmbedpoolError, InvalidRequest, ModelChanged, ServerUnreachable
 from embedpool.pool.settings import PoolSettings
 from tests.conftest import settle
 from tests.web.conftest import MODEL, NAME, Web, raw, serving, unit
@@ -407,3 +407,9 @@ def test_the_server_of_another_folder_is_not_managed_by_mistake(web: Web, tmp_pa
                     common.client_of(settings)
     finally:
         served.close()
+
+
+def test_half_a_character_is_not_sent() -> None:
+    """The text is named, and nobody is asked."""
+    with Client("http://127.0.0.1:9") as client, pytest.raises(InvalidRequest, match=r"texts\[1\]: it holds half"):
+        client.embed(["a", "cut \ud83e"], model="m")

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import re
 import threading
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,15 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from embedpool.config.spec import DriverConfig
-from embedpool.errors import EmbedpoolError, InferenceFailed, InvalidRequest, TextTooLong, UnsupportedOption
+from embedpool.errors import (
+    HALF_A_CHARACTER,
+    EmbedpoolError,
+    InferenceFailed,
+    InvalidRequest,
+    TextTooLong,
+    UnsupportedOption,
+    with_half_a_character,
+)
 from embedpool.tasks.item import Group, Item, Keys
 from embedpool.tasks.rows import Rows
 from embedpool.tasks.task import Measured, Task
@@ -28,8 +35,6 @@ QUERY = ("query", "search_query", "retrieval.query")
 DOCUMENT = ("document", "passage", "search_document", "retrieval.passage")
 INPUT_TYPES = (*QUERY, *DOCUMENT, "classification", "clustering", "separation", "text-matching")
 
-HALF = re.compile("[\ud800-\udfff]")  # a lone surrogate
-HALF_A_CHARACTER = "it holds half a character (a lone surrogate): somebody has cut the text inside an emoji or the like"
 NO_FLOAT16 = "the vectors do not fit float16; ask for float32 or normalize"
 SLICE_CHARS = 1 << 17  # of texts that are tokenised at once: at full length ids take 200 times a text's memory
 LONG_TEXTS = threading.Lock()  # of texts that are longer than a slice one is read whole at a time
@@ -115,7 +120,7 @@ class Embed(Task):
 
     def _broken(self) -> dict[int, EmbedpoolError]:
         """The texts that hold half a character, where the others go on without them. Else raises InvalidRequest."""
-        found = [i for i, text in enumerate(self.texts) if not text.isascii() and HALF.search(text)]
+        found = with_half_a_character(self.texts)
         if found and not self.partial:
             fields = {self.where(i): HALF_A_CHARACTER for i in found[:MOST_NAMED]}
             message = f"{self.where(found[0])}: {HALF_A_CHARACTER}"
