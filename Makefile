@@ -61,9 +61,15 @@ $(VENV)/lowest.installed: setup.cfg conf/constraints.txt tests/lowest.py | $(BIN
 	@touch $@
 
 # Clients of other APIs that the tests drive; some need other versions of what embedpool needs, so they live apart.
-$(VENV)/clients.installed: $(CLIENTS)/requirements.txt | $(BIN)/python
+# uv installs them, since pip takes minutes to find versions that go together.
+$(VENV)/clients.installed: $(wildcard $(CLIENTS)/*.txt) | $(BIN)/python
 	$(PYTHON) -m venv $(VENV)/clients
-	$(VENV)/clients/bin/pip install --quiet --disable-pip-version-check -r $(CLIENTS)/requirements.txt
+	$(VENV)/clients/bin/pip install --quiet --disable-pip-version-check uv
+	for name in $(basename $(notdir $(wildcard $(CLIENTS)/*.txt))); do \
+		$(PYTHON) -m venv $(VENV)/clients/$$name && \
+		$(VENV)/clients/bin/uv pip install --quiet --python $(VENV)/clients/$$name/bin/python \
+			--requirement $(CLIENTS)/$$name.txt || exit 1; \
+	done
 	@touch $@
 
 # A stamp of its own: npm may come to a machine later.

@@ -17,6 +17,8 @@ from embedpool.web.encoding import json_response
 from embedpool.web.http_request import here
 from embedpool.web.metrics import Metrics, without_other_models
 
+INFINITY = "infinity"  # the only owner that its client takes, which looks at /models
+
 
 def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics, access: Access) -> Blueprint:
     """The routes that only look."""
@@ -58,11 +60,11 @@ def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics, access: Acce
 
     @routes.get("/models")
     def models() -> Response:
-        return all_models(pool)
+        return all_models(pool, owner=INFINITY)
 
     @routes.get("/models/<path:name>")
     def model(name: str) -> Response:
-        return one_model(pool, name)
+        return one_model(pool, name, owner=INFINITY)
 
     @routes.get("/metrics")
     def get_metrics() -> Response:
@@ -74,7 +76,7 @@ def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics, access: Acce
     return routes
 
 
-def all_models(pool: Pool) -> Response:
+def all_models(pool: Pool, owner: str = "embedpool") -> Response:
     """OpenAI's list of those that the caller's key is for, each under its name and again under its alias.
 
     Beside it stands what Cohere's clients read; what infinity's and Mistral's read stands in each entry.
@@ -83,7 +85,7 @@ def all_models(pool: Pool) -> Response:
     return json_response(
         {
             "object": "list",
-            "data": [model_document(served, name) for served, name in visible],
+            "data": [model_document(served, name, owner) for served, name in visible],
             "models": [_as_cohere(served, name) for served, name in visible],
         }
     )
@@ -94,22 +96,23 @@ def _as_cohere(served: ServedModel, name: str) -> dict[str, Any]:
     return {"name": name, "endpoints": ["embed"], "finetuned": False, "context_length": context, "features": []}
 
 
-def one_model(pool: Pool, name: str) -> Response:
+def one_model(pool: Pool, name: str, owner: str = "embedpool") -> Response:
     """A model by its name or alias. Raises ModelNotFound, and Forbidden if the caller's key is not for it."""
     here().caller.require(pool, name)
-    return json_response(model_document(pool.find(name), name))
+    return json_response(model_document(pool.find(name), name, owner))
 
 
-def model_document(served: ServedModel, name: str) -> dict[str, Any]:
+def model_document(served: ServedModel, name: str, owner: str) -> dict[str, Any]:
     """OpenAI's shape of a model, with its spec and state beside."""
     return {
         "id": name,
         "object": "model",
         "created": 0,
-        "owned_by": "embedpool",
+        "owned_by": owner,
         "type": "base",
         "max_model_len": served.known_max_tokens(),
         "backend": served.spec.driver.type,
+        "capabilities": ["embed"],
         "stats": served.load(),
         "state": served.state,
         "spec": as_document(served.spec),

@@ -87,7 +87,7 @@ SCHEMAS: dict[str, Schema] = {
     ),
     "Model": closed(
         id=STRING, object=STRING, created=COUNT, owned_by=STRING, type=STRING, max_model_len=or_null(COUNT),
-        backend=STRING, stats={"type": "object"}, state=STRING, spec={"type": "object"},
+        backend=STRING, capabilities=listed(STRING), stats={"type": "object"}, state=STRING, spec={"type": "object"},
     ),
     "Models": closed(object=STRING, data=listed(ref("Model")), models=listed(open_(name=STRING))),
     "TeiError": closed(error=STRING, error_type=STRING),

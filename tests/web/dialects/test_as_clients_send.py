@@ -436,3 +436,5 @@ def test_lists_have_what_each_client_reads(web: Web) -> None:
     assert {"id", "type", "max_model_len", "stats", "backend"} <= set(listed["data"][0])
     assert set(listed["data"][0]["stats"]) == {"queue_fraction", "queue_absolute", "results_pending", "batch_size"}
     assert web.post("/v1/embeddings", BODIES["/v1/embeddings"]).json["id"]
+    infinitys = web.get("/models").json["data"][0]  # its client takes no other owner
+    assert (infinitys["owned_by"], infinitys["capabilities"]) == ("infinity", ["embed"])
