@@ -260,3 +260,14 @@ def test_openai_for_javascript(server: Server) -> None:
     assert found["refused"] == ["RateLimitError"]
     assert found["refused_with_retries"] == []
     server.stop()
+
+
+@pytest.mark.skipif(shutil.which("npm") is None, reason="needs node and npm")
+def test_the_ai_sdk(served: Server) -> None:
+    """Vercel's, through its providers for OpenAI's API and Cohere's; 2,000 texts at once without a retry."""
+    found = answers("node", HERE / "ai.mjs", APART, served.url)
+    assert_same(served, TEXTS[:1], [found["one"]])
+    for vectors in (found["all"], found["more"]):
+        assert_same(served, TEXTS, vectors)
+    assert found["many"] == 2000
+    assert found["errors"] == ["AI_APICallError"]

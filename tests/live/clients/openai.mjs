@@ -34,7 +34,7 @@ console.log(
     small: await vectors(texts, { dimensions: 64 }),
     errors: [
       await raised(() => vectors("a", { model: "nobody" })),
-      await raised(() => vectors([1, 2, 3])),
+      await raised(() => vectors([101, 7592, 102])),
     ],
     refused: [...new Set(refused(await burst(client)))],
     refused_with_retries: refused(await burst(patient)),

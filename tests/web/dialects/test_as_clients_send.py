@@ -438,3 +438,65 @@ def test_lists_have_what_each_client_reads(web: Web) -> None:
     assert web.post("/v1/embeddings", BODIES["/v1/embeddings"]).json["id"]
     infinitys = web.get("/models").json["data"][0]  # its client takes no other owner
     assert (infinitys["owned_by"], infinitys["capabilities"]) == ("infinity", ["embed"])
+
+
+# --- applications, by the requests that they send
+
+
+def test_anythingllm_looks_for_ollama_first(web: Web) -> None:
+    """It embeds only if the root answers 2xx, as Ollama's own command line asks by HEAD."""
+    assert web.get("/").status_code == 200
+    assert web.app.test_client().head("/").status_code == 200
+    body = {"model": "m:latest", "input": TEXTS, "options": {"num_ctx": 8192, "use_mlock": True, "num_gpu": 999}}
+    assert_served(web.post("/api/embed", body))
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/embeddings"])
+def test_ragflow_sends_what_litellm_would(web: Web, path: str) -> None:
+    """For OpenAI, vLLM and OpenAI-compatible services."""
+    body = {"input": TEXTS, "model": "m", "encoding_format": "float", "drop_params": True}
+    assert_served(web.post(path, body, headers={"Authorization": "Bearer x"}))
+
+
+def test_ragflow_relies_on_tei_to_cut(web: Web) -> None:
+    """Its chunks may be longer than the model's limit."""
+    assert web.post("/tei/m/embed", {"inputs": ["word " * 600], "truncate": True}).status_code == 200
+    assert web.post("/tei/m/embed", {"inputs": ["word " * 600]}).status_code == 200
+
+
+@pytest.mark.parametrize(("path", "body"), [
+    ("/tei/m", {"inputs": TEXTS, "options": {}}),  # text2vec-huggingface with endpointURL
+    ("/tei/m", {"inputs": TEXTS, "options": {"wait_for_model": True, "use_gpu": False, "use_cache": True}}),
+    ("/v1/embeddings", {"input": TEXTS, "model": "m"}),  # -openai
+    ("/v1/embed", {"texts": TEXTS, "model": "m", "truncate": "END", "input_type": "search_document"}),  # -cohere
+    ("/v1/embeddings", {"input": TEXTS, "model": "m", "task": "retrieval.passage", "normalized": True,
+                        "embedding_type": "float"}),  # -jinaai
+    ("/v1/embeddings", {"input": TEXTS, "model": "m", "input_type": "document", "truncation": True}),  # -voyageai
+    ("/api/embed", {"model": "m", "input": TEXTS}),  # -ollama
+])  # fmt: skip
+def test_weaviates_modules(web: Web, path: str, body: dict[str, Any]) -> None:
+    """Each vectoriser's body."""
+    assert_served(web.post(path, body))
+
+
+def test_milvus_puts_embed_behind_the_host(make_web: MakeWeb) -> None:
+    """Its function for TEI replaces the path of the endpoint."""
+    web = make_web(MODEL)
+    assert_served(web.post("/embed", {"inputs": TEXTS, "truncate": True, "truncation_direction": "Right"}))
+
+
+def test_open_webui_verifies_a_connection(web: Web) -> None:
+    """Of Ollama by version, tags and what is loaded, of OpenAI by the list of models."""
+    assert web.get("/api/version").json["version"]
+    assert web.get("/api/tags").json["models"]
+    assert web.get("/api/ps").json["models"]
+    assert web.get("/v1/models", headers={"Authorization": "Bearer x"}).json["data"]
+    assert_served(web.post("/api/embed", {"input": TEXTS, "model": "m"}))
+
+
+def test_elasticsearch_and_librechat(web: Web) -> None:
+    """Jina's inference service, and LibreChat's retrieval through LangChain, which sends token ids."""
+    body = {"input": [{"text": TEXTS[0]}, {"text": TEXTS[1]}], "model": "m", "late_chunking": False}
+    assert_served(web.post("/v1/embeddings", body))
+    ids = [[9906, 11, 1917, 0], [2028, 374, 264, 1296, 11914, 13]]  # of TEXTS
+    assert_served(web.post("/v1/embeddings", {"input": ids, "model": "m", "encoding_format": "float"}))
