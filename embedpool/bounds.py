@@ -58,6 +58,11 @@ class CallBudget:
             self._left -= 1
             return True
 
+    def refund(self) -> None:
+        """An attempt was worth a call."""
+        with self._lock:
+            self._left = min(self._left + 1, self._reserve)
+
 
 def give_back_memory() -> None:
     """Return free memory to the system: glibc keeps what many threads have freed for as long as it likes."""

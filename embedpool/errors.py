@@ -210,6 +210,7 @@ class InferenceFailed(EmbedpoolError):
     status, code, retry_helps = 500, "inference_failed", False
 
 
+NO_TEXTS_FAULT = (401, 402, 407, 429)  # the key, the account, the proxy, the load
 REFUSALS = (400, 413, 422)  # of a remote service: it takes this call from nobody
 
 
@@ -242,7 +243,9 @@ class UpstreamError(EmbedpoolError):
         self.is_busy = remote_status == 429
         self.remote_status = remote_status
         self.content_may_cause = (
-            content_may_cause or bool(self.rows) or remote_status in (*REFUSALS, 424) or (remote_status or 0) >= 500
+            content_may_cause
+            or bool(self.rows)
+            or (remote_status is not None and remote_status >= 400 and remote_status not in NO_TEXTS_FAULT)
         )
         if remote_status in (*REFUSALS, 429):
             self.status = remote_status
@@ -332,6 +335,11 @@ class ClientGone(EmbedpoolError):
     """The client closed its connection while its items waited."""
 
     status, code = 499, "client_gone"
+
+
+def for_the_log(error: BaseException) -> str:
+    """What may be logged of an error: of a remote service's never its words."""
+    return error.for_the_log if isinstance(error, EmbedpoolError) else str(error)
 
 
 HALF_A_CHARACTER = "it holds half a character (a lone surrogate): somebody has cut the text inside an emoji or the like"

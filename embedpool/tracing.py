@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from embedpool.errors import ConfigError
+from embedpool.errors import ConfigError, for_the_log
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -114,13 +114,19 @@ def end_request(span: Span, attributes: Mapping[str, Any], *, failed: bool) -> N
 
 @contextlib.contextmanager
 def _batch_span(name: str, traces: Sequence[Trace], attributes: Mapping[str, Any]) -> Iterator[Trace]:
-    from opentelemetry.trace import Link, get_current_span
+    from opentelemetry.trace import Link, Status, StatusCode, get_current_span
 
     assert _tracer is not None
     parent = _context(traces[0] if traces else {})
     links = [Link(get_current_span(_context(trace)).get_span_context()) for trace in traces[1:]]
-    with _tracer.start_as_current_span(name, parent, links=links, attributes=dict(attributes)) as span:
-        yield _headers(span)
+    with _tracer.start_as_current_span(
+        name, parent, links=links, attributes=dict(attributes), record_exception=False, set_status_on_exception=False
+    ) as span:
+        try:
+            yield _headers(span)
+        except BaseException as error:  # whose words may quote a caller's text
+            span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {for_the_log(error)}"))
+            raise
 
 
 def _context(trace: Trace) -> Any:

@@ -55,7 +55,7 @@ def test_the_document_of_an_error() -> None:
 @pytest.mark.parametrize(
     ("remote", "status", "content"),
     [(None, 502, False), (400, 400, True), (413, 413, True), (422, 422, True), (429, 429, False), (401, 502, False),
-     (404, 502, False), (424, 502, True), (500, 502, True), (503, 502, True), (200, 502, False)],
+     (404, 502, True), (424, 502, True), (500, 502, True), (503, 502, True), (200, 502, False)],
 )  # fmt: skip
 def test_the_status_of_a_remote(remote: int | None, status: int, content: bool) -> None:
     """The remote's own 400, 413, 422 and 429 keep their class; all but 429, and 424 and 5xx, may be a text's fault."""

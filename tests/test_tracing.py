@@ -14,6 +14,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind
 
 from embedpool import tracing
+from embedpool.errors import UpstreamError
 from embedpool.pool.settings import PoolSettings
 from embedpool.tracing import HOPS_HEADER, outgoing, trace_of
 from tests.conftest import settle
@@ -162,3 +163,13 @@ def test_a_remote_service_is_told_how_far_a_request_has_come(
     near.embed("a", model="r")
     near.embed("b", model="r", headers={"X-Embedpool-Hops": "3"})
     assert seen == ["1", "4"]
+
+
+def test_a_spans_error_has_no_word_of_a_remote_service(spans: InMemorySpanExporter) -> None:
+    """They may quote a caller's text."""
+    with pytest.raises(UpstreamError), tracing.batch("batch", [{"traceparent": PARENT}], {}):
+        raise UpstreamError("the remote service answered 422", said="cannot bear: my private text")
+    (span,) = spans.get_finished_spans()
+    assert not span.status.is_ok
+    assert "answered 422" in span.to_json()
+    assert "private" not in span.to_json()

@@ -152,7 +152,6 @@ def _field_of(f: dataclasses.Field[Any], hint: Any) -> fields.Field[Any]:
         int: StrictInteger,
         float: StrictFloat,
         str: StrictText,
-        Any: fields.Raw,
     }
     if hint is str and f.metadata["choices"]:
         return _Choice(required=required, validate=rules, metadata={"choices": f.metadata["choices"]})
@@ -162,7 +161,8 @@ def _field_of(f: dataclasses.Field[Any], hint: Any) -> fields.Field[Any]:
     if origin is tuple:
         return _Tuple(plain[args[0]](), required=required, validate=rules)
     if origin is not None and issubclass(origin, Mapping):
-        return fields.Dict(keys=fields.String(), values=plain[args[1]](), required=required, validate=rules)
+        inner = fields.Raw(allow_none=True) if args[1] is Any else plain[args[1]]()
+        return fields.Dict(keys=fields.String(), values=inner, required=required, validate=rules)
     raise TypeError(f"no schema field for {f.name}: {hint}")  # a mistake in our own declarations
 
 

@@ -48,13 +48,30 @@ def _proxy(given: str) -> None:
         raise ma.ValidationError("must hold no user or password: set it in HTTPS_PROXY or HTTP_PROXY, and say env here")
 
 
-def _has_slot(form: Any) -> bool:
+def holds_a_text(form: Any) -> bool:
+    """Whether a request's form has a place for a single text."""
+    if isinstance(form, dict | list):
+        return any(map(holds_a_text, form.values() if isinstance(form, dict) else form))
+    return isinstance(form, str) and TEXT_SLOT in form
+
+
+def _holds_texts(form: Any) -> bool:
     """Whether it has a place for any number of texts."""
     if isinstance(form, dict):
-        return any(map(_has_slot, form.values()))
+        return any(map(_holds_texts, form.values()))
     if isinstance(form, list):
-        return any(map(_has_slot, form)) or (len(form) == 1 and TEXT_SLOT in json.dumps(form))
+        return any(map(_holds_texts, form)) or (len(form) == 1 and holds_a_text(form))
     return bool(form == TEXTS_SLOT)
+
+
+def _as_json(form: Mapping[str, Any]) -> None:
+    """YAML knows dates, and keys that are numbers."""
+    try:
+        is_json = json.loads(json.dumps(form, allow_nan=False)) == form
+    except (TypeError, ValueError):
+        is_json = False
+    if not is_json:
+        raise ma.ValidationError("must be what JSON can hold: dates and keys that are numbers want quotation marks")
 
 
 def _absolute(path: str) -> None:
@@ -145,6 +162,7 @@ class HttpConfig:
         {},
         f"body of a call (template): {MODEL_SLOT} and {TEXTS_SLOT} stand for the name there and the list of texts; "
         f"a list of one entry with {TEXT_SLOT} in it gets an entry for each text",
+        check=_as_json,
         loads=True,
     )
     vectors: str | None = option(
@@ -194,11 +212,11 @@ class HttpConfig:
             if bool(getattr(self, name)) != is_template:
                 says = "is needed by" if is_template else "is for"
                 raise ma.ValidationError({name: [f"{says} protocol template"]})
-        if is_template and not _has_slot(self.request) and self.max_batch_texts > 1:
-            message = (
-                f"has no {TEXTS_SLOT}, nor a list of one entry with {TEXT_SLOT}; without, max_batch_texts must be 1"
-            )
-            raise ma.ValidationError({"request": [message]})
+        if not is_template or _holds_texts(self.request):
+            return
+        if self.max_batch_texts > 1 or not holds_a_text(self.request):
+            message = f"has no {TEXTS_SLOT}, nor a list of one entry with {TEXT_SLOT}"
+            raise ma.ValidationError({"request": [f"{message}; with {TEXT_SLOT} elsewhere max_batch_texts must be 1"]})
 
     @property
     def addresses(self) -> tuple[str, ...]:

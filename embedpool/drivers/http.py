@@ -117,15 +117,15 @@ class HttpDriver(Driver):
                 with upstream.call(may_be_a_text=may_be_a_text):
                     answer = self._ask(upstream, body, len(texts), self._config.timeout_s)
             except UpstreamError as error:
-                tried[upstream] = error.for_the_log if error.content_may_cause else ""
+                tried[upstream] = error.for_the_log if error.content_may_cause and may_be_a_text else ""
                 attempts += 1
                 self._publish()
+                another = self._least_busy(tried)
                 most = self._config.retries
-                if batch.is_search:  # a text that is alone is not blamed for a connection that is lost once
-                    most = min(most, 1) if len(texts) == 1 and _is_of_the_way(error) else 0
+                if batch.is_search:  # one that is alone is not blamed for a lost connection, or a broken address
+                    most = min(most, 1) if len(texts) == 1 and (another or _is_of_the_way(error)) else 0
                 if attempts > most or error.rows or error.remote_status in REFUSALS:
                     raise
-                another = self._least_busy(tried)
                 if another is None and may_be_a_text and error.content_may_cause and not _is_of_the_way(error):
                     raise  # finding the text is a better use of further calls
                 if not (another or (error.passing and not upstream.fault)) or not self._budget.spend():
@@ -183,7 +183,8 @@ class HttpDriver(Driver):
     def _least_busy(self, tried: Container[Upstream]) -> Upstream | None:
         """The best address that is in use, does not rest, and is not in `tried`."""
         serving = [u for u in self._upstreams if not u.fault and not u.rest_s and u not in tried]
-        return min(serving, key=lambda u: (u.outstanding, random.random()), default=None)  # noqa: S311  (no secret)
+        how_busy = lambda u: (not u.takes_a_call, u.outstanding, random.random())  # noqa: E731, S311  (no secret)
+        return min(serving, key=how_busy, default=None)
 
     def _ask(self, upstream: Upstream, body: dict[str, Any], count: int, timeout_s: float) -> Answer:
         """One attempt. The answer must hold a vector of the known dimension for each of `count` texts."""
@@ -197,7 +198,7 @@ class HttpDriver(Driver):
                     content_may_cause=True,
                 )
             read = self._protocol.read(document)
-            array = _rows(read.vectors, self._dim if read.errors else None)
+            array = _rows(read.vectors, self._dim, may_be_none=bool(read.errors))
             if not isinstance(read.tokens, int | None) or not all(isinstance(i, int) for i in read.truncated):
                 raise TypeError("counts must be whole numbers")
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
@@ -207,7 +208,8 @@ class HttpDriver(Driver):
             says = f"the remote service gave vectors of shape {array.shape} for {count} texts"
             raise UpstreamError(says, content_may_cause=True)
         if self._dim is not None and array.shape[1] != self._dim:
-            raise UpstreamError(f"the remote service's vectors went from {self._dim} to {array.shape[1]} numbers")
+            says = f"the remote service's vectors went from {self._dim} to {array.shape[1]} numbers"
+            raise UpstreamError(says, content_may_cause=True)
         return Answer(Rows(array), read.tokens, [i for i in read.truncated if 0 <= i < count], read.errors)
 
     # --- which addresses are asked
@@ -232,7 +234,14 @@ class HttpDriver(Driver):
         for start in range(0, len(PROBE_TEXTS), step):
             texts = PROBE_TEXTS[start : start + step]
             body = self._protocol.body(self._model, texts, {})
-            parts.append(self._ask(upstream, body, len(texts), timeout_s).rows.values)
+            try:
+                answer = self._ask(upstream, body, len(texts), timeout_s)
+            except UpstreamError as error:
+                upstream.note(error)
+                raise
+            for failed in answer.errors.values():
+                raise failed
+            parts.append(answer.rows.values)
         vectors = np.concatenate(parts)
         if not np.isfinite(vectors).all():
             raise UpstreamError(NOT_FINITE)
@@ -266,7 +275,7 @@ class HttpDriver(Driver):
             all_of_them = next(rounds) % CHECKS_OF_THE_FAULTY == CHECKS_OF_THE_FAULTY - 1
             for upstream in self._upstreams:
                 fault = upstream.fault
-                if self._over.is_set() or not (fault or all_of_them):
+                if self._over.is_set() or upstream.rest_s or not (fault or all_of_them):
                     continue
                 try:
                     self._prove(upstream)
@@ -291,13 +300,13 @@ class HttpDriver(Driver):
             self._on_lost(self._lost)
 
 
-def _rows(vectors: list[Any], width: int | None) -> Array:
+def _rows(vectors: list[Any], width: int | None, *, may_be_none: bool) -> Array:
     """As an array. A vector that is none, or of another length than most, is not finite: its text alone is at fault.
 
-    If no text has a vector, their width is this, where it is given.
+    If `width` is known, that is the right length, and `may_be_none` says that no text need have a vector.
     """
     with np.errstate(over="ignore"):  # becomes infinite, which the worker refuses
-        if width is not None and all(vector is None for vector in vectors):
+        if may_be_none and width is not None and all(vector is None for vector in vectors):
             return np.full((len(vectors), width), np.nan, np.float32)
         try:
             return np.asarray(vectors, dtype=np.float32)
@@ -306,9 +315,9 @@ def _rows(vectors: list[Any], width: int | None) -> Array:
             lengths = collections.Counter(len(row) for row in rows if row is not None)
             if not lengths:
                 raise
-            width = lengths.most_common(1)[0][0]
-            gap = np.full(width, np.nan, np.float32)
-            return np.stack([gap if row is None or len(row) != width else row for row in rows])
+            right: int = width if width in lengths else lengths.most_common(1)[0][0]  # type: ignore[assignment]
+            gap = np.full(right, np.nan, np.float32)
+            return np.stack([gap if row is None or len(row) != right else row for row in rows])
 
 
 def _row(vector: Any) -> Array | None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from embedpool.config.spec import MODEL_SLOT, TEXT_SLOT, TEXTS_SLOT, HttpConfig
+from embedpool.config.spec import MODEL_SLOT, TEXT_SLOT, TEXTS_SLOT, HttpConfig, holds_a_text
 from embedpool.errors import STATUS_OF, EmbedpoolError, UnsupportedOption, UpstreamError
 from embedpool.tasks.embed import DOCUMENT, QUERY
 
@@ -40,14 +39,18 @@ def _embedpool_body(model: str, texts: Sequence[str], options: Mapping[str, Any]
 
 def _embedpool_read(document: Any) -> Reading:
     meta = document.get("meta") or {}
-    errors = {entry["index"]: _error_of(entry) for entry in document.get("errors") or ()}
+    entries = document.get("errors") or ()
+    for entry in entries:
+        if not entry.get("at_fault", True):  # its own service was down, say: no text is at fault, and others may serve
+            raise _error_of(entry, passing=True)
+    errors = {entry["index"]: _error_of(entry) for entry in entries}
     return Reading(document["vectors"], meta.get("tokens"), list(meta.get("truncated") or []), errors)
 
 
-def _error_of(entry: Mapping[str, Any]) -> UpstreamError:
+def _error_of(entry: Mapping[str, Any], *, passing: bool = False) -> UpstreamError:
     code = entry["code"] if entry["code"] in STATUS_OF else "an error"
-    says = f"the remote service answered {code}"
-    return UpstreamError(says, said=str(entry["message"]), remote_status=STATUS_OF.get(code))
+    says, status = f"the remote service answered {code}", STATUS_OF.get(code)
+    return UpstreamError(says, said=str(entry["message"]), remote_status=status, passing=passing)
 
 
 # --- OpenAI, Jina and Voyage, which have one form of answer
@@ -178,11 +181,12 @@ def _filled(form: Any, model: str, texts: Sequence[str]) -> Any:
     if isinstance(form, dict):
         return {name: _filled(value, model, texts) for name, value in form.items()}
     if isinstance(form, list):
-        if len(form) == 1 and TEXT_SLOT in json.dumps(form):
+        if len(form) == 1 and holds_a_text(form):
             return [_filled(form[0], model, [text]) for text in texts]
         return [_filled(value, model, texts) for value in form]
-    slots = {MODEL_SLOT: model, TEXTS_SLOT: list(texts), TEXT_SLOT: texts[0]}
-    return slots.get(form, form) if isinstance(form, str) else form
+    if form == TEXTS_SLOT:
+        return list(texts)
+    return form.replace(MODEL_SLOT, model).replace(TEXT_SLOT, texts[0]) if isinstance(form, str) else form
 
 
 def _at(document: Any, path: str) -> Any:

@@ -163,6 +163,12 @@ class Upstream:
                 self.outstanding -= 1
             self._on_call_ended()
 
+    def note(self, error: UpstreamError) -> None:
+        """A call that was not counted failed: if it was for being too many, it rests."""
+        if error.is_busy:
+            with self._lock:
+                self._pace.refused(time.monotonic(), self.outstanding + 1, error.retry_after_s)
+
     def count_failure(self, reason: str) -> None:
         """A call failed, and no text was at fault in it. Everybody may read the reason."""
         with self._lock:

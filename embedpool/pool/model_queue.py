@@ -213,6 +213,10 @@ class ModelQueue(queue.Queue[Item]):
                     self._equal[item.key] = equals
                 self._forget(number, item)
             self._order.withdraw(request)
+            for batch in list(self._returned):
+                batch[:] = [item for item in batch if any(e.request is not request for e in item.equals)]
+                if not batch:
+                    self._returned.remove(batch)
             self.not_full.notify_all()
 
     def requests(self) -> set[Request]:

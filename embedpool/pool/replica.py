@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 
-from embedpool.errors import EmbedpoolError
+from embedpool.errors import EmbedpoolError, UpstreamError, for_the_log
 from embedpool.pool.backoff import Backoff
 from embedpool.pool.planner import Planner, Slots
 from embedpool.pool.runner import DriverBroken, DriverLost, Runner
@@ -19,6 +19,7 @@ from embedpool.pool.settings import PoolSettings
 
 logger = logging.getLogger(__name__)
 
+LONGEST_ASKED_S = 3600.0  # of a service that asks for a pause when it is opened
 REST_LOOK_S = 0.25  # whether to go on letting a remote service rest
 
 
@@ -39,6 +40,7 @@ class Replica:
         self.state = "loading"
         self.backoff = Backoff()
         self.last_error: str | None = None
+        self.failure: BaseException | None = None  # the last
         self.retry_at = 0.0  # on the clock, while failed
         self.description: Mapping[str, object] = {}
         self.runner: Runner | None = None  # while it is open
@@ -77,7 +79,7 @@ class Replica:
         try:
             self.runner = self.open_runner(self.name)
         except BaseException as error:  # a panic in a Rust library is no Exception
-            logger.warning("%s did not load: %s", self.name, error)
+            logger.warning("%s did not load: %s", self.name, for_the_log(error))
             self.fail(error)
             return False
         self._last_busy = self._proved_at = self._clock()
@@ -99,8 +101,15 @@ class Replica:
         self.backoff.failed(error)
         is_said = isinstance(error, EmbedpoolError | DriverBroken)
         self.last_error = str(error) if is_said else f"{type(error).__name__}: {error}"
-        self.retry_at = self._clock() + self.backoff.pause_s
+        asked_s = min(error.retry_after_s or 0.0, LONGEST_ASKED_S) if isinstance(error, UpstreamError) else 0.0
+        self.failure = error
+        self.retry_at = self._clock() + max(self.backoff.pause_s, asked_s)
         self.become("failed")
+
+    @property
+    def pause_s(self) -> float:
+        """Seconds until it is to be opened again."""
+        return max(self.retry_at - self._clock(), 0.0)
 
     def become(self, state: str) -> None:
         """Change the state, and say so."""
@@ -189,7 +198,7 @@ class Replica:
         try:
             runner.place.probe()
         except BaseException as error:
-            raise DriverBroken(f"{type(error).__name__}: {error}") from error
+            raise DriverBroken(f"{type(error).__name__}: {for_the_log(error)}") from error
         finally:
             with self._lock:
                 del self.running[threading.get_ident()]

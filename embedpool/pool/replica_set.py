@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from embedpool.config.spec import ModelSpec
-from embedpool.errors import EmbedpoolError, ModelFailed
+from embedpool.errors import ModelFailed
 from embedpool.pool.backoff import Backoff
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.planner import Planner, Slots
@@ -143,10 +143,10 @@ class ReplicaSet:
             self._adjust(replica)
         self.queue.wake()  # idle times may have changed
 
-    def failed_without_one(self, error: EmbedpoolError) -> None:
+    def failed_without_one(self, error: BaseException, says: str | None) -> None:
         """A load on demand has failed, or what must precede it."""
         with self._lock:
-            self.last_error = error.message
+            self.last_error = says
             self._backoff.failed(error)
             self._retry_at = self.settings.clock() + self._backoff.pause_s
 
@@ -226,9 +226,9 @@ class ReplicaSet:
             while not (retired or replica.stopping.is_set()):
                 if not replica.open():
                     retired = self._retires(replica, is_idle=True)
-                    if retired and not self.stopped:
-                        self.failed_without_one(ModelFailed(replica.last_error or ""))
-                    retired = retired or replica.stopping.wait(replica.backoff.pause_s)
+                    if retired and not self.stopped and replica.failure:
+                        self.failed_without_one(replica.failure, replica.last_error)
+                    retired = retired or replica.stopping.wait(replica.pause_s)
                     continue
                 try:
                     retired = self._serve(replica)

@@ -119,7 +119,7 @@ class Request:
             item.request = self
         with self._lock:
             self.truncated = measured.truncated
-            self.errors.update(measured.refused)
+            self.errors.update({i: error.of_input(i, None) for i, error in measured.refused.items()})
             self._missing = len(measured.items)
             self.tokens = sum(item.tokens or 1 for item in measured.items)
             if not self._missing and not self.is_done:

@@ -12,7 +12,7 @@ from typing import Any
 
 from embedpool import tracing
 from embedpool.bounds import CallBudget
-from embedpool.errors import EmbedpoolError, InferenceFailed, UnsupportedTask, UpstreamError
+from embedpool.errors import EmbedpoolError, InferenceFailed, UnsupportedTask, UpstreamError, for_the_log
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.quarantine import Quarantine
 from embedpool.pool.request import blame, fail, for_callers_of, give
@@ -24,6 +24,7 @@ from embedpool.tasks.rows import Answer
 logger = logging.getLogger(__name__)
 
 LOSSES_SPARED = 3  # in which a batch is believed to have had no part; then it is bisected, as any other
+MOST_POSTPONED = 6  # refusals of one batch and its halves while others are answered; then it is the item
 LOSSES_FORGIVEN = 2  # an item with so many losses goes into quarantine at its next: it was alone for the last two
 SEARCH_SHARE, SEARCH_RESERVE = 0.5, 200.0  # calls; a text among 64 costs 12
 
@@ -49,6 +50,7 @@ class Runner:
 
     def __post_init__(self) -> None:
         self._searches = CallBudget(SEARCH_SHARE, SEARCH_RESERVE)
+        self._answered = 0  # calls; about, since several threads count
 
     def run(self, items: list[Item], on_work: Callable[[], None] = lambda: None) -> bool:
         """Run what was taken from the queue, after `on_work`: whether a driver call succeeded.
@@ -108,6 +110,7 @@ class Runner:
             logger.warning("%s: a batch of %d failed: %s: %s", self.name, len(items), type(error).__name__, error)
             return self._after_failure(items, error)
         else:
+            self._answered += 1
             give(items, answer)
             return True
         return False
@@ -128,7 +131,9 @@ class Runner:
                 if not self._searches.spend():
                     raise error.without_words()
                 try:
-                    succeeded = self._attempt(items, is_search=True) or succeeded
+                    if self._attempt(items, is_search=True):
+                        succeeded = True
+                        self._searches.refund()  # these would have been called for anyway
                 except UpstreamError as found:
                     left += self._suspects(items, found, is_known=True)
         except UpstreamError as last:
@@ -171,7 +176,9 @@ class Runner:
         """
         probe = Batch(group.task, [Item((PROBE_TEXT,), 0)], _options_of(group))
         try:
-            self.place.run(probe)
+            answer = self.place.run(probe)
+            if answer.errors or not answer.rows.finite().all():
+                raise error
         except Exception as fault:
             says = "%s: no text of the batch is at fault: a known one fails, too: %s"
             logger.info(says, self.name, type(fault).__name__)
@@ -187,7 +194,8 @@ class Runner:
     def _postpone(self, items: list[Item], error: UpstreamError) -> None:
         """The service asks for a pause. These items run after it; a request that cannot wait so long fails now.
 
-        A batch that is refused again comes back in halves: it may be too large, or one of its items is the cause.
+        A batch that is refused again, while the service answers others, comes back in halves: it may be too large, or
+        one of its items is the cause. One that is alone then gets the error.
         """
         rest_s = self.place.rest_s()
         until = self.clock() + rest_s
@@ -196,8 +204,12 @@ class Runner:
             if request.call.deadline <= until:
                 request.fail(error.after_s(rest_s) if mine == {request} else error.after_s(rest_s).without_words())
         for item in items:
-            item.postponed += 1
-        middle = len(items) // 2 if items[0].postponed > 1 else 0
+            if self._answered > item.answered or not item.postponed:
+                item.postponed, item.answered = item.postponed + 1, self._answered
+        if len(items) == 1 and items[0].postponed > MOST_POSTPONED:
+            blame(items[0], for_callers_of(items, error.after_s(rest_s)))
+        items = [item for item in items if self._is_to_run(item)]
+        middle = len(items) // 2 if items and items[0].postponed > 1 else 0
         for part in filter(None, (items[:middle], items[middle:])):
             self.queue.put_back(part)
 
@@ -208,7 +220,7 @@ class Runner:
             if not self.place.lost:
                 self.place.probe()
         except BaseException as failed:
-            fault = f"{type(failed).__name__}: {failed}"
+            fault = f"{type(failed).__name__}: {for_the_log(failed)}"
         if loss := self.place.lost:
             self._hand_back(items, loss)
             raise DriverLost(loss.reason) from error

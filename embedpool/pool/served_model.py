@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -50,8 +51,9 @@ class ServedModel:
         self._draining = False
         self._not_followed: str | None = None  # why a change was refused
         self._tokenizer: Tokenizer | None = None
+        self._tokenizer_failed = -math.inf, ""  # when, on the clock, and why
         # Held while the tokenizer is being opened, which may take as long as a download. A request's thread waits for
-        # it until its deadline, a replica's for as long as it takes. No other lock is taken inside it.
+        # it until its deadline, a replica's for as long as it takes. Inside it only the replica set's is taken.
         self._tokenizer_lock = threading.Lock()
         self.replicas = ReplicaSet(
             spec,
@@ -152,21 +154,29 @@ class ServedModel:
 
     def _open_tokenizer(self, timeout_s: float = -1) -> Tokenizer:
         if self._tokenizer is None:
+            asked_at = self._settings.clock()
             if not self._tokenizer_lock.acquire(timeout=timeout_s):
                 raise DeadlineExceeded("the deadline passed while the model's tokenizer was being opened")
             try:
-                self._tokenizer = self._tokenizer or self._settings.open_tokenizer(self.spec)
-            except EmbedpoolError as error:
-                self.replicas.failed_without_one(error)
-                raise
-            except Exception as error:
-                logger.exception("%s: its tokenizer cannot be opened", self.spec.model)
-                failed = ModelFailed(f"its tokenizer cannot be opened: {type(error).__name__}: {error}")
-                self.replicas.failed_without_one(failed)
-                raise failed from None
+                failed_at, says = self._tokenizer_failed
+                if self._tokenizer is None and failed_at >= asked_at:
+                    raise ModelFailed(says)  # as it did for whoever was before this one
+                self._tokenizer = self._tokenizer or self._opened_tokenizer()
             finally:
                 self._tokenizer_lock.release()
         return self._tokenizer
+
+    def _opened_tokenizer(self) -> Tokenizer:
+        try:
+            return self._settings.open_tokenizer(self.spec)
+        except Exception as error:
+            says = error.message if isinstance(error, EmbedpoolError) else None
+            if says is None:
+                logger.exception("%s: its tokenizer cannot be opened", self.spec.model)
+                says = f"its tokenizer cannot be opened: {type(error).__name__}: {error}"
+            self._tokenizer_failed = self._settings.clock(), says
+            self.replicas.failed_without_one(error, says)
+            raise error if isinstance(error, EmbedpoolError) else ModelFailed(says) from None
 
     # --- its life
 

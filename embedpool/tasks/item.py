@@ -30,12 +30,12 @@ class Item:
     The pool's own: `request`, to which the row goes; `duplicates`, the items with the same key that share it; `losses`,
     0 at first, 1 after a place was lost while this item's batch ran, and 1 more for each later loss while it ran alone;
     `spared`, the losses that were not counted, since no item can have caused them; `postponed`, how often it has been
-    in a call that a busy service refused.
+    in a call that a busy service refused while it answered others, and `answered`, how many calls these were by then.
     """
 
     __slots__ = (
-        "duplicates", "group", "ids", "index", "key", "losses", "parts", "postponed", "request", "second", "spared",
-        "tokens",
+        "answered", "duplicates", "group", "ids", "index", "key", "losses", "parts", "postponed", "request", "second",
+        "spared", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -58,7 +58,7 @@ class Item:
         self.index = index
         self.request: Any = None
         self.duplicates: list[Item] = []
-        self.losses = self.spared = self.postponed = 0
+        self.losses = self.spared = self.postponed = self.answered = 0
 
     @property
     def equals(self) -> list[Item]:

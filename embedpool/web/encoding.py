@@ -56,7 +56,9 @@ def _vectors(result: Result, encoding: str, *, partial: bool) -> dict[str, Any]:
     vectors: Any = as_base64(result.vectors) if encoding == "base64" else result.vectors
     if not partial:
         return {"vectors": vectors}
-    errors = [{"index": i, "code": e.code, "message": e.message} for i, e in result.errors.items()]
+    errors = [
+        {"index": i, "code": e.code, "message": e.message, "at_fault": bool(e.inputs)} for i, e in result.errors.items()
+    ]
     return {"vectors": [None if i in result.errors else v for i, v in enumerate(vectors)], "errors": errors}
 
 

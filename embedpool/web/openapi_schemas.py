@@ -71,7 +71,7 @@ SCHEMAS: dict[str, Schema] = {
         model=STRING,
         dim=COUNT,
         vectors=listed(or_null(VECTOR)),
-        errors=listed(closed(index=COUNT, code=STRING, message=STRING)),
+        errors=listed(closed(index=COUNT, code=STRING, message=STRING, at_fault=BOOLEAN)),
         meta=closed(
             count=COUNT, tokens=COUNT, truncated=listed(COUNT), queue_ms=NUMBER, compute_ms=NUMBER, total_ms=NUMBER,
             replicas=listed(STRING),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import date
 from typing import Any
 
 import pytest
@@ -162,6 +163,7 @@ TEMPLATE = {"protocol": "template", "request": {"q": "{texts}"}, "vectors": "dat
 @pytest.mark.parametrize("further", [
     {}, {"vectors": "[]"}, {"vectors": "a.b-c[].d[].e"}, {"request": {"a": [{"b": "{text}"}]}},
     {"request": {"a": {"b": ["{text}"]}}}, {"request": {"q": "{text}"}, "max_batch_texts": 1},
+    {"request": {"a": ["query: {text}"], "b": None}},
 ], ids=str)  # fmt: skip
 def test_a_service_may_be_described(further: dict[str, Any]) -> None:
     """A body with a place for the texts, and where the vectors stand; another body loads the model anew."""
@@ -189,6 +191,11 @@ def test_a_service_may_be_described(further: dict[str, Any]) -> None:
         ("http", {"base_url": "http://h", **TEMPLATE, "request": {"q": "{text}"}}, "request"),
         ("http", {"base_url": "http://h", **TEMPLATE, "request": {"q": ["{text}", "b"]}}, "request"),
         ("http", {"base_url": "http://h", **TEMPLATE, "vectors": "$.data[*]"}, "vectors"),
+        ("http", {"base_url": "http://h", **TEMPLATE, "request": {"q": [{"{text}": 1}]}}, "request"),
+        ("http", {"base_url": "http://h", **TEMPLATE, "request": {"q": "a"}, "max_batch_texts": 1}, "request"),
+        ("http", {"base_url": "http://h", **TEMPLATE, "request": {"q": "{texts}", "d": date(2024, 1, 1)}}, "request"),
+        ("http", {"base_url": "http://h", **TEMPLATE, "request": {"q": "{texts}", "d": {1: 2, "a": 3}}}, "request"),
+        ("http", {"base_url": "http://h", **TEMPLATE, "request": {"q": "{texts}", "d": float("nan")}}, "request"),
         ("http", {"base_url": "http://h", "retries": -1}, "retries"),
         ("http", {"base_url": "http://h", "api_key": "sk-123"}, "api_key"),
         ("http", {"base_url": "http://h", "api_key": "HOME"}, "api_key"),

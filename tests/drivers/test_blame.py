@@ -9,7 +9,8 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.settings import PoolSettings
 from tests.conftest import ask, run, settle, wait_until
 from tests.drivers.remote import DROP, Remote, Reply, Seen, good, vector
+from tests.web.conftest import serving as web_serving
 
 
 @contextmanager
@@ -148,7 +150,73 @@ def test_words_about_a_named_text_are_for_its_caller_alone(remote: Remote, pool_
             assert f"secret of {other}" not in told(error), mine
 
 
+def outage(seen: Seen) -> Reply:
+    """An embedpool whose own service is down: no text is at fault."""
+    errors = [
+        {"index": i, "code": "upstream_error", "message": "down", "at_fault": False}
+        for i in range(len(seen.body["texts"]))
+    ]
+    return Reply({"vectors": [None] * len(errors), "errors": errors})
+
+
+def test_an_outage_behind_another_embedpool_is_no_texts_fault(
+    remote: Remote, second: Remote, opened: Callable[..., HttpDriver]
+) -> None:
+    """Another address serves, and this one is left alone after a while."""
+    driver = opened(base_url=remote.url, base_urls=(second.url,), retries=1)
+    wait_until(lambda: list(driver.facts.description["base_urls"].values()) == ["serves", "serves"])
+    remote.answer = outage
+    for _ in range(60):
+        assert run(driver, ["a"]).errors == {}
+    wait_until(lambda: next(iter(driver.facts.description["base_urls"].values())) != "serves")
+
+
+def test_an_outage_behind_the_only_address_names_no_text(remote: Remote, pool_settings: PoolSettings) -> None:
+    """Nor does the known text pass for one that was served."""
+    with pool_of(pool_settings, remote.url) as pool:
+        remote.answer = outage
+        (error,) = at_once(pool, [["a", "b"]])
+        assert isinstance(error, EmbedpoolError)
+        assert not error.inputs
+
+
+def test_whose_fault_it_was_is_told(web_of: Callable[..., Any]) -> None:
+    """In the errors of a partial answer."""
+    web = web_of("model: m, driver: {type: fake, config: {fault: raise, fault_text: bad}}")
+    (error,) = web.embed("a", "bad", on_error="partial").json["errors"]
+    assert (error["index"], error["at_fault"]) == (1, True)
+    (error,) = web.embed("a", "w " * 600, truncate="error", on_error="partial").json["errors"]
+    assert (error["index"], error["at_fault"]) == (1, True)
+
+
+@pytest.fixture
+def web_of(tmp_path: Path, pool_settings: PoolSettings) -> Iterator[Callable[..., Any]]:
+    with ExitStack() as stack:
+
+        def make(model: str) -> Any:
+            web = stack.enter_context(web_serving(tmp_path, pool_settings, model))
+            settle(web.pool)
+            return web
+
+        yield make
+
+
 # --- an address that fails with texts that another serves
+
+
+def test_a_text_alone_is_tried_at_another_address_before_it_is_blamed(
+    remote: Remote, second: Remote, pool_settings: PoolSettings
+) -> None:
+    """One that is broken for everybody blames nobody."""
+    with pool_of(pool_settings, remote.url, base_urls=(second.url,), retries=1) as pool:
+        description = pool.find("m").replicas.counts
+        wait_until(lambda: list(description()["runs_on"]["base_urls"].values()) == ["serves", "serves"])
+        remote.answer = lambda seen: Reply({}, 500)
+        second.answer = lambda seen: Reply({}, 500) if "poison" in seen.body["texts"] else good(seen)
+        for number in range(12):
+            texts = [f"{number} text {i}" for i in range(15)] + ["poison"]
+            outcomes = at_once(pool, [[text] for text in texts])
+            assert [i for i, outcome in enumerate(outcomes) if isinstance(outcome, Exception)] == [15]
 
 
 @pytest.mark.parametrize("failure", [Reply({}, 500), Reply({}, 503), DROP], ids=["500", "503", "dropped"])

@@ -18,7 +18,7 @@ import pytest
 from embedpool.config.spec import DriverSpec, HttpConfig, ModelSpec, PoolSpec, QueueSpec
 from embedpool.drivers import pace
 from embedpool.drivers.http import HttpDriver
-from embedpool.errors import Overloaded, UpstreamError
+from embedpool.errors import ModelFailed, Overloaded, UpstreamError
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call
 from embedpool.pool.settings import PoolSettings
@@ -178,3 +178,16 @@ def test_lines_wait_for_a_pause(remote: Remote, pool_settings: PoolSettings, tmp
         sent.close()
         assert [line.get("vector") for line in found] == [vector(text) for text in texts]
         assert next(calls) > 15
+
+
+def test_a_pause_that_is_asked_for_at_the_start_is_kept(remote: Remote, pool_settings: PoolSettings) -> None:
+    """The model fails to load with the time to come back, and is not tried before."""
+    remote.answer = lambda seen: Reply({"error": "too much"}, 429, {"Retry-After": "3000"})
+    with pool_of(pool_settings, remote.url) as pool:
+        served = pool.find("m")
+        assert served.state == "failed"
+        assert served.replicas.retry_after_s > 2900
+        with pytest.raises(ModelFailed) as caught:
+            ask(pool, "m", "a")
+        assert (caught.value.retry_after_s or 0) > 2900
+        assert len(remote.seen) == 1

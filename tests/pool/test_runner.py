@@ -665,7 +665,7 @@ def poisoned(*bad: str, status: int | None = 500, everything: bool = False):
     return on_run
 
 
-@pytest.mark.parametrize("status", [400, 413, 422, 424, 500, 502, 503, 504, None])
+@pytest.mark.parametrize("status", [400, 403, 404, 406, 413, 422, 424, 451, 500, 502, 503, 504, None])
 @pytest.mark.parametrize("count", [2, 7, 64])
 def test_a_text_that_a_service_cannot_bear_fails_alone(count: int, status: int | None) -> None:
     """Whatever it says to it, for a few further calls."""
@@ -677,7 +677,7 @@ def test_a_text_that_a_service_cannot_bear_fails_alone(count: int, status: int |
     assert len(bench.place.calls) - 1 <= 2 * (math.ceil(math.log2(count)) + 1)
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+@pytest.mark.parametrize("status", [401, 402, 407])
 def test_what_no_text_causes_is_looked_for_in_none(status: int) -> None:
     """The batch fails as one."""
     requests = [Asked(f"text {i}") for i in range(8)]
@@ -706,10 +706,80 @@ def test_a_search_has_its_bound() -> None:
         requests = [Asked(f"text {i}") for i in range(64)]
         bench.serve(*requests)
         assert all(request.error for request in requests[::2])
-    assert len(bench.place.calls) <= SEARCH_RESERVE + 4 * 3
+    in_vain = [call for call in bench.place.calls if any(text in every_second for text in call)]
+    assert len(in_vain) <= SEARCH_RESERVE + 4 * 3  # those that served texts were due
     served = [Asked(f"fine {i}") for i in range(100)]
     for request in served:
         bench.serve(request)
     found = [Asked("text 0"), Asked("fine")]
     bench.serve(*found)
     assert_served(found[1])
+
+
+def test_a_limit_of_the_service_on_a_call_costs_no_budget() -> None:
+    """Each batch that was too large is served as two, however many there are."""
+
+    def at_most_32(texts: list[str]) -> None:
+        if len(texts) > 32:
+            raise UpstreamError("too large", remote_status=413)
+
+    bench = Bench(Scripted(at_most_32))
+    for number in range(300):
+        requests = [Asked(f"text {number} {i}") for i in range(64)]
+        bench.serve(*requests)
+        assert_served(*requests)
+
+
+# --- a service that asks for a pause
+
+
+def test_a_text_that_is_always_refused_as_too_much_fails_in_the_end() -> None:
+    """While the service answers others; those are all served, for a few calls."""
+    requests = [Asked(f"text {i}") for i in range(16)]
+
+    def refusing(texts: list[str]) -> None:
+        if "text 5" in texts:
+            raise UpstreamError("slow down", remote_status=429)
+
+    bench = Bench(Scripted(refusing))
+    for request in requests:
+        request.admitted_to(bench.queue)
+    for number in range(40):  # others come all the time
+        Asked(f"another {number}").admitted_to(bench.queue)
+        for _ in range(3):
+            bench.step()
+    assert [i for i, request in enumerate(requests) if request.error] == [5]
+    assert_served(*requests[:5], *requests[6:])
+    assert error_of(requests[5]).status == 429
+    assert sum("text 5" in call for call in bench.place.calls) < 40
+
+
+def test_a_service_that_is_busy_for_all_blames_none() -> None:
+    """However often it says so."""
+    refusals = iter(range(50))
+
+    def refusing(texts: list[str]) -> None:
+        if next(refusals, None) is not None:
+            raise UpstreamError("slow down", remote_status=429)
+
+    requests = [Asked("a"), Asked("b")]
+    Bench(Scripted(refusing)).serve(*requests)
+    assert_served(*requests)
+
+
+def test_nothing_is_kept_for_requests_that_cannot_wait() -> None:
+    """The queue has room for those who can."""
+
+    def refusing(texts: list[str]) -> None:
+        raise UpstreamError("slow down", remote_status=429)
+
+    bench = Bench(Scripted(refusing, rest_s=lambda: 50.0))
+    hasty, patient = Asked("a", "b", timeout_s=110.0), Asked("c", timeout_s=1000.0)
+    for request in (hasty, patient):
+        request.admitted_to(bench.queue)
+    bench.step()
+    assert error_of(hasty).retry_after_s == 50.0
+    assert not patient.is_done
+    assert bench.queue.qsize() == 1
+    bench.queue.withdraw(patient)
+    assert bench.queue.qsize() == 0

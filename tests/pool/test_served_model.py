@@ -539,6 +539,28 @@ def test_a_model_loaded_on_demand_that_cannot_load_says_so(serve, where: str) ->
     assert served.state == "ready"
 
 
+def test_who_waits_for_a_tokenizer_learns_that_it_failed(serve) -> None:
+    """It is not opened once more for each of them."""
+    opening, opened = threading.Event(), itertools.count()
+    may_fail = threading.Event()
+
+    def open_tokenizer(spec) -> FakeTokenizer:
+        next(opened)
+        opening.set()
+        assert may_fail.wait(PATIENCE_S)
+        raise OSError("a broken file")
+
+    served, _ = serve(min=0, settings={"open_tokenizer": open_tokenizer})
+    first = in_thread(ask, served, "a")
+    assert opening.wait(PATIENCE_S)
+    others = [in_thread(ask, served, "b") for _ in range(5)]
+    wait_until(lambda: len(served.admission._inside) == 6)
+    may_fail.set()
+    for future in (first, *others):
+        assert isinstance(future.exception(PATIENCE_S), ModelFailed)
+    assert next(opened) == 1
+
+
 def test_a_thread_that_cannot_be_started_wedges_nothing(serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """When the system has no thread to give, that request fails and the next one finds a model that can load."""
 

@@ -129,7 +129,7 @@ def vectors_in(found: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_what_the_original_takes_is_taken_or_refused_with_a_sentence(name: str, web: Web, data: st.DataObject) -> None:
     """And nothing that changes numbers is ignored unseen."""
