@@ -165,7 +165,7 @@ def _options(pool: Pool, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
     policy = body.get("truncate")
     if policy == "right" and side:
         policy = side
-    if policy is None and not pool.find(name).spec.driver.config.is_remote:
+    if policy is None and "truncate" not in options and not pool.find(name).spec.driver.config.is_remote:
         policy = side or "right"
     if policy is not None:
         options["truncate"] = policy

@@ -64,8 +64,9 @@ def _text_of(ids: list[Any], special: Sequence[int]) -> str | None:
         text: str = encoding.decode(ids)  # what is no character becomes U+FFFD
     except (KeyError, OverflowError):
         return None
-    again = encoding.encode_ordinary(text), encoding.encode(text, allowed_special="all")
-    return text if any(_agree(ids, other) for other in again) else None
+    if _agree(ids, encoding.encode_ordinary(text)) or _agree(ids, encoding.encode(text, allowed_special="all")):
+        return text
+    return None
 
 
 def _agree(ids: list[int], again: list[int]) -> bool:

@@ -119,6 +119,13 @@ def test_truncation_in_everybodys_words(web: Web, path: str, said: Any, policy: 
         assert answer.headers["X-Embedpool-Truncated"] == "1"
 
 
+@pytest.mark.parametrize("path", BODIES)
+def test_a_long_text_is_refused_in_everybodys_words(web: Web, path: str) -> None:
+    """Voyage's word for it, in every API."""
+    body = {name: ["w " * 600] if value == TEXTS else value for name, value in BODIES[path].items()}
+    assert "602 tokens" in web.post(path, {**body, "truncation": False}).text
+
+
 @pytest.mark.parametrize(("path", "named"), [
     ("/v1/embeddings", "input[1]"), ("/tei/m", "inputs[1]"), ("/v2/embed", "texts[1]"), ("/api/embed", "input[1]"),
 ])  # fmt: skip
