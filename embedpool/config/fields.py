@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from marshmallow import fields, validate
 
 from embedpool.errors import LONGEST_NAME, near_names
 
+LONGEST_SHOWN = 40  # characters of a value
 MOST_UNKNOWN_KEYS = 10  # named in one answer
 DUPLICATE_KEY = re.compile(r"found duplicate key (.+?) with value.*", re.DOTALL)
 
@@ -57,6 +59,11 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def shown(value: Any) -> str:
+    """A value in an error: its beginning, however large or deep it is."""
+    return reprlib.repr(value)[:LONGEST_SHOWN]
+
+
 # --- marshmallow takes "12", 12.7 and "yes" unless told otherwise; these do not
 
 
@@ -65,7 +72,7 @@ class StrictBoolean(fields.Boolean):
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bool:
         if not isinstance(value, bool):
-            raise ma.ValidationError(f"must be true or false, not {value!r}")
+            raise ma.ValidationError(f"must be true or false, not {shown(value)}")
         return value
 
 
@@ -74,7 +81,7 @@ class StrictInteger(fields.Integer):
 
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ma.ValidationError(f"must be a whole number, not {value!r}")
+            raise ma.ValidationError(f"must be a whole number, not {shown(value)}")
         return value
 
 
@@ -87,7 +94,7 @@ class StrictFloat(fields.Float):
                 return value
         except OverflowError:
             pass
-        raise ma.ValidationError(f"must be a finite number, not {value!r:.40}")
+        raise ma.ValidationError(f"must be a finite number, not {shown(value)}")
 
 
 class StrictText(fields.String):
@@ -96,7 +103,7 @@ class StrictText(fields.String):
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> Any:
         if not isinstance(value, str):
             kinds: dict[type, str] = {list: "a list", dict: "a mapping"}
-            given = kinds.get(type(value), f"{value!r:.40}")
+            given = kinds.get(type(value), shown(value))
             raise ma.ValidationError(f"must be a text, not {given}: put it in quotation marks")
         return super()._deserialize(value, attr, data, **kwargs)
 

@@ -28,7 +28,7 @@ from embedpool.web.request_log import log_request, span_attributes
 ACCESS = "embedpool.access"
 MOST_TRUNCATED_NAMED = 500
 DIALECTS = (openai, tei, cohere, ollama)
-BEFORE_A_NAME = re.compile(r"(/+(?:models|ready|v1/+models|tei|openai/+deployments))/+(.+)", re.DOTALL)
+BEFORE_A_NAME = re.compile(r"(/+(?:models|ready|v1/+models|tei))/+([^/].*)", re.DOTALL)
 SHAPES: dict[str, Shape] = {p: shape for dialect in DIALECTS for p, shape in dialect.SHAPES.items()}
 
 

@@ -22,7 +22,8 @@ from embedpool.web.intake import INTAKE, LARGE_BYTES, Intake
 from embedpool.web.schemas import load
 
 JSON = "application/json"
-TEXT_FIELDS = ("input", "inputs", "prompt", "texts", "text", "source_sentence")
+TEXT_FIELDS = ("input", "inputs", "prompt", "texts")
+LONGEST_NUMBER = 19  # digits
 OWN_HOSTS = "embedpool.own_hosts"
 # Types that programs send JSON with when nobody has told them the type; a page in a browser can send them, too.
 UNTOLD = ("", "text/plain", "application/x-www-form-urlencoded")
@@ -57,21 +58,30 @@ def _parsed(body: bytes) -> Any:
     except orjson.JSONDecodeError as error:
         if "surrogate" not in str(error):
             raise
-        return _only_in_texts(json.loads(body))
+        document = json.loads(body, parse_int=_whole_number, parse_constant=_no_number)
+        if not isinstance(document, dict):
+            return document
+        # Half characters may stand in texts alone: names are quoted in answers and logs.
+        return {_whole(key): _whole(value, key in TEXT_FIELDS) for key, value in document.items()}
 
 
-def _only_in_texts(document: Any) -> Any:
-    """With half characters nowhere but in lists and in what may be a text: names are quoted in answers and logs."""
-    if not isinstance(document, dict):
-        return document
-    return {
-        _whole(key): _whole(value) if isinstance(value, str) and key not in TEXT_FIELDS else _only_in_texts(value)
-        for key, value in document.items()
-    }
+def _whole(value: Any, is_text: bool = False) -> Any:
+    """Without half characters, unless it is a text; names never have any."""
+    if isinstance(value, str):
+        return value if is_text else value.encode(errors="replace").decode()
+    if isinstance(value, dict):
+        return {_whole(key): _whole(inner, is_text) for key, inner in value.items()}
+    return [_whole(inner, is_text) for inner in value] if isinstance(value, list) else value
 
 
-def _whole(text: str) -> str:
-    return text.encode(errors="replace").decode()
+def _whole_number(digits: str) -> int:
+    if len(digits) > LONGEST_NUMBER:
+        raise ValueError("a number is too long")
+    return int(digits)
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no number")
 
 
 def is_from_a_program(request: Request) -> bool:
@@ -99,9 +109,10 @@ def read_body(request: HttpRequest, limits: Limits) -> bytes:
         raise BodyTooLarge(f"the body has {length} bytes, the limit is {most}")
     body = request.get_data(cache=False)
     if encoding := request.headers.get("Content-Encoding", "").strip().lower():
-        body = _unpacked(body, encoding, most)
         intake: Intake = current_app.extensions[INTAKE]
-        request.held_bytes += intake.take(len(body))
+        with intake.one_at_a_time:  # until it is counted
+            body = _unpacked(body, encoding, most)
+            request.held_bytes += intake.take(len(body))
     if len(body) > most:
         raise BodyTooLarge(f"the body is over the limit of {most} bytes")
     return body
@@ -121,11 +132,17 @@ def _unpacked(body: bytes, encoding: str, most: int) -> bytes:
 
 
 def _inflated(body: bytes, most: int) -> bytes:
-    unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib
-    found = unpacker.decompress(body, most)
-    if not unpacker.eof and len(found) < most:
-        raise ValueError("it ends too soon")
-    return found
+    found = b""
+    while True:  # gzip may have several members
+        unpacker = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib
+        found += unpacker.decompress(body, most - len(found))
+        if len(found) >= most:
+            return found
+        if not unpacker.eof:
+            raise ValueError("it ends too soon")
+        body = unpacker.unused_data
+        if not body:
+            return found
 
 
 def _zstd(body: bytes, most: int) -> bytes:

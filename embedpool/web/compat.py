@@ -14,13 +14,16 @@ import marshmallow as ma
 from flask import has_request_context
 from marshmallow import fields
 
-from embedpool.config.fields import StrictSchema
+from embedpool.config.fields import StrictSchema, shown
 from embedpool.errors import LONGEST_NAME
+from embedpool.pool.pool import Pool
 from embedpool.web.http_request import here
 
 IGNORED_HEADER = "X-Embedpool-Ignored"
-MOST_IGNORED = 20  # named
+MOST_UNKNOWN = 100  # keys of an object
+MOST_IGNORED, LONGEST_IGNORED = 20, 60  # named, and characters of each
 LIKENESS_OF_A_SLIP = 0.85
+LATEST = ":latest"
 WORDS = {"true": True, "false": False}
 
 
@@ -30,7 +33,7 @@ class YesOrNo(fields.Boolean):
     def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> bool:
         found = WORDS.get(value.lower(), value) if isinstance(value, str) else value
         if not isinstance(found, bool):
-            raise ma.ValidationError(f"must be true or false, not {value!r:.40}")
+            raise ma.ValidationError(f"must be true or false, not {shown(value)}")
         return found
 
 
@@ -43,6 +46,8 @@ class CompatSchema(StrictSchema):
             return data
         known = {f.data_key or name: f for name, f in self.load_fields.items()}
         unknown = [str(key)[:LONGEST_NAME] for key in data if key not in known]
+        if len(unknown) > MOST_UNKNOWN:
+            raise ma.ValidationError(f"{len(unknown)} unknown keys; at most {MOST_UNKNOWN} are ignored")
         options = [name for name, f in known.items() if f.metadata.get("options")]
         slips = {name: near[0] for name in unknown if (near := _near(name, options))}
         absent = [name for name, f in known.items() if f.required and data.get(name) is None]
@@ -60,5 +65,15 @@ def _near(name: str, names: list[str]) -> list[str]:
 
 def named(ignored: list[str]) -> str:
     """The value of the header: names that a header can hold."""
-    shown = [name.encode("ascii", "backslashreplace").decode() for name in dict.fromkeys(ignored)]
-    return ", ".join("".join(c if c.isprintable() else "?" for c in name) for name in shown[:MOST_IGNORED])
+    names = [name.encode("ascii", "backslashreplace").decode() for name in list(dict.fromkeys(ignored))[:MOST_IGNORED]]
+    return ", ".join("".join(c if c.isprintable() else "?" for c in name)[:LONGEST_IGNORED] for name in names)
+
+
+def known(pool: Pool, name: str) -> str:
+    """The name as the pool knows it: Ollama's tag `latest` and none are one, and a slash behind it is the client's."""
+    for given in dict.fromkeys((name, name.rstrip("/"))):
+        other = given.removesuffix(LATEST) if given.endswith(LATEST) else given + LATEST
+        for found in (given, other):
+            if pool.knows(found):
+                return found
+    return name

@@ -13,6 +13,7 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.served_model import ServedModel
 from embedpool.reconcile import Reconciler
 from embedpool.web.access import Access
+from embedpool.web.compat import known
 from embedpool.web.encoding import json_response
 from embedpool.web.http_request import here
 from embedpool.web.metrics import Metrics, without_other_models
@@ -39,7 +40,7 @@ def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics, access: Acce
 
     @routes.get("/ready/<path:name>")
     def ready_model(name: str) -> Response:
-        served = pool.find(name)
+        served = pool.find(known(pool, name))
         ok = served.is_serving and not pool.draining
         document = {"ready": ok, "model": served.spec.model, "state": served.state}
         return json_response(document, 200 if ok else 503)
@@ -98,6 +99,7 @@ def _as_cohere(served: ServedModel, name: str) -> dict[str, Any]:
 
 def one_model(pool: Pool, name: str, owner: str = "embedpool") -> Response:
     """A model by its name or alias. Raises ModelNotFound, and Forbidden if the caller's key is not for it."""
+    name = known(pool, name)
     here().caller.require(pool, name)
     return json_response(model_document(pool.find(name), name, owner))
 

@@ -13,17 +13,15 @@ from typing import Any
 import marshmallow as ma
 from marshmallow import fields, validate
 
-from embedpool.config.fields import StrictInteger
+from embedpool.config.fields import StrictInteger, shown
 from embedpool.config.settings import Limits
 from embedpool.errors import EmbedpoolError, InvalidRequest
-from embedpool.pool.pool import Pool
 from embedpool.tasks.embed import INPUT_TYPES
 from embedpool.web.compat import CompatSchema, YesOrNo
 from embedpool.web.http_request import here
 from embedpool.web.schemas import check_texts
 
 POLICIES = {True: "right", False: "error"}  # where truncation is a yes or no
-LATEST = ":latest"
 NIM = {"NONE": "error", "START": "left", "END": "right"}  # Cohere's and NVIDIA's words for it
 
 
@@ -79,7 +77,7 @@ class Truncate(fields.Raw):
         try:
             return POLICIES[YesOrNo().deserialize(value)]
         except ma.ValidationError:
-            raise ma.ValidationError(f"must be true, false, {', '.join(NIM)}, not {value!r:.40}") from None
+            raise ma.ValidationError(f"must be true, false, {', '.join(NIM)}, not {shown(value)}") from None
 
 
 def only(value: Any, says: str) -> Callable[[Any], None]:
@@ -90,14 +88,6 @@ def only(value: Any, says: str) -> Callable[[Any], None]:
             raise ma.ValidationError(says)
 
     return check
-
-
-def known(pool: Pool, name: str) -> str:
-    """The name as the pool knows it: Ollama's tag `latest` and none are one."""
-    if pool.knows(name):
-        return name
-    other = name.removesuffix(LATEST) if name.endswith(LATEST) else name + LATEST
-    return other if pool.knows(other) else name
 
 
 def status_with_400(error: EmbedpoolError) -> int:
@@ -123,7 +113,10 @@ class CommonOptions(CompatSchema):
     normalized = YesOrNo(metadata=means("normalize"))  # Jina
     truncate = Truncate(metadata=means("truncate"))
     truncation = YesOrNo(metadata=means("truncate", POLICIES))  # Voyage
-    truncate_prompt_tokens = StrictInteger(validate=validate.Range(min=-1), metadata=UNLESS_NEGATIVE)  # vLLM
+    truncate_prompt_tokens = StrictInteger(  # vLLM
+        validate=[validate.Range(min=-1), validate.NoneOf([0], error="must be a number of tokens, or -1")],
+        metadata=UNLESS_NEGATIVE,
+    )
     add_special_tokens = YesOrNo(validate=only(True, "texts are embedded with their special tokens"))  # vLLM
     late_chunking = YesOrNo(validate=only(False, "this server does not chunk late: each text is embedded by itself"))
     return_multivector = YesOrNo(validate=only(False, "this model gives one vector for each text"))

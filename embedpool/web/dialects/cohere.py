@@ -16,8 +16,8 @@ from embedpool.pool.request import Result
 from embedpool.tasks.embed import EmbedOptions, Vectors, final_form
 from embedpool.web import submit
 from embedpool.web.body import read_json
-from embedpool.web.compat import CompatSchema
-from embedpool.web.dialects import CommonOptions, known, means, options_of, part_of, status_with_400
+from embedpool.web.compat import CompatSchema, known
+from embedpool.web.dialects import CommonOptions, means, options_of, part_of, status_with_400
 from embedpool.web.encoding import as_base64, json_response
 from embedpool.web.http_request import here
 from embedpool.web.schemas import TEXTS, check_texts, embed_options

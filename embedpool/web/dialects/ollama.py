@@ -19,8 +19,8 @@ from embedpool.pool.served_model import ServedModel
 from embedpool.tasks.embed import EmbedOptions
 from embedpool.web import submit
 from embedpool.web.body import read_json
-from embedpool.web.compat import CompatSchema
-from embedpool.web.dialects import LATEST, CommonOptions, known, options_of, status_with_400, texts_of
+from embedpool.web.compat import LATEST, CompatSchema, known
+from embedpool.web.dialects import CommonOptions, options_of, status_with_400, texts_of
 from embedpool.web.encoding import json_response
 from embedpool.web.http_request import here
 from embedpool.web.ndjson import NDJSON
@@ -90,13 +90,13 @@ def blueprint(pool: Pool, settings: Settings) -> Blueprint:
     @routes.get("/api/tags")
     def tags() -> Response:
         visible = here().caller.visible(pool)
-        return json_response({"models": [_tag(served, name) for served in visible for name in served.spec.names]})
+        return json_response({"models": [_tag(pool, served, name) for served in visible for name in served.spec.names]})
 
     @routes.get("/api/ps")
     def ps() -> Response:
         ready = [served for served in here().caller.visible(pool) if served.state == "ready"]
         beside = {"expires_at": FOR_GOOD, "size_vram": 0}
-        return json_response({"models": [{**_tag(served, served.spec.model), **beside} for served in ready]})
+        return json_response({"models": [{**_tag(pool, served, served.spec.model), **beside} for served in ready]})
 
     @routes.get("/api/version")
     def version() -> Response:
@@ -105,7 +105,7 @@ def blueprint(pool: Pool, settings: Settings) -> Blueprint:
     @routes.post("/api/show")
     def show() -> Response:
         served, name = _asked_for(pool, settings)
-        tag, kind = _tag(served, name), "bert"
+        tag, kind = _tag(pool, served, name), "bert"
         info = {
             "general.architecture": kind,
             f"{kind}.context_length": served.known_max_tokens(),
@@ -155,19 +155,21 @@ def _preloaded(pool: Pool, name: str) -> list[float]:
 def _embedded(pool: Pool, name: str, texts: Sequence[str], options: EmbedOptions) -> Result:
     """More `dimensions` than the model has are none, as Ollama has it."""
     here().caller.require(pool, name)
-    width = pool.find(name).width
-    if options.dimensions is not None and width and options.dimensions > width:
-        here().ignored.append("dimensions")
-        options = dataclasses.replace(options, dimensions=None)
-    return submit.embed(here(), pool, name, texts, options)
+    try:
+        return submit.embed(here(), pool, name, texts, options)
+    except InvalidRequest as error:
+        if "options.dimensions" not in error.fields:
+            raise
+    here().ignored.append("dimensions")
+    return submit.embed(here(), pool, name, texts, dataclasses.replace(options, dimensions=None))
 
 
-def _tag(served: ServedModel, name: str) -> dict[str, Any]:
+def _tag(pool: Pool, served: ServedModel, name: str) -> dict[str, Any]:
     details = {
         "parent_model": "", "format": served.spec.driver.type, "family": "bert", "families": ["bert"],
         "parameter_size": "", "quantization_level": "",
     }  # fmt: skip
-    tagged = name if ":" in name else name + LATEST
+    tagged = name if ":" in name or pool.knows(name + LATEST) else name + LATEST
     digest = hashlib.sha256(served.spec.model.encode()).hexdigest()
     return {
         "name": tagged, "model": tagged, "modified_at": LONG_AGO, "size": 0, "digest": digest, "details": details,

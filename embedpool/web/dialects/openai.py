@@ -13,10 +13,10 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
 from embedpool.web import submit
 from embedpool.web.body import read_json
+from embedpool.web.compat import known
 from embedpool.web.dialects import (
     CommonOptions,
     chooses,
-    known,
     means,
     options_of,
     status_with_400,
@@ -32,6 +32,7 @@ PRECISIONS = {"float": "float32", "int8": "int8", "uint8": "uint8", "binary": "b
 EMBEDDING_TYPES = {said: {"precision": meant} for said, meant in PRECISIONS.items()} | {
     "base64": {"encoding": "base64"}
 }
+MOST_BYTES_OF_A_CHARACTER = 4
 DECODED_HEADER = "X-Embedpool-Token-Ids"
 
 
@@ -83,7 +84,7 @@ def blueprint(pool: Pool, settings: Settings) -> Blueprint:
 
     @routes.get("/v1/models/<path:name>")
     def model(name: str) -> Response:
-        return one_model(pool, known(pool, name))
+        return one_model(pool, name)
 
     return routes
 
@@ -119,7 +120,11 @@ def _text_of_ids(given: list[Any], pool: Pool, settings: Settings, name: str) ->
     here().caller.require(pool, name)
     served = pool.find(name)
     own = None if served.spec.driver.config.is_remote else served.tokenizer().encode([""])
-    return token_ids.decoded(rows, own[0] if own else ())
+    limits = settings.limits
+    with pool.permit():
+        return token_ids.decoded(
+            rows, own[0] if own else (), MOST_BYTES_OF_A_CHARACTER * limits.max_chars_per_text, limits.max_body_bytes
+        )
 
 
 def _answer(result: Result, encoding: str) -> Response:

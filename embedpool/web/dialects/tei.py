@@ -11,14 +11,23 @@ from marshmallow import fields, validate
 
 from embedpool import __version__
 from embedpool.config.settings import Limits, Settings
-from embedpool.errors import EmbedpoolError, EmptyInput, InvalidRequest, ModelFailed, TooManyTexts, UnsupportedTask
+from embedpool.errors import (
+    HALF_A_CHARACTER,
+    EmbedpoolError,
+    EmptyInput,
+    InvalidRequest,
+    ModelFailed,
+    TooManyTexts,
+    UnsupportedTask,
+    with_half_a_character,
+)
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
 from embedpool.tasks.embed import EmbedOptions, prompted
 from embedpool.web import submit
 from embedpool.web.body import read_json
-from embedpool.web.compat import CompatSchema, YesOrNo
-from embedpool.web.dialects import CommonOptions, Truncate, openai, options_of, part_of, texts_of
+from embedpool.web.compat import CompatSchema, YesOrNo, known
+from embedpool.web.dialects import POLICIES, CommonOptions, Truncate, openai, options_of, part_of, texts_of
 from embedpool.web.encoding import json_response
 from embedpool.web.http_request import here
 from embedpool.web.schemas import TEXT_OR_TEXTS, TEXTS, check_texts, embed_options, load
@@ -112,7 +121,7 @@ def embed_at_the_root(pool: Pool, settings: Settings, document: Mapping[str, Any
 def _default(pool: Pool, settings: Settings) -> str:
     """The model that is meant where no path names one. Raises InvalidRequest and Forbidden."""
     if settings.tei.default_model:
-        name = settings.tei.default_model
+        name = known(pool, settings.tei.default_model)
     else:
         enabled = [served.spec.model for served in here().caller.visible(pool) if served.spec.enabled]
         if len(enabled) != 1:
@@ -126,12 +135,11 @@ def _default(pool: Pool, settings: Settings) -> str:
 
 def _target(pool: Pool, path: str, actions: Mapping[str, Action]) -> tuple[str, str]:
     """Model and action of a path; names hold slashes, and a whole name wins over one with a suffix."""
-    path = path if pool.knows(path) else path.rstrip("/")
-    if not pool.knows(path):
+    if not pool.knows(known(pool, path)):
         for action in actions:
-            if action and path.endswith(f"/{action}"):
-                return path.removesuffix(f"/{action}").rstrip("/"), action
-    return path, ""
+            if action and path.rstrip("/").endswith(f"/{action}"):
+                return known(pool, path.rstrip("/").removesuffix(f"/{action}")), action
+    return known(pool, path), ""
 
 
 def _embed(pool: Pool, settings: Settings, name: str) -> Response:
@@ -161,11 +169,15 @@ def _similarity(pool: Pool, settings: Settings, name: str) -> Response:
 def _options(pool: Pool, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
     """A long text is cut unless the client wants an error; a remote service is left to its own default."""
     options = {"normalize": True, **options_of(TeiSchema, body)}
+    said = {word: found for word in ("truncate", "truncation") if (found := _cuts(body, word)) is not None}
+    if len({found == "error" for found in said.values()}) > 1:
+        message = "contradicts truncation"
+        raise InvalidRequest(f"truncate: {message}", fields={"truncate": message})
+    policy = next(iter(said.values()), None)
     side = body.get("truncation_direction", "").lower()
-    policy = body.get("truncate")
     if policy == "right" and side:
         policy = side
-    if policy is None and "truncate" not in options and not pool.find(name).spec.driver.config.is_remote:
+    if policy is None and (side or not pool.find(name).spec.driver.config.is_remote):
         policy = side or "right"
     if policy is not None:
         options["truncate"] = policy
@@ -173,10 +185,19 @@ def _options(pool: Pool, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
+def _cuts(body: Mapping[str, Any], word: str) -> str | None:
+    """What a field says of texts that are too long."""
+    found = body.get(word)
+    return POLICIES[found] if isinstance(found, bool) else found
+
+
 def _tokenize(pool: Pool, settings: Settings, name: str) -> Response:
     body = read_json(here(), TokenizeSchema, settings.limits)
     texts = texts_of(body["inputs"], settings.limits, "inputs")
     _bound(sum(map(len, texts)), "characters")
+    for i in with_half_a_character(texts):
+        where = f"inputs[{i}]"
+        raise InvalidRequest(f"{where}: {HALF_A_CHARACTER}", fields={where: HALF_A_CHARACTER}, inputs=[i])
     options = EmbedOptions(prompt_name=body.get("prompt_name"))
     with pool.permit():
         served = pool.find(name)

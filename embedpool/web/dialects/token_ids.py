@@ -6,6 +6,7 @@ Ids mean something to the tokenizer alone that made them. Those of another one a
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -37,36 +38,55 @@ def rows_of(given: list[Any]) -> list[list[Any]]:
     return given if isinstance(given[0], list) else [given]
 
 
-def decoded(rows: Sequence[Any], special: Sequence[int] = ()) -> list[str]:
+def decoded(
+    rows: Sequence[Any], special: Sequence[int] = (), most_bytes: float = math.inf, most_in_all: float = math.inf
+) -> list[str]:
     """The texts of these ids; `special` are those that the model's own tokenizer puts around a text.
 
-    Raises InvalidRequest for ids of another tokenizer.
+    Raises InvalidRequest for ids of another tokenizer, and for a text, or all of them, of more bytes than these.
     """
-    texts = []
+    texts: list[str] = []
+    left = most_in_all
     for i, row in enumerate(rows):
-        text = _text_of(row, special) if isinstance(row, list) else None
+        size = _size_of(row)
+        left -= size or 0
+        says = f"these are no token ids of {ENCODING}: {HINT}"
+        if size is not None and (size > most_bytes or left < 0):
+            text, says = None, "the text that these ids stand for is too long"
+        else:
+            text = None if size is None else _text_of(row, special)
         if text is None:
             where = f"input[{i}]"
-            message = f"these are no token ids of {ENCODING}: {HINT}"
-            raise InvalidRequest(f"{where}: {message}", fields={where: message}, inputs=[i])
+            raise InvalidRequest(f"{where}: {says}", fields={where: says}, inputs=[i])
         texts.append(text)
     return texts
 
 
-def _text_of(ids: list[Any], special: Sequence[int]) -> str | None:
-    if not all(type(i) is int and i >= 0 for i in ids):
+def _size_of(row: Any) -> int | None:
+    """Bytes of the text; None for what are no ids."""
+    if not isinstance(row, list) or not all(type(i) is int and i >= 0 for i in row):
         return None
+    try:
+        return len(_encoding().decode_bytes(row))
+    except (KeyError, OverflowError):
+        return None
+
+
+def _text_of(ids: list[int], special: Sequence[int]) -> str | None:
     ends = {*KNOWN_ENDS, (special[0], special[-1])} if len(special) > 1 else KNOWN_ENDS
     if len(ids) > 1 and (ids[0], ids[-1]) in ends:
         return None
     encoding = _encoding()
+    text: str = encoding.decode(ids)  # what is no character becomes U+FFFD
     try:
-        text: str = encoding.decode(ids)  # what is no character becomes U+FFFD
-    except (KeyError, OverflowError):
+        is_own = _agree(ids, encoding.encode_ordinary(text)) or _agree(
+            ids, encoding.encode(text, allowed_special="all")
+        )
+    except BaseException as error:  # its regular expressions end in a panic at a million blanks
+        if type(error).__name__ != "PanicException":
+            raise
         return None
-    if _agree(ids, encoding.encode_ordinary(text)) or _agree(ids, encoding.encode(text, allowed_special="all")):
-        return text
-    return None
+    return text if is_own else None
 
 
 def _agree(ids: list[int], again: list[int]) -> bool:

@@ -14,6 +14,7 @@ import zstandard
 from werkzeug.test import TestResponse
 
 from embedpool.config.settings import Limits, Security, Server, Settings, Tei
+from embedpool.web.intake import INTAKE, Intake
 from tests.web.conftest import MODEL, NAME, MakeWeb, Web, raw, unit
 
 TEXTS = ["Hello, world!", "This is a test sentence."]
@@ -507,3 +508,108 @@ def test_elasticsearch_and_librechat(web: Web) -> None:
     assert_served(web.post("/v1/embeddings", body))
     ids = [[9906, 11, 1917, 0], [2028, 374, 264, 1296, 11914, 13]]  # of TEXTS
     assert_served(web.post("/v1/embeddings", {"input": ids, "model": "m", "encoding_format": "float"}))
+
+
+# --- odd bodies
+
+
+@pytest.mark.parametrize("path", ["/embed", *BODIES])
+@pytest.mark.parametrize("odd", [
+    '{"normalize": NESTED}', '{"truncate": NESTED}', '{"dimensions": NESTED}', '{"input_type": NESTED}',
+    '{"user": "\\ud800", "dimensions": 1' + "0" * 400 + "}", '{"user": "\\ud800", "dimensions": NaN}',
+    '{"prompt": "\\ud800"}', '{"options": {"prompt": "\\ud800"}}', '{"x\\ud800": [{"y\\ud800": "z\\ud800"}]}',
+    '{"model": {"a": 1}}', '{"encoding_format": ["float"]}', '{"embedding_types": [NESTED]}', '{"keep_alive": NESTED}',
+], ids=lambda odd: ascii(odd)[:40])  # fmt: skip
+def test_no_body_is_an_unexpected_error(web: Web, path: str, odd: str) -> None:
+    """Whatever stands in it."""
+    deep = "[" * 900 + "]" * 900
+    sent = json.dumps(BODIES.get(path) or {"model": "m", "texts": TEXTS})[:-1] + ", " + odd.replace("NESTED", deep)[1:]
+    answer = web.post(path, data=sent, content_type="application/json")
+    assert answer.status_code in (200, 400, 404, 422), answer.text
+
+
+def test_half_a_character_elsewhere_is_no_unexpected_error(web: Web) -> None:
+    """In what is tokenised, in parts of an input, in a source sentence."""
+    for path, sent in (
+        ("/tei/m/tokenize", '{"inputs": "a\\ud800"}'),
+        ("/v2/embed", '{"model": "m", "inputs": [{"content": [{"text": "a", "type\\ud800": "text"}]}]}'),
+        ("/v2/embed", '{"model": "m", "inputs": [{"content": [{"text": "\\ud800", "type": "text"}]}]}'),
+        ("/tei/m/similarity", '{"inputs": {"source_sentence": "\\ud800", "sentences": ["a"]}}'),
+    ):
+        answer = web.post(path, data=sent, content_type="application/json")
+        assert answer.status_code in (400, 422), (path, answer.text)
+
+
+def test_unknown_fields_have_a_bound(web: Web) -> None:
+    """Each is compared with what is known, and named in a header."""
+    body = BODIES["/v1/embeddings"]
+    answer = web.post("/v1/embeddings", {**body, **{f"normal{i}": 0 for i in range(101)}})
+    assert answer.status_code == 400
+    assert "unknown keys" in answer.text
+    answer = web.post("/v1/embeddings", {**body, **{"\U0001f642" * 150 + str(i): 0 for i in range(50)}})
+    assert len(answer.headers["X-Embedpool-Ignored"]) < 2000
+
+
+def test_packed_bodies_are_counted_when_they_are_unpacked(make_web: MakeWeb) -> None:
+    """One at a time, before the next."""
+    web = make_web(MODEL, settings=Settings(limits=Limits(max_bodies_bytes=20_000_000)))
+    sent = gzip.compress(b'{"model": "m", "texts": ["a"]}' + b" " * 15_000_000)
+    headers = {"Content-Encoding": "gzip"}
+    intake: Intake = web.app.extensions[INTAKE]
+    held = intake.take(10_000_000)
+    assert web.post("/embed", data=sent, content_type="application/json", headers=headers).status_code == 429
+    intake.give_back(held)
+    assert web.post("/embed", data=sent, content_type="application/json", headers=headers).status_code == 200
+
+
+def test_gzip_may_have_several_members(web: Web) -> None:
+    """As `cat` makes of two files."""
+    sent = gzip.compress(b'{"model": "m", ') + gzip.compress(b'"texts": ["a"]}')
+    headers = {"Content-Encoding": "gzip"}
+    assert web.post("/embed", data=sent, content_type="application/json", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(("fields", "means"), [
+    ({"truncate": True, "truncation": False}, None), ({"truncate": "NONE", "truncation": True}, None),
+    ({"truncation": True, "truncation_direction": "Left"}, "left"), ({"truncate": "START", "truncation": True}, "left"),
+    ({"truncation_direction": "Left"}, "left"), ({"truncation": True}, "right"),
+], ids=str)  # fmt: skip
+def test_teis_truncation_in_two_words(web: Web, fields: dict[str, Any], means: str | None) -> None:
+    """They must agree, and the direction counts whichever says yes."""
+    long = " ".join(f"w{i}" for i in range(600))
+    answer = web.post("/tei/m", {"inputs": long, **fields})
+    if means is None:
+        assert answer.status_code == 422
+        assert "contradicts" in answer.text
+    else:
+        np.testing.assert_allclose(vectors_in(answer), web.vectors(long, truncate=means), atol=1e-6)
+
+
+def test_more_dimensions_are_none_before_the_model_was_loaded_too(make_web: MakeWeb) -> None:
+    """Ollama ignores them at the first request as at any other."""
+    web = make_web("model: m, scaling: {min: 0}")
+    for _ in range(2):
+        answer = web.post("/api/embed", {"model": "m", "input": "a", "dimensions": 100_000})
+        assert answer.status_code == 200
+        assert answer.headers["X-Embedpool-Ignored"] == "dimensions"
+
+
+def test_names_with_a_tag_at_teis_and_infinitys_paths(make_web: MakeWeb) -> None:
+    """And a name that has its tag already is not given another model's."""
+    web = make_web("model: y", "model: 'y:latest'", "model: z")
+    assert web.post("/tei/z:latest", {"inputs": "a"}).status_code == 200
+    assert web.post("/tei/z:latest/v1/embeddings", {"input": "a"}).status_code == 200
+    assert web.get("/models/z:latest").status_code == 200
+    assert [tag["name"] for tag in web.get("/api/tags").json["models"]] == ["y", "y:latest", "z:latest"]
+
+
+@pytest.mark.parametrize("path", ["/openai/deployments/m/embeddings/", "/openai/deployments/m//embeddings"])
+def test_azures_path_may_have_more_slashes(web: Web, path: str) -> None:
+    """As the others."""
+    assert_served(web.post("/", {"input": TEXTS}, environ_overrides={"PATH_INFO": path}))
+
+
+@pytest.mark.parametrize("path", ["/v1/models//", "/models//", "/models/m/", "/ready/m/", "/v1/models/m//", "/ready//"])
+def test_lookups_may_have_more_slashes(web: Web, path: str) -> None:
+    """Nobody is sent elsewhere."""
+    assert web.get("/", environ_overrides={"PATH_INFO": path}).status_code == 200

@@ -150,3 +150,17 @@ def test_foreign_ids_are_an_error_with_the_hint(web: Web) -> None:
     assert answer.json["error"]["param"] == "input[1]"
     assert "check_embedding_ctx_length" in answer.json["error"]["message"]
     assert web.post("/v1/embeddings", {"model": "x", "input": [1]}).status_code == 404
+
+
+def test_ids_of_too_long_a_text_are_refused() -> None:
+    """A few ids stand for much: 58040 is 128 blanks."""
+    for most in ({"most_bytes": 10_000}, {"most_in_all": 10_000}):
+        with pytest.raises(InvalidRequest, match="too long"):
+            decoded([[9906], [58040] * 100], **most)
+
+
+def test_what_the_library_cannot_encode_is_an_error(web: Web) -> None:
+    """It ends in a panic at a million blanks."""
+    answer = web.post("/v1/embeddings", {"model": "m", "input": [58040] * 9000 + [64]})
+    assert answer.status_code == 400
+    assert answer.json["error"]["param"] == "input[0]"
