@@ -35,7 +35,7 @@ class OllamaSchema(CommonOptions):
 
     model = fields.String(required=True)
     input = fields.Raw(metadata=TEXT_OR_TEXTS)
-    options = fields.Raw(metadata={"type": "object"})
+    options = fields.Dict()
     keep_alive = fields.Raw()
 
 
@@ -44,7 +44,7 @@ class OllamaLegacySchema(CompatSchema):
 
     model = fields.String(required=True)
     prompt = fields.String()
-    options = fields.Raw(metadata={"type": "object"})
+    options = fields.Dict()
     keep_alive = fields.Raw()
 
 

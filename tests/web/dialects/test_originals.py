@@ -129,10 +129,22 @@ def vectors_in(found: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_what_the_original_takes_is_taken_or_refused_with_a_sentence(name: str, web: Web, data: st.DataObject) -> None:
-    """And nothing that changes numbers is ignored unseen."""
+def test_what_the_original_takes_is_taken_or_refused_with_a_sentence(
+    name: str, web: Web, pytestconfig: pytest.Config
+) -> None:
+    """And nothing that changes numbers is ignored unseen. With `--long` 2,000 bodies of each."""
+    examples = 2000 if pytestconfig.getoption("--long") else 300
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        send_one(name, web, data)
+
+    run()
+
+
+def send_one(name: str, web: Web, data: st.DataObject) -> None:
+    """A body, and what it must come to."""
     original = ORIGINALS[name]
     texts = data.draw(TEXTS)
     fields = data.draw(st.fixed_dictionaries({}, optional={k: v | st.none() for k, v in original.fields.items()}))
