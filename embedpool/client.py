@@ -14,11 +14,10 @@ import requests
 from numpy.typing import NDArray
 
 from embedpool.errors import (
-    HALF_A_CHARACTER,
     EmbedpoolError,
-    InvalidRequest,
     ModelChanged,
     ServerUnreachable,
+    half_a_character,
     with_half_a_character,
 )
 
@@ -73,8 +72,7 @@ class Client:
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings, not one string")
         if broken := with_half_a_character(texts):
-            where = f"texts[{broken[0]}]"
-            raise InvalidRequest(f"{where}: {HALF_A_CHARACTER}", fields={where: HALF_A_CHARACTER}, inputs=broken)
+            raise half_a_character(broken)
         self.space = None
         parts = [self._vectors(texts[i:j], model, options, i) for i, j in _parts(texts)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)

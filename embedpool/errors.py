@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import re
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, Self
 
 LONGEST_NAME = 200  # characters of a name that are compared and quoted
+MOST_NAMED = 20  # texts at fault, in an error
 FAILED_INPUTS_HEADER = "X-Embedpool-Failed"  # of an answer of any API: the inputs at fault, by index
 
 
@@ -349,6 +350,13 @@ _HALF = re.compile("[\ud800-\udfff]")
 def with_half_a_character(texts: Iterable[str]) -> list[int]:
     """The indices of the texts that no encoding can hold."""
     return [i for i, text in enumerate(texts) if not text.isascii() and _HALF.search(text)]
+
+
+def half_a_character(indices: Sequence[int], path: str = "texts") -> InvalidRequest:
+    """The error of a list of texts of which these hold half a character; `path` is the list in the request."""
+    named = indices[:MOST_NAMED]
+    fields = {f"{path}[{i}]": HALF_A_CHARACTER for i in named}
+    return InvalidRequest(f"{path}[{named[0]}]: {HALF_A_CHARACTER}", fields=fields, inputs=named)
 
 
 def forget_frames(error: BaseException) -> None:

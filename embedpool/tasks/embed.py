@@ -18,11 +18,13 @@ from typing_extensions import override
 from embedpool.config.spec import DriverConfig
 from embedpool.errors import (
     HALF_A_CHARACTER,
+    MOST_NAMED,
     EmbedpoolError,
     InferenceFailed,
     InvalidRequest,
     TextTooLong,
     UnsupportedOption,
+    half_a_character,
     with_half_a_character,
 )
 from embedpool.tasks.item import Group, Item, Keys
@@ -38,7 +40,6 @@ INPUT_TYPES = (*QUERY, *DOCUMENT, "classification", "clustering", "separation", 
 NO_FLOAT16 = "the vectors do not fit float16; ask for float32 or normalize"
 SLICE_CHARS = 1 << 17  # of texts that are tokenised at once: at full length ids take 200 times a text's memory
 LONG_TEXTS = threading.Lock()  # of texts that are longer than a slice one is read whole at a time
-MOST_NAMED = 20  # texts that are too long, in an error
 
 Vectors = NDArray[Any]  # shape (texts, width)
 
@@ -122,9 +123,7 @@ class Embed(Task):
         """The texts that hold half a character, where the others go on without them. Else raises InvalidRequest."""
         found = with_half_a_character(self.texts)
         if found and not self.partial:
-            fields = {self.where(i): HALF_A_CHARACTER for i in found[:MOST_NAMED]}
-            message = f"{self.where(found[0])}: {HALF_A_CHARACTER}"
-            raise InvalidRequest(message, fields=fields, inputs=found[:MOST_NAMED])
+            raise half_a_character(found)
         return {i: InvalidRequest(HALF_A_CHARACTER) for i in found}
 
     def _for_a_remote(self, texts: Sequence[str], passed_on: dict[str, object]) -> list[Item]:

@@ -12,13 +12,13 @@ from marshmallow import fields, validate
 from embedpool import __version__
 from embedpool.config.settings import Limits, Settings
 from embedpool.errors import (
-    HALF_A_CHARACTER,
     EmbedpoolError,
     EmptyInput,
     InvalidRequest,
     ModelFailed,
     TooManyTexts,
     UnsupportedTask,
+    half_a_character,
     with_half_a_character,
 )
 from embedpool.pool.pool import Pool
@@ -195,9 +195,8 @@ def _tokenize(pool: Pool, settings: Settings, name: str) -> Response:
     body = read_json(here(), TokenizeSchema, settings.limits)
     texts = texts_of(body["inputs"], settings.limits, "inputs")
     _bound(sum(map(len, texts)), "characters")
-    for i in with_half_a_character(texts):
-        where = f"inputs[{i}]"
-        raise InvalidRequest(f"{where}: {HALF_A_CHARACTER}", fields={where: HALF_A_CHARACTER}, inputs=[i])
+    if broken := with_half_a_character(texts):
+        raise half_a_character(broken, "inputs")
     options = EmbedOptions(prompt_name=body.get("prompt_name"))
     with pool.permit():
         served = pool.find(name)
