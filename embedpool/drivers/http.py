@@ -121,14 +121,7 @@ class HttpDriver(Driver):
                 attempts += 1
                 self._publish()
                 another = self._least_busy(tried)
-                most = self._config.retries
-                if batch.is_search:  # one that is alone is not blamed for a lost connection, or a broken address
-                    most = min(most, 1) if len(texts) == 1 and (another or _is_of_the_way(error)) else 0
-                if attempts > most or error.rows or error.remote_status in REFUSALS:
-                    raise
-                if another is None and may_be_a_text and error.content_may_cause and not _is_of_the_way(error):
-                    raise  # finding the text is a better use of further calls
-                if not (another or (error.passing and not upstream.fault)) or not self._budget.spend():
+                if not self._is_worth_another(batch, error, attempts, upstream, another):
                     raise
                 if another is None:
                     self._over.wait(_pause_s(error, attempts))
@@ -139,6 +132,24 @@ class HttpDriver(Driver):
                         failed.count_failure(reason)  # with texts that another address has served
                         self._publish()
                 return answer
+
+    def _is_worth_another(
+        self, batch: Batch, error: UpstreamError, attempts: int, upstream: Upstream, another: Upstream | None
+    ) -> bool:
+        """Whether a call that failed is followed by one more, to `another` or else to the same address."""
+        is_alone = len(batch.texts) == 1
+        most = self._config.retries
+        if batch.is_search:  # one that is alone is not blamed for a lost connection, or a broken address
+            most = min(most, 1) if is_alone and (another or _is_of_the_way(error)) else 0
+        if attempts > most or error.rows or error.remote_status in REFUSALS:
+            return False
+        if another is None:
+            may_be_a_text = batch.is_search or not is_alone
+            if may_be_a_text and error.content_may_cause and not _is_of_the_way(error):
+                return False  # finding the text is a better use of further calls
+            if upstream.fault or not error.passing:
+                return False
+        return self._budget.spend()
 
     @override
     def probe(self) -> None:
@@ -183,8 +194,8 @@ class HttpDriver(Driver):
     def _least_busy(self, tried: Container[Upstream]) -> Upstream | None:
         """The best address that is in use, does not rest, and is not in `tried`."""
         serving = [u for u in self._upstreams if not u.fault and not u.rest_s and u not in tried]
-        how_busy = lambda u: (not u.takes_a_call, u.outstanding, random.random())  # noqa: E731, S311  (no secret)
-        return min(serving, key=how_busy, default=None)
+        random.shuffle(serving)  # among equals the first is taken
+        return min(serving, key=lambda u: (not u.takes_a_call, u.outstanding), default=None)
 
     def _ask(self, upstream: Upstream, body: dict[str, Any], count: int, timeout_s: float) -> Answer:
         """One attempt. The answer must hold a vector of the known dimension for each of `count` texts."""
