@@ -166,8 +166,7 @@ class Runner:
         if is_alone:
             blame(items[0], said)
             return []
-        middle = len(items) // 2
-        return [items[middle:], items[:middle]]
+        return _halves(items)[::-1]  # the first is looked at first
 
     def _require_the_probe(self, group: Group, error: UpstreamError) -> None:
         """Raise the error unless the service takes a known text with the same options: then an item is at fault.
@@ -209,8 +208,8 @@ class Runner:
         if len(items) == 1 and items[0].postponed > MOST_POSTPONED:
             blame(items[0], for_callers_of(items, error.after_s(rest_s)))
         items = [item for item in items if self._is_to_run(item)]
-        middle = len(items) // 2 if items and items[0].postponed > 1 else 0
-        for part in filter(None, (items[:middle], items[middle:])):
+        parts = _halves(items) if items and items[0].postponed > 1 else [items]
+        for part in filter(None, parts):
             self.queue.put_back(part)
 
     def _after_failure(self, items: list[Item], error: BaseException) -> bool:
@@ -233,16 +232,16 @@ class Runner:
         return False
 
     def _halve(self, items: list[Item]) -> bool:
-        middle = len(items) // 2
+        first, second = _halves(items)
         try:
-            succeeded = self._run(items[:middle])
+            succeeded = self._run(first)
         except DriverLost:
-            self.queue.put_back(items[middle:])
+            self.queue.put_back(second)
             raise
         except DriverBroken:
-            fail(items[middle:], InferenceFailed("the model failed on another part of the batch"))
+            fail(second, InferenceFailed("the model failed on another part of the batch"))
             raise
-        return self._run(items[middle:]) or succeeded
+        return self._run(second) or succeeded
 
     def _hand_back(self, items: list[Item], loss: Loss) -> None:
         """Another replica, or this one when it is open again, runs them again: as they were if none can be at fault.
@@ -257,9 +256,8 @@ class Runner:
         elif len(items) > 1:
             for item in items:
                 item.losses = 1
-            middle = len(items) // 2
-            self.queue.put_back(items[:middle])
-            self.queue.put_back(items[middle:])
+            for half in _halves(items):
+                self.queue.put_back(half)
         elif items[0].losses < LOSSES_FORGIVEN:
             items[0].losses += 1
             self.queue.put_back(items)
@@ -318,6 +316,11 @@ class Runner:
             if self.place.lost:
                 raise DriverLost(self.place.lost.reason)
             yield
+
+
+def _halves(items: list[Item]) -> list[list[Item]]:
+    middle = len(items) // 2
+    return [items[:middle], items[middle:]]
 
 
 def _options_of(group: Group) -> dict[str, Any]:
