@@ -45,22 +45,21 @@ class CompatSchema(StrictSchema):
         if not isinstance(data, Mapping):
             return data
         known = {f.data_key or name: f for name, f in self.load_fields.items()}
-        unknown = [str(key)[:LONGEST_NAME] for key in data if key not in known]
-        if len(unknown) > MOST_UNKNOWN:
-            raise ma.ValidationError(f"{len(unknown)} unknown keys; at most {MOST_UNKNOWN} are ignored")
-        options = [name for name, f in known.items() if f.metadata.get("options")]
-        slips = {name: near[0] for name in unknown if (near := _near(name, options))}
-        absent = [name for name, f in known.items() if f.required and data.get(name) is None]
-        slips |= {name: near[0] for name in unknown if (near := _near(name, absent))}
-        if slips:
-            raise ma.ValidationError({name: [f"unknown key; did you mean {near}?"] for name, near in slips.items()})
-        if unknown and has_request_context():
-            here().ignored += unknown
+        if unknown := [str(key)[:LONGEST_NAME] for key in data if key not in known]:
+            absent = [name for name, f in known.items() if f.required and data.get(name) is None]
+            _require_no_slip(unknown, absent + [name for name, f in known.items() if f.metadata.get("options")])
+            if has_request_context():
+                here().ignored += unknown
         return {key: value for key, value in data.items() if key in known and value is not None}
 
 
-def _near(name: str, names: list[str]) -> list[str]:
-    return get_close_matches(name.lower(), names, 1, LIKENESS_OF_A_SLIP)
+def _require_no_slip(unknown: list[str], meant: list[str]) -> None:
+    """Raises ValidationError if an unknown key resembles one of those, or if there are too many to look."""
+    if len(unknown) > MOST_UNKNOWN:
+        raise ma.ValidationError(f"{len(unknown)} unknown keys; at most {MOST_UNKNOWN} are ignored")
+    near = {name: get_close_matches(name.lower(), meant, 1, LIKENESS_OF_A_SLIP) for name in unknown}
+    if slips := {name: found[0] for name, found in near.items() if found}:
+        raise ma.ValidationError({name: [f"unknown key; did you mean {found}?"] for name, found in slips.items()})
 
 
 def named(ignored: list[str]) -> str:
