@@ -27,17 +27,14 @@ from embedpool.tasks.embed import EmbedOptions, prompted
 from embedpool.web import submit
 from embedpool.web.body import read_json
 from embedpool.web.compat import CompatSchema, YesOrNo, known
-from embedpool.web.dialects import POLICIES, CommonOptions, Truncate, openai, options_of, part_of, texts_of
+from embedpool.web.dialects import CommonOptions, Truncate, openai, options_of, part_of, texts_of
 from embedpool.web.encoding import json_response
 from embedpool.web.http_request import here
 from embedpool.web.schemas import TEXT_OR_TEXTS, TEXTS, check_texts, embed_options, load
 
 Action = Callable[[Pool, Settings, str], Response]
 
-
 TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": (1 << 32) - 1}}
-
-
 MOST_TOKENIZED = 262_144  # characters, or ids, of a request to /tokenize or /decode
 
 
@@ -135,11 +132,12 @@ def _default(pool: Pool, settings: Settings) -> str:
 
 def _target(pool: Pool, path: str, actions: Mapping[str, Action]) -> tuple[str, str]:
     """Model and action of a path; names hold slashes, and a whole name wins over one with a suffix."""
-    if not pool.knows(known(pool, path)):
-        for action in actions:
-            if action and path.rstrip("/").endswith(f"/{action}"):
+    name = known(pool, path)
+    if not pool.knows(name):
+        for action in filter(None, actions):
+            if path.rstrip("/").endswith(f"/{action}"):
                 return known(pool, path.rstrip("/").removesuffix(f"/{action}")), action
-    return known(pool, path), ""
+    return name, ""
 
 
 def _embed(pool: Pool, settings: Settings, name: str) -> Response:
@@ -169,11 +167,11 @@ def _similarity(pool: Pool, settings: Settings, name: str) -> Response:
 def _options(pool: Pool, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
     """A long text is cut unless the client wants an error; a remote service is left to its own default."""
     options = {"normalize": True, **options_of(TeiSchema, body)}
-    said = {word: found for word in ("truncate", "truncation") if (found := _cuts(body, word)) is not None}
-    if len({found == "error" for found in said.values()}) > 1:
+    truncate, truncation = body.get("truncate"), options.get("truncate")
+    if truncate and truncation and (truncate == "error") != (truncation == "error"):
         message = "contradicts truncation"
         raise InvalidRequest(f"truncate: {message}", fields={"truncate": message})
-    policy = next(iter(said.values()), None)
+    policy = truncate or truncation
     side = body.get("truncation_direction", "").lower()
     if policy == "right" and side:
         policy = side
@@ -183,12 +181,6 @@ def _options(pool: Pool, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
         options["truncate"] = policy
         here().words["options.truncate"] = "truncate"
     return options
-
-
-def _cuts(body: Mapping[str, Any], word: str) -> str | None:
-    """What a field says of texts that are too long."""
-    found = body.get(word)
-    return POLICIES[found] if isinstance(found, bool) else found
 
 
 def _tokenize(pool: Pool, settings: Settings, name: str) -> Response:
@@ -269,8 +261,6 @@ POSTS: dict[str, Action] = {
     "embeddings": openai.embed,
 }
 GETS: dict[str, Action] = {"": _info, "info": _info, "health": _health, "ping": _health}
-
-
 POSTS_AT_THE_ROOT = ("", "similarity", "tokenize", "decode", "embed_all")
 GETS_AT_THE_ROOT = ("info", "ping")
 
