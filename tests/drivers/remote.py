@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from socketserver import ThreadingMixIn
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+from embedpool.config.spec import DriverSpec, HttpConfig, ModelSpec, PoolSpec, QueueSpec
+from embedpool.pool.pool import Pool
+from embedpool.pool.settings import PoolSettings
+from tests.conftest import settle
 
 
 class Reply(NamedTuple):
@@ -101,6 +106,21 @@ class Crowd(ThreadingMixIn, Remote):
     """Answers many calls at once."""
 
     request_queue_size = 128
+
+
+@contextmanager
+def remote_pool(
+    settings: PoolSettings, url: str, queue: int | None = None, slots: int | None = None, **config: Any
+) -> Iterator[Pool]:
+    """A pool whose one model `m` is served at this URL."""
+    driver = DriverSpec("http", HttpConfig(**{"base_url": url, "normalize": False, **config}))
+    pool = Pool(settings)
+    try:
+        pool.apply(PoolSpec((ModelSpec("m", driver, queue=QueueSpec(queue, slots)),)))
+        settle(pool)
+        yield pool
+    finally:
+        pool.stop()
 
 
 def serving(kind: type[Remote] = Remote) -> Iterator[Remote]:

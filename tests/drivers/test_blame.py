@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import threading
@@ -9,34 +10,23 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from embedpool.config.spec import DriverSpec, HttpConfig, ModelSpec, PoolSpec, QueueSpec
 from embedpool.drivers import http, pace
 from embedpool.drivers.http import HttpDriver
 from embedpool.errors import FAILED_INPUTS_HEADER, EmbedpoolError, UpstreamError
 from embedpool.pool.pool import Pool
 from embedpool.pool.settings import PoolSettings
 from tests.conftest import ask, run, settle, wait_until
-from tests.drivers.remote import DROP, Remote, Reply, Seen, good, vector
+from tests.drivers.remote import DROP, Remote, Reply, Seen, good, remote_pool, vector
 from tests.web.conftest import serving as web_serving
 
-
-@contextmanager
-def pool_of(settings: PoolSettings, url: str, slots: int | None = None, **config: Any) -> Iterator[Pool]:
-    driver = DriverSpec("http", HttpConfig(**{"base_url": url, "normalize": False, "retries": 0, **config}))
-    pool = Pool(settings)
-    try:
-        pool.apply(PoolSpec((ModelSpec("m", driver, queue=QueueSpec(None, slots)),)))
-        settle(pool)
-        yield pool
-    finally:
-        pool.stop()
+pool_of = functools.partial(remote_pool, retries=0)
 
 
 def told(outcome: Any) -> str:

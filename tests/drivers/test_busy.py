@@ -6,16 +6,14 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from embedpool.config.spec import DriverSpec, HttpConfig, ModelSpec, PoolSpec, QueueSpec
 from embedpool.drivers import pace
 from embedpool.drivers.http import HttpDriver
 from embedpool.errors import ModelFailed, Overloaded, UpstreamError
@@ -24,27 +22,13 @@ from embedpool.pool.request import Call
 from embedpool.pool.settings import PoolSettings
 from embedpool.tasks.embed import Embed, EmbedOptions
 from tests.conftest import ask, run, settle, wait_until
-from tests.drivers.remote import Remote, Reply, Seen, good, vector
+from tests.drivers.remote import Remote, Reply, Seen, good, remote_pool, vector
 from tests.web.conftest import serving as web_serving
 
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "FIRST_PAUSE_S", 0.005)
-
-
-@contextmanager
-def pool_of(
-    settings: PoolSettings, url: str, queue: int | None = None, slots: int | None = None, **config: Any
-) -> Iterator[Pool]:
-    spec = DriverSpec("http", HttpConfig(base_url=url, normalize=False, **config))
-    pool = Pool(settings)
-    try:
-        pool.apply(PoolSpec((ModelSpec("m", spec, queue=QueueSpec(queue, slots)),)))
-        settle(pool)
-        yield pool
-    finally:
-        pool.stop()
 
 
 def ask_within(pool: Pool, timeout_s: float, *texts: str) -> Any:
@@ -70,7 +54,7 @@ def test_a_service_that_bears_few_calls_at_once_gets_few(
         finally:
             room.release()
 
-    with pool_of(pool_settings, crowd.url, max_batch_texts=1) as pool:
+    with remote_pool(pool_settings, crowd.url, max_batch_texts=1) as pool:
         crowd.answer = answer
         texts = [f"text {'x' * i}" for i in range(160)]
         with ThreadPoolExecutor(32) as callers:
@@ -89,7 +73,7 @@ def test_a_pause_that_nobody_can_wait_for_is_told_at_once(remote: Remote, pool_s
         assert answered.wait(20)
         return Reply({"error": f"too much of {seen.body['texts']}"}, 429, {"Retry-After": "3000"})
 
-    with pool_of(pool_settings, remote.url, slots=1) as pool:
+    with remote_pool(pool_settings, remote.url, slots=1) as pool:
         remote.answer = answer
         remote.seen.clear()
         with ThreadPoolExecutor(2) as callers:
@@ -114,7 +98,7 @@ def test_a_pause_that_nobody_can_wait_for_is_told_at_once(remote: Remote, pool_s
 
 def test_whoever_can_wait_is_served_after_the_pause(remote: Remote, pool_settings: PoolSettings) -> None:
     """One with a deadline before its end is told at once."""
-    with pool_of(pool_settings, remote.url) as pool:
+    with remote_pool(pool_settings, remote.url) as pool:
         remote.script = [Reply({}, 429, {"Retry-After": "1"})]
         with ThreadPoolExecutor(2) as callers:
             patient = callers.submit(ask_within, pool, 20, "patient")
@@ -126,7 +110,7 @@ def test_whoever_can_wait_is_served_after_the_pause(remote: Remote, pool_setting
 
 def test_a_full_queue_tells_the_time_of_the_pause(remote: Remote, pool_settings: PoolSettings) -> None:
     """It will not be less full before."""
-    with pool_of(pool_settings, remote.url, queue=2) as pool:
+    with remote_pool(pool_settings, remote.url, queue=2) as pool:
         remote.answer = lambda seen: Reply({}, 429, {"Retry-After": "15"})
         with ThreadPoolExecutor(2) as callers:
             waiting = [callers.submit(ask_within, pool, 20, f"text {i}") for i in range(2)]
@@ -183,7 +167,7 @@ def test_lines_wait_for_a_pause(remote: Remote, pool_settings: PoolSettings, tmp
 def test_a_pause_that_is_asked_for_at_the_start_is_kept(remote: Remote, pool_settings: PoolSettings) -> None:
     """The model fails to load with the time to come back, and is not tried before."""
     remote.answer = lambda seen: Reply({"error": "too much"}, 429, {"Retry-After": "3000"})
-    with pool_of(pool_settings, remote.url) as pool:
+    with remote_pool(pool_settings, remote.url) as pool:
         served = pool.find("m")
         assert served.state == "failed"
         assert served.replicas.retry_after_s > 2900
