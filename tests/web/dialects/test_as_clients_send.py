@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
+from pathlib import Path
 from typing import Any
 
 import brotli
@@ -13,7 +15,10 @@ import pytest
 import zstandard
 from werkzeug.test import TestResponse
 
+import embedpool
 from embedpool.config.settings import Limits, Security, Server, Settings, Tei
+from embedpool.tracing import HOPS_HEADER
+from embedpool.web import cors
 from embedpool.web.intake import INTAKE, Intake
 from tests.web.conftest import MODEL, NAME, MakeWeb, Web, raw, unit
 
@@ -347,6 +352,13 @@ def test_only_pages_that_are_named_may_embed(
     for path in ("/models/register", "/models/alias", "/reload", "/status"):
         assert "Access-Control-Allow-Origin" not in client.options(path, headers=asks).headers
     assert web.post("/reload", {}, headers={"Origin": origin}).status_code == 403
+
+
+def test_a_page_may_read_each_header_of_ours() -> None:
+    files = [file for file in Path(embedpool.__file__).parent.rglob("*.py") if file != Path(cors.__file__)]
+    ours = set(re.findall(r'"(X-Embedpool-[A-Za-z-]+)"', "".join(file.read_text() for file in files)))
+    told = {name for name in cors.EXPOSED if name.startswith("X-Embedpool-")}
+    assert told == ours - {HOPS_HEADER}  # which requests alone have
 
 
 def test_the_question_comes_before_the_key(make_web: MakeWeb, monkeypatch: pytest.MonkeyPatch) -> None:
