@@ -42,15 +42,25 @@ def raised(*calls: Callable[[], object]) -> list[str]:
     return found
 
 
+def by_interface(one: str, many: str, many_async: str) -> Callable[..., Found]:
+    """Of a framework that has one interface for all its clients, blocking and asynchronous: its methods' names."""
+
+    def ask(make: Callable[..., Any], texts: list[str], *bad: Callable[[], object]) -> Found:
+        embeddings = make("m")
+        return {
+            "one": getattr(embeddings, one)(texts[0]),
+            "all": getattr(embeddings, many)(texts),
+            "more": asyncio.run(getattr(make("m"), many_async)(texts)),
+            "errors": raised(lambda: getattr(make("nobody"), one)("a"), *bad),
+        }
+
+    return ask
+
+
 # --- LangChain
 
 
-def by_langchain(make: Callable[..., Any], texts: list[str], *bad: Callable[[], object]) -> Found:
-    """Of LangChain's interface, blocking and asynchronous."""
-    embeddings = make("m")
-    found = {"one": embeddings.embed_query(texts[0]), "all": embeddings.embed_documents(texts)}
-    found["more"] = asyncio.run(make("m").aembed_documents(texts))
-    return {**found, "errors": raised(lambda: make("nobody").embed_query("a"), *bad)}
+by_langchain = by_interface("embed_query", "embed_documents", "aembed_documents")
 
 
 @client
@@ -167,11 +177,7 @@ def langchain_standard(url: str, texts: list[str]) -> Found:
 # --- LlamaIndex
 
 
-def by_llama_index(make: Callable[..., Any], texts: list[str], *bad: Callable[[], object]) -> Found:
-    embeddings = make("m")
-    found = {"one": embeddings.get_query_embedding(texts[0]), "all": embeddings.get_text_embedding_batch(texts)}
-    found["more"] = asyncio.run(make("m").aget_text_embedding_batch(texts))
-    return {**found, "errors": raised(lambda: make("nobody").get_query_embedding("a"), *bad)}
+by_llama_index = by_interface("get_query_embedding", "get_text_embedding_batch", "aget_text_embedding_batch")
 
 
 @client
