@@ -136,6 +136,12 @@ class LocalStConfig(LocalConfig):
     )
     device: str = option("cpu", "torch device", loads=True)
     trust_remote_code: bool = option(False, "run code shipped with the model; only from this file", loads=True)
+    task: str | None = option(
+        None,
+        "embed: serve the encoder of a model of another kind as an embedder; default: only what the model is made for",
+        choices=("embed",),
+        loads=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A local SentenceTransformer model.
+"""A local model: the driver that opens its folder, chooses what runs each of its routes, and runs batches.
 
 The request's thread makes the token ids; here they are only padded and sent through the model's own modules: the same
 numbers as `SentenceTransformer.encode` without tokenising twice. At load they are compared with what `encode` gives,
@@ -7,14 +7,12 @@ which also serves models that cannot be fed ids.
 
 from __future__ import annotations
 
-import functools
 import gc
 import importlib.util
 import logging
 import os
 import threading
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,10 +20,12 @@ from typing_extensions import override
 
 from embedpool import bounds
 from embedpool.config.spec import LocalStConfig, ModelSpec
+from embedpool.drivers.layout import EMBED, Layout, read_layout
 from embedpool.drivers.measure import cosine, fastest_s, probe_batch
 from embedpool.drivers.model_folder import commit_of, find_model_folder, keep_commit
 from embedpool.drivers.space import of_files
-from embedpool.drivers.tokenizer import FolderTokenizer, pad
+from embedpool.drivers.static import StaticPipeline, is_static
+from embedpool.drivers.tokenizer import FolderTokenizer, tokenizer_of
 from embedpool.errors import ModelFailed
 from embedpool.places.cores import available_cores
 from embedpool.tasks.driver import PROBE_TEXT, Cost, Driver, Facts, Folders, describe
@@ -35,12 +35,10 @@ from embedpool.tasks.rows import Answer, Rows
 from embedpool.tasks.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from embedpool.drivers.openvino_graph import Pipeline
+    from embedpool.drivers.library import Library
+    from embedpool.drivers.pipeline import Pipeline
 
 logger = logging.getLogger(__name__)
-
-Array = np.ndarray[Any, np.dtype[Any]]
-Run = Callable[[dict[str, Array]], Array]  # padded inputs of shape (texts, tokens) → float32 (texts, dim)
 
 # Loading two models at once races inside the exporters and doubles peak memory.
 LOADING = threading.Lock()
@@ -48,8 +46,7 @@ LOADING = threading.Lock()
 WARM_UP_SHAPES = ((1, 8), (1, 64), (8, 16), (4, 128), (16, 64))  # texts, tokens each
 SHORTEST_CALL_S = 1e-5
 FAST_LEAST_GAIN = 1.1  # what `profile: fast` asks of a lossy dtype
-
-SAME_VECTOR_COSINE = {"float32": 0.9999, "bfloat16": 0.995, "float16": 0.995}
+FAST_LEAST_COSINE = 0.995
 
 
 class LocalStDriver(Driver):
@@ -63,185 +60,216 @@ class LocalStDriver(Driver):
         self._dtype = "float32" if config.compute_dtype == "auto" else config.compute_dtype
         self._slots = 1
         self._says: dict[str, object] = {}  # of the backend, for /status
-        self._run: Run | None = None
-        self._run_beside: Run | None = None  # as `_run` works while other batches run: what costs are fitted to
-        self._encode: Callable[[list[str]], Array] | None = None
+        self._pipelines: Mapping[str, Pipeline] = {}  # by route
 
     @override
     def open(self, on_lost: Callable[[str], None]) -> Facts:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its pool is sized by the host
         folder = find_model_folder(self._model, self._config, self._folders.state)
-        self._tokenizer = FolderTokenizer(folder)
-        if fault := limit_fault(self._config.max_seq_length, self._tokenizer):
+        layout = read_layout(folder, self._config)
+        tokenizer = tokenizer_of(layout)
+        if fault := limit_fault(self._config.max_seq_length, tokenizer):
             raise ModelFailed(f"{self._model!r}: max_seq_length {fault}")
-        with LOADING:
-            backend, why = self._load(folder)
+        routes = {t.route: t for t in (tokenizer, *tokenizer.routes.values())}
+        backend, why = self._load(layout, routes)
         self.probe()
+        widths = {self._probed(pipeline).shape[1] for pipeline in self._pipelines.values()}
+        width = widths.pop() if len(widths) == 1 else None
         cost = self._fit_cost()
-        width = self.run(self._probe_batch()).rows.width
         description = describe(
+            kind=layout.kind,
+            assumed=layout.assumed,
             backend=backend,
             why=why,
             compute_dtype=self._dtype,
             device=self._config.device,
             threads=self._cores,
-            fixed_ms=round(cost.fixed_s * 1000, 3),
-            ms_per_1000_tokens=round(cost.token_s * 1e6, 3),
+            fixed_ms=round(cost.fixed_s * 1000, 3) if cost else None,
+            ms_per_1000_tokens=round(cost.token_s * 1e6, 3) if cost else None,
             **self._says,
-            dim=width,
+            dim=min(layout.dimensions or width, width) if width else None,
+            routes=sorted(routes) if len(routes) > 1 else None,
             commit=commit_of(folder),
         )
         keep_commit(self._model, self._config, self._folders.state, folder)
         logger.info("%s runs on %s (%s)", self._model, backend, why)
-        return Facts({"embed": width}, of_files(folder, "embed"), slots=self._slots, cost=cost, description=description)
+        return Facts(
+            {EMBED: width},
+            of_files(folder, EMBED),
+            slots=self._slots,
+            cost=cost,
+            pads=any(pipeline.pads for pipeline in self._pipelines.values()),
+            description=description,
+        )
 
     @override
     def run(self, batch: Batch) -> Answer:
-        if self._run is not None:
-            ids = batch.ids or self._tokenizer.encode(batch.texts)
-            return Answer(Rows(self._run(pad(ids, self._tokenizer.pad_id))))
-        assert self._encode is not None
-        return Answer(Rows(self._encode(batch.texts)))
+        return Answer(Rows(self._pipelines[batch.options.get("route", "")].run(batch)))
 
     @override
     def probe(self) -> None:
-        if not self.run(self._probe_batch()).rows.finite().all():
-            raise ModelFailed(f"{self._model!r} gives vectors that are not finite")
+        for pipeline in self._pipelines.values():
+            if not np.isfinite(self._probed(pipeline)).all():
+                raise ModelFailed(f"{self._model!r} gives vectors that are not finite")
 
-    def _probe_batch(self) -> Batch:
-        return probe_batch(ids=self._tokenizer.encode([PROBE_TEXT]))
+    def _probed(self, pipeline: Pipeline) -> Any:
+        return pipeline.run(probe_batch(ids=pipeline.tokenizer.encode([PROBE_TEXT])))
 
-    def _fit_cost(self) -> Cost:
-        """Least squares of relative errors over a few padded batches, the better of two runs each."""
-        ids = self._tokenizer.encode([PROBE_TEXT * 40])[0]
-        padded, seconds = [], []
-        for texts, tokens in WARM_UP_SHAPES:
-            batch = [self._tokenizer.cut(ids, tokens, "right")] * texts
-            padded.append(float(sum(map(len, batch))))
-            seconds.append(self._seconds(self._run_beside or self._run, batch))
-        weights = [1 / s for s in seconds]
-        token_s, fixed_s = np.polyfit(padded, seconds, 1, w=weights).tolist()
-        return Cost(max(fixed_s, SHORTEST_CALL_S), max(token_s, SHORTEST_CALL_S / 1000))
-
-    def _seconds(self, run: Run | None, ids: list[list[int]]) -> float:
-        """The cost of a call; without `run` of a call of encode()."""
-        if run is None:
-            return fastest_s(lambda: self.run(probe_batch([PROBE_TEXT] * len(ids), ids)))
-        return fastest_s(lambda: run(pad(ids, self._tokenizer.pad_id)))
+    def _fit_cost(self) -> Cost | None:
+        """That of the route that costs most; None where nothing is padded."""
+        costs = [_cost_of(pipeline) for pipeline in self._pipelines.values() if pipeline.pads]
+        return max(costs, key=lambda cost: cost.token_s, default=None)
 
     @override
     def close(self) -> None:
-        self._run = self._run_beside = self._encode = None
+        self._pipelines = {}
         gc.collect()
         bounds.give_back_memory()
 
-    def _load(self, folder: Path) -> tuple[str, str]:
-        """Make `_run` or `_encode`; gives the backend and why it was chosen."""
+    # --- what runs it
+
+    def _load(self, layout: Layout, tokenizers: Mapping[str, FolderTokenizer]) -> tuple[str, str]:
+        """Make the pipelines; gives the backend and why it was chosen."""
+        static = {r: StaticPipeline(t, layout.routes[r]) for r, t in tokenizers.items() if is_static(layout.routes[r])}
+        rest = {route: tokenizer for route, tokenizer in tokenizers.items() if route not in static}
+        self._pipelines = static
+        if not rest:
+            return "numpy", "a table of vectors needs no more"
+        with LOADING:
+            backend, why, found = self._computed(layout, rest)
+        self._pipelines = {**static, **found}
+        return backend, why
+
+    def _computed(
+        self, layout: Layout, tokenizers: Mapping[str, FolderTokenizer]
+    ) -> tuple[str, str, Mapping[str, Pipeline]]:
+        """As `_load`, for routes that compute, with their pipelines."""
         wanted = self._config.backend
         if wanted in ("auto", "openvino") and self._config.device == "cpu":
             try:
-                self._load_openvino(folder)
+                found = self._on_openvino(layout, tokenizers)
             except Exception as error:
                 if wanted == "openvino":
                     raise
                 why = "openvino is not installed" if isinstance(error, ImportError) else f"openvino: {error}"
-                self._load_torch(folder, "torch")
-                return "torch", why
-            return "openvino", "asked for" if wanted == "openvino" else "installed and faster"
+                return "torch", why, self._on_torch(layout, tokenizers, "torch")
+            return "openvino", "asked for" if wanted == "openvino" else "installed and faster", found
         backend = "torch" if wanted == "auto" else wanted
-        self._load_torch(folder, backend)
-        return backend, f"auto on device {self._config.device}" if wanted == "auto" else "asked for"
+        why = f"auto on device {self._config.device}" if wanted == "auto" else "asked for"
+        return backend, why, self._on_torch(layout, tokenizers, backend)
 
-    def _load_openvino(self, folder: Path) -> None:
+    def _library(self, layout: Layout, backend: str) -> Library:
+        from embedpool.drivers.library import Library
+
+        return Library(layout, self._config, self._dtype if backend == "torch" else "float32", backend)
+
+    def _on_openvino(self, layout: Layout, tokenizers: Mapping[str, FolderTokenizer]) -> Mapping[str, Pipeline]:
         if importlib.util.find_spec("openvino") is None:
             raise ImportError("openvino is not installed; `pip install embedpool[openvino]`")
         from embedpool.drivers import openvino_graph
 
-        graph = openvino_graph.exported(
-            folder, self._folders.cache, lambda: self._sentence_transformer(folder, "torch")
+        graphs = openvino_graph.exported(
+            layout, tokenizers, self._folders.cache, lambda: self._library(layout, "torch")
         )
         gc.collect()  # an export leaves a torch model behind
-        pipeline = openvino_graph.Pipeline(graph, self._dtype, self._cores)
-        if self._config.profile == "fast" and self._config.compute_dtype == "auto":
-            pipeline = self._faster(pipeline, openvino_graph.Pipeline(graph, "bfloat16", self._cores))
-        self._slots = self._cores
-        self._run, self._run_beside = pipeline, pipeline.beside_others
-        self._says["cores_of_a_lone_batch"] = pipeline.cores_alone
 
-    def _faster(self, exact: Pipeline, lossy: Pipeline) -> Pipeline:
-        """The lossy pipeline if it is faster here and close enough; what it costs is said in /status."""
+        def compiled(dtype: str) -> dict[str, openvino_graph.GraphPipeline]:
+            return {r: openvino_graph.pipeline_of(graphs, t, dtype, self._cores) for r, t in tokenizers.items()}
+
+        pipelines = compiled(self._dtype)
+        if self._config.profile == "fast" and self._config.compute_dtype == "auto":
+            pipelines = self._faster(pipelines, compiled("bfloat16"))
+        self._slots = self._cores
+        self._says["cores_of_a_lone_batch"] = next(iter(pipelines.values())).cores_alone
+        return pipelines
+
+    def _faster(self, exact: Mapping[str, Any], lossy: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The lossy pipelines if they are faster here and close enough; what it costs is said in /status."""
+        worst, gain = 1.0, float("inf")
         texts = [PROBE_TEXT[:end] for end in range(4, len(PROBE_TEXT), 4)] + [PROBE_TEXT * 10]
-        inputs = [pad([ids], self._tokenizer.pad_id) for ids in self._tokenizer.encode(texts)]
-        worst = min(cosine(exact(i)[0], lossy(i)[0]) for i in inputs)
-        batch = [self._tokenizer.cut(self._tokenizer.encode([PROBE_TEXT * 10])[0], 32, "right")] * 8
-        gain = self._seconds(exact.beside_others, batch) / self._seconds(lossy.beside_others, batch)
+        for route, pipeline in exact.items():
+            tokenizer = pipeline.tokenizer
+            for ids in tokenizer.encode(texts):
+                batch = probe_batch(ids=[ids])
+                worst = min(worst, cosine(pipeline.run(batch)[0], lossy[route].run(batch)[0]))
+            batch = _batch_of(tokenizer, 8, 32)
+            exact_s, lossy_s = (fastest_s(lambda p=p: p[route].run_beside(batch)) for p in (exact, lossy))
+            gain = min(gain, exact_s / lossy_s)
         found = f"bfloat16 is {gain:.2f} times as fast here, at a cosine to float32 of {worst:.6f} or more"
-        taken = gain >= FAST_LEAST_GAIN and worst >= SAME_VECTOR_COSINE["bfloat16"]
+        taken = gain >= FAST_LEAST_GAIN and worst >= FAST_LEAST_COSINE
         self._says["profile"] = f"fast: {found}" if taken else f"fast asked for, float32 kept: {found}"
         if taken:
             self._dtype = "bfloat16"
         return lossy if taken else exact
 
-    def _load_torch(self, folder: Path, backend: str) -> None:
+    def _on_torch(
+        self, layout: Layout, tokenizers: Mapping[str, FolderTokenizer], backend: str
+    ) -> Mapping[str, Pipeline]:
         import torch
-
-        from embedpool.drivers import torch_pipeline
 
         # On the replica's own thread, which is also the one that runs: OpenMP keeps the number by thread.
         torch.set_num_threads(self._cores)
-        model = self._sentence_transformer(folder, backend)
-        self._encode = functools.partial(_encode, model)
-        expected = self._encode([PROBE_TEXT])[0]
-        self._run = self._by_ids(torch_pipeline.torch_run(model), expected)
-        if self._run is None or backend != "torch":
+        library = self._library(layout, backend)
+        pipelines = {route: self._by_ids(library, tokenizer) for route, tokenizer in tokenizers.items()}
+        if backend == "torch" and all(pipeline.by_ids for pipeline in pipelines.values()):
+            self._prepack(library, tokenizers, pipelines)
+        return pipelines
+
+    def _by_ids(self, library: Library, tokenizer: FolderTokenizer) -> Pipeline:
+        """A pipeline that takes token ids, if it gives encode's vectors, else one that is given texts."""
+        from embedpool.drivers import fidelity, torch_run
+        from embedpool.drivers.pipeline import EncodePipeline, PaddedPipeline
+
+        try:
+            run = torch_run.torch_run(library.modules(tokenizer.route), library.device)
+            pipeline = PaddedPipeline(tokenizer, run, fidelity.vector_of_nothing(library, tokenizer))
+            found = fidelity.difference(fidelity.probes(library, tokenizer), pipeline, self._dtype)
+        except Exception as error:
+            found = f"it cannot be fed token ids: {type(error).__name__}: {error}"
+        if found is None:
+            return pipeline
+        logger.warning("%s is run by encode(), which tokenises anew: %s", self._model, found)
+        self._says["by_encode"] = found
+        return EncodePipeline(tokenizer, library)
+
+    def _prepack(
+        self, library: Library, tokenizers: Mapping[str, FolderTokenizer], pipelines: dict[str, Pipeline]
+    ) -> None:
+        """Lay the weights out for oneDNN where that gains; a model that does not bear it is loaded anew."""
+        from embedpool.drivers import fidelity, torch_run
+
+        gain = torch_run.prepacking_gain(list(library.model))
+        if gain < torch_run.PREPACKED_LEAST_GAIN:
             return
-        gain = torch_pipeline.prepacking_gain(model)
-        if gain < torch_pipeline.PREPACKED_LEAST_GAIN:
-            return
-        torch_pipeline.prepack(model)
-        self._run = self._by_ids(torch_pipeline.torch_run(model), expected)
-        if self._run is not None:
+        expected = {route: list(fidelity.probes(library, tokenizer)) for route, tokenizer in tokenizers.items()}
+        torch_run.prepack(list(library.model))
+        try:
+            faults = [fidelity.difference(expected[r], p, self._dtype) for r, p in pipelines.items()]
+        except Exception as error:
+            faults = [str(error)]
+        if not any(faults):
             self._says["prepacked"] = f"{gain:.2f} times as fast"
             return
-        model = self._sentence_transformer(folder, backend)  # it does not bear it
-        self._encode, self._run = functools.partial(_encode, model), torch_pipeline.torch_run(model)
-
-    def _by_ids(self, run: Run, expected: Array) -> Run | None:
-        """`run` if the model takes token ids and gives encode's vector of the probe text for them, else None."""
-        try:
-            by_ids = run(pad(self._tokenizer.encode([PROBE_TEXT]), self._tokenizer.pad_id))[0]
-        except Exception as error:
-            logger.info("%s cannot be fed token ids this way: %s", self._model, error)
-            return None
-        if cosine(by_ids, expected) >= SAME_VECTOR_COSINE[self._dtype]:
-            return run
-        logger.warning("%s gives other vectors for token ids than encode()", self._model)
-        return None
-
-    def _sentence_transformer(self, folder: Path, backend: str) -> Any:
-        from sentence_transformers import SentenceTransformer
-        from tqdm import tqdm
-        from transformers.utils import logging as transformers_logging
-
-        tqdm.set_lock(threading.RLock())  # its own would be a semaphore that outlives a killed child
-        transformers_logging.disable_progress_bar()
-        transformers_logging.set_verbosity_error()
-        model = SentenceTransformer(
-            str(folder),
-            device=self._config.device,
-            trust_remote_code=self._config.trust_remote_code,
-            local_files_only=True,
-            backend=backend,
-            model_kwargs={"use_safetensors": True, "dtype": self._dtype} if backend == "torch" else {},
-        )
-        limit = self._config.max_seq_length or self._tokenizer.default_max_tokens
-        if limit:
-            model.max_seq_length = limit
-        return model.eval()
+        library = self._library(library.layout, "torch")
+        pipelines.update({route: self._by_ids(library, tokenizer) for route, tokenizer in tokenizers.items()})
 
 
-def _encode(model: Any, texts: list[str]) -> Array:
-    return np.asarray(model.encode(texts, prompt="", show_progress_bar=False), np.float32)
+def _batch_of(tokenizer: FolderTokenizer, texts: int, tokens: int) -> Batch:
+    (ids,) = tokenizer.encode([PROBE_TEXT * 40])
+    return probe_batch([PROBE_TEXT] * texts, [tokenizer.cut(ids, tokens, "right")] * texts)
+
+
+def _cost_of(pipeline: Pipeline) -> Cost:
+    """Least squares of relative errors over a few padded batches, the better of two runs each."""
+    padded, seconds = [], []
+    most = pipeline.tokenizer.max_tokens or max(tokens for _, tokens in WARM_UP_SHAPES)
+    for texts, tokens in WARM_UP_SHAPES:
+        batch = _batch_of(pipeline.tokenizer, texts, min(tokens, most))
+        padded.append(float(sum(map(len, batch.ids or ()))))
+        seconds.append(fastest_s(lambda batch=batch: pipeline.run_beside(batch)))
+    weights = [1 / s for s in seconds]
+    token_s, fixed_s = np.polyfit(padded, seconds, 1, w=weights).tolist()
+    return Cost(max(fixed_s, SHORTEST_CALL_S), max(token_s, SHORTEST_CALL_S / 1000))
 
 
 def make_driver(spec: ModelSpec, folders: Folders, shared: dict[str, Any]) -> Driver:
@@ -253,4 +281,5 @@ def make_driver(spec: ModelSpec, folders: Folders, shared: dict[str, Any]) -> Dr
 def open_tokenizer(spec: ModelSpec, folders: Folders) -> Tokenizer:
     """Called by the table of drivers, in drivers/__init__.py."""
     assert isinstance(spec.driver.config, LocalStConfig)
-    return FolderTokenizer(find_model_folder(spec.model, spec.driver.config, folders.state))
+    folder = find_model_folder(spec.model, spec.driver.config, folders.state)
+    return tokenizer_of(read_layout(folder, spec.driver.config))

@@ -1,4 +1,4 @@
-"""A SentenceTransformer's whole pipeline as one OpenVINO graph: exported once, cached, run without the GIL or torch."""
+"""A route's whole pipeline as one OpenVINO graph: exported once, cached, run without the GIL or torch."""
 
 from __future__ import annotations
 
@@ -13,63 +13,98 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
-from embedpool.drivers.measure import cosine
-from embedpool.drivers.tokenizer import pad
+from embedpool.drivers import fidelity
+from embedpool.drivers.layout import Layout
+from embedpool.drivers.library import Array, Library
+from embedpool.drivers.pipeline import PaddedPipeline
+from embedpool.drivers.tokenizer import FolderTokenizer
 from embedpool.errors import ModelFailed
-from embedpool.tasks.driver import PROBE_TEXT
 
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("openvino", "torch", "transformers", "sentence-transformers")
 PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-LEAST_COSINE = 0.9999
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 HASHES = "hashes.json"
 UNUSED_S = 30 * 86400.0  # a graph that nobody has loaded for so long is deleted
 UNFINISHED, UNFINISHED_S = "export-", 86400.0  # the same of an export that never ended
 COMPILED_TWICE_BYTES = 256_000_000  # of weights; each compiled model holds its own copy
 
 
-def exported(folder: Path, cache_dir: Path, load_model: Callable[[], Any]) -> Path:
-    """The graph file of the model in `folder`, exported unless the cache has it.
+def exported(layout: Layout, tokenizers: Mapping[str, FolderTokenizer], cache: Path, load: Callable[[], Library]) -> Path:
+    """The folder with a graph for each route of the model, exported unless the cache has it.
 
-    The key holds the model's files and the libraries' versions. A new graph is compared with `encode` before it
-    is kept. Raises ModelFailed if it gives other vectors, or cannot be written.
+    The key holds the model's files and the libraries' versions. New graphs are compared with `encode` before they
+    are kept. Raises ModelFailed if one gives other vectors, or cannot be written.
     """
-    graph = cache_dir / "openvino" / f"{folder.name}-{_key(folder)}" / "model.xml"
-    if graph.exists() and is_whole(graph):
+    folder = layout.folder
+    graphs = cache / "openvino" / f"{folder.name}-{_key(folder)}"
+    if graphs.exists() and is_whole(graphs):
         with contextlib.suppress(OSError):  # others may own the cache
-            os.utime(graph.parent)  # see _prune
-        return graph
-    if graph.parent.exists():
-        logger.warning("the cached graph %s is damaged, or older than its check, and is made anew", graph.parent)
-        shutil.rmtree(graph.parent, ignore_errors=True)
+            os.utime(graphs)  # see _prune
+        return graphs
+    if graphs.exists():
+        logger.warning("the cached graph %s is damaged, or older than its check, and is made anew", graphs)
+        shutil.rmtree(graphs, ignore_errors=True)
     logger.info("exporting %s to OpenVINO, once", folder)
-    openvino = _openvino()
-    model = load_model()
-    converted = _convert(model)
-    graph.parent.parent.mkdir(parents=True, exist_ok=True)
-    _prune(graph.parent.parent)
-    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=graph.parent.parent) as temporary:
+    library = load()
+    graphs.parent.mkdir(parents=True, exist_ok=True)
+    _prune(graphs.parent)
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=graphs.parent) as temporary:
         new = Path(temporary) / "new"
-        try:
-            openvino.save_model(converted, new / "model.xml", compress_to_fp16=False)
-        except RuntimeError as error:  # of a full disk it says no more than that a stream has failed
-            raise ModelFailed(f"the graph cannot be written to {cache_dir}: {error}") from None
-        _compare(compiled(new / "model.xml", "float32", threads=1, streams=1), model)
+        for route, tokenizer in tokenizers.items():
+            _export(library, tokenizer, new, cache)
+            pipeline = pipeline_of(new, tokenizer, "float32", threads=1)
+            if found := fidelity.difference(fidelity.probes(library, tokenizer), pipeline, "float32"):
+                raise ModelFailed(f"the exported graph{f' of route {route}' if route else ''}: {found}")
         _sign(new)
         try:
-            os.rename(new, graph.parent)
+            os.rename(new, graphs)
         except OSError:
-            if not graph.exists():  # else another process was first
+            if not graphs.exists():  # else another process was first
                 raise
-    return graph
+    return graphs
+
+
+def _export(library: Library, tokenizer: FolderTokenizer, new: Path, cache: Path) -> None:
+    """Write a route's graph, and the vector of a text without tokens."""
+    graph = new / f"{_name(tokenizer.route)}.xml"
+    converted = _convert(library.modules(tokenizer.route), tokenizer)
+    try:
+        _openvino().save_model(converted, graph, compress_to_fp16=False)
+    except RuntimeError as error:  # of a full disk it says no more than that a stream has failed
+        raise ModelFailed(f"the graph cannot be written to {cache}: {error}") from None
+    of_nothing = fidelity.vector_of_nothing(library, tokenizer)
+    if of_nothing is not None:
+        np.save(graph.with_suffix(".npy"), of_nothing, allow_pickle=False)
+
+
+def pipeline_of(graphs: Path, tokenizer: FolderTokenizer, dtype: str, threads: int) -> GraphPipeline:
+    """A route's graph, compiled to run in up to `threads` threads at once."""
+    graph = graphs / f"{_name(tokenizer.route)}.xml"
+    file = graph.with_suffix(".npy")
+    return GraphPipeline(tokenizer, Graph(graph, dtype, threads), np.load(file) if file.exists() else None)
+
+
+def _name(route: str) -> str:
+    """Of its files; a route's name may hold anything."""
+    return f"route-{quote(route, safe='')}" if route else "model"
+
+
+class GraphPipeline(PaddedPipeline):
+    """A route that runs as a graph."""
+
+    def __init__(self, tokenizer: FolderTokenizer, graph: Graph, of_nothing: Array | None) -> None:
+        super().__init__(tokenizer, graph, of_nothing, graph.beside_others)
+        self.cores_alone = graph.cores_alone
 
 
 def _prune(graphs: Path) -> None:
@@ -83,11 +118,11 @@ def _prune(graphs: Path) -> None:
                 shutil.rmtree(folder)
 
 
-def is_whole(graph: Path) -> bool:
-    """Whether the files of a graph are those that were compared with `encode`, byte for byte."""
+def is_whole(graphs: Path) -> bool:
+    """Whether its files are those that were compared with `encode`, byte for byte."""
     try:
-        expected = json.loads((graph.parent / HASHES).read_text())
-        return bool(expected) and all(_sha256(graph.parent / name) == found for name, found in expected.items())
+        expected = json.loads((graphs / HASHES).read_text())
+        return bool(expected) and all(_sha256(graphs / name) == found for name, found in expected.items())
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -106,7 +141,7 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-class Pipeline:
+class Graph:
     """A graph compiled to run in up to `threads` threads at once, on a core each; a batch that runs alone has them all.
 
     Large models are compiled once and a batch always has one core.
@@ -166,35 +201,46 @@ def compiled(graph: Path, dtype: str, *, threads: int, streams: int) -> Callable
     return run
 
 
-def _convert(model: Any) -> Any:
-    """The pipeline as an OpenVINO model of named, dynamic inputs."""
+def _convert(modules: Sequence[Any], tokenizer: FolderTokenizer) -> Any:
+    """A route as an OpenVINO model of named, dynamic inputs.
+
+    Where the pooling leaves a prompt out, it reads a mask of its own, `pooled_mask`.
+    """
     import torch
 
-    class Pipeline(torch.nn.Module):  # type: ignore[misc]
+    names = [name for name in INPUTS if name in modules[0].tokenizer.model_input_names]
+    if tokenizer.excludes_prompt:
+        _require_a_mask_is_enough(modules)
+        names.append("pooled_mask")
+
+    class Steps(torch.nn.Module):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.model = model
+            self.steps = torch.nn.ModuleList(modules)
 
-        def forward(self, input_ids: Any, attention_mask: Any, token_type_ids: Any = None) -> Any:
-            features = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-            return self.model({k: v for k, v in features.items() if v is not None})["sentence_embedding"]
+        def forward(
+            self, input_ids: Any, attention_mask: Any, token_type_ids: Any = None, pooled_mask: Any = None
+        ) -> Any:
+            given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+            features = {k: v for k, v in given.items() if v is not None}
+            for step in self.steps:
+                if pooled_mask is not None and type(step).__name__ == "Pooling":
+                    features["attention_mask"] = pooled_mask
+                features = step(features)
+            return features["sentence_embedding"]
 
     example = torch.ones((2, 8), dtype=torch.long)
-    names = set(model.tokenizer.model_input_names) & {"input_ids", "attention_mask", "token_type_ids"}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        return _openvino().convert_model(Pipeline().eval(), example_input=dict.fromkeys(names, example))
+        return _openvino().convert_model(Steps().eval(), example_input=dict.fromkeys(names, example))
 
 
-def _compare(run: Callable[[dict[str, Any]], Any], model: Any) -> None:
-    texts = [PROBE_TEXT, "Another text, rather longer than the first, so that one of them is padded. " * 3]
-    ids = [model.tokenizer(text)["input_ids"] for text in texts]
-    vectors = run(pad(ids, model.tokenizer.pad_token_id or 0))
-    worst = min(
-        cosine(a, b) for a, b in zip(vectors, model.encode(texts, prompt="", show_progress_bar=False), strict=True)
-    )
-    if worst < LEAST_COSINE:
-        raise ModelFailed(f"the exported graph gives other vectors than encode (cosine {worst:.6f})")
+def _require_a_mask_is_enough(modules: Sequence[Any]) -> None:
+    """Raises ModelFailed for a pooling that weighs tokens by their places behind the prompt."""
+    for module in modules:
+        modes = getattr(module, "pooling_mode", ())
+        if "weightedmean" in ((modes,) if isinstance(modes, str) else modes):
+            raise ModelFailed("a weighted mean without the prompt is not exported")
 
 
 def _openvino() -> Any:

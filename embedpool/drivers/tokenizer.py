@@ -1,9 +1,8 @@
-"""Token counts and ids of texts from a model's files alone: the tokenizers package, no torch, no GIL while it works."""
+"""Token ids of texts, from a model's files alone: the tokenizers package, no torch, no GIL while it works."""
 
 from __future__ import annotations
 
-import contextlib
-import json
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,18 @@ from typing import Any
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
+from tokenizers import normalizers
 from typing_extensions import override
 
+from embedpool.drivers.layout import (
+    STATIC,
+    Layout,
+    Module,
+    is_model2vec,
+    read_json,
+    transformer_settings,
+    what_is_broken,
+)
 from embedpool.errors import ModelFailed
 from embedpool.tasks.item import Ids
 from embedpool.tasks.tokenizer import Token, Tokenizer
@@ -21,48 +30,74 @@ from embedpool.tasks.tokenizer import Token, Tokenizer
 # Position 0 of these is behind the padding index, so they hold fewer tokens than positions.
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "ibert")
 
-
 CHARS_PER_TOKEN = 12  # of a beginning that most probably has enough tokens
-LFS_POINTER = b"version https://git-lfs"
 TRAILING_DIGITS = re.compile(r"\d+\Z")
+NO_LIMIT = 1_000_000  # transformers writes a far larger number where a tokenizer has no limit
+
+
+def tokenizer_of(layout: Layout) -> FolderTokenizer:
+    """The model's, with those of its routes."""
+    by_route = {name: FolderTokenizer(layout, name) for name in layout.routes}
+    first = by_route[layout.by_task.get("", next(iter(by_route)))]
+    if len(by_route) > 1:
+        first.routes = {task: by_route[route] for task, route in layout.by_task.items()}
+    return first
 
 
 class FolderTokenizer(Tokenizer):
-    """The model's fast tokenizer without padding and truncation. One per model, shared by all request threads."""
+    """A route's fast tokenizer without padding and truncation. One per model and route, shared by all threads."""
 
-    def __init__(self, folder: Path) -> None:
-        config = _json(folder / "config.json")
-        st_config = _json(folder / "config_sentence_transformers.json")
-        module = folder / _first_module_path(folder)
-        limits = _json(module / "sentence_bert_config.json")
-        tokenizer_config = _json(module / "tokenizer_config.json")
-        self._tokenizer = _load_tokenizer(module)
+    def __init__(self, layout: Layout, route: str = "") -> None:
+        module, *others = layout.routes[route]
+        config = read_json(module.folder / "config.json")
+        settings = transformer_settings(module.folder)
+        tokenizer_config = read_json(module.folder / "tokenizer_config.json")
+        self.route = route
+        self.prompts = layout.prompts
+        self.default_prompt_name = layout.default_prompt_name
+        self.default_dimensions = layout.dimensions
+        self._tokenizer = _load_tokenizer(module.folder)
         self.pad_id = _pad_id(self._tokenizer, config)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._lower = bool(limits.get("do_lower_case"))
-        self.prompts = {k: v for k, v in (st_config.get("prompts") or {}).items() if isinstance(v, str)}
-        self.default_prompt = self.prompts.get(st_config.get("default_prompt_name") or "", "")
-        self.max_tokens = _positions(config)
-        own = limits.get("max_seq_length") or tokenizer_config.get("model_max_length")
-        self.default_max_tokens = int(own) if own and own < 1_000_000 else self.max_tokens
-        bare = self._tokenizer.encode("", add_special_tokens=True).ids
+        self._is_static = module.kind == STATIC
+        self._dropped = _unknown_id(self._tokenizer) if self._is_static and is_model2vec(module.folder) else None
+        if settings.get("do_lower_case"):
+            _lower(self._tokenizer)
+        self.excludes_prompt = not all(_includes_prompt(step) for step in others)
+        has_template = "chat_template" in tokenizer_config or any(module.folder.glob("chat_template*"))
+        self.tells_prompt = self.excludes_prompt or has_template
+        self.truncation_side = tokenizer_config.get("truncation_side") or "right"
+        if not self._is_static:
+            self.max_tokens = _positions(config)
+            own = settings.get("max_seq_length") or tokenizer_config.get("model_max_length")
+            self.default_max_tokens = int(own) if own and own < NO_LIMIT else self.max_tokens
+        bare = self._tokenizer.encode("", add_special_tokens=not self._is_static).ids
         self._head, self._tail = self._special_ids(bare)
         self.special_tokens = len(self._head) + len(self._tail)
+        self.ends_specially = bool(self._tail)
+        self.vocabulary_size = self._tokenizer.get_vocab_size()
+        self._special = {id_ for id_, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._prompt_tokens = functools.lru_cache(maxsize=256)(self._counted)
 
     @override
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(self._given(texts))]
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=not self._is_static)
+        if self._dropped is None:
+            return [encoding.ids for encoding in encodings]
+        return [[id_ for id_ in encoding.ids if id_ != self._dropped] for encoding in encodings]
 
     @override
     def beginning(self, text: str, limit: int) -> list[int] | None:
+        if self._is_static:
+            return None
         # The tokenizer splits a text into words and reads each by itself. So the words of a beginning are those of the
         # whole text, but for the last two, which may be cut, or may be split by what follows. The digits at its end go
         # too: some tokenizers group them from the right.
         for chars in (CHARS_PER_TOKEN * limit, CHARS_PER_TOKEN**2 * limit):
             if len(text) <= chars:
                 return None
-            (encoding,) = self._tokenizer.encode_batch(self._given([TRAILING_DIGITS.sub("", text[:chars])]))
+            (encoding,) = self._tokenizer.encode_batch([TRAILING_DIGITS.sub("", text[:chars])])
             words = [word for word in encoding.word_ids if word is not None]
             if words and sum(word < words[-1] - 1 for word in words) > limit:
                 ids: list[int] = encoding.ids
@@ -70,16 +105,24 @@ class FolderTokenizer(Tokenizer):
         return None
 
     @override
-    def cut(self, ids: list[int], limit: int, side: str) -> list[int]:
-        head, tail = self._head, self._tail
-        words = ids[len(head) : len(ids) - len(tail)]
-        room = max(limit - len(head) - len(tail), 0)
-        return [*head, *(words[:room] if side == "right" else words[len(words) - room :]), *tail]
+    def cut(self, ids: list[int], limit: int, side: str, prompt_tokens: int = 0) -> list[int]:
+        end = len(ids) - len(self._tail)
+        kept = max(limit - len(self._tail), len(self._head))
+        prompt_tokens = min(max(prompt_tokens, len(self._head)), kept) if side == "left" else kept
+        return [*ids[: min(prompt_tokens, end)], *ids[max(end - (kept - prompt_tokens), prompt_tokens) : end], *self._tail]
+
+    @override
+    def prompt_tokens(self, prompt: str) -> int:
+        return self._prompt_tokens(prompt)
+
+    def _counted(self, prompt: str) -> int:
+        """As sentence-transformers counts it: a special token at its end belongs to the text."""
+        (ids,) = self.encode([prompt])
+        return len(ids) - (bool(ids) and ids[-1] in self._special)
 
     @override
     def tokens(self, texts: Sequence[str], *, special: bool) -> list[list[Token]]:
-        given = self._given(texts)
-        encodings = self._tokenizer.encode_batch(given, add_special_tokens=special)
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=special and not self._is_static)
         return [
             [
                 Token(id_, token, True, None, None) if is_special else Token(id_, text[start:stop], False, start, stop)
@@ -87,20 +130,17 @@ class FolderTokenizer(Tokenizer):
                     encoding.ids, encoding.tokens, encoding.special_tokens_mask, encoding.offsets, strict=True
                 )
             ]
-            for text, encoding in zip(given, encodings, strict=True)
+            for text, encoding in zip(texts, encodings, strict=True)
         ]
 
     @override
     def decode(self, ids: Sequence[Ids], *, skip_special: bool) -> list[str]:
         return list(self._tokenizer.decode_batch([list(i) for i in ids], skip_special_tokens=skip_special))
 
-    def _given(self, texts: Sequence[str]) -> list[str]:
-        return [text.lower() for text in texts] if self._lower else list(texts)
-
     def _special_ids(self, bare: list[int]) -> tuple[list[int], list[int]]:
         """The special tokens before and after a text."""
         plain = self._tokenizer.encode("a", add_special_tokens=False).ids
-        full = self._tokenizer.encode("a", add_special_tokens=True).ids
+        full = self._tokenizer.encode("a", add_special_tokens=not self._is_static).ids
         for start in range(len(full) - len(plain) + 1):
             if full[start : start + len(plain)] == plain and len(full) - len(plain) == len(bare):
                 return full[:start], full[start + len(plain) :]
@@ -126,7 +166,7 @@ def _load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
         try:
             return tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # it raises nothing narrower
-            raise ModelFailed(f"{file} {_broken(file, error)}") from None
+            raise ModelFailed(f"{file} {what_is_broken(file, error)}") from None
     from transformers import AutoTokenizer  # builds a fast tokenizer from older files
 
     try:
@@ -136,31 +176,21 @@ def _load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
         raise ModelFailed(f"{folder.name}: no fast tokenizer: {error}") from None
 
 
-def _json(file: Path, kind: type[Any] = dict) -> Any:
-    """Its document, an empty one if there is no such file. Raises ModelFailed, which names the file."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        document = json.loads(text)
-    except FileNotFoundError:
-        return kind()
-    except (OSError, ValueError) as error:
-        raise ModelFailed(f"{file} {_broken(file, error)}") from None
-    if not isinstance(document, kind):
-        raise ModelFailed(f"{file} holds {type(document).__name__}, not {kind.__name__}")
-    return document
+def _lower(tokenizer: tokenizers.Tokenizer) -> None:
+    """Lower-case texts as sentence-transformers does: before its own normalizer, and never a special token."""
+    own = tokenizer.normalizer
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([own] if own else [])])
 
 
-def _broken(file: Path, error: Exception) -> str:
-    """What is wrong with a file that a library cannot read."""
-    with contextlib.suppress(OSError), file.open("rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            return "is a pointer of Git LFS in the place of the file: fetch it with `git lfs pull`"
-    return f"cannot be read: {error}"
+def _unknown_id(tokenizer: tokenizers.Tokenizer) -> int | None:
+    """The id that stands for what is in no vocabulary, where the tokenizer names one; model2vec leaves it out."""
+    token = getattr(tokenizer.model, "unk_token", None)
+    return tokenizer.token_to_id(token) if token else None
 
 
-def _first_module_path(folder: Path) -> str:
-    modules = _json(folder / "modules.json", list)
-    return str(modules[0].get("path") or "") if modules else ""
+def _includes_prompt(module: Module) -> bool:
+    """Whether a prompt's tokens count when token vectors are averaged."""
+    return module.kind != "Pooling" or bool(read_json(module.folder / "config.json").get("include_prompt", True))
 
 
 def _pad_id(tokenizer: tokenizers.Tokenizer, config: dict[str, Any]) -> int:
@@ -170,8 +200,8 @@ def _pad_id(tokenizer: tokenizers.Tokenizer, config: dict[str, Any]) -> int:
 
 
 def _positions(config: dict[str, Any]) -> int | None:
-    positions = config.get("max_position_embeddings")
-    if not positions:
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if not positions or positions < 0:
         return None
     if config.get("model_type") in OFFSET_POSITIONS:
         return int(positions) - int(config.get("pad_token_id") or 1) - 1

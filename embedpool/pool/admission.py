@@ -103,7 +103,7 @@ class Admission:
         raw = request.gather()
         call.require_room(raw.width)
         errors = dict(sorted(request.errors.items()))
-        rows = task.finish(raw, spec.driver.config, errors)
+        rows = task.finish(raw, spec.driver.config, tokenizer, errors)
         counted = round(request.counted) or sum(item.tokens for item in measured.items if item.index not in errors)
         return Result(
             model=spec.model,

@@ -87,10 +87,12 @@ class Embed(Task):
     ) -> Measured:
         broken = self._broken()
         given = ["" if i in broken else text for i, text in enumerate(self.texts)] if broken else self.texts
-        texts, passed_on = prompted(given, self.options, config, tokenizer)
+        prompt, passed_on = prompt_of(self.options, config, tokenizer)
+        texts = [prompt + text for text in given] if prompt else given
         if config.is_remote:
             of_remote = self._for_a_remote(texts, passed_on)
             return Measured([item for item in of_remote if item.index not in broken], [], broken)
+        tokenizer = _routed(self.options, tokenizer)
         if extra := self.options.extra:
             raise UnsupportedOption(
                 f"unknown option for a local model: {', '.join(sorted(extra))}",
@@ -98,8 +100,11 @@ class Embed(Task):
             )
         limit = _limit_of(self.options, config, tokenizer)
         refuses = self.options.truncate == "error"
-        reads = limit if self.options.truncate in (None, "right") else None  # so many tokens and no more
-        keys = Keys(LOCAL)
+        side = tokenizer.truncation_side if self.options.truncate in (None, "error") else self.options.truncate
+        reads = limit if side == "right" and not refuses else None  # so many tokens and no more
+        prompt_tokens = tokenizer.prompt_tokens(prompt) if prompt and side == "left" else 0
+        group = _group_of(prompt, tokenizer)
+        keys = Keys(group)
         items: list[Item] = []
         too_long: dict[int, int] = {}  # tokens, at full length where they are told
         for start, part in _slices(texts):
@@ -111,9 +116,9 @@ class Embed(Task):
                     too_long[i] = len(full)
                     if refuses:
                         continue
-                    ids = array("I", tokenizer.cut(full, limit, self.options.truncate or "right"))
+                    ids = array("I", tokenizer.cut(full, limit, side, prompt_tokens))
                     key = keys.of(ids, text)  # a driver that is not fed by ids is given the text
-                items.append(Item((text,), len(ids), ids, group=LOCAL, key=key, index=i))
+                items.append(Item((text,), len(ids), ids, group=group, key=key, index=i))
         items = [item for item in items if item.index not in broken] if broken else items
         if refuses and limit is not None:
             return Measured(items, [], {**broken, **self._refused(too_long, limit)})
@@ -149,10 +154,14 @@ class Embed(Task):
         raise TextTooLong(f"{self.where(first)} has {says[first]}", fields=fields, inputs=named)
 
     @override
-    def finish(self, rows: Rows, config: DriverConfig, errors: dict[int, EmbedpoolError]) -> Rows:
+    def finish(
+        self, rows: Rows, config: DriverConfig, tokenizer: Tokenizer, errors: dict[int, EmbedpoolError]
+    ) -> Rows:
         if not rows.width:
             return rows
         raw = rows.values
+        if self.options.dimensions is None and tokenizer.default_dimensions:
+            raw = raw[:, : tokenizer.default_dimensions]
         if self.partial and (too_large := self._overflowing(raw, config)):
             errors.update({i: InferenceFailed(NO_FLOAT16) for i in too_large if i not in errors})
             raw = raw.copy()
@@ -170,6 +179,37 @@ class Embed(Task):
 
 
 LOCAL = Group(Embed.name)
+
+
+def _routed(options: EmbedOptions, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer of the route that texts take, by what they are for. Raises InvalidRequest if there is none."""
+    if not tokenizer.routes:
+        return tokenizer
+    field = "input_type" if options.input_type is not None else "prompt_name"
+    word = options.input_type if options.input_type is not None else options.prompt_name
+    for name in (word, *_alike(word)) if word is not None else ():
+        if name in tokenizer.routes:
+            return tokenizer.routes[name]
+    is_for_one = word is not None and bool(_alike(word))
+    if "" in tokenizer.routes and not is_for_one:
+        return tokenizer.routes[""]
+    known = ", ".join(sorted(filter(None, tokenizer.routes)))
+    message = f"the model has no route for {word!r}" if is_for_one else "the model wants to know what the texts are for"
+    raise InvalidRequest(f"options.{field}: {message}; known: {known}", fields={f"options.{field}": message})
+
+
+def _alike(word: str) -> tuple[str, ...]:
+    """Words that mean the same of a text."""
+    return next((words for words in (QUERY, DOCUMENT) if word in words), ())
+
+
+def _group_of(prompt: str, tokenizer: Tokenizer) -> Group:
+    """Texts of one route, and of one prompt where the model must be told it, share a batch."""
+    options = {
+        **({"route": tokenizer.route} if tokenizer.route else {}),
+        **({"prompt": prompt} if prompt and tokenizer.tells_prompt else {}),
+    }
+    return Group(Embed.name, json.dumps(options, sort_keys=True)) if options else LOCAL
 
 
 # --- before the queue
@@ -200,44 +240,42 @@ def encoded(texts: Sequence[str], tokenizer: Tokenizer, limit: int | None = None
     return [begun[i] if i in begun else next(rest) for i in range(len(texts))] if begun else found
 
 
-def prompted(
-    texts: Sequence[str], options: EmbedOptions, config: DriverConfig, tokenizer: Tokenizer
-) -> tuple[Sequence[str], dict[str, object]]:
-    """The texts with their prompt, and the options to forward to a remote service. Raises InvalidRequest."""
-    prefix, passed_on = _prompt_of(options, config, tokenizer)
-    return [prefix + text for text in texts] if prefix else texts, passed_on
-
-
-def _prompt_of(options: EmbedOptions, config: DriverConfig, tokenizer: Tokenizer) -> tuple[str, dict[str, object]]:
-    """The prompt to put before each text, and the options to forward to a remote service."""
+def prompt_of(options: EmbedOptions, config: DriverConfig, tokenizer: Tokenizer) -> tuple[str, dict[str, object]]:
+    """The prompt to put before each text, and the options to forward to a remote service. Raises InvalidRequest."""
     if options.prompt is not None:
         if options.prompt_name is not None:
             message = "give either prompt or prompt_name"
             raise InvalidRequest(f"options.prompt: {message}", fields={"options.prompt": message})
         return options.prompt, {}
     prompts = {**tokenizer.prompts, **config.prompts}
-    if options.prompt_name is None:
-        return _prompt_for(options.input_type, prompts, config, tokenizer)
-    if options.prompt_name in prompts:
-        return prompts[options.prompt_name], {}
+    default = prompts.get(tokenizer.default_prompt_name, "")
+    name = options.prompt_name
+    if name is None:
+        return _prompt_for(options.input_type, prompts, default, is_remote=config.is_remote)
+    if name in prompts:
+        return prompts[name], {}
     if config.is_remote:
-        return "", {"prompt_name": options.prompt_name}
+        return "", {"prompt_name": name}
+    if any(word in tokenizer.routes for word in (name, *_alike(name))):
+        return default, {}  # it names a route
     known = f"known: {', '.join(sorted(prompts))}" if prompts else "this model has none"
-    message = f"no prompt {options.prompt_name!r}; {known}"
+    message = f"no prompt {name!r}; {known}"
     raise InvalidRequest(f"options.prompt_name: {message}", fields={"options.prompt_name": message})
 
 
 def _prompt_for(
-    input_type: str | None, prompts: Mapping[str, str], config: DriverConfig, tokenizer: Tokenizer
+    input_type: str | None, prompts: Mapping[str, str], default: str, *, is_remote: bool
 ) -> tuple[str, dict[str, object]]:
-    """The prompt for what the texts are for; a model that has none for it treats all texts alike."""
+    """The prompt for what the texts are for, if the model has one, else as sentence-transformers' encode methods do."""
     if input_type is None:
-        return tokenizer.default_prompt, {}
-    alike = next((words for words in (QUERY, DOCUMENT) if input_type in words), ())
+        return default, {}
+    alike = _alike(input_type)
     for name in (input_type, *alike):
         if name in prompts:
             return prompts[name], {}
-    return tokenizer.default_prompt, {"input_type": input_type} if config.is_remote else {}
+    if is_remote:
+        return default, {"input_type": input_type}
+    return "" if alike else default, {}  # encode_query and encode_document take no other prompt, encode the default
 
 
 def _limit_of(options: EmbedOptions, config: DriverConfig, tokenizer: Tokenizer) -> int | None:

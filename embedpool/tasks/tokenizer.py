@@ -20,13 +20,22 @@ class Token(NamedTuple):
 
 
 class Tokenizer(abc.ABC):
-    """Token ids of texts, and what a model's files say of prompts and limits. Thread-safe."""
+    """Token ids of texts, and what a model's files say of prompts, limits and routes. Thread-safe.
+
+    A model may treat texts by what they are for (query, document, …): `routes` then holds the tokenizer for each such
+    word, at "" the one where nothing is said, if that is allowed. Each knows the name of its own `route`.
+    """
 
     max_tokens: int | None = None  # the model's positions
     default_max_tokens: int | None = None  # the model's own max_seq_length
+    truncation_side = "right"  # where the surplus of a long text goes, unless a request says it
     special_tokens = 0  # added to each text
     prompts: Mapping[str, str] = {}  # the model's own
-    default_prompt = ""  # used where the request names none
+    default_prompt_name = ""  # of the one used where the request names none
+    tells_prompt = False  # whether the model must be told which part of a text is its prompt
+    default_dimensions: int | None = None  # numbers of a vector given out unless a request asks for others; None: all
+    route = ""
+    routes: Mapping[str, Tokenizer] = {}
 
     @abc.abstractmethod
     def encode(self, texts: Sequence[str]) -> list[list[int]] | None:
@@ -40,8 +49,15 @@ class Tokenizer(abc.ABC):
         """
         return None
 
-    def cut(self, ids: list[int], limit: int, side: str) -> list[int]:
-        """Ids of at most `limit` tokens, special tokens kept; `side` says where the surplus goes: left or right."""
+    def cut(self, ids: list[int], limit: int, side: str, prompt_tokens: int = 0) -> list[int]:
+        """Ids of at most `limit` tokens, special tokens and the first `prompt_tokens` kept.
+
+        `side` says where the surplus of the text goes: left or right.
+        """
+        raise NotImplementedError
+
+    def prompt_tokens(self, prompt: str) -> int:
+        """How many of the first tokens of a text, special ones included, are those of the prompt before it."""
         raise NotImplementedError
 
     def tokens(self, texts: Sequence[str], *, special: bool) -> list[list[Token]]:

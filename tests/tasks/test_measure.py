@@ -25,7 +25,8 @@ class Local(FakeTokenizer):
 
 
 class Prompted(Local):
-    default_prompt = "p: "
+    prompts: ClassVar = {**Local.prompts, "own": "p: "}
+    default_prompt_name = "own"
 
 
 HTTP = HttpConfig(base_url="http://remote/embed", prompts={"query": "rq: "})

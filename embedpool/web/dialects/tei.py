@@ -23,7 +23,7 @@ from embedpool.errors import (
 )
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
-from embedpool.tasks.embed import EmbedOptions, prompted
+from embedpool.tasks.embed import EmbedOptions, prompt_of
 from embedpool.web import submit
 from embedpool.web.body import read_json
 from embedpool.web.compat import CompatSchema, YesOrNo, known
@@ -193,8 +193,8 @@ def _tokenize(pool: Pool, settings: Settings, name: str) -> Response:
     with pool.permit():
         served = pool.find(name)
         tokenizer = served.tokenizer()
-        behind_prompt, _ = prompted(texts, options, served.spec.driver.config, tokenizer)
-        found = tokenizer.tokens(behind_prompt, special=body["add_special_tokens"])
+        prompt, _ = prompt_of(options, served.spec.driver.config, tokenizer)
+        found = tokenizer.tokens([prompt + text for text in texts], special=body["add_special_tokens"])
         return json_response([[token._asdict() for token in tokens] for tokens in found])
 
 

@@ -1,0 +1,122 @@
+"""A route of a local model, from the items of a batch to float32 vectors: by token ids, or by the library's encode."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import override
+
+from embedpool.drivers.library import Library
+from embedpool.drivers.tokenizer import FolderTokenizer, pad
+from embedpool.tasks.item import Batch, Ids
+
+Array = NDArray[Any]
+Run = Callable[[dict[str, Array]], Array]  # padded inputs of shape (texts, tokens) → float32 (texts, width)
+
+
+class Pipeline(abc.ABC):
+    """Computes the batches of one route."""
+
+    pads = True  # whether a batch costs what its longest text times their number costs
+    by_ids = True  # what it is given; if not, it reads texts
+
+    def __init__(self, tokenizer: FolderTokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    @abc.abstractmethod
+    def run(self, batch: Batch) -> Array:
+        """float32 vectors of shape (items, width)."""
+
+    def run_beside(self, batch: Batch) -> Array:
+        """As `run` works while other batches run: what costs are fitted to."""
+        return self.run(batch)
+
+    def _ids(self, batch: Batch) -> Sequence[Ids]:
+        return batch.ids or self.tokenizer.encode(batch.texts)
+
+
+class PaddedPipeline(Pipeline):
+    """Pads token ids and gives them to `run`; `of_nothing` is the vector of a text without any token."""
+
+    def __init__(
+        self, tokenizer: FolderTokenizer, run: Run, of_nothing: Array | None, beside_others: Run | None = None
+    ) -> None:
+        super().__init__(tokenizer)
+        self._run = run
+        self._beside_others = beside_others or run
+        self._of_nothing = of_nothing
+
+    @override
+    def run(self, batch: Batch) -> Array:
+        return self._vectors(self._run, batch)
+
+    @override
+    def run_beside(self, batch: Batch) -> Array:
+        return self._vectors(self._beside_others, batch)
+
+    def _vectors(self, run: Run, batch: Batch) -> Array:
+        ids = self._ids(batch)
+        if all(map(len, ids)):
+            return run(self._padded(ids, batch))
+        some = [i for i, row in enumerate(ids) if len(row)]
+        nothing = np.float32(np.nan) if self._of_nothing is None else self._of_nothing
+        if not some:
+            if self._of_nothing is None:
+                raise ValueError("the model gives no vector for a text without tokens")
+            return np.tile(self._of_nothing, (len(ids), 1))
+        found = run(self._padded([ids[i] for i in some], batch))
+        vectors = np.empty((len(ids), found.shape[1]), np.float32)
+        vectors[:] = nothing
+        vectors[some] = found
+        return vectors
+
+    def _padded(self, ids: Sequence[Ids], batch: Batch) -> dict[str, Array]:
+        inputs = pad(ids, self.tokenizer.pad_id)
+        if self.tokenizer.excludes_prompt:
+            pooled = inputs["attention_mask"].copy()
+            if prompt := batch.options.get("prompt"):
+                shortest = min(map(len, ids)) - self.tokenizer.ends_specially  # that of a text cut within its prompt
+                pooled[:, : min(self.tokenizer.prompt_tokens(prompt), shortest)] = 0
+            inputs["pooled_mask"] = pooled
+        return inputs
+
+
+class EncodePipeline(Pipeline):
+    """Gives texts to the library's encode: for models that make more of a text than token ids."""
+
+    by_ids = False
+
+    def __init__(self, tokenizer: FolderTokenizer, library: Library) -> None:
+        super().__init__(tokenizer)
+        self._library = library
+
+    @override
+    def run(self, batch: Batch) -> Array:
+        prompt = batch.options.get("prompt", "")
+        texts = [text.removeprefix(prompt) for text in batch.texts]
+        cuts = [self._cut(text, ids) for text, ids in zip(batch.texts, batch.ids or [None] * len(texts), strict=True)]
+        rows: list[Array | None] = [None] * len(texts)
+        for cut in set(cuts):
+            those = [i for i, found in enumerate(cuts) if found == cut]
+            limit, side = cut or (None, "right")
+            found = self._library.encode(
+                [texts[i] for i in those], prompt=prompt, route=self.tokenizer.route, limit=limit, side=side
+            )
+            for i, row in zip(those, found, strict=True):
+                rows[i] = row
+        return np.stack([row for row in rows if row is not None])
+
+    def _cut(self, text: str, ids: Ids | None) -> tuple[int, str] | None:
+        """How many tokens are kept of a text, and on which side it was cut; None if it was not."""
+        if ids is None:
+            return None
+        (whole,) = self.tokenizer.encode([text])
+        if len(ids) >= len(whole):
+            return None
+        kept = list(ids)
+        side = "right" if kept == self.tokenizer.cut(whole, len(kept), "right") else "left"
+        return len(kept), side
