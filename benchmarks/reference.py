@@ -62,17 +62,22 @@ def _torch() -> dict[str, Any]:
 
 def _openvino(dtype: str, cache_dir: Path) -> dict[str, Any]:
     """The graph embedpool compiles: one stream on all cores, or a stream for each core with a thread of its own."""
+    from embedpool.config.spec import LocalStConfig
     from embedpool.drivers import openvino_graph
-    from embedpool.drivers.tokenizer import FolderTokenizer, pad
+    from embedpool.drivers.layout import read_layout
+    from embedpool.drivers.library import Library
+    from embedpool.drivers.tokenizer import pad, tokenizer_of
     from embedpool.places.cores import available_cores
 
-    cores = available_cores()
-    folder = texts.model_folder()
-    tokenizer = FolderTokenizer(folder)
-    graph = openvino_graph.exported(folder, cache_dir, _sentence_transformer)
+    cores, config = available_cores(), LocalStConfig()
+    layout = read_layout(texts.model_folder(), config)
+    tokenizer = tokenizer_of(layout)
+    graphs = openvino_graph.exported(
+        layout, {"": tokenizer}, cache_dir, lambda: Library(layout, config, "float32", "torch")
+    )
 
     def encode(streams: int, batch_size: int) -> Encode:
-        run = openvino_graph.compiled(graph, dtype, threads=cores, streams=streams)
+        run = openvino_graph.compiled(graphs / "model.xml", dtype, threads=cores, streams=streams)
         threads = ThreadPoolExecutor(streams)
 
         def call(given: list[str]) -> Any:

@@ -52,7 +52,7 @@ class Words(Task):
         ]
         return Measured(items, [], {})
 
-    def finish(self, rows: Rows, config: DriverConfig, errors: dict[int, EmbedpoolError]) -> Rows:
+    def finish(self, rows: Rows, config: DriverConfig, tokenizer: Tokenizer, errors: dict[int, EmbedpoolError]) -> Rows:
         return rows
 
 

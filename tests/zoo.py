@@ -42,6 +42,7 @@ class Animal:
     by_encode: bool = False  # whether the library's encode serves it
     static: bool = False
     of_model2vec: bool = False
+    has_default: bool = True  # whether it takes texts without being told what they are for
 
 
 ZOO: dict[str, Animal] = {}
@@ -344,6 +345,45 @@ animal("plain causal lm with a chat template", by_encode=True)(
 )  # fmt: skip
 
 
+# --- code of its own
+
+CODE = '''
+import torch
+try:
+    from sentence_transformers.sentence_transformer.modules import Transformer
+except ImportError:
+    from sentence_transformers.models import Transformer
+
+
+class Counting(Transformer):
+    """Makes more of a text than its ids: how many letters it has."""
+
+    def preprocess(self, inputs, *args, **kwargs):
+        features = super().preprocess(inputs, *args, **kwargs)
+        features["letters"] = torch.tensor([float(len(text)) for text in inputs])
+        return features
+
+    tokenize = preprocess
+
+    def forward(self, features, **kwargs):
+        letters = features.pop("letters")
+        features = super().forward(features, **kwargs)
+        wave = torch.sin(letters[:, None, None] * torch.arange(1, 33))
+        features["token_embeddings"] = features["token_embeddings"] + wave
+        return features
+'''
+
+
+@animal("code of its own", by_encode=True, config={"trust_remote_code": True})
+def own_code(folder: Path) -> None:
+    sentence_transformer(folder, max_seq_length=64)
+    (folder / "counting.py").write_text(CODE)
+    file = folder / "modules.json"
+    entries = json.loads(file.read_text())
+    entries[0]["type"] = "counting.Counting"
+    file.write_text(json.dumps(entries))
+
+
 # --- tables
 
 
@@ -399,10 +439,9 @@ animal("model2vec, quantised", static=True, of_model2vec=True)(
 @animal("model2vec, with modules.json", static=True, of_model2vec=True)
 def model2vec_with_modules(folder: Path) -> None:
     model2vec(folder, normalize=True)
-    types = ("sentence_transformers.models.StaticEmbedding", "."), ("sentence_transformers.models.Normalize", "1_Normalize")
-    (folder / "modules.json").write_text(
-        json.dumps([{"idx": i, "name": str(i), "path": path, "type": type_} for i, (type_, path) in enumerate(types)])
-    )
+    steps = (("StaticEmbedding", "."), ("Normalize", "1_Normalize"))
+    entries = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in steps]
+    (folder / "modules.json").write_text(json.dumps(entries))
 
 
 # --- routers
@@ -431,7 +470,5 @@ def routed(folder: Path, query: str, document: str, *steps: Any, **settings: Any
 
 animal("router")(lambda folder: routed(folder, "bert", "bert", default_route="document", prompts=PROMPTS))
 animal("router, static queries")(lambda folder: routed(folder, "static", "bert", normalize))
-animal("router, static")(lambda folder: routed(folder, "static", "static"))
-animal("router, no default")(
-    lambda folder: routed(folder, "static", "bert", allow_empty_key=False)
-)
+animal("router, static", static=True)(lambda folder: routed(folder, "static", "static"))
+animal("router, no default", has_default=False)(lambda folder: routed(folder, "static", "bert", allow_empty_key=False))

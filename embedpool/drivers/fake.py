@@ -43,10 +43,15 @@ class FakeTokenizer(Tokenizer):
         return [[START, *(_id_of(word) for word in text.split()), END] for text in texts]
 
     @override
-    def cut(self, ids: list[int], limit: int, side: str) -> list[int]:
+    def cut(self, ids: list[int], limit: int, side: str, prompt_tokens: int = 0) -> list[int]:
         room = max(limit - 2, 0)
         words = ids[1:-1]
-        return [START, *(words[:room] if side == "right" else words[len(words) - room :]), END]
+        kept = min(max(prompt_tokens - 1, 0), room) if side == "left" else room
+        return [START, *words[:kept], *words[max(len(words) - (room - kept), kept) :], END]
+
+    @override
+    def prompt_tokens(self, prompt: str) -> int:
+        return 1 + len(prompt.split())
 
     @override
     def tokens(self, texts: Sequence[str], *, special: bool) -> list[list[Token]]:

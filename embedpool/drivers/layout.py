@@ -28,7 +28,14 @@ KINDS = {
     "sparse": "a sparse encoder",
     "multivector": "a multi-vector model",
 }
-OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForImageClassification")
+OTHER_HEADS = {
+    "HF_ColBERT": "multivector",
+    "ForRetrieval": "a model of images",
+    "ForTokenClassification": "a classifier of tokens",
+    "ForQuestionAnswering": "a finder of answers",
+    "ForMultipleChoice": "a chooser among answers",
+    "ForImageClassification": "a classifier of images",
+}
 
 # model_type in config_sentence_transformers.json → kind; what has none is an embedder.
 ARCHETYPES = {
@@ -140,7 +147,7 @@ def _kind_of(
 ) -> tuple[str, str | None]:
     """The kind, and what is assumed of pooling where no file says it. Raises ModelFailed for one that is not served."""
     found, why = _found(folder, settings, modules)
-    if found != EMBED and config.task != EMBED:
+    if EMBED not in (found, config.task):
         what = KINDS.get(found, found)
         raise ModelFailed(
             f"{folder} is {what}: {why}. embedpool serves embedders; to serve its encoder as one, whose vectors its "
@@ -165,21 +172,18 @@ def _found(folder: Path, settings: Mapping[str, Any], modules: Sequence[Module])
     for module in _with_routes(modules):
         if module.kind in TELLING_MODULES:
             return TELLING_MODULES[module.kind], f"its modules.json names {module.kind}"
-    if modules:
-        return EMBED, "it has a modules.json"
-    config = read_json(folder / "config.json")
-    architecture = _architecture(folder)
+    return (EMBED, "it has a modules.json") if modules else _of_architecture(folder)
+
+
+def _of_architecture(folder: Path) -> tuple[str, str]:
+    """The kind of a folder that only transformers knows, and by what."""
+    config, architecture = read_json(folder / "config.json"), _architecture(folder)
     says = f"its config.json says {architecture}"
     if architecture.endswith("ForSequenceClassification"):
         labels = config.get("num_labels") or len(config.get("id2label") or (0, 0))
         return ("rerank" if labels == 1 else "classify"), f"{says} with {labels} label{'s' * (labels != 1)}"
-    if architecture == "HF_ColBERT":
-        return "multivector", says
-    if architecture.endswith("ForRetrieval"):
-        return "a model of images", says
-    if architecture.endswith(OTHER_HEADS):
-        return "a model with another head", says
-    return EMBED, says
+    kind = next((kind for end, kind in OTHER_HEADS.items() if architecture.endswith(end)), EMBED)
+    return kind, says
 
 
 def _architecture(folder: Path) -> str:

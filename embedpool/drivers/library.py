@@ -50,7 +50,7 @@ class Library:
 
     @contextlib.contextmanager
     def _limited(self, route: str, limit: int | None, side: str) -> Iterator[None]:
-        tokenizer = getattr(self.modules(route)[0], "tokenizer", None)
+        tokenizer: Any = getattr(self.modules(route)[0], "tokenizer", None)
         if limit is None or not hasattr(tokenizer, "model_max_length"):
             yield
             return

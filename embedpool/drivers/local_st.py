@@ -25,7 +25,7 @@ from embedpool.drivers.measure import cosine, fastest_s, probe_batch
 from embedpool.drivers.model_folder import commit_of, find_model_folder, keep_commit
 from embedpool.drivers.space import of_files
 from embedpool.drivers.static import StaticPipeline, is_static
-from embedpool.drivers.tokenizer import FolderTokenizer, tokenizer_of
+from embedpool.drivers.tokenizer import FolderTokenizer, tokenizer_of, tokenizers_of
 from embedpool.errors import ModelFailed
 from embedpool.places.cores import available_cores
 from embedpool.tasks.driver import PROBE_TEXT, Cost, Driver, Facts, Folders, describe
@@ -67,11 +67,11 @@ class LocalStDriver(Driver):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its pool is sized by the host
         folder = find_model_folder(self._model, self._config, self._folders.state)
         layout = read_layout(folder, self._config)
-        tokenizer = tokenizer_of(layout)
-        if fault := limit_fault(self._config.max_seq_length, tokenizer):
-            raise ModelFailed(f"{self._model!r}: max_seq_length {fault}")
-        routes = {t.route: t for t in (tokenizer, *tokenizer.routes.values())}
-        backend, why = self._load(layout, routes)
+        tokenizers = tokenizers_of(layout)
+        for tokenizer in tokenizers.values():
+            if fault := limit_fault(self._config.max_seq_length, tokenizer):
+                raise ModelFailed(f"{self._model!r}: max_seq_length {fault}")
+        backend, why = self._load(layout, tokenizers)
         self.probe()
         widths = {self._probed(pipeline).shape[1] for pipeline in self._pipelines.values()}
         width = widths.pop() if len(widths) == 1 else None
@@ -88,7 +88,7 @@ class LocalStDriver(Driver):
             ms_per_1000_tokens=round(cost.token_s * 1e6, 3) if cost else None,
             **self._says,
             dim=min(layout.dimensions or width, width) if width else None,
-            routes=sorted(routes) if len(routes) > 1 else None,
+            routes=sorted(tokenizers) if len(tokenizers) > 1 else None,
             commit=commit_of(folder),
         )
         keep_commit(self._model, self._config, self._folders.state, folder)
@@ -173,7 +173,7 @@ class LocalStDriver(Driver):
         )
         gc.collect()  # an export leaves a torch model behind
 
-        def compiled(dtype: str) -> dict[str, openvino_graph.GraphPipeline]:
+        def compiled(dtype: str) -> Mapping[str, openvino_graph.GraphPipeline]:
             return {r: openvino_graph.pipeline_of(graphs, t, dtype, self._cores) for r, t in tokenizers.items()}
 
         pipelines = compiled(self._dtype)
@@ -193,7 +193,7 @@ class LocalStDriver(Driver):
                 batch = probe_batch(ids=[ids])
                 worst = min(worst, cosine(pipeline.run(batch)[0], lossy[route].run(batch)[0]))
             batch = _batch_of(tokenizer, 8, 32)
-            exact_s, lossy_s = (fastest_s(lambda p=p: p[route].run_beside(batch)) for p in (exact, lossy))
+            exact_s, lossy_s = (_seconds(of_it, batch) for of_it in (pipeline, lossy[route]))
             gain = min(gain, exact_s / lossy_s)
         found = f"bfloat16 is {gain:.2f} times as fast here, at a cosine to float32 of {worst:.6f} or more"
         taken = gain >= FAST_LEAST_GAIN and worst >= FAST_LEAST_COSINE
@@ -259,6 +259,10 @@ def _batch_of(tokenizer: FolderTokenizer, texts: int, tokens: int) -> Batch:
     return probe_batch([PROBE_TEXT] * texts, [tokenizer.cut(ids, tokens, "right")] * texts)
 
 
+def _seconds(pipeline: Pipeline, batch: Batch) -> float:
+    return fastest_s(lambda: pipeline.run_beside(batch))
+
+
 def _cost_of(pipeline: Pipeline) -> Cost:
     """Least squares of relative errors over a few padded batches, the better of two runs each."""
     padded, seconds = [], []
@@ -266,7 +270,7 @@ def _cost_of(pipeline: Pipeline) -> Cost:
     for texts, tokens in WARM_UP_SHAPES:
         batch = _batch_of(pipeline.tokenizer, texts, min(tokens, most))
         padded.append(float(sum(map(len, batch.ids or ()))))
-        seconds.append(fastest_s(lambda batch=batch: pipeline.run_beside(batch)))
+        seconds.append(_seconds(pipeline, batch))
     weights = [1 / s for s in seconds]
     token_s, fixed_s = np.polyfit(padded, seconds, 1, w=weights).tolist()
     return Cost(max(fixed_s, SHORTEST_CALL_S), max(token_s, SHORTEST_CALL_S / 1000))

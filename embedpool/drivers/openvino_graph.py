@@ -39,7 +39,9 @@ UNFINISHED, UNFINISHED_S = "export-", 86400.0  # the same of an export that neve
 COMPILED_TWICE_BYTES = 256_000_000  # of weights; each compiled model holds its own copy
 
 
-def exported(layout: Layout, tokenizers: Mapping[str, FolderTokenizer], cache: Path, load: Callable[[], Library]) -> Path:
+def exported(
+    layout: Layout, tokenizers: Mapping[str, FolderTokenizer], cache: Path, load: Callable[[], Library]
+) -> Path:
     """The folder with a graph for each route of the model, exported unless the cache has it.
 
     The key holds the model's files and the libraries' versions. New graphs are compared with `encode` before they
@@ -229,10 +231,28 @@ def _convert(modules: Sequence[Any], tokenizer: FolderTokenizer) -> Any:
                 features = step(features)
             return features["sentence_embedding"]
 
-    example = torch.ones((2, 8), dtype=torch.long)
+    steps = Steps().eval()
+    example = dict.fromkeys(names, torch.ones((2, 8), dtype=torch.long))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        return _openvino().convert_model(Steps().eval(), example_input=dict.fromkeys(names, example))
+        try:
+            return _openvino().convert_model(steps, example_input=example)
+        except Exception as error:
+            logger.info("the model cannot be traced, and is exported in another way: %s", error)
+        # Models whose masks are made by functions cannot be traced. The other way needs masks of numbers: where a
+        # token attends to none, minus infinity for all would make it no number.
+        for module in modules:
+            inner: Any = getattr(module, "model", None)
+            if hasattr(inner, "set_attn_implementation"):
+                inner.set_attn_implementation("eager")
+        sizes = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in names}
+        example = {name: torch.ones((3, 9), dtype=torch.long) for name in names}
+        try:
+            return _openvino().convert_model(
+                torch.export.export(steps, (), example, dynamic_shapes=sizes, strict=False)
+            )
+        except Exception as error:
+            raise ModelFailed(f"the model cannot be exported: {str(error).strip().splitlines()[0]}") from None
 
 
 def _require_a_mask_is_enough(modules: Sequence[Any]) -> None:

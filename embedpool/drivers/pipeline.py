@@ -96,9 +96,14 @@ class EncodePipeline(Pipeline):
 
     @override
     def run(self, batch: Batch) -> Array:
-        prompt = batch.options.get("prompt", "")
+        options = batch.options
+        prompt = options.get("prompt", "")
         texts = [text.removeprefix(prompt) for text in batch.texts]
-        cuts = [self._cut(text, ids) for text, ids in zip(batch.texts, batch.ids or [None] * len(texts), strict=True)]
+        cuts: list[tuple[int, str] | None] = [None] * len(texts)
+        if "limit" in options:
+            cuts = [(options["limit"], options["side"])] * len(texts)
+        elif ids := batch.ids:
+            cuts = [self._cut(text, of_it) for text, of_it in zip(batch.texts, ids, strict=True)]
         rows: list[Array | None] = [None] * len(texts)
         for cut in set(cuts):
             those = [i for i, found in enumerate(cuts) if found == cut]
@@ -110,10 +115,8 @@ class EncodePipeline(Pipeline):
                 rows[i] = row
         return np.stack([row for row in rows if row is not None])
 
-    def _cut(self, text: str, ids: Ids | None) -> tuple[int, str] | None:
+    def _cut(self, text: str, ids: Ids) -> tuple[int, str] | None:
         """How many tokens are kept of a text, and on which side it was cut; None if it was not."""
-        if ids is None:
-            return None
         (whole,) = self.tokenizer.encode([text])
         if len(ids) >= len(whole):
             return None

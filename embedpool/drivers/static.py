@@ -30,7 +30,7 @@ class StaticPipeline(Pipeline):
     """As StaticEmbedding computes, or as model2vec does where the table is in its form: told by the weights' names.
 
     model2vec's tables may be quantised: `mapping` gives the row of a token, `weights` a factor. It leaves out tokens
-    of no vocabulary, which the tokenizer does here, and cuts long texts, which is not done here.
+    that stand for what is in no vocabulary. It also cuts texts at 512 tokens; here they are cut where the folder says.
     """
 
     pads = False
@@ -43,6 +43,7 @@ class StaticPipeline(Pipeline):
         self._table = tensors["embeddings" if is_of_model2vec else "embedding.weight"]
         self._rows = tensors.get("mapping") if is_of_model2vec else None
         self._factors = tensors.get("weights") if is_of_model2vec else None
+        self._left_out = tokenizer.unknown_id() if is_of_model2vec else None
         normalizes = is_of_model2vec and read_json(folder / "config.json").get("normalize")
         self._normalizes = bool(normalizes) or len(steps) > 1
         self._require_a_row_for_each_token()
@@ -60,10 +61,16 @@ class StaticPipeline(Pipeline):
         sums = np.zeros((len(ids), self._table.shape[1]), dtype=np.float32)
         if lengths.any():
             tokens = np.concatenate([np.asarray(row, dtype=np.int64) for row in ids if len(row)])
-            vectors = self._vectors(tokens)
-            starts = np.cumsum(lengths) - lengths
-            with_tokens = lengths > 0
-            sums[with_tokens] = np.add.reduceat(vectors, starts[with_tokens], axis=0)
+            if self._left_out is not None:
+                kept = tokens != self._left_out
+                counted = np.concatenate([[0], np.cumsum(kept)])
+                ends = np.cumsum(lengths)
+                lengths = counted[ends] - counted[ends - lengths]
+                tokens = tokens[kept]
+            some = lengths > 0
+            if some.any():
+                starts = np.cumsum(lengths) - lengths
+                sums[some] = np.add.reduceat(self._vectors(tokens), starts[some], axis=0)
         means = sums / np.maximum(lengths, 1)[:, None].astype(np.float32)
         if self._normalizes:
             means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)

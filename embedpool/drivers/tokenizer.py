@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import tokenizers
 from numpy.typing import NDArray
 from tokenizers import normalizers
@@ -35,9 +36,14 @@ TRAILING_DIGITS = re.compile(r"\d+\Z")
 NO_LIMIT = 1_000_000  # transformers writes a far larger number where a tokenizer has no limit
 
 
+def tokenizers_of(layout: Layout) -> dict[str, FolderTokenizer]:
+    """That of each route, by its name."""
+    return {name: FolderTokenizer(layout, name) for name in layout.routes}
+
+
 def tokenizer_of(layout: Layout) -> FolderTokenizer:
-    """The model's, with those of its routes."""
-    by_route = {name: FolderTokenizer(layout, name) for name in layout.routes}
+    """The model's, with those of its routes by what texts are for."""
+    by_route = tokenizers_of(layout)
     first = by_route[layout.by_task.get("", next(iter(by_route)))]
     if len(by_route) > 1:
         first.routes = {task: by_route[route] for task, route in layout.by_task.items()}
@@ -61,14 +67,17 @@ class FolderTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._is_static = module.kind == STATIC
-        self._dropped = _unknown_id(self._tokenizer) if self._is_static and is_model2vec(module.folder) else None
         if settings.get("do_lower_case"):
             _lower(self._tokenizer)
         self.excludes_prompt = not all(_includes_prompt(step) for step in others)
-        has_template = "chat_template" in tokenizer_config or any(module.folder.glob("chat_template*"))
-        self.tells_prompt = self.excludes_prompt or has_template
+        if _is_told_in_messages(settings, tokenizer_config, layout, module):
+            self.told = ("prompt", "limit", "side")
+        elif self.excludes_prompt:
+            self.told = ("prompt",)
         self.truncation_side = tokenizer_config.get("truncation_side") or "right"
-        if not self._is_static:
+        if self._is_static:
+            self.default_max_tokens = config.get("max_length") if is_model2vec(module.folder) else None
+        else:
             self.max_tokens = _positions(config)
             own = settings.get("max_seq_length") or tokenizer_config.get("model_max_length")
             self.default_max_tokens = int(own) if own and own < NO_LIMIT else self.max_tokens
@@ -83,9 +92,7 @@ class FolderTokenizer(Tokenizer):
     @override
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=not self._is_static)
-        if self._dropped is None:
-            return [encoding.ids for encoding in encodings]
-        return [[id_ for id_ in encoding.ids if id_ != self._dropped] for encoding in encodings]
+        return [encoding.ids for encoding in encodings]
 
     @override
     def beginning(self, text: str, limit: int) -> list[int] | None:
@@ -109,7 +116,11 @@ class FolderTokenizer(Tokenizer):
         end = len(ids) - len(self._tail)
         kept = max(limit - len(self._tail), len(self._head))
         prompt_tokens = min(max(prompt_tokens, len(self._head)), kept) if side == "left" else kept
-        return [*ids[: min(prompt_tokens, end)], *ids[max(end - (kept - prompt_tokens), prompt_tokens) : end], *self._tail]
+        return [
+            *ids[: min(prompt_tokens, end)],
+            *ids[max(end - (kept - prompt_tokens), prompt_tokens) : end],
+            *self._tail,
+        ]
 
     @override
     def prompt_tokens(self, prompt: str) -> int:
@@ -136,6 +147,14 @@ class FolderTokenizer(Tokenizer):
     @override
     def decode(self, ids: Sequence[Ids], *, skip_special: bool) -> list[str]:
         return list(self._tokenizer.decode_batch([list(i) for i in ids], skip_special_tokens=skip_special))
+
+    def unknown_id(self) -> int | None:
+        """The id that stands for what is in no vocabulary, if the tokenizer has one."""
+        model = self._tokenizer.model
+        if hasattr(model, "unk_token"):
+            return self._tokenizer.token_to_id(model.unk_token) if model.unk_token else None
+        found = orjson.loads(self._tokenizer.to_str())["model"].get("unk_id")
+        return None if found is None else int(found)
 
     def _special_ids(self, bare: list[int]) -> tuple[list[int], list[int]]:
         """The special tokens before and after a text."""
@@ -182,10 +201,13 @@ def _lower(tokenizer: tokenizers.Tokenizer) -> None:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([own] if own else [])])
 
 
-def _unknown_id(tokenizer: tokenizers.Tokenizer) -> int | None:
-    """The id that stands for what is in no vocabulary, where the tokenizer names one; model2vec leaves it out."""
-    token = getattr(tokenizer.model, "unk_token", None)
-    return tokenizer.token_to_id(token) if token else None
+def _is_told_in_messages(
+    settings: Mapping[str, Any], tokenizer_config: Mapping[str, Any], layout: Layout, module: Module
+) -> bool:
+    """Whether sentence-transformers puts texts into a chat template: then it must be given them, and what to keep."""
+    if layout.assumed:
+        return "chat_template" in tokenizer_config or any(module.folder.glob("chat_template*"))
+    return "message" in settings.get("modality_config", ())
 
 
 def _includes_prompt(module: Module) -> bool:

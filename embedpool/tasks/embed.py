@@ -102,8 +102,8 @@ class Embed(Task):
         refuses = self.options.truncate == "error"
         side = tokenizer.truncation_side if self.options.truncate in (None, "error") else self.options.truncate
         reads = limit if side == "right" and not refuses else None  # so many tokens and no more
-        prompt_tokens = tokenizer.prompt_tokens(prompt) if prompt and side == "left" else 0
-        group = _group_of(prompt, tokenizer)
+        prompt_tokens = tokenizer.prompt_tokens(prompt) if prompt and self.options.truncate == "left" else 0
+        group = _group_of(tokenizer, prompt=prompt, limit=limit, side=side)
         keys = Keys(group)
         items: list[Item] = []
         too_long: dict[int, int] = {}  # tokens, at full length where they are told
@@ -154,9 +154,7 @@ class Embed(Task):
         raise TextTooLong(f"{self.where(first)} has {says[first]}", fields=fields, inputs=named)
 
     @override
-    def finish(
-        self, rows: Rows, config: DriverConfig, tokenizer: Tokenizer, errors: dict[int, EmbedpoolError]
-    ) -> Rows:
+    def finish(self, rows: Rows, config: DriverConfig, tokenizer: Tokenizer, errors: dict[int, EmbedpoolError]) -> Rows:
         if not rows.width:
             return rows
         raw = rows.values
@@ -203,12 +201,10 @@ def _alike(word: str) -> tuple[str, ...]:
     return next((words for words in (QUERY, DOCUMENT) if word in words), ())
 
 
-def _group_of(prompt: str, tokenizer: Tokenizer) -> Group:
-    """Texts of one route, and of one prompt where the model must be told it, share a batch."""
-    options = {
-        **({"route": tokenizer.route} if tokenizer.route else {}),
-        **({"prompt": prompt} if prompt and tokenizer.tells_prompt else {}),
-    }
+def _group_of(tokenizer: Tokenizer, **facts: str | int | None) -> Group:
+    """Texts of one route share a batch, and of one prompt or limit where the model must be told it."""
+    known = {"route": tokenizer.route, **facts}
+    options = {name: known[name] for name in ("route", *tokenizer.told) if known[name]}
     return Group(Embed.name, json.dumps(options, sort_keys=True)) if options else LOCAL
 
 

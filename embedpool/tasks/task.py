@@ -49,9 +49,7 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def finish(
-        self, rows: Rows, config: DriverConfig, tokenizer: Tokenizer, errors: dict[int, EmbedpoolError]
-    ) -> Rows:
+    def finish(self, rows: Rows, config: DriverConfig, tokenizer: Tokenizer, errors: dict[int, EmbedpoolError]) -> Rows:
         """After the last row: the rows of all inputs, in order, in the form that was asked for.
 
         Ignore the rows of inputs that are in `errors`, by index. A partial request may add errors.

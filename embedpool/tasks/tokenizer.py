@@ -32,7 +32,7 @@ class Tokenizer(abc.ABC):
     special_tokens = 0  # added to each text
     prompts: Mapping[str, str] = {}  # the model's own
     default_prompt_name = ""  # of the one used where the request names none
-    tells_prompt = False  # whether the model must be told which part of a text is its prompt
+    told: Sequence[str] = ()  # what the model must be told beside ids: its prompt, its limit, its side of truncation
     default_dimensions: int | None = None  # numbers of a vector given out unless a request asks for others; None: all
     route = ""
     routes: Mapping[str, Tokenizer] = {}

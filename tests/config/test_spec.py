@@ -90,11 +90,12 @@ OTHER_LOCAL: dict[str, Any] = {
     "profile": "fast",
     "device": "cuda",
     "trust_remote_code": True,
+    "task": "embed",
     "isolation": "process",
     "max_rss_mb": 900,
     "batch_timeout_s": 5.0,
 }
-LOADS = {"path", "revision", "backend", "compute_dtype", "profile", "device", "trust_remote_code", "isolation"}
+LOADS = {"path", "revision", "backend", "compute_dtype", "profile", "device", "trust_remote_code", "task", "isolation"}
 
 
 @pytest.mark.parametrize("key", [f.name for f in dataclasses.fields(LocalStConfig)])

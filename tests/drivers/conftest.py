@@ -14,9 +14,10 @@ import pytest
 from embedpool.config.spec import HttpConfig, LocalStConfig
 from embedpool.drivers import http, pace
 from embedpool.drivers.http import HttpDriver
+from embedpool.drivers.layout import Layout, read_layout
 from embedpool.drivers.local_st import LocalStDriver
 from embedpool.drivers.model_folder import find_model_folder
-from embedpool.drivers.tokenizer import FolderTokenizer
+from embedpool.drivers.tokenizer import FolderTokenizer, tokenizer_of
 from embedpool.tasks.driver import Folders
 from tests.conftest import NOWHERE, open_here
 from tests.drivers.remote import Crowd, Remote, serving
@@ -69,8 +70,13 @@ def folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(folder: Path) -> FolderTokenizer:
-    return FolderTokenizer(folder)
+def layout(folder: Path) -> Layout:
+    return read_layout(folder, LocalStConfig())
+
+
+@pytest.fixture(scope="session")
+def tokenizer(layout: Layout) -> FolderTokenizer:
+    return tokenizer_of(layout)
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,17 @@ import numpy as np
 import pytest
 
 from embedpool.config.spec import DriverSpec, LocalStConfig, ModelSpec, Scaling
-from embedpool.drivers import local_st, make_driver, open_tokenizer, openvino_graph, torch_pipeline
+from embedpool.drivers import local_st, make_driver, open_tokenizer, openvino_graph, torch_run
+from embedpool.drivers.layout import Layout
+from embedpool.drivers.library import Library
 from embedpool.drivers.local_st import LocalStDriver
+from embedpool.drivers.pipeline import Pipeline
 from embedpool.drivers.space import of_files
 from embedpool.drivers.tokenizer import FolderTokenizer
 from embedpool.errors import ModelFailed
 from embedpool.places.cores import available_cores
 from embedpool.tasks.driver import Folders
+from embedpool.tasks.item import Batch
 from tests.conftest import NOWHERE, open_here, run
 from tests.drivers.conftest import MINILM, TEXTS, cached_in, cosines
 
@@ -113,13 +117,14 @@ def test_weights_are_prepacked_where_that_is_faster(
     """torch's weights are laid out for oneDNN where a layer is measured to gain by it; vectors stay those of encode,
     also of a model that does not bear it."""
 
-    def spoil(model: Any) -> None:
-        for parameter in model.parameters():
-            parameter.data.neg_()
+    def spoil(modules: Any) -> None:
+        for module in modules:
+            for parameter in module.parameters():
+                parameter.data.neg_()
 
-    monkeypatch.setattr(torch_pipeline, "PREPACKED_LEAST_GAIN", 0.0)
+    monkeypatch.setattr(torch_run, "PREPACKED_LEAST_GAIN", 0.0)
     if not bears_it:
-        monkeypatch.setattr(torch_pipeline, "prepack", spoil)
+        monkeypatch.setattr(torch_run, "prepack", spoil)
     driver = LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, cached_in(tmp_path))
     open_here(driver)
     assert ("prepacked" in driver.facts.description) is bears_it
@@ -158,33 +163,46 @@ def test_more_tokens_than_positions_are_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     """A max_seq_length above the model's positions is refused before anything is loaded."""
-    monkeypatch.setattr(LocalStDriver, "_load", lambda self, folder: pytest.fail("loaded"))
+    monkeypatch.setattr(LocalStDriver, "_load", lambda *_: pytest.fail("loaded"))
     driver = LocalStDriver(MINILM, LocalStConfig(backend=backend, max_seq_length=513), 1, cached_in(tmp_path))
     with pytest.raises(ModelFailed, match="512"):
         open_here(driver)
 
 
 class Watched(LocalStDriver):
-    """Remembers the model it made, without keeping it."""
+    """Remembers the library it made, without keeping it."""
 
-    def _sentence_transformer(self, folder: Path, backend: str) -> Any:
-        model = super()._sentence_transformer(folder, backend)
-        self.model = weakref.ref(model)
-        return model
+    def _library(self, layout: Layout, backend: str) -> Library:
+        library = super()._library(layout, backend)
+        self.library = weakref.ref(library)
+        return library
 
 
 def test_close_gives_the_weights_back(folder: Path, tmp_path: Path) -> None:
-    """A closed driver holds no weights; opened anew it serves again. Its own max_seq_length holds for encode."""
-    driver = Watched(MINILM, LocalStConfig(backend="torch", max_seq_length=384), 1, cached_in(tmp_path))
-    open_here(driver)
-    assert driver.model().max_seq_length == 384
-    driver.close()
-    gc.collect()
-    assert driver.model() is None
+    """A closed driver holds no weights; opened anew it serves again."""
+    driver = Watched(MINILM, LocalStConfig(backend="torch"), 1, cached_in(tmp_path))
+    for _ in range(2):
+        open_here(driver)
+        library = driver.library
+        driver.close()
+        gc.collect()
+        assert library() is None
 
 
-def fake_torch(self: LocalStDriver, folder: Path, backend: str) -> None:
-    self._run = lambda inputs: np.ones((len(inputs["input_ids"]), 3), np.float32)
+class Ones(Pipeline):
+    """Gives the same vector for each text."""
+
+    def __init__(self, tokenizer: FolderTokenizer, value: float = 1.0) -> None:
+        super().__init__(tokenizer)
+        self._value = value
+
+    def run(self, batch: Batch) -> Any:
+        return np.full((len(batch.items), 3), self._value, np.float32)
+
+
+def on_torch(value: float = 1.0) -> Any:
+    """In the place of LocalStDriver._on_torch."""
+    return lambda self, layout, tokenizers, backend: {r: Ones(t, value) for r, t in tokenizers.items()}
 
 
 @pytest.mark.parametrize(
@@ -202,7 +220,7 @@ def test_auto_falls_back_to_torch_and_says_why(
     monkeypatch.setattr(openvino_graph, "exported", exported)
     monkeypatch.setattr(local_st.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(local_st, "find_model_folder", lambda *_: folder)
-    monkeypatch.setattr(LocalStDriver, "_load_torch", fake_torch)
+    monkeypatch.setattr(LocalStDriver, "_on_torch", on_torch())
     driver = LocalStDriver(MINILM, LocalStConfig(), 1, cached_in(tmp_path))
     open_here(driver)
     assert driver.facts.description["backend"] == "torch"
@@ -214,43 +232,31 @@ def test_auto_falls_back_to_torch_and_says_why(
 def test_vectors_that_are_not_finite_do_not_open(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that gives NaN for a plain sentence is refused when it loads."""
 
-    def broken(self: LocalStDriver, folder: Path, backend: str) -> None:
-        self._run = lambda inputs: np.full((len(inputs["input_ids"]), 3), np.nan, np.float32)
-
-    monkeypatch.setattr(LocalStDriver, "_load_torch", broken)
+    monkeypatch.setattr(LocalStDriver, "_on_torch", on_torch(np.nan))
     with pytest.raises(ModelFailed, match="not finite"):
         open_here(LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, cached_in(tmp_path)))
 
 
-class TakesNoIds:
-    """A SentenceTransformer that encodes, and cannot be fed, or gives other vectors for, token ids."""
-
-    device = "cpu"
-
-    def __init__(self, by_ids: Any) -> None:
-        self.tokenizer = type("T", (), {"model_input_names": ["input_ids"]})
-        self._by_ids = by_ids
-
-    def __call__(self, features: dict[str, Any]) -> dict[str, Any]:
-        import torch
-
-        if isinstance(self._by_ids, Exception):
-            raise self._by_ids
-        return {"sentence_embedding": torch.tensor(self._by_ids).repeat(len(features["input_ids"]), 1)}
-
-    def encode(self, texts: list[str], **arguments: Any) -> Any:
-        return np.array([[len(text), 0.0] for text in texts])
-
-
-@pytest.mark.parametrize("by_ids", [RuntimeError("I want pixels"), [0.0, 1.0]], ids=["refuses ids", "other vectors"])
+@pytest.mark.parametrize(
+    ("by_ids", "says"),
+    [(RuntimeError("I want pixels"), "RuntimeError: I want pixels"), (np.ones, "are others than those of encode")],
+)
 def test_a_model_that_cannot_be_fed_ids_is_run_by_encode(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_ids: Any
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expected: np.ndarray, by_ids: Any, says: str
 ) -> None:
-    """Where token ids do not give encode's vectors, encode itself is used."""
-    monkeypatch.setattr(LocalStDriver, "_sentence_transformer", lambda *_: TakesNoIds(by_ids))
+    """Where token ids do not give encode's vectors, encode itself is used, and /status says why."""
+
+    def by_its_ids(inputs: dict[str, Any]) -> np.ndarray:
+        if isinstance(by_ids, Exception):
+            raise by_ids
+        return np.asarray(by_ids((len(inputs["input_ids"]), 384)), np.float32)
+
+    monkeypatch.setattr(torch_run, "torch_run", lambda modules, device: by_its_ids)
     driver = LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, cached_in(tmp_path))
     open_here(driver)
-    np.testing.assert_array_equal(run(driver, ["abc", ""], [[1, 2], [1]]).rows.values, [[3, 0], [0, 0]])
+    assert says in str(driver.facts.description["by_encode"])
+    assert cosines(run(driver, TEXTS).rows.values, expected).min() >= 0.99999
+    driver.close()
 
 
 def test_the_table_knows_it(folder: Path, tmp_path: Path) -> None:

@@ -17,10 +17,13 @@ import numpy as np
 import pytest
 import tokenizers
 
-from embedpool.drivers.tokenizer import FolderTokenizer, pad
+from embedpool.config.spec import LocalStConfig
+from embedpool.drivers.layout import read_layout
+from embedpool.drivers.tokenizer import FolderTokenizer, pad, tokenizer_of
 from embedpool.errors import ModelFailed
 from tests.drivers.conftest import TEXTS
 
+MODULES = [{"type": "sentence_transformers.models.Transformer", "path": ""}]
 LONG = [text for text in TEXTS if len(text.split()) == 600]
 
 
@@ -31,6 +34,10 @@ def transformers_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
+def tokenizer_in(folder: Path) -> FolderTokenizer:
+    return tokenizer_of(read_layout(folder, LocalStConfig()))
+
+
 @pytest.fixture
 def made(folder: Path, tmp_path: Path) -> Callable[..., FolderTokenizer]:
     """Tokenizers of folders with MiniLM's tokenizer and other configurations."""
@@ -38,10 +45,12 @@ def made(folder: Path, tmp_path: Path) -> Callable[..., FolderTokenizer]:
     def make(module: str = "", **files: Any) -> FolderTokenizer:
         (tmp_path / module).mkdir(exist_ok=True)
         (tmp_path / module / "tokenizer.json").symlink_to(folder / "tokenizer.json")
+        (tmp_path / module / "model.safetensors").symlink_to(folder / "model.safetensors")
+        files.setdefault("config", {"architectures": ["BertModel"]})
         for name, document in files.items():
-            inner = module if name in ("sentence_bert_config", "tokenizer_config") else ""
+            inner = "" if name in ("modules", "config_sentence_transformers") else module
             (tmp_path / inner / f"{name}.json").write_text(json.dumps(document))
-        return FolderTokenizer(tmp_path)
+        return tokenizer_in(tmp_path)
 
     return make
 
@@ -107,11 +116,13 @@ PIECES = (
 
 @pytest.fixture(scope="module")
 def tokenizers_of_kinds(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, FolderTokenizer]:
-    found = {"MiniLM": FolderTokenizer(folder)}
+    found = {"MiniLM": tokenizer_in(folder)}
     for kind in KINDS[1:]:
         where = tmp_path_factory.mktemp("tokenizer")
         _trained(kind).save(str(where / "tokenizer.json"))
-        found[kind] = FolderTokenizer(where)
+        (where / "config.json").write_text("{}")
+        (where / "model.safetensors").symlink_to(folder / "model.safetensors")
+        found[kind] = tokenizer_in(where)
     return found
 
 
@@ -175,14 +186,14 @@ def test_many_threads_share_a_tokenizer(tokenizer: FolderTokenizer) -> None:
 def test_the_limits_of_the_model_are_read(tokenizer: FolderTokenizer, folder: Path) -> None:
     """MiniLM has 512 positions, and its makers cut at 256."""
     assert (tokenizer.max_tokens, tokenizer.default_max_tokens, tokenizer.pad_id) == (512, 256, 0)
-    assert (dict(tokenizer.prompts), tokenizer.default_prompt) == ({}, "")
+    assert (dict(tokenizer.prompts), tokenizer.default_prompt_name) == ({}, "")
 
 
 def test_measuring_needs_no_torch(folder: Path) -> None:
     """A model that is not loaded can be measured: no torch, no transformers."""
     code = (
-        "import sys; from pathlib import Path; from embedpool.drivers.tokenizer import FolderTokenizer;"
-        f" FolderTokenizer(Path({str(folder)!r})).encode(['a']);"
+        "import sys; from pathlib import Path; from tests.drivers.test_tokenizer import tokenizer_in;"
+        f" tokenizer_in(Path({str(folder)!r})).encode(['a']);"
         " sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=False).returncode == 0
@@ -191,8 +202,8 @@ def test_measuring_needs_no_torch(folder: Path) -> None:
 def test_prompts_are_read(made: Callable[..., FolderTokenizer]) -> None:
     """The model's own prompts are known, and the one it uses by default."""
     prompts = {"query": "find: ", "document": ""}
-    tokenizer = made(config_sentence_transformers={"prompts": prompts, "default_prompt_name": "query"})
-    assert (dict(tokenizer.prompts), tokenizer.default_prompt) == (prompts, "find: ")
+    tokenizer = made(modules=MODULES, config_sentence_transformers={"prompts": prompts, "default_prompt_name": "query"})
+    assert (dict(tokenizer.prompts), tokenizer.default_prompt_name) == (prompts, "query")
 
 
 @pytest.mark.parametrize(
@@ -224,28 +235,32 @@ def test_the_tokenizer_may_lie_in_a_modules_folder(
     made: Callable[..., FolderTokenizer], tokenizer: FolderTokenizer
 ) -> None:
     """Where modules.json points elsewhere, the tokenizer and its limits are read there."""
-    found = made("0_Transformer", modules=[{"path": "0_Transformer"}], sentence_bert_config={"max_seq_length": 99})
+    found = made(
+        "0_Transformer", modules=[{**MODULES[0], "path": "0_Transformer"}], sentence_bert_config={"max_seq_length": 99}
+    )
     assert found.default_max_tokens == 99
     assert found.encode(["hello"]) == tokenizer.encode(["hello"])
 
 
 def test_lower_case_of_the_pipeline(made: Callable[..., FolderTokenizer]) -> None:
-    """A pipeline that lowers case before the tokenizer is followed."""
-    tokenizer = made(sentence_bert_config={"do_lower_case": True})
-    assert tokenizer.encode(["[SEP] ABC"]) == tokenizer.encode(["[sep] abc"])
+    """A pipeline that lowers case before the tokenizer is followed; a special token stays one, as in the library."""
+    found = made(sentence_bert_config={"do_lower_case": True})._tokenizer.normalizer.normalize_str("ÀBC SΣ")
+    assert found == "abc s\u03c3"  # not the letter's form at a word's end
+    tokenizer = made("other", modules=[{**MODULES[0], "path": "other"}], sentence_bert_config={"do_lower_case": True})
+    assert tokenizer.encode(["[SEP] ABC"]) == tokenizer.encode(["[SEP] abc"])
 
 
 def test_older_files_give_a_fast_tokenizer(folder: Path, tmp_path: Path, tokenizer: FolderTokenizer) -> None:
     """A model without tokenizer.json is measured by what transformers builds from its older files."""
-    for name in ("vocab.txt", "config.json", "tokenizer_config.json", "special_tokens_map.json"):
+    for name in ("vocab.txt", "config.json", "tokenizer_config.json", "special_tokens_map.json", "model.safetensors"):
         (tmp_path / name).symlink_to(folder / name)
-    assert FolderTokenizer(tmp_path).encode(TEXTS) == tokenizer.encode(TEXTS)
+    assert tokenizer_in(tmp_path).encode(TEXTS) == tokenizer.encode(TEXTS)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     """A folder that is no model is told in a sentence."""
     with pytest.raises(ModelFailed, match=tmp_path.name):
-        FolderTokenizer(tmp_path)
+        tokenizer_in(tmp_path)
 
 
 def test_pad() -> None:
@@ -302,5 +317,5 @@ def test_a_broken_file_is_named(
     (tmp_path / file).unlink(missing_ok=True)
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ModelFailed, match=says) as caught:
-        FolderTokenizer(tmp_path)
+        tokenizer_in(tmp_path)
     assert str(tmp_path / file) in caught.value.message

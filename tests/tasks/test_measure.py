@@ -25,8 +25,15 @@ class Local(FakeTokenizer):
 
 
 class Prompted(Local):
-    prompts: ClassVar = {**Local.prompts, "own": "p: "}
-    default_prompt_name = "own"
+    prompts: ClassVar = {**Local.prompts, "default": "p: "}
+    default_prompt_name = "default"
+
+
+class Named(FakeTokenizer):
+    """Its default prompt is one that pool.yml replaces."""
+
+    prompts: ClassVar = {"document": "d: "}
+    default_prompt_name = "document"
 
 
 HTTP = HttpConfig(base_url="http://remote/embed", prompts={"query": "rq: "})
@@ -112,6 +119,7 @@ def test_more_positions_than_the_model_has_are_refused() -> None:
     (Local, {"input_type": "search_query"}, "q: one"), (Local, {"input_type": "passage"}, "D: one"),
     (Local, {"input_type": "clustering"}, "one"), (Prompted, {"input_type": "clustering"}, "p: one"),
     (Local, {"input_type": "query", "prompt_name": "own"}, "o: one"),
+    (Prompted, {"input_type": "separation"}, "p: one"), (Named, {"input_type": "query"}, "one"), (Named, {}, "D: one"),
     (Prompted, {}, "p: one"), (Prompted, {"prompt": ""}, "one"), (Prompted, {"prompt_name": "query"}, "q: one"),
 ])  # fmt: skip
 def test_a_prompt_goes_before_each_text(tokenizer: type[Tokenizer], options: dict, text: str) -> None:

