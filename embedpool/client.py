@@ -43,6 +43,7 @@ class Client:
         self, base_url: str, *, api_key: str | None = None, timeout_s: float = 120.0, retry_s: float = 60.0
     ) -> None:
         self._base_url = base_url.rstrip("/")
+        self._api_key = api_key
         self._timeout_s = timeout_s
         self._retry_s = retry_s
         self.space: str | None = None  # whose numbers the vectors are that it got last
@@ -51,6 +52,10 @@ class Client:
         local = urlsplit(self._base_url).hostname in LOOPBACK_NAMES
         self._proxies = {"http": "", "https": ""} if local else None
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+    def again(self) -> Client:
+        """One more of the same, for another thread."""
+        return Client(self._base_url, api_key=self._api_key, timeout_s=self._timeout_s, retry_s=self._retry_s)
 
     def __enter__(self) -> Client:
         return self
@@ -118,6 +123,16 @@ class Client:
     def status(self) -> dict[str, Any]:
         """GET /status."""
         return self._call("GET", "/status")
+
+    def progress(self, model: str) -> dict[str, Any] | None:
+        """How far a model is that is being opened, from /status: step, done_bytes and total_bytes; None if none is."""
+        status = self.status()
+        for entry in (*status.get("candidates", ()), *status["models"]):
+            if model in (entry["model"], entry["alias"]):
+                found: dict[str, Any] | None = (entry.get("successor") or entry)["progress"]
+                if found:
+                    return found
+        return None
 
     def register(
         self, registration: dict[str, Any], *, replace: bool = False, timeout_s: float | None = None

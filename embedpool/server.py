@@ -24,7 +24,7 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.settings import PoolSettings
 from embedpool.reconcile import LAST_POOL, Reconciler
 from embedpool.serve.service_manager import has_service_manager, tell_service_manager
-from embedpool.tasks.driver import Folders, Place
+from embedpool.tasks.driver import Folders, Place, Report
 from embedpool.tasks.tokenizer import Tokenizer
 from embedpool.web import metrics
 from embedpool.web.app import ACCESS, create_app, refusal
@@ -43,18 +43,19 @@ class EmbedpoolApp:
             logger.warning("the environment variable %s is none of embedpool's; did you mean %s?", variable, near)
         folders = Folders(settings.file(settings.paths.cache_dir), settings.file(settings.paths.state_dir))
 
-        def open_allowed_place(spec: ModelSpec, memory: dict[str, Any]) -> Place:
+        def open_allowed_place(spec: ModelSpec, memory: dict[str, Any], report: Report) -> Place:
             guard.check(spec, settings)
             return open_place(
                 spec,
                 functools.partial(make_driver, spec, folders, memory),
                 prepare_child=functools.partial(configure_logging, settings),
                 longest_batch_s=settings.defaults.request_timeout_s,
+                report=report,
             )
 
-        def open_allowed_tokenizer(spec: ModelSpec) -> Tokenizer:
+        def open_allowed_tokenizer(spec: ModelSpec, report: Report) -> Tokenizer:
             guard.check(spec, settings)
-            return open_tokenizer(spec, folders)
+            return open_tokenizer(spec, folders, report)
 
         self.metrics = metrics.Metrics()
         batching = settings.batching

@@ -18,7 +18,7 @@ from embedpool.places import open_place
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call, Result
 from embedpool.pool.settings import PoolSettings
-from embedpool.tasks.driver import Driver, Folders, Place
+from embedpool.tasks.driver import Driver, Folders, Place, Report, unheard
 from embedpool.tasks.embed import Embed, EmbedOptions
 from embedpool.tasks.item import Batch, Ids, Item
 from embedpool.tasks.rows import Answer
@@ -59,12 +59,13 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 NOWHERE = Folders(Path(os.devnull, "cache"), Path(os.devnull, "state"))  # what cannot be kept is done without
 
 
-def open_fake(spec: ModelSpec, memory: dict[str, Any] | None = None) -> Place:
+def open_fake(spec: ModelSpec, memory: dict[str, Any] | None = None, report: Report = unheard) -> Place:
     """`open_place` as the server passes it to the pool."""
-    return open_place(spec, functools.partial(make_driver, spec, NOWHERE, {} if memory is None else memory))
+    make = functools.partial(make_driver, spec, NOWHERE, {} if memory is None else memory)
+    return open_place(spec, make, report=report)
 
 
-def open_fake_tokenizer(spec: ModelSpec) -> Tokenizer:
+def open_fake_tokenizer(spec: ModelSpec, report: Report = unheard) -> Tokenizer:
     """`open_tokenizer`, likewise."""
     return open_tokenizer(spec, NOWHERE)
 

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     },
     "logs": {"config"},
     "tracing": {"errors"},
-    "cli": {"client", "serve", "config", "errors"},
+    "cli": {"client", "serve", "config", "drivers", "tasks", "errors"},
     "errors": set(),
     "bounds": {"errors"},
     "__main__": {"cli"},

@@ -25,6 +25,7 @@ from embedpool.errors import (
 from embedpool.pool.pool import Pool
 from embedpool.pool.settings import PoolSettings
 from embedpool.reconcile import Reconciler
+from embedpool.tasks.driver import Report
 from tests.conftest import ask, fake_pool_yml, open_fake, settle
 
 WAIT_S = 20
@@ -39,7 +40,7 @@ class Gate:
         self.opened = threading.Event()
         self.loads: list[str] = []
 
-    def open_place(self, spec: ModelSpec, memory: dict[str, Any]) -> Any:
+    def open_place(self, spec: ModelSpec, memory: dict[str, Any], report: Report) -> Any:
         self.loads.append(spec.model)
         if spec.driver.config.dim in self.held:
             self.entered.set()

@@ -17,7 +17,7 @@ from embedpool.places import open_place
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call, Result
 from embedpool.pool.settings import PoolSettings
-from embedpool.tasks.driver import Facts, Place
+from embedpool.tasks.driver import Facts, Place, Report
 from embedpool.tasks.embed import Embed
 from embedpool.tasks.item import Batch, Group, Item, Keys
 from embedpool.tasks.rows import Answer, Rows
@@ -77,7 +77,7 @@ def make_words(config: FakeConfig) -> WordsDriver:
     return WordsDriver(config)
 
 
-def words_place(spec: ModelSpec, memory: dict[str, Any]) -> Place:
+def words_place(spec: ModelSpec, memory: dict[str, Any], report: Report) -> Place:
     assert isinstance(spec.driver.config, FakeConfig)
     return open_place(spec, functools.partial(make_words, spec.driver.config))
 

@@ -16,6 +16,7 @@ Usage:
   embedpool enable --model M [--json] [--config FILE]
   embedpool disable --model M [--json] [--config FILE]
   embedpool unregister --model M [--json] [--config FILE]
+  embedpool pull MODEL [--revision R] [--to DIR] [--set KEY=VALUE]... [--json] [--config FILE]
   embedpool embed [--model M] [--set KEY=VALUE]... [--config FILE] [--] TEXT...
   embedpool key create [--name NAME] [--scopes NAMES] [--models NAMES] [--weight W] [--requests-per-s N]
                        [--texts-per-s N] [--concurrent N] [--json] [--config FILE]
@@ -35,6 +36,7 @@ Commands:
   enable        Enable a model and wait until it is ready.
   disable       Disable a model; it stays registered.
   unregister    Remove a model.
+  pull          Fetch a local model, check it, and export it for the runtime, before it is needed. Needs no server.
   key create    Create an API key and print it once; the server keeps only its hash. After the first key every
                 request needs one: embedding a key of any scope, management one of scope admin.
   key list      List the keys, without their secrets.
@@ -65,6 +67,8 @@ Options:
   --base-url URL      Address of the remote service (http).
   --remote-model R    The model's name there (http).
   --timeout-s S       Time-out of a call, in seconds (http).
+  --revision R        Branch, tag or commit of the model on the hub.
+  --to DIR            Copy the model into this new folder, to be carried to another machine.
   --protocol P        API of the service: embedpool, openai, tei, cohere, jina, voyage, ollama or template (http).
   --min N             Minimum number of replicas; 0 loads the model at first use.
   --max N             Maximum number of replicas.
@@ -102,7 +106,7 @@ from collections.abc import Callable
 from docopt import DocoptExit, docopt
 
 from embedpool import __version__
-from embedpool.cli import embed, keys, models, server
+from embedpool.cli import embed, keys, models, pull, server
 from embedpool.cli.common import FAILED, NO_SUCH_MODEL, OK, USAGE, Arguments, UsageError
 from embedpool.errors import EmbedpoolError, near_names
 
@@ -147,6 +151,7 @@ def _command_of(arguments: Arguments) -> Callable[[Arguments], int]:
         "create": keys.create,
         "list": keys.show,
         "revoke": keys.revoke,
+        "pull": pull.pull,
         "embed": embed.embed,
     }
     return next(function for name, function in commands.items() if arguments[name])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from embedpool.cli.common import (
@@ -14,9 +16,9 @@ from embedpool.cli.common import (
     client_of,
     converted,
     pool_file,
-    progress,
     read_settings,
 )
+from embedpool.cli.progress import watched
 
 if TYPE_CHECKING:
     from embedpool.client import Client
@@ -37,7 +39,7 @@ def register(arguments: Arguments) -> int:
     def online(client: Client) -> Any:
         return client.register(flat, replace=arguments["--replace"], timeout_s=LOAD_TIMEOUT_S)
 
-    return _manage(arguments, f"loading {flat['model']}", online, offline, "registered")
+    return _manage(arguments, online, offline, "registered", is_loading=True)
 
 
 def set_alias(arguments: Arguments) -> int:
@@ -46,9 +48,7 @@ def set_alias(arguments: Arguments) -> int:
 
     model, alias = arguments["--model"], arguments["--alias"]
     done = f"alias set to {alias}" if alias else "alias cleared"
-    return _manage(
-        arguments, None, lambda c: c.set_alias(model, alias), lambda p: edit.set_alias(p, model, alias), done
-    )
+    return _manage(arguments, lambda c: c.set_alias(model, alias), lambda p: edit.set_alias(p, model, alias), done)
 
 
 def enable(arguments: Arguments) -> int:
@@ -67,10 +67,10 @@ def _set_enabled(arguments: Arguments, enabled: bool) -> int:
     model = arguments["--model"]
     return _manage(
         arguments,
-        f"loading {model}" if enabled else None,
         lambda c: c.set_enabled(model, enabled, timeout_s=LOAD_TIMEOUT_S),
         lambda p: edit.set_enabled(p, model, enabled),
         "enabled" if enabled else "disabled",
+        is_loading=enabled,
     )
 
 
@@ -79,15 +79,16 @@ def unregister(arguments: Arguments) -> int:
     from embedpool.config import edit
 
     model = arguments["--model"]
-    return _manage(arguments, None, lambda c: c.unregister(model), lambda p: edit.unregister(p, model), "unregistered")
+    return _manage(arguments, lambda c: c.unregister(model), lambda p: edit.unregister(p, model), "unregistered")
 
 
 def _manage(
     arguments: Arguments,
-    waiting_for: str | None,
     online: Callable[[Client], Any],
     offline: Callable[[PoolSpec], PoolSpec],
     done: str,
+    *,
+    is_loading: bool = False,
 ) -> int:
     settings = read_settings(arguments)
     client = client_of(settings)
@@ -96,11 +97,25 @@ def _manage(
         answer: dict[str, Any] = {"ok": True, "running": False}
         done += " in pool.yml; the server is not running"
     else:
-        with progress(waiting_for):
+        with _shown(arguments, client) if is_loading else contextlib.nullcontext():
             answer = online(client)
         answer["running"] = True
-    print(json.dumps(answer) if arguments["--json"] else f"{arguments['--model']}: {done}")
+    if arguments["--json"]:
+        print(json.dumps(answer))
+        return OK
+    print(f"{arguments['--model']}: {done}")
+    runs_on = answer.get("runs_on") or {}
+    for says in filter(None, map(runs_on.get, ("assumed", "by_encode"))):
+        print(f"{arguments['--model']}: {says}")
     return OK
+
+
+def _shown(arguments: Arguments, client: Client) -> AbstractContextManager[None]:
+    """How far the model is, asked over a connection of its own."""
+    if arguments["--json"]:
+        return contextlib.nullcontext()
+    watcher = client.again()
+    return watched(arguments["--model"], lambda: watcher.progress(arguments["--model"]))
 
 
 # --- a registration from options

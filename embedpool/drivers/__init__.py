@@ -10,7 +10,7 @@ import importlib
 from typing import Any
 
 from embedpool.config.spec import ModelSpec
-from embedpool.tasks.driver import Driver, Folders
+from embedpool.tasks.driver import Driver, Folders, Report, unheard
 from embedpool.tasks.tokenizer import Tokenizer
 
 # Imported on use: torch and requests cost seconds and memory that other models need not pay for.
@@ -27,7 +27,7 @@ def make_driver(spec: ModelSpec, folders: Folders, shared: dict[str, Any]) -> Dr
     return driver
 
 
-def open_tokenizer(spec: ModelSpec, folders: Folders) -> Tokenizer:
+def open_tokenizer(spec: ModelSpec, folders: Folders, report: Report = unheard) -> Tokenizer:
     """The tokenizer of the spec's model. Raises ModelFailed if it cannot be had."""
-    tokenizer: Tokenizer = importlib.import_module(_MODULES[spec.driver.type]).open_tokenizer(spec, folders)
+    tokenizer: Tokenizer = importlib.import_module(_MODULES[spec.driver.type]).open_tokenizer(spec, folders, report)
     return tokenizer

@@ -20,7 +20,7 @@ from typing_extensions import override
 from embedpool.config.spec import FakeConfig, ModelSpec
 from embedpool.drivers.space import hashed
 from embedpool.errors import ModelFailed
-from embedpool.tasks.driver import PROBE_TEXT, Driver, Facts, Folders, describe
+from embedpool.tasks.driver import PROBE_TEXT, Driver, Facts, Folders, Report, describe
 from embedpool.tasks.embed import limit_fault
 from embedpool.tasks.item import Batch, Ids
 from embedpool.tasks.rows import Answer, Rows
@@ -145,6 +145,6 @@ def make_driver(spec: ModelSpec, folders: Folders, shared: dict[str, Any]) -> Dr
     return FakeDriver(spec.driver.config, may_crash=spec.place == "process")
 
 
-def open_tokenizer(spec: ModelSpec, folders: Folders) -> Tokenizer:
+def open_tokenizer(spec: ModelSpec, folders: Folders, report: Report) -> Tokenizer:
     """Called by the table of drivers, in drivers/__init__.py."""
     return FakeTokenizer()

@@ -21,7 +21,7 @@ from embedpool.drivers.protocols import protocol_of
 from embedpool.drivers.space import SAME_SPACE_COSINE, likeness, of_probes
 from embedpool.drivers.upstream import RETRY_RESERVE, RETRY_SHARE, Upstream, secret
 from embedpool.errors import REFUSALS, UpstreamError
-from embedpool.tasks.driver import PROBE_TEXT, Driver, Facts, Folders, describe
+from embedpool.tasks.driver import PROBE_TEXT, Driver, Facts, Folders, Report, describe
 from embedpool.tasks.item import Batch
 from embedpool.tasks.rows import Answer, Rows
 from embedpool.tasks.tokenizer import Tokenizer
@@ -357,6 +357,6 @@ def make_driver(spec: ModelSpec, folders: Folders, shared: dict[str, Any]) -> Dr
     return HttpDriver(spec.model, spec.driver.config, folders.state, shared)
 
 
-def open_tokenizer(spec: ModelSpec, folders: Folders) -> Tokenizer:
+def open_tokenizer(spec: ModelSpec, folders: Folders, report: Report) -> Tokenizer:
     """Called by the table of drivers, in drivers/__init__.py."""
     return RemoteTokenizer()

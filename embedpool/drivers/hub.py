@@ -6,7 +6,11 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from embedpool.errors import near_names
+from embedpool.tasks.driver import Progress, Report, unheard
+
 UNSAFE_OR_UNUSED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.ot", "*.msgpack", "onnx/*", "openvino/*"]
+MOST_SEARCHED = 50
 WAIT_S = 20.0  # for a connection, and for each part of an answer
 
 NO_REPOSITORY = (
@@ -39,7 +43,7 @@ class NotToBeHad(Exception):
     """The files are not in the cache and cannot be fetched; the message says why."""
 
 
-def snapshot(repo: str, revision: str | None) -> Path:
+def snapshot(repo: str, revision: str | None, report: Report = unheard) -> Path:
     """The folder with the repository's files, without those that embedpool never loads. Raises NotToBeHad."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -53,10 +57,33 @@ def snapshot(repo: str, revision: str | None) -> Path:
                 raise LocalEntryNotFoundError(f"{folder} holds no weights: a download was interrupted")
         except LocalEntryNotFoundError:
             _bound_the_wait()
-            folder = found()
+            folder = found(tqdm_class=_reporting(report))
     except Exception as error:  # the library raises many kinds
         raise NotToBeHad(_reason(error, repo, revision)) from None
     return Path(folder)
+
+
+def _reporting(report: Report) -> type[Any]:
+    """A progress bar that shows nothing, and reports instead how many bytes are there of how many."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc]
+        """The library makes several; those that count bytes count the same ones."""
+
+        monitor_interval = 0  # no thread to draw it
+
+        def display(self, *arguments: Any, **options: Any) -> None:
+            if self.unit == "B" and self.total:
+                report(Progress("download", int(self.n), int(self.total)))
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            self.display()
+
+        def close(self) -> None:
+            pass
+
+    return Bar
 
 
 def _bound_the_wait() -> None:
@@ -83,11 +110,23 @@ def _reason(error: BaseException, repo: str, revision: str | None) -> str:
     status = next((found for found in statuses if found), None)
     kinds = {str(status), *(kind.__name__ for found in chain for kind in type(found).__mro__)}
     says = next((says for kind, says in REASONS.items() if kind in kinds), "{words_first}")
+    near = _near(repo) if says is NO_REPOSITORY else []
     words_first, words = _first_line(error), _first_line(chain[-1])
     return says.format(
         hub=constants.ENDPOINT, repo=repo, revision=revision, status=status, wait_s=WAIT_S, words=words,
         words_first=words_first,
-    )  # fmt: skip
+    ) + (f"; did you mean {' or '.join(near)}?" if near else "")  # fmt: skip
+
+
+def _near(repo: str) -> list[str]:
+    """Names like it, as far as the hub tells."""
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().list_models(search=repo.rpartition("/")[2], limit=MOST_SEARCHED)
+        return near_names(repo, [model.id for model in found])
+    except Exception:  # it has just refused once
+        return []
 
 
 def _chain(error: BaseException) -> list[BaseException]:

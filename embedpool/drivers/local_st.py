@@ -28,7 +28,7 @@ from embedpool.drivers.static import StaticPipeline, is_static
 from embedpool.drivers.tokenizer import FolderTokenizer, tokenizer_of, tokenizers_of
 from embedpool.errors import ModelFailed
 from embedpool.places.cores import available_cores
-from embedpool.tasks.driver import PROBE_TEXT, Cost, Driver, Facts, Folders, describe
+from embedpool.tasks.driver import PROBE_TEXT, Cost, Driver, Facts, Folders, Progress, Report, describe
 from embedpool.tasks.embed import limit_fault
 from embedpool.tasks.item import Batch
 from embedpool.tasks.rows import Answer, Rows
@@ -65,13 +65,15 @@ class LocalStDriver(Driver):
     @override
     def open(self, on_lost: Callable[[str], None]) -> Facts:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its pool is sized by the host
-        folder = find_model_folder(self._model, self._config, self._folders.state)
+        folder = find_model_folder(self._model, self._config, self._folders.state, self.report)
+        self.report(Progress("load"))
         layout = read_layout(folder, self._config)
         tokenizers = tokenizers_of(layout)
         for tokenizer in tokenizers.values():
             if fault := limit_fault(self._config.max_seq_length, tokenizer):
                 raise ModelFailed(f"{self._model!r}: max_seq_length {fault}")
         backend, why = self._load(layout, tokenizers)
+        self.report(Progress("warm up"))
         self.probe()
         widths = {self._probed(pipeline).shape[1] for pipeline in self._pipelines.values()}
         width = widths.pop() if len(widths) == 1 else None
@@ -168,10 +170,13 @@ class LocalStDriver(Driver):
             raise ImportError("openvino is not installed; `pip install embedpool[openvino]`")
         from embedpool.drivers import openvino_graph
 
-        graphs = openvino_graph.exported(
-            layout, tokenizers, self._folders.cache, lambda: self._library(layout, "torch")
-        )
+        def to_be_exported() -> Library:
+            self.report(Progress("export"))
+            return self._library(layout, "torch")
+
+        graphs = openvino_graph.exported(layout, tokenizers, self._folders.cache, to_be_exported)
         gc.collect()  # an export leaves a torch model behind
+        self.report(Progress("load"))
 
         def compiled(dtype: str) -> Mapping[str, openvino_graph.GraphPipeline]:
             return {r: openvino_graph.pipeline_of(graphs, t, dtype, self._cores) for r, t in tokenizers.items()}
@@ -282,8 +287,8 @@ def make_driver(spec: ModelSpec, folders: Folders, shared: dict[str, Any]) -> Dr
     return LocalStDriver(spec.model, spec.driver.config, spec.scaling.max, folders)
 
 
-def open_tokenizer(spec: ModelSpec, folders: Folders) -> Tokenizer:
+def open_tokenizer(spec: ModelSpec, folders: Folders, report: Report) -> Tokenizer:
     """Called by the table of drivers, in drivers/__init__.py."""
     assert isinstance(spec.driver.config, LocalStConfig)
-    folder = find_model_folder(spec.model, spec.driver.config, folders.state)
+    folder = find_model_folder(spec.model, spec.driver.config, folders.state, report)
     return tokenizer_of(read_layout(folder, spec.driver.config))

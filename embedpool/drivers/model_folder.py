@@ -16,6 +16,7 @@ from urllib.parse import quote
 from embedpool.config.spec import LocalStConfig
 from embedpool.drivers import hub
 from embedpool.errors import ModelFailed
+from embedpool.tasks.driver import Report, unheard
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 FOLDER = "revisions"  # below the state folder: a file for each repository and revision
 
 
-def find_model_folder(model: str, config: LocalStConfig, state_dir: Path) -> Path:
+def find_model_folder(model: str, config: LocalStConfig, state_dir: Path, report: Report = unheard) -> Path:
     """The folder with the model's files. Raises ModelFailed with what was tried."""
     if config.path:
         folder = Path(config.path)
@@ -39,7 +40,7 @@ def find_model_folder(model: str, config: LocalStConfig, state_dir: Path) -> Pat
     if config.revision is None and (packaged := _packaged(model)):
         return packaged
     try:
-        return hub.snapshot(_repository(model), _kept(model, config, state_dir) or config.revision)
+        return hub.snapshot(_repository(model), _kept(model, config, state_dir) or config.revision, report)
     except hub.NotToBeHad as error:
         says = "is not whole in the local cache, and cannot be fetched from the hub"
         raise ModelFailed(f"{model!r} {says}: {error}") from None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from embedpool.config.spec import ModelSpec
 from embedpool.places.process import ProcessPlace
-from embedpool.tasks.driver import Driver, Place
+from embedpool.tasks.driver import Driver, Place, Report, unheard
 
 
 def open_place(
@@ -16,12 +16,14 @@ def open_place(
     *,
     prepare_child: Callable[[], None] | None = None,
     longest_batch_s: float = math.inf,
+    report: Report = unheard,
 ) -> Place:
     """The place that the spec names, with an open driver in it. Raises whatever opening the driver raises.
 
+    `report` is told how far the driver is.
     A process of its own calls `prepare_child` before anything else, and is ended when a batch takes longer than
     `longest_batch_s`. Both callables must then be picklable.
     """
     if spec.place == "process":
-        return ProcessPlace(spec, make_driver, prepare_child, longest_batch_s)
-    return Place(make_driver())
+        return ProcessPlace(spec, make_driver, prepare_child, longest_batch_s, report)
+    return Place(make_driver(), report)

@@ -67,6 +67,7 @@ def serve(
     if prepare:
         prepare()
     driver = make()
+    driver.report = connections[0].send
     try:
         facts = driver.open(lambda reason: os._exit(1))  # the parent sees that this process is gone
     except BaseException as error:

@@ -32,7 +32,7 @@ from embedpool.config.spec import LocalConfig, ModelSpec
 from embedpool.errors import ModelFailed
 from embedpool.places.cores import available_cores
 from embedpool.places.in_child import InBlock, from_block, serve
-from embedpool.tasks.driver import Driver, Facts, Loss, Place
+from embedpool.tasks.driver import Driver, Facts, Loss, Place, Progress, Report, unheard
 from embedpool.tasks.item import Batch
 from embedpool.tasks.rows import Answer
 
@@ -52,7 +52,12 @@ class ProcessPlace(Place):
     """
 
     def __init__(
-        self, spec: ModelSpec, make: Callable[[], Driver], prepare: Callable[[], None] | None, longest_batch_s: float
+        self,
+        spec: ModelSpec,
+        make: Callable[[], Driver],
+        prepare: Callable[[], None] | None,
+        longest_batch_s: float,
+        report: Report = unheard,
     ) -> None:
         self._longest_batch_s = longest_batch_s
         self._count = spec.queue.max_inflight_per_replica or available_cores()
@@ -71,7 +76,8 @@ class ProcessPlace(Place):
         self.configure(spec.driver.config)
         self._start(make, prepare, f"watch-{spec.model}")
         try:
-            facts = self._receive(0)
+            while isinstance(facts := self._receive(0), Progress):
+                report(facts)
             self._opening_since = None
             assert isinstance(facts, Facts)
             if too_large := self._too_large():

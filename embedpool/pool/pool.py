@@ -246,6 +246,12 @@ class Pool:
         return [found for m in self._spec.models if (found := served.get(m.model))]
 
     @property
+    def candidates(self) -> list[ServedModel]:
+        """Models that prove themselves before they are taken into the pool, as a registration does."""
+        with self._lock:
+            return list(self._candidates)
+
+    @property
     def booted(self) -> bool:
         """Whether every enabled model has finished its first load or failed."""
         return all(s.settled for s in self.models)

@@ -20,6 +20,7 @@ from embedpool.pool.replica import Replica
 from embedpool.pool.runner import Runner
 from embedpool.pool.settings import PoolSettings
 from embedpool.pool.stats import ModelStats
+from embedpool.tasks.driver import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class ReplicaSet:
 
     def __post_init__(self) -> None:
         self.last_error: str | None = None
+        self.progress: Progress | None = None  # of what is being opened, as it was reported last
         self.space = ""  # whose numbers all rows are; empty before the first load
         self.widths: Mapping[str, int | None] = {}  # numbers of a vector by task; empty before the first load
         self.loads_first = False  # the first load, at start or to prove itself: requests do not wait for it
@@ -116,9 +118,14 @@ class ReplicaSet:
             "replicas_busy": busy,
             "replicas_stuck": sum(self._stuck_s([r]) > 0 for r in replicas),
             "rest_s": round(self.rest_s, 1),
+            "progress": None if (progress := self.progress) is None else progress._asdict(),
             "space": self.space,
             "runs_on": next((dict(r.description) for r in replicas if r.description), {}),
         }
+
+    def report(self, progress: Progress | None) -> None:
+        """How far something is that is being opened; None when it is open. On any thread."""
+        self.progress = progress
 
     # --- how many
 
@@ -293,7 +300,10 @@ class ReplicaSet:
     def _open(self, name: str) -> Runner:
         """An open place, and what serves the queue with it. On the lead thread."""
         self.before_load()
-        place = self.settings.open_place(self.spec, self._memory)
+        try:
+            place = self.settings.open_place(self.spec, self._memory, self.report)
+        finally:
+            self.report(None)
         with self._lock:
             self.space = self.space or place.facts.space
         if self.space != place.facts.space:

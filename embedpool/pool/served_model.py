@@ -103,6 +103,7 @@ class ServedModel:
             "enabled": self.spec.enabled,
             "state": self.state,
             "driver_type": self.spec.driver.type,
+            "kinds": self.kinds,
             **self.replicas.counts(),
             "queue_len": self.queue.qsize(),
             "queue_max": self.queue.maxsize,
@@ -111,8 +112,13 @@ class ServedModel:
             "last_error": self.replicas.trouble or self._not_followed,
         }
         if successor := self.successor:
-            found["successor"] = {"state": successor.state, "last_error": successor.replicas.last_error}
+            found["successor"] = successor.outlook()
         return found
+
+    def outlook(self) -> dict[str, Any]:
+        """How far a model is that serves nobody yet."""
+        replicas = self.replicas
+        return {"state": self.state, "last_error": replicas.last_error, "progress": replicas.counts()["progress"]}
 
     # --- its tokenizer, which needs no loaded model
 
@@ -137,6 +143,11 @@ class ServedModel:
         """Begin to load it if it is loaded on demand. Raises what a request would meet."""
         self.admission.refuse_unless_serving()
         self.replicas.need_one()
+
+    @property
+    def kinds(self) -> list[str]:
+        """What it can do, in the words of its tasks; empty before that was known."""
+        return sorted(self.replicas.widths) or list(self._tokenizer.tasks if self._tokenizer else ())
 
     @property
     def width(self) -> int | None:
@@ -168,7 +179,7 @@ class ServedModel:
 
     def _opened_tokenizer(self) -> Tokenizer:
         try:
-            return self._settings.open_tokenizer(self.spec)
+            return self._settings.open_tokenizer(self.spec, self.replicas.report)
         except Exception as error:
             says = error.message if isinstance(error, EmbedpoolError) else None
             if says is None:
@@ -177,6 +188,8 @@ class ServedModel:
             self._tokenizer_failed = self._settings.clock(), says
             self.replicas.failed_without_one(error, says)
             raise error if isinstance(error, EmbedpoolError) else ModelFailed(says) from None
+        finally:
+            self.replicas.report(None)
 
     # --- its life
 

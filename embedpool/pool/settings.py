@@ -9,16 +9,19 @@ from typing import Any
 
 from embedpool.config.spec import ModelSpec
 from embedpool.pool.stats import Observer
-from embedpool.tasks.driver import Place
+from embedpool.tasks.driver import Place, Report
 from embedpool.tasks.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class PoolSettings:
-    """`open_place` is also given a dict that all drivers of a served model, one after the other and at once, share."""
+    """`open_place` is also given a dict that all drivers of a served model, one after the other and at once, share.
 
-    open_place: Callable[[ModelSpec, dict[str, Any]], Place]
-    open_tokenizer: Callable[[ModelSpec], Tokenizer]
+    Both openers report how far they are.
+    """
+
+    open_place: Callable[[ModelSpec, dict[str, Any], Report], Place]
+    open_tokenizer: Callable[[ModelSpec, Report], Tokenizer]
     request_timeout_s: float = 120.0
     max_queue_per_model: int = 1000
     max_inflight_global: int = 256

@@ -48,6 +48,21 @@ class Facts:
     description: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
+class Progress(NamedTuple):
+    """How far a driver is with being opened: its step (download, load, export or warm up), and bytes if known."""
+
+    step: str
+    done_bytes: int | None = None
+    total_bytes: int | None = None
+
+
+Report = Callable[[Progress], None]  # called on any thread
+
+
+def unheard(progress: Progress) -> None:
+    """A report that nobody reads."""
+
+
 class Folders(NamedTuple):
     """Where drivers keep files: in `cache` what can be made anew, in `state` what must outlive them."""
 
@@ -56,7 +71,12 @@ class Folders(NamedTuple):
 
 
 class Driver(abc.ABC):
-    """Runs batches. `open` and `close` are called on one thread, `run` by up to `Facts.slots` threads at once."""
+    """Runs batches. `open` and `close` are called on one thread, `run` by up to `Facts.slots` threads at once.
+
+    Whoever opens it may set `report`, to be told how far it is.
+    """
+
+    report: Report = staticmethod(unheard)
 
     @abc.abstractmethod
     def open(self, on_lost: Callable[[str], None]) -> Facts:
@@ -108,8 +128,9 @@ class Place:
     lost: Loss | None = None  # set, once, when it can serve no more
     _on_lost: Callable[[], None] | None = None
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: Driver, report: Report = unheard) -> None:
         self._driver = driver
+        driver.report = report
         self.facts: Facts = driver.open(lambda reason: self._lose(Loss(reason, innocent=True)))
 
     def run(self, batch: Batch) -> Answer:

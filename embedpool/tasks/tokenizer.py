@@ -26,6 +26,7 @@ class Tokenizer(abc.ABC):
     word, at "" the one where nothing is said, if that is allowed. Each knows the name of its own `route`.
     """
 
+    tasks: Sequence[str] = ("embed",)  # what the model can be asked for
     max_tokens: int | None = None  # the model's positions
     default_max_tokens: int | None = None  # the model's own max_seq_length
     truncation_side = "right"  # where the surplus of a long text goes, unless a request says it

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from flask import Request
 
@@ -59,7 +59,11 @@ class Caller:
 
     def visible(self, pool: Pool) -> list[ServedModel]:
         """The models that the key is for."""
-        return [served for served in pool.models if self._is_for(served.spec)]
+        return self.visible_of(pool.models)
+
+    def visible_of(self, models: Sequence[ServedModel]) -> list[ServedModel]:
+        """Those of these that the key is for."""
+        return [served for served in models if self._is_for(served.spec)]
 
     @property
     def is_limited(self) -> bool:

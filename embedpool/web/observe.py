@@ -56,6 +56,10 @@ def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics, access: Acce
                 "last_reload": reconciler.last_reload,
                 "keys": {"asked_for": not access.is_open, "fault": access.fault},
                 "models": [served.snapshot() for served in here().caller.visible(pool)],
+                "candidates": [
+                    {"model": served.spec.model, "alias": served.spec.alias, **served.outlook()}
+                    for served in here().caller.visible_of(pool.candidates)
+                ],
             }
         )
 
@@ -114,7 +118,8 @@ def model_document(served: ServedModel, name: str, owner: str) -> dict[str, Any]
         "type": "base",
         "max_model_len": served.known_max_tokens(),
         "backend": served.spec.driver.type,
-        "capabilities": ["embed"],
+        "kinds": served.kinds,
+        "capabilities": served.kinds,
         "stats": served.load(),
         "state": served.state,
         "spec": as_document(served.spec),

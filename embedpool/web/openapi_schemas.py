@@ -57,9 +57,11 @@ COHERE_TYPES: Schema = {
 }
 COHERE = {"id": STRING, "texts": listed(STRING), "meta": open_(billed_units=closed(input_tokens=COUNT))}
 LAST_RELOAD = or_null(closed(at=STRING, reason=STRING, ok=BOOLEAN, error=or_null(STRING)))
+PROGRESS = or_null(closed(step=STRING, done_bytes=or_null(COUNT), total_bytes=or_null(COUNT)))
+OUTLOOK = {"state": STRING, "last_error": or_null(STRING), "progress": PROGRESS}
 MODEL_STATUS = {
     "model": STRING, "alias": or_null(STRING), "enabled": BOOLEAN, "state": STRING, "driver_type": STRING,
-    "replicas": COUNT, "replicas_idle": COUNT, "replicas_busy": COUNT,
+    "kinds": listed(STRING), "progress": PROGRESS, "replicas": COUNT, "replicas_idle": COUNT, "replicas_busy": COUNT,
     "replicas_stuck": COUNT, "rest_s": NUMBER, "space": STRING, "runs_on": {"type": "object"},
     "queue_len": COUNT, "queue_max": COUNT, "scaling": {"type": "object"}, "counters": {"type": "object"},
     "last_error": or_null(STRING),
@@ -87,7 +89,8 @@ SCHEMAS: dict[str, Schema] = {
     ),
     "Model": closed(
         id=STRING, object=STRING, created=COUNT, owned_by=STRING, type=STRING, max_model_len=or_null(COUNT),
-        backend=STRING, capabilities=listed(STRING), stats={"type": "object"}, state=STRING, spec={"type": "object"},
+        backend=STRING, kinds=listed(STRING), capabilities=listed(STRING),
+        stats={"type": "object"}, state=STRING, spec={"type": "object"},
     ),
     "Models": closed(object=STRING, data=listed(ref("Model")), models=listed(open_(name=STRING))),
     "TeiError": closed(error=STRING, error_type=STRING),
@@ -121,6 +124,7 @@ SCHEMAS: dict[str, Schema] = {
     "Status": closed(
         version=STRING, pid=COUNT, stopping=BOOLEAN, pool_file=STRING, last_reload=LAST_RELOAD,
         keys=closed(asked_for=BOOLEAN, fault={"type": ["string", "null"]}), models=listed(open_(**MODEL_STATUS)),
+        candidates=listed(closed(model=STRING, alias=or_null(STRING), **OUTLOOK)),
     ),
     "Managed": {"anyOf": [open_(ok=BOOLEAN, **MODEL_STATUS), ref("Removed")]},  # by another, at once
     "Removed": closed(ok=BOOLEAN, model=STRING, removed=BOOLEAN),

@@ -136,10 +136,10 @@ def serving(animal: Animal, folder: Path, cache: Path, **config: Any) -> Iterato
     driver = DriverSpec("local_st", LocalStConfig(path=str(folder), normalize=False, **animal.config, **config))
     folders = Folders(cache, cache / "state")
 
-    def open_it(spec: ModelSpec, memory: dict[str, Any]) -> Any:
-        return open_place(spec, functools.partial(make_driver, spec, folders, memory))
+    def open_it(spec: ModelSpec, memory: dict[str, Any], report: Any) -> Any:
+        return open_place(spec, functools.partial(make_driver, spec, folders, memory), report=report)
 
-    pool = Pool(PoolSettings(open_it, lambda spec: open_tokenizer(spec, folders), request_timeout_s=60))
+    pool = Pool(PoolSettings(open_it, lambda spec, report: open_tokenizer(spec, folders, report), request_timeout_s=60))
     try:
         pool.apply(PoolSpec((ModelSpec("m", driver, place=place),)))
         settle(pool)

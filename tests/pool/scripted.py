@@ -17,7 +17,7 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call, Request, Result
 from embedpool.pool.served_model import ServedModel
 from embedpool.pool.settings import PoolSettings
-from embedpool.tasks.driver import Facts, Loss, Place
+from embedpool.tasks.driver import Facts, Loss, Place, Report, unheard
 from embedpool.tasks.embed import LOCAL, Embed, EmbedOptions
 from embedpool.tasks.item import Batch, Group, Item, Keys
 from embedpool.tasks.rows import Answer, Rows
@@ -117,7 +117,7 @@ class Opener:
         self.specs: list[ModelSpec] = []
         self.opened: list[Scripted] = []
 
-    def __call__(self, spec: ModelSpec, memory: dict[str, Any] | None = None) -> Scripted:
+    def __call__(self, spec: ModelSpec, memory: dict[str, Any] | None = None, report: Report = unheard) -> Scripted:
         with self._lock:
             self.specs.append(spec)
             step = self._script.pop(0) if self._script else Scripted
@@ -134,7 +134,7 @@ class Opener:
 
 
 def settings_of(open_place: Callable[..., Place], **given: Any) -> PoolSettings:
-    open_tokenizer = given.pop("open_tokenizer", lambda spec: FakeTokenizer())
+    open_tokenizer = given.pop("open_tokenizer", lambda spec, report: FakeTokenizer())
     return PoolSettings(open_place, open_tokenizer, **{"request_timeout_s": 20, **given})
 
 

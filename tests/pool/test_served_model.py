@@ -497,7 +497,7 @@ def test_a_tokenizer_that_cannot_be_had_leaks_no_driver(serve) -> None:
     """When the tokenizer of a model fails to load, the load is tried again and no loaded model stays behind."""
     failures = [OSError("no tokenizer")]
 
-    def open_tokenizer(spec) -> FakeTokenizer:
+    def open_tokenizer(spec, report) -> FakeTokenizer:
         if failures:
             raise failures.pop()
         return FakeTokenizer()
@@ -514,7 +514,7 @@ def test_a_model_loaded_on_demand_that_cannot_load_says_so(serve, where: str) ->
     now = [100.0]
     reasons: list[Exception] = [OSError("a broken file") for _ in range(2)]
 
-    def open_tokenizer(spec) -> FakeTokenizer:
+    def open_tokenizer(spec, report) -> FakeTokenizer:
         if reasons and where == "tokenizer":
             raise reasons.pop()
         return FakeTokenizer()
@@ -544,7 +544,7 @@ def test_who_waits_for_a_tokenizer_learns_that_it_failed(serve) -> None:
     opening, opened = threading.Event(), itertools.count()
     may_fail = threading.Event()
 
-    def open_tokenizer(spec) -> FakeTokenizer:
+    def open_tokenizer(spec, report) -> FakeTokenizer:
         next(opened)
         opening.set()
         assert may_fail.wait(PATIENCE_S)
@@ -704,7 +704,7 @@ def test_a_tokenizer_that_opens_for_long_delays_nobody_else(serve) -> None:
     """While one request opens the tokenizer, others keep their deadlines and a change of the spec applies."""
     opening = Gate()
 
-    def open_tokenizer(spec) -> FakeTokenizer:
+    def open_tokenizer(spec, report) -> FakeTokenizer:
         opening()
         return FakeTokenizer()
 
@@ -787,7 +787,7 @@ def test_a_remote_services_new_batch_size_applies_at_once() -> None:
     told: list[HttpConfig] = []
     place.configure = told.append
     spec = ModelSpec("m", DriverSpec("http", HttpConfig(base_url="http://x", normalize=False)))
-    served = ServedModel(spec, settings_of(Opener(place), open_tokenizer=lambda spec: RemoteTokenizer()))
+    served = ServedModel(spec, settings_of(Opener(place), open_tokenizer=lambda spec, report: RemoteTokenizer()))
     served.start()
     try:
         settled(served)

@@ -115,12 +115,12 @@ class Gate:
         self.reached.set()
         assert self.opened.wait(20)
 
-    def load(self, spec: Any, memory: Any) -> Any:
+    def load(self, spec: Any, memory: Any, report: Any) -> Any:
         """An `open_place` that waits."""
         self._wait()
         return open_fake(spec)
 
-    def run(self, spec: Any, memory: Any) -> Any:
+    def run(self, spec: Any, memory: Any, report: Any) -> Any:
         """An `open_place` whose batches wait."""
         place = open_fake(spec)
         run = place.run

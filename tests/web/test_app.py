@@ -231,7 +231,7 @@ def test_so_does_one_that_a_remote_service_fails_or_nobody_answers(
     """An error does not hold what it came through: when a remote is down, there are many."""
     caplog.set_level(logging.CRITICAL)
 
-    def open_place(spec: ModelSpec, memory: object) -> Place:
+    def open_place(spec: ModelSpec, memory: object, report: object) -> Place:
         place = open_fake(spec)
         run = place.run
 
