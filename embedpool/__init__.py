@@ -14,11 +14,14 @@ The road of a request, each file entered once on the way in and once on the way 
     pool/planner.py       a replica's thread takes the items that make the best batch now
     pool/runner.py        every item of the batch gets its row or its error
     tasks/driver.py       the place where the driver runs: in this process, or places/process.py
-    drivers/local_st.py   the batch becomes rows; drivers/http.py and drivers/fake.py do so too
+    drivers/local_st.py   the batch becomes rows, by drivers/pipeline.py; drivers/http.py and drivers/fake.py do so too
     web/encoding.py       rows become JSON, base64 or npy
 
 What they hand on: tasks/item.py (items and batches), tasks/rows.py, pool/request.py (a call, a request, a result).
 A dialect in web/dialects/ takes the place of web/native.py; web/ndjson.py serves bodies of lines.
+
+What a model's folder holds: drivers/layout.py. What computes: drivers/static.py, drivers/openvino_graph.py,
+drivers/torch_run.py, and drivers/library.py, with which drivers/fidelity.py compares the others.
 
 Around the road: web/app.py puts web/ together, with web/http_request.py, web/access.py (keys), web/intake.py (bodies),
 web/rate_limit.py, web/metrics.py, web/request_log.py, web/error_response.py, web/compat.py (what the APIs of others

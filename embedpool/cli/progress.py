@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 LOOK_EVERY_S = 0.25
+LINE_EVERY_S = 10.0
 MB = 1_000_000
 OF_BYTES = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} {rate_fmt}"
 OF_A_STEP = "{desc} {elapsed}"
@@ -24,6 +26,7 @@ class Display:
         self._model = model
         self._step = ""
         self._bar: tqdm[Any] | None = None
+        self._said_at = 0.0
         self._is_terminal = sys.stderr.isatty()
 
     def show(self, step: str, done_bytes: int | None, total_bytes: int | None) -> None:
@@ -38,8 +41,15 @@ class Display:
                 form = OF_BYTES if total_bytes else OF_A_STEP
                 self._bar = tqdm(desc=says, unit="B", unit_scale=True, bar_format=form, leave=False, file=sys.stderr)
             else:
-                print(f"{says} of {total_bytes / MB:.0f} MB" if total_bytes else says, file=sys.stderr, flush=True)
-        if self._bar is not None:
+                print(says, file=sys.stderr, flush=True)
+                self._said_at = time.monotonic()
+        if self._bar is None:
+            if total_bytes and time.monotonic() - self._said_at >= LINE_EVERY_S:
+                print(
+                    f"{self._model}: {step}, {(done_bytes or 0) / MB:.0f} of {total_bytes / MB:.0f} MB", file=sys.stderr
+                )
+                self._said_at = time.monotonic()
+        else:
             self._bar.total, self._bar.n = total_bytes, done_bytes or 0
             self._bar.refresh()
 

@@ -20,7 +20,7 @@ from typing_extensions import override
 from embedpool.config.spec import FakeConfig, ModelSpec
 from embedpool.drivers.space import hashed
 from embedpool.errors import ModelFailed
-from embedpool.tasks.driver import PROBE_TEXT, Driver, Facts, Folders, Report, describe
+from embedpool.tasks.driver import PROBE_TEXT, Driver, Facts, Folders, Progress, Report, describe
 from embedpool.tasks.embed import limit_fault
 from embedpool.tasks.item import Batch, Ids
 from embedpool.tasks.rows import Answer, Rows
@@ -102,6 +102,7 @@ class FakeDriver(Driver):
 
     @override
     def open(self, on_lost: Callable[[str], None]) -> Facts:
+        self.report(Progress("load"))
         time.sleep(self._config.load_delay_ms / 1000)
         if self._config.fault == "load":
             raise RuntimeError("fault: load")

@@ -67,14 +67,19 @@ def _reporting(report: Report) -> type[Any]:
     """A progress bar that shows nothing, and reports instead how many bytes are there of how many."""
     from tqdm import tqdm
 
+    most = Progress("download", 0, 0)
+
     class Bar(tqdm):  # type: ignore[misc]
-        """The library makes several; those that count bytes count the same ones."""
+        """The library makes several; those that count bytes count the same ones, one of them not all."""
 
         monitor_interval = 0  # no thread to draw it
 
         def display(self, *arguments: Any, **options: Any) -> None:
+            nonlocal most
             if self.unit == "B" and self.total:
-                report(Progress("download", int(self.n), int(self.total)))
+                done, total = max(most.done_bytes or 0, int(self.n)), max(most.total_bytes or 0, int(self.total))
+                most = Progress("download", done, total)
+                report(most)
 
         def update(self, n: float | None = 1) -> None:
             self.n += n or 0

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import socket
-import threading
 from collections.abc import Iterator
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import pytest
@@ -18,99 +12,33 @@ from huggingface_hub import constants
 
 from embedpool.drivers import hub
 from embedpool.drivers.hub import NotToBeHad, snapshot
+from embedpool.tasks.driver import Progress
+from tests.hub import Hub, playing
 
 FILES = {
     "config.json": b"{}",
     "model.safetensors": b"weights",
-    "1_Pooling/config.json": b"{}",
+    "1_Pooling/config.json": b'{"a": 1}',
     "pytorch_model.bin": b"a pickle",
     "onnx/model.onnx": b"a graph",
 }
 LOADED = {"config.json", "model.safetensors", "1_Pooling/config.json"}
 
 
-class Hub(ThreadingHTTPServer):
-    """One repository, org/m, whose `main` is at `commit`; `says` is answered to every call instead, if it is set."""
-
-    daemon_threads = False
-    block_on_close = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.commit = "a" * 40
-        self.files = dict(FILES)
-        self.asked: list[str] = []
-        self.says: tuple[int, dict[str, str], bytes] | None = None
-        self.hangs = False
-        self.closing = threading.Event()
-
-
-def sha1_of(body: bytes) -> str:
-    return hashlib.sha1(body, usedforsecurity=False).hexdigest()
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path == "/api/agent-harnesses":  # the library's own affair
-            return self.answer(404, {}, b"")
-        self.server.asked.append(path)
-        if self.server.hangs:
-            self.server.closing.wait(20)
-            return None
-        if self.server.says:
-            return self.answer(*self.server.says)
-        if path.startswith("/api/models/org/m/revision/"):
-            return self.json({"id": "org/m", "sha": self.server.commit, "siblings": []})
-        if path == f"/api/models/org/m/tree/{self.server.commit}":
-            files = self.server.files.items()
-            return self.json([{"type": "file", "path": n, "size": len(b), "oid": sha1_of(b)} for n, b in files])
-        name = path.removeprefix(f"/org/m/resolve/{self.server.commit}/")
-        if name not in self.server.files:
-            return self.answer(404, {"X-Error-Code": "EntryNotFound"}, b"")
-        body = self.server.files[name]
-        return self.answer(200, {"ETag": f'"{sha1_of(body)}"', "X-Repo-Commit": self.server.commit}, body)
-
-    do_HEAD = do_GET
-
-    def json(self, document: Any) -> None:
-        self.answer(200, {"Content-Type": "application/json"}, json.dumps(document).encode())
-
-    def answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            with suppress(OSError):
-                self.wfile.write(body)
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def remote(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """The hub that the library speaks to, with an empty cache."""
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,), name="hub")
-    thread.start()
     for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    files_at = f"{constants.ENDPOINT}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files_at)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    huggingface_hub.close_session()  # it may know a proxy
-    yield server
-    huggingface_hub.close_session()
-    server.closing.set()
-    server.shutdown()
-    server.server_close()
-    thread.join(20)
+    with playing(FILES) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        files_at = f"{constants.ENDPOINT}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files_at)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        huggingface_hub.close_session()  # it may know a proxy
+        yield server
+        huggingface_hub.close_session()
 
 
 def names_in(folder: Path) -> set[str]:
@@ -137,6 +65,28 @@ def test_an_interrupted_download_is_taken_up_again(remote: Hub) -> None:
     found = snapshot("org/m", None)
     (found / "model.safetensors").unlink()
     assert names_in(snapshot("org/m", None)) == LOADED
+
+
+def test_how_far_a_download_is(remote: Hub) -> None:
+    """In bytes, up to the last; a cut connection is taken up where it ended."""
+    remote.files["model.safetensors"] = b"w" * 12_000_000
+    remote.cut_after = 11_000_000
+    told: list[Progress] = []
+    found = snapshot("org/m", None, told.append)
+    assert (found / "model.safetensors").read_bytes() == remote.files["model.safetensors"]
+    assert len(remote.ranges) == 1
+    of_all = sum(len(remote.files[name]) for name in LOADED)
+    assert told[-1] == Progress("download", of_all, of_all)
+    assert [progress.done_bytes for progress in told] == sorted(progress.done_bytes or 0 for progress in told)
+    assert snapshot("org/m", None, told.clear) == found  # not told of what is there
+
+
+def test_a_mistyped_name_is_told_with_those_like_it(remote: Hub) -> None:
+    """As far as the hub finds any."""
+    with pytest.raises(NotToBeHad, match=r"no repository 'org/n', or a private one: .*; did you mean org/m\?"):
+        snapshot("org/n", None)
+    with pytest.raises(NotToBeHad, match=r"set HF_TOKEN in the server's environment$"):
+        snapshot("other/unknown", None)
 
 
 @pytest.mark.parametrize("says", [(403, {}), (503, {}), (429, {}), (401, {})], ids=str)

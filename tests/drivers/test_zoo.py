@@ -44,9 +44,8 @@ class Reference:
 
     def __init__(self, animal: Animal, folder: Path) -> None:
         if animal.of_model2vec:
-            from model2vec import StaticModel
-
-            self.model: Any = StaticModel.from_pretrained(str(folder))
+            model2vec = pytest.importorskip("model2vec")
+            self.model: Any = model2vec.StaticModel.from_pretrained(str(folder))
         else:
             from sentence_transformers import SentenceTransformer
 

@@ -25,7 +25,7 @@ from embedpool.drivers.fake import FakeDriver
 from embedpool.errors import ModelFailed
 from embedpool.places import open_place, process
 from embedpool.places.process import ProcessPlace
-from embedpool.tasks.driver import Driver, Folders, Loss, Place
+from embedpool.tasks.driver import Driver, Folders, Loss, Place, Progress
 from embedpool.tasks.item import Batch, Item
 from embedpool.tasks.rows import Answer
 from tests.conftest import run
@@ -37,8 +37,9 @@ def spec_of(*, inflight: int | None = None, **config: Any) -> ModelSpec:
     return ModelSpec("m", driver, place="process", queue=QueueSpec(None, inflight))
 
 
-def opened_place(spec: ModelSpec, prepare: Callable[[], None] | None = None) -> Place:
-    return open_place(spec, functools.partial(make_driver, spec, Folders(Path(), Path()), {}), prepare_child=prepare)
+def opened_place(spec: ModelSpec, prepare: Callable[[], None] | None = None, **given: Any) -> Place:
+    make = functools.partial(make_driver, spec, Folders(Path(), Path()), {})
+    return open_place(spec, make, prepare_child=prepare, **given)
 
 
 @pytest.fixture
@@ -66,6 +67,13 @@ def pid_of(driver: Place) -> int:
     pid = driver.facts.description["pid"]
     assert isinstance(pid, int)
     return pid
+
+
+def test_it_tells_how_far_it_is(opened) -> None:
+    """What a driver reports while it is opened is heard on this side, before its facts."""
+    told: list[Progress] = []
+    opened_place(spec_of(), report=told.append).close()
+    assert told == [Progress("load")]
 
 
 def test_its_vectors_are_the_drivers_own(opened) -> None:

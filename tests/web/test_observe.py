@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
-from tests.conftest import settle
+from embedpool.client import Client
+from embedpool.config.spec import ModelSpec
+from embedpool.tasks.driver import Place, Progress, Report
+from tests.conftest import open_fake, settle
 from tests.web.conftest import MODEL, NAME, Gate, MakeWeb, Web, refused
 
 SECRET = "s3cr3t-value"
@@ -112,6 +118,41 @@ def test_a_loading_and_a_failed_model_in_status(make_web: MakeWeb, gate: Gate) -
     gate.opened.set()
     settle(web.pool)
     assert "fault: load" in web.status("x")["last_error"]
+
+
+def test_how_far_a_model_is_in_status(make_web: MakeWeb) -> None:
+    """What its driver reports while it is opened, also of one that is registered and of one that replaces another;
+    `Client.progress` finds it there, by name or alias."""
+    at_work, go_on, dims = threading.Semaphore(0), threading.Semaphore(0), []
+
+    def open_place(spec: ModelSpec, memory: object, report: Report) -> Place:
+        dims.append(spec.driver.config.dim)
+        report(Progress("download", 10 * len(dims), 100))
+        at_work.release()
+        assert go_on.acquire(timeout=20)
+        return open_fake(spec)
+
+    web = make_web("model: x, alias: y", wait=False, open_place=open_place)
+
+    def shown(name: str) -> dict[str, Any] | None:
+        assert at_work.acquire(timeout=20)
+        client = Client("http://nowhere")
+        client.status = lambda: web.get("/status").json
+        found = client.progress(name)
+        go_on.release()
+        return found
+
+    assert shown("y") == {"step": "download", "done_bytes": 10, "total_bytes": 100}
+    settle(web.pool)
+    assert web.status("x")["progress"] is None
+    assert web.status("x")["kinds"] == ["embed"]
+    for dim, replaces, done in ((4, "true", 20), (5, "true", 30)):
+        body = {"model": "x", "driver_type": "fake", "driver_config": {"dim": dim}}
+        with ThreadPoolExecutor(1) as thread:
+            answer = thread.submit(web.post, f"/models/register?replace={replaces}", body)
+            assert shown("x") == {"step": "download", "done_bytes": done, "total_bytes": 100}
+            assert answer.result(20).status_code == 200
+    assert web.get("/status").json["candidates"] == []
 
 
 def test_models_lists_names_and_aliases(make_web: MakeWeb) -> None:
