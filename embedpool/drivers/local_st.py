@@ -160,10 +160,10 @@ class LocalStDriver(Driver):
         why = f"auto on device {self._config.device}" if wanted == "auto" else "asked for"
         return backend, why, self._on_torch(layout, tokenizers, backend)
 
-    def _library(self, layout: Layout, backend: str) -> Library:
+    def _library(self, layout: Layout, backend: str, dtype: str) -> Library:
         from embedpool.drivers.library import Library
 
-        return Library(layout, self._config, self._dtype if backend == "torch" else "float32", backend)
+        return Library(layout, self._config, dtype, backend)
 
     def _on_openvino(self, layout: Layout, tokenizers: Mapping[str, FolderTokenizer]) -> Mapping[str, Pipeline]:
         if importlib.util.find_spec("openvino") is None:
@@ -172,7 +172,7 @@ class LocalStDriver(Driver):
 
         def to_be_exported() -> Library:
             self.report(Progress("export"))
-            return self._library(layout, "torch")
+            return self._library(layout, "torch", "float32")  # every dtype is computed from the same graph
 
         graphs = openvino_graph.exported(layout, tokenizers, self._folders.cache, to_be_exported)
         gc.collect()  # an export leaves a torch model behind
@@ -214,7 +214,7 @@ class LocalStDriver(Driver):
 
         # On the replica's own thread, which is also the one that runs: OpenMP keeps the number by thread.
         torch.set_num_threads(self._cores)
-        library = self._library(layout, backend)
+        library = self._library(layout, backend, self._dtype)
         pipelines = {route: self._by_ids(library, tokenizer) for route, tokenizer in tokenizers.items()}
         if backend == "torch" and all(pipeline.by_ids for pipeline in pipelines.values()):
             self._prepack(library, tokenizers, pipelines)
@@ -255,7 +255,7 @@ class LocalStDriver(Driver):
         if not any(faults):
             self._says["prepacked"] = f"{gain:.2f} times as fast"
             return
-        library = self._library(library.layout, "torch")
+        library = self._library(library.layout, "torch", self._dtype)
         pipelines.update({route: self._by_ids(library, tokenizer) for route, tokenizer in tokenizers.items()})
 
 

@@ -30,6 +30,7 @@ from embedpool.errors import ModelFailed
 
 logger = logging.getLogger(__name__)
 
+FORM = 2  # of what is exported; graphs of another one are made anew
 LIBRARIES = ("openvino", "torch", "transformers", "sentence-transformers")
 PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -274,5 +275,5 @@ def _openvino() -> Any:
 def _key(folder: Path) -> str:
     files = sorted(f for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts)
     facts = [f"{f.relative_to(folder)} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
-    facts += [f"{name} {version(name)}" for name in LIBRARIES]
+    facts += [f"{name} {version(name)}" for name in LIBRARIES] + [f"form {FORM}"]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]

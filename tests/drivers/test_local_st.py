@@ -172,8 +172,8 @@ def test_more_tokens_than_positions_are_refused(
 class Watched(LocalStDriver):
     """Remembers the library it made, without keeping it."""
 
-    def _library(self, layout: Layout, backend: str) -> Library:
-        library = super()._library(layout, backend)
+    def _library(self, layout: Layout, backend: str, dtype: str) -> Library:
+        library = super()._library(layout, backend, dtype)
         self.library = weakref.ref(library)
         return library
 

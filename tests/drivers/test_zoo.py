@@ -310,6 +310,18 @@ def test_a_replaced_default_prompt(
         served.require(references(name).encode(TEXTS, prompt="query: "), TEXTS, prompt_name="query")
 
 
+def test_a_graph_is_exported_in_float32_whatever_is_computed_first(
+    made: Callable[[str], Path], references: Callable[[str], Reference], tmp_path: Path
+) -> None:
+    """A model that is served in bfloat16 first leaves no graph of rounded weights for those that ask for float32."""
+    name = "bert, dense"
+    with serving(ZOO[name], made(name), tmp_path, backend="openvino", compute_dtype="bfloat16") as pool:
+        assert ask(pool, "m", *TEXTS).vectors.shape == (len(TEXTS), 24)
+    with serving(ZOO[name], made(name), tmp_path, backend="openvino") as pool:
+        got = ask(pool, "m", *TEXTS, normalize=False).vectors
+    np.testing.assert_allclose(got, references(name).encode(TEXTS), atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", RUNTIMES)
 @pytest.mark.parametrize("how", ["input_type", "prompt_name"])
 def test_routes_are_taken_by_what_texts_are_for(
