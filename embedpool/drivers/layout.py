@@ -88,6 +88,11 @@ class Module:
     folder: Path
 
     @property
+    def is_known(self) -> bool:
+        """Whether it is the library's own, not code that comes with a model."""
+        return "." not in self.type or self.type.startswith("sentence_transformers.")
+
+    @property
     def kind(self) -> str:
         """The class without its package."""
         return self.type.rpartition(".")[2]
@@ -281,7 +286,7 @@ def _by_task(parameters: Mapping[str, Any], routes: Mapping[str, Any]) -> dict[s
 
 def _require_known_code(steps: Iterable[Module]) -> None:
     for module in steps:
-        if "." in module.type and not module.type.startswith("sentence_transformers."):
+        if not module.is_known:
             raise ModelFailed(f"its module {module.type} is code that comes with the model: {TRUSTED}")
 
 

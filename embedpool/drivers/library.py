@@ -50,17 +50,18 @@ class Library:
 
     @contextlib.contextmanager
     def _limited(self, route: str, limit: int | None, side: str) -> Iterator[None]:
-        tokenizer: Any = getattr(self.modules(route)[0], "tokenizer", None)
-        if limit is None or not hasattr(tokenizer, "model_max_length"):
+        first = self.modules(route)[0]
+        tokenizer: Any = getattr(first, "tokenizer", None)
+        if limit is None or not hasattr(tokenizer, "truncation_side"):
             yield
             return
         with self._lock:
-            before = tokenizer.model_max_length, tokenizer.truncation_side
-            tokenizer.model_max_length, tokenizer.truncation_side = limit, side
+            before = first.max_seq_length, tokenizer.truncation_side
+            first.max_seq_length, tokenizer.truncation_side = limit, side
             try:
                 yield
             finally:
-                tokenizer.model_max_length, tokenizer.truncation_side = before
+                first.max_seq_length, tokenizer.truncation_side = before
 
 
 def _loaded(layout: Layout, config: LocalStConfig, dtype: str, backend: str) -> Any:

@@ -232,6 +232,10 @@ def _convert(modules: Sequence[Any], tokenizer: FolderTokenizer) -> Any:
                 features = step(features)
             return features["sentence_embedding"]
 
+    inside: list[Any] = [inner for module in modules if (inner := getattr(module, "model", None)) is not None]
+    for inner in inside:
+        if getattr(inner, "config", None) is not None:
+            inner.config.use_cache = False  # of a generator: nothing is generated
     steps = Steps().eval()
     example = dict.fromkeys(names, torch.ones((2, 8), dtype=torch.long))
     with warnings.catch_warnings(), torch.no_grad():
@@ -242,8 +246,7 @@ def _convert(modules: Sequence[Any], tokenizer: FolderTokenizer) -> Any:
             logger.info("the model cannot be traced, and is exported in another way: %s", error)
         # Models whose masks are made by functions cannot be traced. The other way needs masks of numbers: where a
         # token attends to none, minus infinity for all would make it no number.
-        for module in modules:
-            inner: Any = getattr(module, "model", None)
+        for inner in inside:
             if hasattr(inner, "set_attn_implementation"):
                 inner.set_attn_implementation("eager")
         sizes = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in names}
@@ -253,7 +256,14 @@ def _convert(modules: Sequence[Any], tokenizer: FolderTokenizer) -> Any:
                 torch.export.export(steps, (), example, dynamic_shapes=sizes, strict=False)
             )
         except Exception as error:
-            raise ModelFailed(f"the model cannot be exported: {str(error).strip().splitlines()[0]}") from None
+            raise ModelFailed(f"the model cannot be exported: {_in_short(error)}") from None
+
+
+def _in_short(error: Exception) -> str:
+    """What OpenVINO says at the end of many lines, else the first line of an error."""
+    lines = str(error).strip().splitlines()
+    said = [line.removeprefix("-- ") for line in lines if line.startswith("-- ") and not line.endswith("a message:")]
+    return "; ".join(said) or next(iter(lines), type(error).__name__)
 
 
 def _require_a_mask_is_enough(modules: Sequence[Any]) -> None:

@@ -70,7 +70,9 @@ class FolderTokenizer(Tokenizer):
         if settings.get("do_lower_case"):
             _lower(self._tokenizer)
         self.excludes_prompt = not all(_includes_prompt(step) for step in others)
-        if _is_told_in_messages(settings, tokenizer_config, layout, module):
+        if not all(step.is_known for step in (module, *others)) or _is_told_in_messages(
+            settings, tokenizer_config, layout, module
+        ):
             self.told = ("prompt", "limit", "side")
         elif self.excludes_prompt:
             self.told = ("prompt",)

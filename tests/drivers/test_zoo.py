@@ -35,6 +35,7 @@ TEXTS = (
 )
 LONG = "pool embed server model token vector short long texts programs: " * 60
 LEAST_COSINE = 0.99999
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # older transformers use it
 RUNTIMES = ("torch", "openvino")
 IN_A_PROCESS = ("bert, prompts", "without the prompt, mean", "router, static queries", "model2vec, quantised")
 
@@ -49,9 +50,12 @@ class Reference:
         else:
             from sentence_transformers import SentenceTransformer
 
-            model_kwargs = {"dtype": "float32"}
             self.model = SentenceTransformer(
-                str(folder), device="cpu", local_files_only=True, model_kwargs=model_kwargs
+                str(folder),
+                device="cpu",
+                local_files_only=True,
+                trust_remote_code=animal.config.get("trust_remote_code", False),
+                model_kwargs={"dtype": "float32"},
             )
         self._animal = animal
 
@@ -60,20 +64,20 @@ class Reference:
             return np.asarray(self.model.encode(list(texts), max_length=None))
         return np.asarray(getattr(self.model, how)(list(texts), show_progress_bar=False, **options))
 
-    def tokenizer(self, task: str | None = None) -> Any:
+    @property
+    def first(self) -> Any:
+        """The module that reads texts for which nothing is said."""
         first = self.model[0]
-        if hasattr(first, "sub_modules"):
-            first = first.sub_modules[first._resolve_route(task, "text")][0]
-        return first.tokenizer
+        return first.sub_modules[first.default_route][0] if hasattr(first, "sub_modules") else first
 
     @contextlib.contextmanager
-    def limited(self, limit: int, side: str = "right", task: str | None = None) -> Iterator[None]:
+    def limited(self, limit: int, side: str) -> Iterator[None]:
         """As long as this lasts it cuts texts so."""
-        tokenizer = self.tokenizer(task)
-        before = tokenizer.model_max_length, tokenizer.truncation_side
-        tokenizer.model_max_length, tokenizer.truncation_side = limit, side
+        first, tokenizer = self.first, self.first.tokenizer
+        before = first.max_seq_length, tokenizer.truncation_side
+        first.max_seq_length, tokenizer.truncation_side = limit, side
         yield
-        tokenizer.model_max_length, tokenizer.truncation_side = before
+        first.max_seq_length, tokenizer.truncation_side = before
 
 
 class Served:
@@ -104,7 +108,7 @@ class Served:
     @property
     def has_limit(self) -> bool:
         """Whether its library cuts texts for it."""
-        return not self.animal.of_model2vec and hasattr(self.reference.tokenizer(), "model_max_length")
+        return not self.animal.of_model2vec and hasattr(self.reference.first.tokenizer, "truncation_side")
 
     @property
     def prompts(self) -> dict[str, str]:
@@ -240,7 +244,7 @@ def test_a_cut_at_the_left_keeps_the_prompt(served: Served) -> None:
     if not served.has_limit or served.animal.by_encode or served.routes:
         return
     prompt = "query: "
-    tokenizer = served.reference.tokenizer()
+    tokenizer = served.reference.first.tokenizer
     ids = tokenizer(prompt + LONG, truncation=False)["input_ids"]
     (got,) = served.ask(LONG, max_seq_length=24, truncate="left", prompt=prompt).vectors
     (all_of_it,) = served.ask(LONG, max_seq_length=24, truncate="left", prompt="").vectors
@@ -283,20 +287,24 @@ def _counted(served: Served, text: str) -> int:
     if served.animal.of_model2vec:
         words = tokenizers.Tokenizer.from_file(str(served.folder / "tokenizer.json"))  # the library's own cuts
         return len(words.encode(text, add_special_tokens=False).ids)
-    tokenizer = served.reference.tokenizer()
+    tokenizer = served.reference.first.tokenizer
     if served.has_limit:
-        return len(tokenizer(text, truncation=True)["input_ids"])
+        return len(_library_ids(served, text))
     return len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _library_ids(served: Served, text: str) -> list[int]:
+    first = served.reference.first
+    return list(first.tokenizer(text, truncation=True, max_length=first.max_seq_length)["input_ids"])
 
 
 def test_the_door_makes_the_librarys_ids(served: Served) -> None:
     """So it is not by luck that the vectors are alike."""
     if not served.has_limit or served.animal.by_encode:
         return
-    tokenizer = served.reference.tokenizer()
     for text in (*TEXTS, LONG, ""):
         (item,) = _items(served, text, prompt="")
-        assert list(item.ids) == tokenizer(text, truncation=True)["input_ids"]
+        assert list(item.ids) == _library_ids(served, text)
 
 
 def test_a_replaced_default_prompt(
