@@ -78,7 +78,8 @@ def configure_logging(settings: Settings) -> None:
         for each in ours:
             root.removeHandler(each)
         root.addHandler(handler)
-    root.setLevel(settings.logging.level.upper())
+    for logger in (root, logging.getLogger("embedpool")):  # libraries change that of the root
+        logger.setLevel(settings.logging.level.upper())
     logging.getLogger("embedpool.web.request_log").disabled = not settings.logging.requests
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # admission is ours; its queue is only a hand-over
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)  # its deprecations are not the operator's

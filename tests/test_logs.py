@@ -8,7 +8,8 @@ import logging
 
 import pytest
 
-from embedpool.logs import JsonFormatter, TextFormatter, to_stream
+from embedpool.config.settings import Settings
+from embedpool.logs import JsonFormatter, TextFormatter, configure_logging, to_stream
 
 
 def record(**fields: object) -> logging.LogRecord:
@@ -59,3 +60,17 @@ def test_a_stream_that_is_missing_or_closed_is_no_error() -> None:
     stream.close()
     for nothing in (None, stream):
         to_stream(nothing).handle(record())
+
+
+def test_no_library_silences_the_server() -> None:
+    """Its loggers have the level of the settings, whatever a library does to that of all."""
+    loggers = [logging.getLogger(), logging.getLogger("embedpool")]
+    levels, handlers = [logger.level for logger in loggers], [*loggers[0].handlers]
+    try:
+        configure_logging(Settings())
+        loggers[0].setLevel(logging.ERROR)
+        assert logging.getLogger("embedpool.pool").isEnabledFor(logging.INFO)
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        loggers[0].handlers[:] = handlers

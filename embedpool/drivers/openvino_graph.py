@@ -37,6 +37,7 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 HASHES = "hashes.json"
 UNUSED_S = 30 * 86400.0  # a graph that nobody has loaded for so long is deleted
 UNFINISHED, UNFINISHED_S = "export-", 86400.0  # the same of an export that never ended
+_CONVERTING = threading.Lock()
 COMPILED_TWICE_BYTES = 256_000_000  # of weights; each compiled model holds its own copy
 
 
@@ -241,7 +242,7 @@ def _convert(modules: Sequence[Any], tokenizer: FolderTokenizer) -> Any:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:
-            return _openvino().convert_model(steps, example_input=example)
+            return _converted(steps, example_input=example)
         except Exception as error:
             logger.info("the model cannot be traced, and is exported in another way: %s", error)
         # Models whose masks are made by functions cannot be traced. The other way needs masks of numbers: where a
@@ -252,11 +253,21 @@ def _convert(modules: Sequence[Any], tokenizer: FolderTokenizer) -> Any:
         sizes = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in names}
         example = {name: torch.ones((3, 9), dtype=torch.long) for name in names}
         try:
-            return _openvino().convert_model(
-                torch.export.export(steps, (), example, dynamic_shapes=sizes, strict=False)
-            )
+            return _converted(torch.export.export(steps, (), example, dynamic_shapes=sizes, strict=False))
         except Exception as error:
             raise ModelFailed(f"the model cannot be exported: {_in_short(error)}") from None
+
+
+def _converted(model: Any, **arguments: Any) -> Any:
+    """OpenVINO's graph. It raises the level of all logging while it converts, and leaves it so where it fails."""
+    root = logging.getLogger()
+    with _CONVERTING:
+        level, filters = root.level, [*root.filters]
+        try:
+            return _openvino().convert_model(model, **arguments)
+        finally:
+            root.setLevel(level)
+            root.filters[:] = filters
 
 
 def _in_short(error: Exception) -> str:

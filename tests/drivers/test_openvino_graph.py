@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -145,6 +146,14 @@ def test_a_graph_is_kept_and_computes(small: Path, tmp_path: Path) -> None:
     before = vectors.copy()
     run(pad([[2, 9, 3]], 0))
     np.testing.assert_array_equal(vectors, before)
+
+
+def test_logging_stays_as_it_was(tmp_path: Path) -> None:
+    """Also where a model cannot be traced, and is exported in another way."""
+    root = logging.getLogger()
+    before = (root.level, [*root.filters], [*root.handlers])
+    export(make("gemma 3, both ways", tmp_path), tmp_path / "cache")
+    assert (root.level, root.filters, root.handlers) == before
 
 
 def test_a_batch_that_runs_alone_has_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
