@@ -32,8 +32,8 @@ from benchmarks.load import closed_loop
 from benchmarks.servers import EMBEDPOOL, GRAPHS, MODEL, SERVERS, Running, running
 from benchmarks.texts import model_folder, short
 from embedpool.config.spec import LocalStConfig
-from embedpool.drivers.layout import is_model2vec
 from embedpool.drivers.local_st import LocalStDriver
+from embedpool.drivers.model_files import is_model2vec
 from embedpool.tasks.driver import Folders
 from embedpool.tasks.item import Batch, Item
 

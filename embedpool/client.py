@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 import time
@@ -30,6 +31,14 @@ DEADLINE_MARGIN_S = 5.0  # in which the answer that a deadline has passed arrive
 CHARS_PER_CALL = 4_000_000
 BUSY = (429, 503)
 TOO_MUCH = (413, 504)  # for one call; half of it may do
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ranked:
+    """A document of a rerank, by its place in the request, with its score."""
+
+    index: int
+    score: float
 
 
 class Client:
@@ -112,6 +121,39 @@ class Client:
             logger.warning("%d of %d texts were truncated; truncate='error' refuses them", truncated, len(texts))
         vectors: NDArray[Any] = np.load(io.BytesIO(response.content), allow_pickle=False)
         return vectors
+
+    def rerank(
+        self, query: str, documents: Sequence[str], *, model: str, top_n: int | None = None, **options: Any
+    ) -> list[Ranked]:
+        """The documents in the order of their relevance to the query, the best first; `options` of POST /rerank."""
+        body = {"model": model, "query": query, "documents": list(documents), "top_n": top_n, "options": options}
+        results = self._asked_again("/rerank", body)["results"]
+        return [Ranked(entry["index"], entry["score"]) for entry in results]
+
+    def score(self, queries: Sequence[str], documents: Sequence[str], *, model: str, **options: Any) -> NDArray[Any]:
+        """float32 scores of pairs, of shape (pairs,): of each query with its document, or of one with all of them."""
+        body = {"model": model, "queries": list(queries), "documents": list(documents), "options": options}
+        return np.array([entry["score"] for entry in self._asked_again("/score", body)["data"]], np.float32)
+
+    def classify(self, texts: Sequence[str], *, model: str, **options: Any) -> list[dict[str, float]]:
+        """For each text the score of each label, the best first."""
+        body = {"model": model, "input": list(texts), "options": options}
+        data = self._asked_again("/classify", body)["data"]
+        return [{entry["label"]: entry["score"] for entry in of_text} for of_text in data]
+
+    def _asked_again(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer, also of a server that is busy at first."""
+        patience_s = self._retry_s
+        while True:
+            try:
+                return self._call("POST", path, body)
+            except EmbedpoolError as error:
+                wait_s = error.retry_after_s
+                if error.status not in BUSY or wait_s is None or wait_s > patience_s:
+                    raise
+                wait_s = max(wait_s, LEAST_WAIT_S)
+                patience_s -= wait_s
+                time.sleep(wait_s)
 
     def health(self) -> dict[str, Any]:
         """GET /health. Raises ServerUnreachable if the answer is not that of embedpool, whoever else is there."""

@@ -82,9 +82,15 @@ def words_place(spec: ModelSpec, memory: dict[str, Any], report: Report) -> Plac
     return open_place(spec, functools.partial(make_words, spec.driver.config))
 
 
+def words_tokenizer(spec: ModelSpec, report: Report) -> Tokenizer:
+    tokenizer = open_fake_tokenizer(spec)
+    tokenizer.tasks = ("embed", "words")
+    return tokenizer
+
+
 @pytest.fixture(params=["thread", "process"])
 def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
-    made = Pool(PoolSettings(words_place, open_fake_tokenizer, request_timeout_s=20, max_batch_texts=4))
+    made = Pool(PoolSettings(words_place, words_tokenizer, request_timeout_s=20, max_batch_texts=4))
     driver = DriverSpec("fake", FakeConfig(dim=DIM))
     queue, scaling = QueueSpec(max_size=20, max_inflight_per_replica=2), Scaling(max=2)
     made.apply(PoolSpec((ModelSpec("m", driver, place=request.param, queue=queue, scaling=scaling),)))

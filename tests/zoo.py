@@ -11,10 +11,12 @@ import functools
 import json
 import re
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
@@ -43,6 +45,8 @@ class Animal:
     static: bool = False
     of_model2vec: bool = False
     has_default: bool = True  # whether it takes texts without being told what they are for
+    kind: str = "embed"
+    causal: bool = False  # a language model that scores pairs in a chat template
 
 
 ZOO: dict[str, Animal] = {}
@@ -336,6 +340,9 @@ animal("plain causal lm")(
 animal("classifier, as an embedder", config={"task": "embed"})(
     lambda folder: encoder(folder, "Bert", WORDPIECE(), model_class="BertForSequenceClassification", num_labels=3)
 )
+animal("token classifier, as an embedder", config={"task": "embed"})(
+    lambda folder: encoder(folder, "Bert", WORDPIECE(), model_class="BertForTokenClassification", num_labels=3)
+)
 animal("plain causal lm with a chat template", by_encode=True)(
     lambda folder: encoder(
         folder, "Mistral",
@@ -472,3 +479,74 @@ animal("router")(lambda folder: routed(folder, "bert", "bert", default_route="do
 animal("router, static queries")(lambda folder: routed(folder, "static", "bert", normalize))
 animal("router, static", static=True)(lambda folder: routed(folder, "static", "static"))
 animal("router, no default", has_default=False)(lambda folder: routed(folder, "static", "bert", allow_empty_key=False))
+
+
+# --- models that score
+
+
+def scoring(folder: Path, architecture: str, words: Any, labels: int = 1, **config: Any) -> None:
+    """A plain folder with a classification head, as most rerankers of the hub are."""
+    named = {} if labels < 2 else {"id2label": {i: f"kind {i}" for i in range(labels)}}
+    model_class = f"{architecture}ForSequenceClassification"
+    encoder(folder, architecture, words, model_class=model_class, num_labels=labels, **named, **config)
+
+
+animal("reranker, bert", kind="rerank")(lambda folder: scoring(folder, "Bert", WORDPIECE()))
+animal("reranker, xlm-roberta", kind="rerank")(
+    lambda folder: scoring(folder, "XLMRoberta", XLM_R(), max_position_embeddings=514)
+)
+animal("reranker, roberta", kind="rerank")(
+    lambda folder: scoring(folder, "Roberta", ROBERTA(), max_position_embeddings=514)
+)
+animal("reranker, modernbert", kind="rerank")(
+    lambda folder: scoring(
+        folder, "ModernBert", WORDPIECE(), cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3
+    )
+)
+animal("reranker, deberta-v2", kind="rerank")(
+    lambda folder: scoring(
+        folder, "DebertaV2", WORDPIECE(), relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=16,
+        type_vocab_size=0, pooler_hidden_size=WIDTH,
+    )
+)  # fmt: skip
+animal("classifier", kind="classify")(lambda folder: scoring(folder, "Bert", WORDPIECE(), labels=3))
+animal("classifier, several labels fit", kind="classify")(
+    lambda folder: scoring(folder, "Bert", WORDPIECE(), labels=3, problem_type="multi_label_classification")
+)
+
+
+@animal("reranker, saved by CrossEncoder", kind="rerank")
+def saved_cross_encoder(folder: Path) -> None:
+    from sentence_transformers import CrossEncoder
+
+    base = folder.parent / f"{folder.name}-base"
+    scoring(base, "Bert", WORDPIECE(), max_position_embeddings=64)
+    model = CrossEncoder(str(base), device="cpu", prompts=PROMPTS, default_prompt_name="query")
+    model.save_pretrained(str(folder))
+
+
+CHAT = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}<s>{{ m['content'] }}</s>{% endif %}{% endfor %}"
+    "<s>query: {{ messages[-2]['content'] }}\nthe document: {{ messages[-1]['content'] }}</s>{{ ' answer:' }}"
+)
+
+
+def causal(folder: Path, *, false_token: bool = True, **settings: Any) -> None:
+    """A language model that says yes or no."""
+    from sentence_transformers import CrossEncoder
+    from sentence_transformers.cross_encoder.modules import LogitScore
+
+    if int(version("sentence-transformers").split(".")[0]) < 6:
+        pytest.skip("it cuts what a chat template makes in another way, so there it computes such models itself")
+    base = folder.parent / f"{folder.name}-base"
+    words = LLAMA(chat_template=CHAT)
+    encoder(base, "Qwen3", words, num_key_value_heads=1, head_dim=16, model_class="Qwen3ForCausalLM")
+    transformer = modules().Transformer(str(base), transformer_task="text-generation", max_seq_length=256)
+    score = LogitScore(words.convert_tokens_to_ids("o"), words.convert_tokens_to_ids("e") if false_token else None)
+    CrossEncoder(modules=[transformer, score], device="cpu", **settings).save_pretrained(str(folder))
+
+
+animal("reranker, causal", kind="rerank", causal=True)(causal)
+animal("reranker, causal, one token and a prompt", kind="rerank", causal=True)(
+    lambda folder: causal(folder, false_token=False, prompts={"web": "find: "}, default_prompt_name="web")
+)

@@ -18,6 +18,7 @@ Usage:
   embedpool unregister --model M [--json] [--config FILE]
   embedpool pull MODEL [--revision R] [--to DIR] [--set KEY=VALUE]... [--json] [--config FILE]
   embedpool embed [--model M] [--set KEY=VALUE]... [--config FILE] [--] TEXT...
+  embedpool rerank [--model M] [--top N] [--set KEY=VALUE]... [--json] [--config FILE] [--] QUERY [FILE]
   embedpool key create [--name NAME] [--scopes NAMES] [--models NAMES] [--weight W] [--requests-per-s N]
                        [--texts-per-s N] [--concurrent N] [--json] [--config FILE]
   embedpool key list [--json] [--config FILE]
@@ -42,6 +43,7 @@ Commands:
   key list      List the keys, without their secrets.
   key revoke    Revoke a key; a running server follows within a second. The last key needs --yes or a yes.
   embed         Print the vector of each text as a JSON list; with - read texts from standard input, one a line.
+  rerank        Print the lines of a file, or of standard input, in the order of their relevance to QUERY.
 
   Without a running server, register, set-alias, enable, disable and unregister edit pool.yml.
 
@@ -56,7 +58,7 @@ Options:
   --yes               Revoke the last key without being asked.
   --insecure          Listen beyond this machine although no key exists.
   --model M           Name of the model (of a local model its Hugging Face id), or the alias of a registered one.
-                      embed needs none if the pool has only one model.
+                      embed needs none if the pool has only one model, rerank if it has only one reranker.
   --type T            local_st, http or fake.
   --alias A           Second name of the model.
   --place P           Where a local model runs: in a thread of the server, or in a child process.
@@ -77,7 +79,8 @@ Options:
   --inflight N        Number of batches that a replica runs at once.
   --disabled          Register the model without serving it.
   --replace           Replace a model registered with a different spec.
-  --set KEY=VALUE     Any other key of driver.config, or an option of embed; YAML, or a text.
+  --set KEY=VALUE     Any other key of driver.config, or an option of embed or rerank; YAML, or a text.
+  --top N             Number of lines that rerank prints; default all.
   --name NAME         Name of the key's owner.
   --scopes NAMES      embed, admin or both, separated by a comma [default: embed].
   --models NAMES      Names or aliases of models the key may use, separated by commas; default all.
@@ -106,7 +109,7 @@ from collections.abc import Callable
 from docopt import DocoptExit, docopt
 
 from embedpool import __version__
-from embedpool.cli import embed, keys, models, pull, server
+from embedpool.cli import embed, keys, models, pull, rerank, server
 from embedpool.cli.common import FAILED, NO_SUCH_MODEL, OK, USAGE, Arguments, UsageError
 from embedpool.errors import EmbedpoolError, near_names
 
@@ -153,6 +156,7 @@ def _command_of(arguments: Arguments) -> Callable[[Arguments], int]:
         "revoke": keys.revoke,
         "pull": pull.pull,
         "embed": embed.embed,
+        "rerank": rerank.rerank,
     }
     return next(function for name, function in commands.items() if arguments[name])
 

@@ -18,6 +18,7 @@ from marshmallow import fields, validate
 from embedpool.config.fields import StrictSchema, option, schema_of
 from embedpool.config.settings import SECRET_PREFIX, secret_variable
 
+RERANK_PROTOCOLS = ("embedpool", "cohere", "jina", "tei")
 MODEL_SLOT, TEXTS_SLOT, TEXT_SLOT = "{model}", "{texts}", "{text}"  # in a request of protocol template
 NOT_IN_A_URL = re.compile(r"[\\\s\x00-\x20\x7f]")
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:@/-]{0,199}\Z"
@@ -138,8 +139,8 @@ class LocalStConfig(LocalConfig):
     trust_remote_code: bool = option(False, "run code shipped with the model; only from this file", loads=True)
     task: str | None = option(
         None,
-        "embed: serve the encoder of a model of another kind as an embedder; default: only what the model is made for",
-        choices=("embed",),
+        "what the model is served for; default: what its files say; embed: its encoder, whatever its kind",
+        choices=("embed", "rerank", "classify"),
         loads=True,
     )
 
@@ -163,6 +164,9 @@ class HttpConfig:
         "embedpool, template: the full URL; openai, jina, voyage: ends in /v1; tei, cohere, ollama: the server's root",
         choices=("embedpool", "openai", "tei", "cohere", "jina", "voyage", "ollama", "template"),
         loads=True,
+    )
+    task: str = option(
+        "embed", "what it is asked for (`rerank`: not of every protocol)", choices=("embed", "rerank"), loads=True
     )
     request: dict[str, Any] = option(
         {},
@@ -213,6 +217,8 @@ class HttpConfig:
     prompts: dict[str, str] = option({}, "named prompts, which embedpool puts before the text")
 
     def __post_init__(self) -> None:
+        if self.task == "rerank" and self.protocol not in RERANK_PROTOCOLS:
+            raise ma.ValidationError({"protocol": [f"of task rerank is one of {', '.join(RERANK_PROTOCOLS)}"]})
         is_template = self.protocol == "template"
         for name in ("request", "vectors"):
             if bool(getattr(self, name)) != is_template:
@@ -235,6 +241,8 @@ class FakeConfig(LocalConfig):
     """driver.config of the deterministic stand-in: tests, demos, load tests of everything else."""
 
     dim: int = option(384, "size of its vectors", minimum=1, maximum=65536, loads=True)
+    task: str = option("embed", "what it stands for", choices=("embed", "rerank", "classify"), loads=True)
+    labels: int = option(3, "labels of a classifier", minimum=2, maximum=1000, loads=True)
     delay_ms: float = option(0, "time a batch takes", minimum=0, loads=True)
     delay_ms_per_text: float = option(0, "further time per text", minimum=0, loads=True)
     load_delay_ms: float = option(0, "time loading takes", minimum=0, loads=True)

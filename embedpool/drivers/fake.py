@@ -21,22 +21,32 @@ from embedpool.config.spec import FakeConfig, ModelSpec
 from embedpool.drivers.space import hashed
 from embedpool.errors import ModelFailed
 from embedpool.tasks.driver import PROBE_TEXT, Driver, Facts, Folders, Progress, Report, describe
-from embedpool.tasks.embed import limit_fault
+from embedpool.tasks.embed import Embed, limit_fault
 from embedpool.tasks.item import Batch, Ids
 from embedpool.tasks.rows import Answer, Rows
-from embedpool.tasks.tokenizer import Token, Tokenizer
+from embedpool.tasks.score import SIGMOID, SOFTMAX, Classify, Rerank
+from embedpool.tasks.tokenizer import Template, Token, Tokenizer
+
+EMBED = Embed.name
 
 START, END = 1, 2  # its special tokens
 POSITIONS = 512
+MOST_LOGIT = 4.0  # of a document that has all words of the query
 GROWTH_BYTES = 50_000_000
 
 
 class FakeTokenizer(Tokenizer):
-    """A token a word, and two special ones."""
+    """A token a word, and two special ones. A pair has one more between its parts."""
 
+    template = Template(([START], [END]), ([START], [END], [END]))
     max_tokens = POSITIONS
     default_max_tokens = POSITIONS
     special_tokens = 2
+
+    def __init__(self, task: str = EMBED, labels: int = 1) -> None:
+        self.tasks = (task,)
+        self.labels = () if task == EMBED else [f"label {i}" for i in range(labels)]
+        self.activation = SOFTMAX if task == Classify.name else SIGMOID
 
     @override
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -52,6 +62,10 @@ class FakeTokenizer(Tokenizer):
     @override
     def prompt_tokens(self, prompt: str) -> int:
         return 1 + len(prompt.split())
+
+    @override
+    def bare(self, texts: Sequence[str]) -> list[list[int]]:
+        return [ids[1:-1] for ids in self.encode(texts)]
 
     @override
     def tokens(self, texts: Sequence[str], *, special: bool) -> list[list[Token]]:
@@ -92,13 +106,22 @@ _held: list[bytes] = []
 FAULTS = {"raise": _raise, "hang": _hang, "grow": _grow, "crash": _crash}
 
 
+def _width_of(config: FakeConfig) -> int:
+    """Numbers of a row."""
+    return {EMBED: config.dim, Rerank.name: 1, Classify.name: config.labels}[config.task]
+
+
 class FakeDriver(Driver):
-    """Vectors drawn from a generator that the token ids seed; entries are about normal, vectors not normalised."""
+    """Vectors drawn from a generator that the token ids seed; entries are about normal, vectors not normalised.
+
+    As a reranker it counts the words of the query that a document has; as a classifier it draws.
+    """
 
     def __init__(self, config: FakeConfig, *, may_crash: bool = False) -> None:
         self._config = config
         self._may_crash = may_crash  # its process is its own
-        self._tokenizer = FakeTokenizer()
+        self._width = _width_of(config)
+        self._tokenizer = FakeTokenizer(config.task, self._width)
 
     @override
     def open(self, on_lost: Callable[[str], None]) -> Facts:
@@ -111,14 +134,17 @@ class FakeDriver(Driver):
         if self._config.fault == "crash" and not self._may_crash:
             raise ModelFailed("fault: crash would end the server; it needs place: process")
         self.probe()
-        space = hashed("embed", "fake", str(self._config.dim))
-        return Facts({"embed": self._config.dim}, space, description=describe(dim=self._config.dim))
+        task, width = self._config.task, self._width
+        space = hashed(task, "fake", str(width))
+        dim = width if task == EMBED else None
+        return Facts({task: width}, space, description=describe(kind=task, dim=dim))
 
     @override
     def run(self, batch: Batch) -> Answer:
         config, texts = self._config, batch.texts
         time.sleep((config.delay_ms + config.delay_ms_per_text * len(texts)) / 1000)
-        vectors = np.stack([self._vector(ids) for ids in batch.ids or self._tokenizer.encode(texts)])
+        given = batch.ids or self._tokenizer.encode(texts)
+        vectors = np.stack([self._row(ids, item.second) for ids, item in zip(given, batch.items, strict=True)])
         at_fault = [i for i, text in enumerate(texts) if config.fault_text in text]
         if at_fault and config.fault in FAULTS:
             FAULTS[config.fault]()
@@ -135,9 +161,17 @@ class FakeDriver(Driver):
             _raise()
         self._vector(self._tokenizer.encode([PROBE_TEXT])[0])
 
+    def _row(self, ids: Ids, second: int | None) -> NDArray[np.float32]:
+        drawn = self._vector(ids)
+        if self._config.task != Rerank.name or second is None:
+            return drawn
+        query, document = set(ids[1 : second - 1]), set(ids[second:-1])
+        found = len(query & document) / max(len(query), 1)
+        return np.asarray(MOST_LOGIT * (2 * found - 1) + drawn / 100, np.float32)
+
     def _vector(self, ids: Ids) -> NDArray[np.float32]:
         seed = zlib.crc32(np.asarray(ids, dtype=np.int32).tobytes())
-        return np.random.default_rng(seed).standard_normal(self._config.dim, dtype=np.float32)
+        return np.random.default_rng(seed).standard_normal(self._width, dtype=np.float32)
 
 
 def make_driver(spec: ModelSpec, folders: Folders, shared: dict[str, Any]) -> Driver:
@@ -148,4 +182,6 @@ def make_driver(spec: ModelSpec, folders: Folders, shared: dict[str, Any]) -> Dr
 
 def open_tokenizer(spec: ModelSpec, folders: Folders, report: Report) -> Tokenizer:
     """Called by the table of drivers, in drivers/__init__.py."""
-    return FakeTokenizer()
+    config = spec.driver.config
+    assert isinstance(config, FakeConfig)
+    return FakeTokenizer(config.task, _width_of(config))

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from embedpool.config.spec import LocalStConfig
+from embedpool.drivers.layout import CLASSIFY, EMBED
 from embedpool.drivers.library import Array, Library
 from embedpool.drivers.measure import cosine
 from embedpool.drivers.pipeline import Pipeline
@@ -20,50 +21,83 @@ from embedpool.drivers.tokenizer import FolderTokenizer
 from embedpool.tasks.driver import PROBE_TEXT
 from embedpool.tasks.embed import Embed, EmbedOptions
 from embedpool.tasks.item import Batch
+from embedpool.tasks.score import SCORES, ScoreOptions
+from embedpool.tasks.task import Task
 
 TEXTS = (PROBE_TEXT, "Another text, rather longer than the first, so that one of them is padded. " * 3, "Short")
 MOST_PROMPTS = 4
 CUT_AT = 24  # tokens, or a shorter limit of the model's own
 
+QUERY = "What jumps?"
+SAME_LOGIT = {"float32": 1e-4, "bfloat16": 0.1, "float16": 0.1}  # of the greatest
 SAME_VECTOR_COSINE = {"float32": 0.99999, "bfloat16": 0.995, "float16": 0.995}
 
 
 class Probe(NamedTuple):
-    """A request, and the vectors that the library gives for it."""
+    """A request, and the rows that the library gives for it."""
 
     name: str
-    request: Embed
+    request: Task
     expected: Array
 
 
 def probes(library: Library, tokenizer: FolderTokenizer) -> Iterator[Probe]:
     """Of one route: without a prompt, with each of some, and with texts that are cut."""
-    route = tokenizer.route
+    if library.layout.kind != EMBED:
+        yield from _of_scores(library, tokenizer)
+        return
+    route, texts = tokenizer.route, [(text,) for text in TEXTS]
     prompts = {text: f"with the prompt {name!r}" for name, text in tokenizer.prompts.items() if text}
     for prompt, name in {"": "of plain texts", **dict(itertools.islice(prompts.items(), MOST_PROMPTS))}.items():
         request = Embed(TEXTS, EmbedOptions(prompt=prompt))
-        yield Probe(name, request, library.encode(TEXTS, prompt=prompt, route=route))
-    limit = min(tokenizer.default_max_tokens or CUT_AT, CUT_AT)
-    if tokenizer.max_tokens is not None or tokenizer.default_max_tokens is not None:
+        yield Probe(name, request, library.compute(texts, prompt=prompt, route=route))
+    if limit := _short_limit(tokenizer):
         options = EmbedOptions(prompt="", max_seq_length=limit, truncate="right")
-        expected = library.encode(TEXTS, route=route, limit=limit)
+        expected = library.compute(texts, route=route, limit=limit)
         yield Probe(f"of texts cut to {limit} tokens", Embed(TEXTS, options), expected)
+
+
+def _of_scores(library: Library, tokenizer: FolderTokenizer) -> Iterator[Probe]:
+    """Pairs, pairs whose document is cut, with the query the shorter part, and for a classifier texts."""
+    task = SCORES[library.layout.kind]
+    pairs = [(query, document) for query in (QUERY, "") for document in (*TEXTS, "")]
+    yield Probe("of pairs", task(pairs, ScoreOptions(instruction="")), library.compute(pairs))
+    for name, prompt in tokenizer.prompts.items():
+        if prompt:
+            options = ScoreOptions(instruction=prompt)
+            yield Probe(f"with the prompt {name!r}", task(pairs, options), library.compute(pairs, prompt=prompt))
+    if limit := _short_limit(tokenizer):
+        options = ScoreOptions(instruction="", max_seq_length=limit)
+        yield Probe(f"of pairs cut to {limit} tokens", task(pairs, options), library.compute(pairs, limit=limit))
+    if library.layout.kind == CLASSIFY:
+        texts = [(text,) for text in TEXTS]
+        yield Probe("of texts", task(texts, ScoreOptions(instruction="")), library.compute(texts))
+
+
+def _short_limit(tokenizer: FolderTokenizer) -> int | None:
+    limits = [limit for limit in (tokenizer.max_tokens, tokenizer.default_max_tokens) if limit is not None]
+    return min(*limits, CUT_AT) if limits else None
 
 
 def difference(asked: Iterable[Probe], pipeline: Pipeline, dtype: str) -> str | None:
     """What differs, in a sentence; None if nothing does."""
     for probe in asked:
-        got = answer_to(pipeline, probe.request)
-        if got.shape != probe.expected.shape:
-            return f"its vectors {probe.name} have the shape {got.shape}, those of encode {probe.expected.shape}"
-        worst = min(cosine(a, b) for a, b in zip(got, probe.expected, strict=True))
-        if not worst >= SAME_VECTOR_COSINE[dtype]:
-            return f"its vectors {probe.name} are others than those of encode (cosine {worst:.6f})"
+        got, expected = answer_to(pipeline, probe.request), probe.expected
+        if got.shape != expected.shape:
+            return f"its rows {probe.name} have the shape {got.shape}, those of its library {expected.shape}"
+        if probe.request.name == EMBED:
+            worst = min(cosine(a, b) for a, b in zip(got, expected, strict=True))
+            if not worst >= SAME_VECTOR_COSINE[dtype]:
+                return f"its vectors {probe.name} are others than those of encode (cosine {worst:.6f})"
+        else:
+            off = float(np.abs(got - expected).max())
+            if not off <= SAME_LOGIT[dtype] * max(1.0, float(np.abs(expected).max())):
+                return f"its logits {probe.name} are others than those of its library (by up to {off:.6f})"
     return None
 
 
-def answer_to(pipeline: Pipeline, request: Embed) -> Array:
-    """The vectors of a request, as the pool would have them computed."""
+def answer_to(pipeline: Pipeline, request: Task) -> Array:
+    """The rows of a request, as the pool would have them computed."""
     items = request.measure(LocalStConfig(), pipeline.tokenizer).items
     options = items[0].group.options
     return pipeline.run(Batch(request.name, items, json.loads(options) if options else {}))
@@ -71,10 +105,10 @@ def answer_to(pipeline: Pipeline, request: Embed) -> Array:
 
 def vector_of_nothing(library: Library, tokenizer: FolderTokenizer) -> Array | None:
     """The library's vector of a text without tokens beside another; None if it has none, or the model adds tokens."""
-    if tokenizer.special_tokens:
+    if tokenizer.special_tokens or library.layout.kind != EMBED:
         return None
     try:
-        vector: Array = library.encode(["", PROBE_TEXT], route=tokenizer.route)[0]
+        vector: Array = library.compute([("",), (PROBE_TEXT,)], route=tokenizer.route)[0]
     except Exception:  # whatever it raises for want of a token
         return None
     return vector if np.isfinite(vector).all() else None

@@ -17,7 +17,7 @@ from typing_extensions import override
 from embedpool.bounds import CallBudget
 from embedpool.config.spec import HttpConfig, ModelSpec
 from embedpool.drivers.measure import probe_batch
-from embedpool.drivers.protocols import protocol_of
+from embedpool.drivers.protocols import RERANK, protocol_of
 from embedpool.drivers.space import SAME_SPACE_COSINE, likeness, of_probes
 from embedpool.drivers.upstream import RETRY_RESERVE, RETRY_SHARE, Upstream, secret
 from embedpool.errors import REFUSALS, UpstreamError
@@ -37,6 +37,7 @@ RECHECK_S = 5.0
 CHECKS_OF_THE_FAULTY = 12  # rounds, of which the last is one of all addresses
 PROOF_TIMEOUT_S = 10.0  # where there are other addresses
 PROBE_TEXTS = (PROBE_TEXT, "How much does the train to the coast cost?", "Die Sonne scheint.")
+LEAST_SCORE = 1e-6  # that is told from none
 NOT_FINITE = "the remote service gives vectors that are not finite"
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -44,6 +45,9 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 
 class RemoteTokenizer(Tokenizer):
     """The remote service makes the token ids."""
+
+    def __init__(self, task: str = "embed") -> None:
+        self.tasks = (task,)
 
     @override
     def encode(self, texts: Sequence[str]) -> None:
@@ -86,12 +90,16 @@ class HttpDriver(Driver):
         except BaseException:
             self.close()
             raise
-        self._description |= describe(protocol=self._config.protocol, dim=self._dim)
+        self._description |= describe(
+            kind=self._config.task, protocol=self._config.protocol, dim=None if self._is_reranker else self._dim
+        )
         if len(self._upstreams) > 1:
             threading.Thread(target=self._check, name=f"check-{self._model}", daemon=True).start()
         space = self._shared.get("space") or of_probes(self._state_dir, self._shared["reference"][1])
         self._shared["space"] = space
-        return Facts({"embed": self._dim}, space, slots=SLOTS, pads=False, paces=True, description=self._description)
+        return Facts(
+            {self._config.task: self._dim}, space, slots=SLOTS, pads=False, paces=True, description=self._description
+        )
 
     @override
     def configure(self, config: HttpConfig) -> None:
@@ -103,7 +111,7 @@ class HttpDriver(Driver):
 
         An address that asks for a pause is not called before it is over; if all do, this raises an error that says so.
         """
-        texts = batch.texts
+        texts = [item.parts[-1] for item in batch.items]  # of a pair the document
         may_be_a_text = batch.is_search or len(texts) > 1
         body = self._protocol.body(self._model, texts, batch.options)
         tried: dict[Upstream, str] = {}  # what is told of their failure, if that is no text's
@@ -137,7 +145,7 @@ class HttpDriver(Driver):
         self, batch: Batch, error: UpstreamError, attempts: int, upstream: Upstream, another: Upstream | None
     ) -> bool:
         """Whether a call that failed is followed by one more, to `another` or else to the same address."""
-        is_alone = len(batch.texts) == 1
+        is_alone = len(batch.items) == 1
         most = self._config.retries
         if batch.is_search:  # one that is alone is not blamed for a lost connection, or a broken address
             most = min(most, 1) if is_alone and (another or _is_of_the_way(error)) else 0
@@ -154,7 +162,8 @@ class HttpDriver(Driver):
     @override
     def probe(self) -> None:
         try:
-            vectors = self.run(probe_batch()).rows.values
+            known = PROBE_TEXTS if self._is_reranker else PROBE_TEXTS[:1]  # of one score nobody tells whose it is
+            vectors = self.run(probe_batch(known)).rows.values
         except UpstreamError as error:
             if not error.is_busy:  # else it is there
                 raise
@@ -181,6 +190,10 @@ class HttpDriver(Driver):
 
         with self._call_ended:
             return self._call_ended.wait_for(has_turn, min(within_s, self.rest_s() or within_s))
+
+    @property
+    def _is_reranker(self) -> bool:
+        return self._config.task == RERANK
 
     def _notify(self) -> None:
         with self._call_ended:
@@ -268,6 +281,8 @@ class HttpDriver(Driver):
         Whose they are is remembered as long as the model is served: a driver that replaces this one, or another
         replica's, must not take up with another model.
         """
+        if self._is_reranker:
+            vectors = _as_one(vectors)
         if not np.linalg.norm(vectors, axis=1).all():
             return "it gives vectors of length zero"
         name, reference = self._shared.setdefault("reference", (upstream.name, vectors))
@@ -309,6 +324,12 @@ class HttpDriver(Driver):
             self._lost = f"left alone after failures in a row: {'; '.join(faults)}"
             self._over.set()
             self._on_lost(self._lost)
+
+
+def _as_one(scores: Array) -> Array:
+    """The scores of known documents as one vector, which is the model's mark, of shape (1, documents): their logits."""
+    inside = np.clip(scores[:, 0].astype(np.float64), LEAST_SCORE, 1 - LEAST_SCORE)
+    return np.log(inside / (1 - inside))[None, :]
 
 
 def _rows(vectors: list[Any], width: int | None, *, may_be_none: bool) -> Array:
@@ -359,4 +380,5 @@ def make_driver(spec: ModelSpec, folders: Folders, shared: dict[str, Any]) -> Dr
 
 def open_tokenizer(spec: ModelSpec, folders: Folders, report: Report) -> Tokenizer:
     """Called by the table of drivers, in drivers/__init__.py."""
-    return RemoteTokenizer()
+    assert isinstance(spec.driver.config, HttpConfig)
+    return RemoteTokenizer(spec.driver.config.task)

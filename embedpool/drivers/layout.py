@@ -8,23 +8,20 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from embedpool.config.spec import LocalStConfig
+from embedpool.drivers.model_files import is_model2vec, labels_of, read_json, transformer_settings, weight_names
 from embedpool.errors import ModelFailed
 
-LFS_POINTER = b"version https://git-lfs"
-
-EMBED = "embed"
+EMBED, RERANK, CLASSIFY = "embed", "rerank", "classify"
+SERVED = (EMBED, RERANK, CLASSIFY)
 KINDS = {
     EMBED: "an embedder",
-    "rerank": "a reranker",
-    "classify": "a classifier",
+    RERANK: "a reranker",
+    CLASSIFY: "a classifier",
     "sparse": "a sparse encoder",
     "multivector": "a multi-vector model",
 }
@@ -37,13 +34,14 @@ OTHER_HEADS = {
     "ForImageClassification": "a classifier of images",
 }
 
+CROSS_ENCODER = "CrossEncoder"  # a reranker or a classifier, by the number of its labels
 # model_type in config_sentence_transformers.json → kind; what has none is an embedder.
 ARCHETYPES = {
-    "CrossEncoder": "rerank",
     "SparseEncoder": "sparse",
     "MultiVectorEncoder": "multivector",
     "ColBERT": "multivector",
 }
+LOGIT_SCORE = "LogitScore"
 # Class of a module → kind. Classes have moved between packages, so their last names count.
 TELLING_MODULES = {
     "SpladePooling": "sparse",
@@ -52,7 +50,7 @@ TELLING_MODULES = {
     "SparseAutoEncoder": "sparse",
     "CSRSparsity": "sparse",
     "IDF": "sparse",
-    "LogitScore": "rerank",
+    LOGIT_SCORE: RERANK,
     "MultiVectorMask": "multivector",
 }
 ROUTERS = ("Router", "Asym")
@@ -72,11 +70,6 @@ CONVERT = (
 )
 TRUSTED = "if you trust its authors and have read it, set driver.config.trust_remote_code to true in pool.yml"
 
-# Names that sentence-transformers has given to a Transformer's settings, in the order in which it looks for them.
-TRANSFORMER_SETTINGS = [
-    f"sentence_{name}_config.json"
-    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-]
 NOT_HONOURED = ("query_length", "document_length", "query_expansion")
 
 
@@ -105,7 +98,7 @@ class Layout:
     `routes` are the ways through the model by name: one that is called "" where it treats all texts alike. `by_task`
     names the route for what texts are for (query, document, …), and at "" where nothing is said, if the model allows
     it. `dimensions` are how many numbers of a vector it gives by default, None for all. `assumed` says what no file
-    says.
+    says, `activation` what the files of a model that scores name.
     """
 
     folder: Path
@@ -116,6 +109,12 @@ class Layout:
     default_prompt_name: str
     dimensions: int | None
     assumed: str | None
+    activation: str | None
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it is a language model that scores pairs by its next token."""
+        return any(module.kind == LOGIT_SCORE for route in self.routes.values() for module in route)
 
 
 def read_layout(folder: Path, config: LocalStConfig) -> Layout:
@@ -124,7 +123,7 @@ def read_layout(folder: Path, config: LocalStConfig) -> Layout:
     modules = _modules(folder)
     kind, assumed = _kind_of(folder, settings, modules, config)
     if not modules or assumed:
-        modules = _assumed_modules(folder)
+        modules = _assumed_modules(folder, kind)
     routes, by_task = _routes(modules)
     steps = [module for route in routes.values() for module in route]
     if not config.trust_remote_code:
@@ -141,6 +140,7 @@ def read_layout(folder: Path, config: LocalStConfig) -> Layout:
         "" if assumed else settings.get("default_prompt_name") or "",
         None if assumed else settings.get("truncate_dim"),
         assumed,
+        _activation(settings, folder) if kind != EMBED else None,
     )
 
 
@@ -152,11 +152,15 @@ def _kind_of(
 ) -> tuple[str, str | None]:
     """The kind, and what is assumed of pooling where no file says it. Raises ModelFailed for one that is not served."""
     found, why = _found(folder, settings, modules)
+    what = KINDS.get(found, found)
+    if config.task not in (None, EMBED, found):
+        raise ModelFailed(f"{folder} is {what}: {why}. It cannot be served with driver.config.task {config.task}")
     if EMBED not in (found, config.task):
-        what = KINDS.get(found, found)
+        if found in SERVED:
+            return found, None
         raise ModelFailed(
-            f"{folder} is {what}: {why}. embedpool serves embedders; to serve its encoder as one, whose vectors its "
-            "authors may never have meant, set driver.config.task to embed"
+            f"{folder} is {what}: {why}. embedpool does not serve it; to serve its encoder as an embedder, whose "
+            "vectors its authors may never have meant, set driver.config.task to embed"
         )
     if modules and found == EMBED:
         return EMBED, None
@@ -172,6 +176,8 @@ def _kind_of(
 def _found(folder: Path, settings: Mapping[str, Any], modules: Sequence[Module]) -> tuple[str, str]:
     """The kind that the files tell, and by what."""
     archetype = str(settings.get("model_type") or "")
+    if archetype == CROSS_ENCODER:
+        return _of_labels(folder, modules, f"its config_sentence_transformers.json says {archetype}")
     if archetype in ARCHETYPES:
         return ARCHETYPES[archetype], f"its config_sentence_transformers.json says {archetype}"
     for module in _with_routes(modules):
@@ -182,24 +188,25 @@ def _found(folder: Path, settings: Mapping[str, Any], modules: Sequence[Module])
 
 def _of_architecture(folder: Path) -> tuple[str, str]:
     """The kind of a folder that only transformers knows, and by what."""
-    config, architecture = read_json(folder / "config.json"), _architecture(folder)
+    architecture = _architecture(folder)
     says = f"its config.json says {architecture}"
     if architecture.endswith("ForSequenceClassification"):
-        labels = config.get("num_labels") or len(config.get("id2label") or (0, 0))
-        return ("rerank" if labels == 1 else "classify"), f"{says} with {labels} label{'s' * (labels != 1)}"
+        return _of_labels(folder, [], says)
     kind = next((kind for end, kind in OTHER_HEADS.items() if architecture.endswith(end)), EMBED)
     return kind, says
+
+
+def _of_labels(folder: Path, modules: Sequence[Module], says: str) -> tuple[str, str]:
+    """A model that scores: with one label it reranks, with more it classifies."""
+    if any(module.kind == LOGIT_SCORE for module in modules):
+        return RERANK, says
+    count = len(labels_of(modules[0].folder if modules else folder))
+    return (RERANK if count == 1 else CLASSIFY), f"{says} with {count} label{'s' * (count != 1)}"
 
 
 def _architecture(folder: Path) -> str:
     architectures = read_json(folder / "config.json").get("architectures")
     return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-
-
-def is_model2vec(folder: Path) -> bool:
-    """Whether its weights are a table in model2vec's form."""
-    file = folder / "model.safetensors"
-    return file.is_file() and "embeddings" in weight_names(file)
 
 
 # --- its modules
@@ -220,13 +227,14 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _assumed_modules(folder: Path) -> list[Module]:
+def _assumed_modules(folder: Path, kind: str) -> list[Module]:
     """Of a folder that has no modules.json, or one for another kind of model."""
     if is_model2vec(folder):
         return [Module(STATIC, folder)]
     if not (folder / "config.json").exists() and not _other_format(folder):
         raise ModelFailed(f"{folder} holds no model: it has neither modules.json nor config.json")
-    return [Module(TRANSFORMER, folder), Module("Pooling", folder / "1_Pooling")]
+    pooling = [Module("Pooling", folder / "1_Pooling")] if kind == EMBED else []
+    return [Module(TRANSFORMER, folder), *pooling]
 
 
 def _with_routes(modules: Iterable[Module]) -> list[Module]:
@@ -281,6 +289,14 @@ def _by_task(parameters: Mapping[str, Any], routes: Mapping[str, Any]) -> dict[s
     return found
 
 
+def _activation(settings: Mapping[str, Any], folder: Path) -> str | None:
+    """The last name of the activation that the files name; None if they name none."""
+    config = read_json(folder / "config.json")
+    older = (config.get("sentence_transformers") or {}).get("activation_fn")
+    named = settings.get("activation_fn") or older or config.get("sbert_ce_default_activation_function")
+    return str(named).rpartition(".")[2] if named else None
+
+
 # --- what is not served
 
 
@@ -332,43 +348,3 @@ def _other_format(folder: Path) -> str | None:
     if any(folder.glob("*.gguf")):
         return "has its weights in GGUF alone: let Ollama or llama.cpp serve it, and register that as type http"
     return None
-
-
-# --- its files
-
-
-def transformer_settings(folder: Path) -> dict[str, Any]:
-    """A Transformer's own settings, such as max_seq_length."""
-    found = (read_json(folder / name) for name in TRANSFORMER_SETTINGS)
-    return next((settings for settings in found if settings), {})
-
-
-def weight_names(file: Path) -> list[str]:
-    """The names of the weights in a safetensors file. Raises ModelFailed, which names the file."""
-    try:
-        with safe_open(str(file), framework="np") as weights:
-            return list(weights.keys())
-    except (OSError, SafetensorError) as error:
-        raise ModelFailed(f"{file} {what_is_broken(file, error)}") from None
-
-
-def read_json(file: Path, kind: type[Any] = dict) -> Any:
-    """Its document, an empty one if there is no such file. Raises ModelFailed, which names the file."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        document = json.loads(text)
-    except FileNotFoundError:
-        return kind()
-    except (OSError, ValueError) as error:
-        raise ModelFailed(f"{file} {what_is_broken(file, error)}") from None
-    if not isinstance(document, kind):
-        raise ModelFailed(f"{file} holds {type(document).__name__}, not {kind.__name__}")
-    return document
-
-
-def what_is_broken(file: Path, error: Exception) -> str:
-    """What is wrong with a file that a library cannot read."""
-    with contextlib.suppress(OSError), file.open("rb") as stream:
-        if stream.read(len(LFS_POINTER)) == LFS_POINTER:
-            return "is a pointer of Git LFS in the place of the file: fetch it with `git lfs pull`"
-    return f"cannot be read: {error}"

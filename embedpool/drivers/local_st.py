@@ -89,15 +89,16 @@ class LocalStDriver(Driver):
             fixed_ms=round(cost.fixed_s * 1000, 3) if cost else None,
             ms_per_1000_tokens=round(cost.token_s * 1e6, 3) if cost else None,
             **self._says,
-            dim=min(layout.dimensions or width, width) if width else None,
+            dim=min(layout.dimensions or width, width) if width and layout.kind == EMBED else None,
+            labels=list(tokenizer.labels) or None,
             routes=sorted(tokenizers) if len(tokenizers) > 1 else None,
             commit=commit_of(folder),
         )
         keep_commit(self._model, self._config, self._folders.state, folder)
         logger.info("%s runs on %s (%s)", self._model, backend, why)
         return Facts(
-            {EMBED: width},
-            of_files(folder, EMBED),
+            {layout.kind: width},
+            of_files(folder, layout.kind),
             slots=self._slots,
             cost=cost,
             pads=any(pipeline.pads for pipeline in self._pipelines.values()),
@@ -226,7 +227,9 @@ class LocalStDriver(Driver):
         from embedpool.drivers.pipeline import EncodePipeline, PaddedPipeline
 
         try:
-            run = torch_run.torch_run(library.modules(tokenizer.route), library.device)
+            run = torch_run.torch_run(
+                library.modules(tokenizer.route), library.device, library.output, library.constants
+            )
             pipeline = PaddedPipeline(tokenizer, run, fidelity.vector_of_nothing(library, tokenizer))
             found = fidelity.difference(fidelity.probes(library, tokenizer), pipeline, self._dtype)
         except Exception as error:

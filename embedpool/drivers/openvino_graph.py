@@ -81,7 +81,7 @@ def exported(
 def _export(library: Library, tokenizer: FolderTokenizer, new: Path, cache: Path) -> None:
     """Write a route's graph, and the vector of a text without tokens."""
     graph = new / f"{_name(tokenizer.route)}.xml"
-    converted = _convert(library.modules(tokenizer.route), tokenizer)
+    converted = _convert(library.modules(tokenizer.route), tokenizer, library.output, library.constants)
     try:
         _openvino().save_model(converted, graph, compress_to_fp16=False)
     except RuntimeError as error:  # of a full disk it says no more than that a stream has failed
@@ -205,7 +205,7 @@ def compiled(graph: Path, dtype: str, *, threads: int, streams: int) -> Callable
     return run
 
 
-def _convert(modules: Sequence[Any], tokenizer: FolderTokenizer) -> Any:
+def _convert(modules: Sequence[Any], tokenizer: FolderTokenizer, output: str, constants: Mapping[str, Any]) -> Any:
     """A route as an OpenVINO model of named, dynamic inputs.
 
     Where the pooling leaves a prompt out, it reads a mask of its own, `pooled_mask`.
@@ -226,17 +226,19 @@ def _convert(modules: Sequence[Any], tokenizer: FolderTokenizer) -> Any:
             self, input_ids: Any, attention_mask: Any, token_type_ids: Any = None, pooled_mask: Any = None
         ) -> Any:
             given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
-            features = {k: v for k, v in given.items() if v is not None}
+            features = {**{k: v for k, v in given.items() if v is not None}, **constants}
             for step in self.steps:
                 if pooled_mask is not None and type(step).__name__ == "Pooling":
                     features["attention_mask"] = pooled_mask
                 features = step(features)
-            return features["sentence_embedding"]
+            return features[output]
 
     inside: list[Any] = [inner for module in modules if (inner := getattr(module, "model", None)) is not None]
     for inner in inside:
         if getattr(inner, "config", None) is not None:
             inner.config.use_cache = False  # of a generator: nothing is generated
+    if tokenizer.pads_left:  # then the first places attend to nothing
+        _mask_by_numbers(inside)
     steps = Steps().eval()
     example = dict.fromkeys(names, torch.ones((2, 8), dtype=torch.long))
     with warnings.catch_warnings(), torch.no_grad():
@@ -245,17 +247,20 @@ def _convert(modules: Sequence[Any], tokenizer: FolderTokenizer) -> Any:
             return _converted(steps, example_input=example)
         except Exception as error:
             logger.info("the model cannot be traced, and is exported in another way: %s", error)
-        # Models whose masks are made by functions cannot be traced. The other way needs masks of numbers: where a
-        # token attends to none, minus infinity for all would make it no number.
-        for inner in inside:
-            if hasattr(inner, "set_attn_implementation"):
-                inner.set_attn_implementation("eager")
+        _mask_by_numbers(inside)  # models whose masks are made by functions cannot be traced
         sizes = {name: {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO} for name in names}
         example = {name: torch.ones((3, 9), dtype=torch.long) for name in names}
         try:
             return _converted(torch.export.export(steps, (), example, dynamic_shapes=sizes, strict=False))
         except Exception as error:
             raise ModelFailed(f"the model cannot be exported: {_in_short(error)}") from None
+
+
+def _mask_by_numbers(inside: Sequence[Any]) -> None:
+    """Where a token attends to nothing, minus infinity for all would make it no number; the least number does not."""
+    for inner in inside:
+        if hasattr(inner, "set_attn_implementation"):
+            inner.set_attn_implementation("eager")
 
 
 def _converted(model: Any, **arguments: Any) -> Any:

@@ -61,21 +61,23 @@ class PaddedPipeline(Pipeline):
     def _vectors(self, run: Run, batch: Batch) -> Array:
         ids = self._ids(batch)
         if all(map(len, ids)):
-            return run(self._padded(ids, batch))
+            return run(self._padded(ids, batch, range(len(ids))))
         some = [i for i, row in enumerate(ids) if len(row)]
         nothing = np.float32(np.nan) if self._of_nothing is None else self._of_nothing
         if not some:
             if self._of_nothing is None:
                 raise ValueError("the model gives no vector for a text without tokens")
             return np.tile(self._of_nothing, (len(ids), 1))
-        found = run(self._padded([ids[i] for i in some], batch))
+        found = run(self._padded([ids[i] for i in some], batch, some))
         vectors = np.empty((len(ids), found.shape[1]), np.float32)
         vectors[:] = nothing
         vectors[some] = found
         return vectors
 
-    def _padded(self, ids: Sequence[Ids], batch: Batch) -> dict[str, Array]:
-        inputs = pad(ids, self.tokenizer.pad_id)
+    def _padded(self, ids: Sequence[Ids], batch: Batch, which: Sequence[int]) -> dict[str, Array]:
+        """The inputs of these items, whose numbers in the batch are `which`."""
+        seconds = [batch.items[i].second for i in which] if self.tokenizer.second_type else ()
+        inputs = pad(ids, self.tokenizer.pad_id, seconds, left=self.tokenizer.pads_left)
         if self.tokenizer.excludes_prompt:
             pooled = inputs["attention_mask"].copy()
             if prompt := batch.options.get("prompt"):
@@ -98,26 +100,29 @@ class EncodePipeline(Pipeline):
     def run(self, batch: Batch) -> Array:
         options = batch.options
         prompt = options.get("prompt", "")
-        texts = [text.removeprefix(prompt) for text in batch.texts]
+        texts = [(item.parts[0].removeprefix(prompt), *item.parts[1:]) for item in batch.items]
         cuts: list[tuple[int, str] | None] = [None] * len(texts)
         if "limit" in options:
             cuts = [(options["limit"], options["side"])] * len(texts)
         elif ids := batch.ids:
-            cuts = [self._cut(text, of_it) for text, of_it in zip(batch.texts, ids, strict=True)]
+            cuts = [self._cut(item.parts, of_it) for item, of_it in zip(batch.items, ids, strict=True)]
         rows: list[Array | None] = [None] * len(texts)
         for cut in set(cuts):
             those = [i for i, found in enumerate(cuts) if found == cut]
             limit, side = cut or (None, "right")
-            found = self._library.encode(
+            found = self._library.compute(
                 [texts[i] for i in those], prompt=prompt, route=self.tokenizer.route, limit=limit, side=side
             )
             for i, row in zip(those, found, strict=True):
                 rows[i] = row
         return np.stack([row for row in rows if row is not None])
 
-    def _cut(self, text: str, ids: Ids) -> tuple[int, str] | None:
-        """How many tokens are kept of a text, and on which side it was cut; None if it was not."""
-        (whole,) = self.tokenizer.encode([text])
+    def _cut(self, parts: tuple[str, ...], ids: Ids) -> tuple[int, str] | None:
+        """How many tokens are kept of an input, and on which side it was cut; None if it was not."""
+        if len(parts) > 1:
+            (pair,) = self.tokenizer.whole([parts])
+            return (len(ids), "right") if len(ids) < len(pair.ids) else None
+        (whole,) = self.tokenizer.encode(parts)
         if len(ids) >= len(whole):
             return None
         kept = list(ids)

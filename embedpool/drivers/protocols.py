@@ -7,7 +7,11 @@ from typing import Any, NamedTuple
 
 from embedpool.config.spec import MODEL_SLOT, TEXT_SLOT, TEXTS_SLOT, HttpConfig, holds_a_text
 from embedpool.errors import STATUS_OF, EmbedpoolError, UnsupportedOption, UpstreamError
+from embedpool.tasks.driver import PROBE_TEXT
 from embedpool.tasks.embed import DOCUMENT, QUERY
+from embedpool.tasks.score import Rerank
+
+RERANK = Rerank.name
 
 
 class Reading(NamedTuple):
@@ -139,6 +143,50 @@ def _ollama_read(document: Any) -> Reading:
     return Reading(document["embeddings"], document.get("prompt_eval_count"))
 
 
+# --- reranking: the documents are the texts of a call, its query stands in the options
+
+
+def _cohere_rerank_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse("cohere", options, "truncate")
+    passed_on = {name: value for name, value in options.items() if name != "query"}
+    return {**passed_on, "model": model, "query": _query(options), "documents": list(texts)}
+
+
+def _jina_rerank_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    cuts = options.get("truncate") != "error"
+    body = {"model": model, "query": _query(options), "documents": list(texts), "truncation": cuts}
+    if (limit := options.get("max_tokens_per_doc")) is not None:
+        body["max_doc_length"] = limit
+    return {**body, "return_documents": False}
+
+
+def _embedpool_rerank_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    passed_on = {name: value for name, value in options.items() if name != "query"}
+    return {"model": model, "query": _query(options), "documents": list(texts), "options": passed_on}
+
+
+def _tei_rerank_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    _refuse("tei", options, "max_tokens_per_doc")
+    return {"query": _query(options), "texts": list(texts), "truncate": options.get("truncate") != "error"}
+
+
+def _query(options: Mapping[str, Any]) -> str:
+    return str(options.get("query", PROBE_TEXT))
+
+
+def _rerank_read(document: Any) -> Reading:
+    """A score for each document, in their order. Raises LookupError if one has none, or two."""
+    entries = document if isinstance(document, list) else document["results"]
+    by_index = {entry["index"]: entry.get("relevance_score", entry.get("score")) for entry in entries}
+    if len(by_index) != len(entries):
+        raise LookupError("two scores for one document")
+    scores = [[by_index[i]] for i in range(len(by_index))]
+    meta = {} if isinstance(document, list) else document.get("meta") or {}
+    usage = {} if isinstance(document, list) else document.get("usage") or {}
+    truncated = meta.get("truncated")
+    return Reading(scores, usage.get("total_tokens"), truncated if isinstance(truncated, list) else ())
+
+
 # --- what options mean there
 
 
@@ -208,6 +256,16 @@ PROTOCOLS = {
 }
 
 
+RERANK_PROTOCOLS = {
+    "embedpool": Protocol("", _embedpool_rerank_body, _rerank_read),
+    "cohere": Protocol("/v2/rerank", _cohere_rerank_body, _rerank_read),
+    "jina": Protocol("/rerank", _jina_rerank_body, _rerank_read),
+    "tei": Protocol("/rerank", _tei_rerank_body, _rerank_read),
+}
+
+
 def protocol_of(config: HttpConfig) -> Protocol:
     """The protocol that a driver.config names, or describes."""
+    if config.task == RERANK:
+        return RERANK_PROTOCOLS[config.protocol]
     return PROTOCOLS.get(config.protocol) or _by_template(config)

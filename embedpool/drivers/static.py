@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from typing_extensions import override
 
-from embedpool.drivers.layout import STATIC, Module, is_model2vec, read_json
+from embedpool.drivers.layout import STATIC, Module
+from embedpool.drivers.model_files import is_model2vec, read_json
 from embedpool.drivers.pipeline import Pipeline
 from embedpool.drivers.tokenizer import FolderTokenizer
 from embedpool.errors import ModelFailed

@@ -15,24 +15,32 @@ from numpy.typing import NDArray
 from tokenizers import normalizers
 from typing_extensions import override
 
-from embedpool.drivers.layout import (
-    STATIC,
-    Layout,
-    Module,
+from embedpool.drivers.chat_pairs import ChatPairs
+from embedpool.drivers.layout import CLASSIFY, EMBED, STATIC, Layout, Module
+from embedpool.drivers.model_files import (
     is_model2vec,
+    labels_of,
     read_json,
     transformer_settings,
     what_is_broken,
 )
 from embedpool.errors import ModelFailed
 from embedpool.tasks.item import Ids
-from embedpool.tasks.tokenizer import Token, Tokenizer
+from embedpool.tasks.score import IDENTITY, SIGMOID, SOFTMAX
+from embedpool.tasks.tokenizer import Template, Token, Tokenizer, Whole
 
 # Position 0 of these is behind the padding index, so they hold fewer tokens than positions.
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "ibert")
 
 CHARS_PER_TOKEN = 12  # of a beginning that most probably has enough tokens
 TRAILING_DIGITS = re.compile(r"\d+\Z")
+PAIRS = (
+    ("what is it?", "A document, of more than one word."),
+    ("Ünïcode 日本語", " begins and ends with blanks \n"),
+    ("", "nothing before"),
+    ("nothing after", ""),
+    ("a", "[SEP] </s> 1234567 ..."),
+)
 NO_LIMIT = 1_000_000  # transformers writes a far larger number where a tokenizer has no limit
 
 
@@ -89,6 +97,18 @@ class FolderTokenizer(Tokenizer):
         self.ends_specially = bool(self._tail)
         self.vocabulary_size = self._tokenizer.get_vocab_size()
         self._special = {id_ for id_, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        self.tasks = (layout.kind,)
+        self.second_type = 0  # token type of the second part of a pair
+        if layout.kind != EMBED:
+            self.labels = labels_of(module.folder) if layout.kind == CLASSIFY else ("score",)
+            self.activation = _activation(layout, config)
+            self.template = None if layout.is_causal else self._found_template()
+        self.pads_left = layout.is_causal  # the last position decides
+        self._chat = ChatPairs(module.folder) if layout.is_causal else None
+        if self._chat is not None:
+            self.told = ("prompt", "limit", "side")
+            self._chat_tail = self._common_end()
+            self.special_tokens = len(self.whole([("", "")])[0].ids)
         self._prompt_tokens = functools.lru_cache(maxsize=256)(self._counted)
 
     @override
@@ -134,6 +154,46 @@ class FolderTokenizer(Tokenizer):
         return len(ids) - (bool(ids) and ids[-1] in self._special)
 
     @override
+    def bare(self, texts: Sequence[str]) -> list[list[int]]:
+        return [found.ids for found in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @override
+    def whole(self, pairs: Sequence[tuple[str, ...]], prompt: str = "") -> list[Whole]:
+        if self._chat is not None:
+            said = [self._chat.render(pair[0], pair[-1], prompt) for pair in pairs]
+            return [Whole(ids, None, self._chat_tail) for ids in self.bare(said)]
+        given = [pair if len(pair) > 1 else pair[0] for pair in pairs]
+        return [_as_whole(found) for found in self._tokenizer.encode_batch(given)]
+
+    def _common_end(self) -> int:
+        """How many tokens of the chat template follow every document."""
+        assert self._chat is not None
+        one, other = self.bare([self._chat.render("a", document) for document in ("alpha", "foxtrot")])
+        pairs = zip(reversed(one), reversed(other), strict=False)
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
+
+    def _found_template(self) -> Template | None:
+        """What the tokenizer puts around the parts of pairs, if it always joins them so."""
+        (first, second), *_ = PAIRS
+        found, a, b = _as_whole(self._tokenizer.encode(first, second)), *self.bare([first, second])
+        middle_at = next((i for i in range(len(found.ids)) if found.ids[i : i + len(a)] == a), -1) + len(a)
+        if found.second is None or middle_at < len(a):
+            return None
+        head, middle = found.ids[: middle_at - len(a)], found.ids[middle_at : found.second]
+        template = Template((self._head, self._tail), (head, middle, found.ids[found.second + len(b) :]))
+        types = set(self._tokenizer.encode(first, second).type_ids)
+        self.second_type = max(types)
+        for first, second in PAIRS:
+            encoding = self._tokenizer.encode(first, second)
+            a, b = self.bare([first, second])
+            begin = [*head, *a, *middle]
+            joined = [*begin, *b, *template.pair[2]]
+            kinds = [0] * len(begin) + [self.second_type] * (len(joined) - len(begin))
+            if encoding.ids != joined or encoding.type_ids != kinds:
+                return None
+        return template
+
+    @override
     def tokens(self, texts: Sequence[str], *, special: bool) -> list[list[Token]]:
         encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=special and not self._is_static)
         return [
@@ -168,17 +228,31 @@ class FolderTokenizer(Tokenizer):
         return [], []
 
 
-def pad(ids: Sequence[Sequence[int]], pad_id: int) -> dict[str, NDArray[np.int64]]:
-    """int64 arrays of shape (texts, longest): input_ids, attention_mask, token_type_ids."""
+def _as_whole(encoding: tokenizers.Encoding) -> Whole:
+    parts = encoding.sequence_ids
+    second = parts.index(1) if 1 in parts else None
+    tail = next((i for i, part in enumerate(reversed(parts)) if part is not None), 0)
+    return Whole(encoding.ids, second, tail)
+
+
+def pad(
+    ids: Sequence[Sequence[int]], pad_id: int, seconds: Sequence[int | None] = (), *, left: bool = False
+) -> dict[str, NDArray[np.int64]]:
+    """int64 arrays of shape (texts, longest): input_ids, attention_mask, token_type_ids.
+
+    Padded at the right, or at the `left`. A type is 0, and 1 from the index in `seconds` on, where the second part
+    begins.
+    """
     lengths = np.fromiter((len(i) for i in ids), dtype=np.int64, count=len(ids))
-    mask = np.arange(lengths.max()) < lengths[:, None]
+    places = np.arange(lengths.max())
+    mask = places >= (lengths.max() - lengths)[:, None] if left else places < lengths[:, None]
     input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
     input_ids[mask] = np.concatenate([np.asarray(i, dtype=np.int64) for i in ids])
-    return {
-        "input_ids": input_ids,
-        "attention_mask": mask.astype(np.int64),
-        "token_type_ids": np.zeros_like(input_ids),
-    }
+    types = np.zeros_like(input_ids)
+    if seconds:
+        begins = np.fromiter((lengths[i] if at is None else at for i, at in enumerate(seconds)), np.int64, len(seconds))
+        types[mask & (np.arange(mask.shape[1]) >= begins[:, None])] = 1
+    return {"input_ids": input_ids, "attention_mask": mask.astype(np.int64), "token_type_ids": types}
 
 
 def _load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
@@ -210,6 +284,18 @@ def _is_told_in_messages(
     if layout.assumed:
         return "chat_template" in tokenizer_config or any(module.folder.glob("chat_template*"))
     return "message" in settings.get("modality_config", ())
+
+
+def _activation(layout: Layout, config: Mapping[str, Any]) -> str:
+    """What makes scores of logits: one sigmoid for one label, whatever the files name of sigmoid and identity."""
+    if layout.activation not in (None, "Sigmoid", "Identity", "Softmax"):
+        raise ModelFailed(f"{layout.folder} names the activation {layout.activation}, which embedpool does not serve")
+    kind = config.get("problem_type")
+    if kind == "regression" and layout.kind == CLASSIFY:
+        return IDENTITY
+    if layout.kind == CLASSIFY and kind != "multi_label_classification" and layout.activation != "Sigmoid":
+        return SOFTMAX
+    return SIGMOID
 
 
 def _includes_prompt(module: Module) -> bool:

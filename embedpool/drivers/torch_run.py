@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,8 @@ PREPACKED_LEAST_GAIN = 1.1
 TRIED_ROWS = 256  # tokens of the call that is timed
 
 
-def torch_run(modules: Sequence[Any], device: Any) -> Any:
-    """A function from padded inputs to float32 vectors (texts, width)."""
+def torch_run(modules: Sequence[Any], device: Any, output: str, constants: Mapping[str, Any]) -> Any:
+    """A function from padded inputs and constants to float32 rows (inputs, width), the last step's `output`."""
     import torch
 
     first = modules[0]
@@ -27,12 +27,12 @@ def torch_run(modules: Sequence[Any], device: Any) -> Any:
     def run(inputs: dict[str, Any]) -> Any:
         with torch.inference_mode():
             given = _as_a_bag(inputs) if is_static else {k: v for k, v in inputs.items() if k in names}
-            features = {k: torch.from_numpy(v).to(device) for k, v in given.items()}
+            features = {**{k: torch.from_numpy(v).to(device) for k, v in given.items()}, **constants}
             for module in modules:
                 if "pooled_mask" in inputs and type(module).__name__ == "Pooling":
                     _exclude_prompt(features, inputs)
                 features = module(features)
-            return features["sentence_embedding"].float().cpu().numpy()
+            return features[output].float().cpu().numpy()
 
     return run
 

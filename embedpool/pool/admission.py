@@ -16,6 +16,7 @@ from embedpool.errors import (
     ModelLoading,
     Overloaded,
     ShuttingDown,
+    UnsupportedTask,
     UpstreamError,
 )
 from embedpool.pool.model_queue import ModelQueue, QueueClosed
@@ -58,7 +59,7 @@ class Admission:
             result = self._serve(request)
         except EmbedpoolError as error:
             if not (call.is_patient and error.status == Overloaded.status):
-                self.stats.refused(error.code)
+                self.stats.refused(task.name, error.code)
             raise
         finally:
             request.abandoned = True  # what a batch holds already is dropped before it costs compute
@@ -67,7 +68,7 @@ class Admission:
             with self._changed:
                 self._inside.discard(request)
                 self._changed.notify_all()
-        self.stats.answered(result)
+        self.stats.answered(task.name, result)
         return result
 
     def refuse_unless_serving(self) -> None:
@@ -92,6 +93,8 @@ class Admission:
         if width := self.replicas.widths.get(task.name):
             call.require_room(width)
         tokenizer = self.tokenizer(max(call.deadline - clock(), 0))
+        if task.name not in tokenizer.tasks:
+            raise UnsupportedTask(f"{spec.model!r} cannot {task.name}; it can {' and '.join(tokenizer.tasks)}")
         measured = task.measure(spec.driver.config, tokenizer, lambda: self._require_time(call))
         measured_at = clock()
         request.expect(measured)

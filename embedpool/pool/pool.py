@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
 from embedpool.config.spec import ModelSpec, PoolSpec, diff
-from embedpool.errors import ModelNotFound, Overloaded, ShuttingDown
+from embedpool.errors import Forbidden, ModelNotFound, Overloaded, ShuttingDown, UnsupportedTask
 from embedpool.pool.model_queue import QueueClosed
 from embedpool.pool.request import Call, Result
 from embedpool.pool.served_model import ServedModel
@@ -55,12 +55,24 @@ class Pool:
                     served = self.find(model)
                     call.require(served.spec)
                     return served.admission.serve(task, call)
+                except UnsupportedTask as error:
+                    raise self._naming_those_that_can(task, call, error) from None
                 except (QueueClosed, ModelNotFound) as gone:
                     if self.stopping:
                         raise ShuttingDown("the server is stopping") from None
                     if isinstance(gone, ModelNotFound):
                         raise
                 # The model was replaced between look-up and admission; its successor is routed already.
+
+    def _naming_those_that_can(self, task: Task, call: Call, error: UnsupportedTask) -> UnsupportedTask:
+        """The error, with the models that the caller may ask instead."""
+        able: list[str] = []
+        for served in self.models:
+            with contextlib.suppress(Forbidden):
+                call.require(served.spec)
+                able += [served.spec.model] if task.name in served.kinds else []
+        told = f"models that can: {', '.join(able)}" if able else "no registered model can"
+        return UnsupportedTask(f"{error.message}; {told}")
 
     @contextlib.contextmanager
     def permit(self) -> Iterator[None]:

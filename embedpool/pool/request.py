@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -86,8 +87,8 @@ class Request:
     """
 
     __slots__ = (
-        "_done", "_lock", "_missing", "_rows", "abandoned", "call", "compute_s", "counted", "error", "errors",
-        "is_done", "left", "replicas", "started_at", "task", "tokens", "truncated", "waiting",
+        "_done", "_items_of", "_lock", "_missing", "_rows", "abandoned", "call", "compute_s", "counted", "error",
+        "errors", "is_done", "left", "replicas", "started_at", "task", "tokens", "truncated", "waiting",
     )  # fmt: skip
 
     def __init__(self, task: Task, call: Call) -> None:
@@ -105,6 +106,7 @@ class Request:
         self.left = 0.0  # tokens of its items that have not left the queue
         self.tokens = 0  # of all its items
         self._rows: list[Rows | None] = [None] * len(task)  # each alone
+        self._items_of: dict[int, int] = {}  # that are missing of inputs with several items
         self._missing = 0
         # `_lock` guards what replicas' threads write: rows, errors, `is_done` and the sums. It is held for a few
         # instructions, and never while another lock is taken. `_done` is held from the start until the request is
@@ -121,6 +123,9 @@ class Request:
             self.truncated = measured.truncated
             self.errors.update({i: error.of_input(i, None) for i, error in measured.refused.items()})
             self._missing = len(measured.items)
+            if self._missing > len(self._rows) - len(measured.refused):
+                items_of = Counter(item.index for item in measured.items)
+                self._items_of = {index: count for index, count in items_of.items() if count > 1}
             self.tokens = sum(item.tokens or 1 for item in measured.items)
             if not self._missing and not self.is_done:
                 self._finish()
@@ -162,12 +167,17 @@ class Request:
 
     def _settle(self, index: int, row: Rows | None, error: EmbedpoolError | None) -> None:
         with self._lock:
-            if self._rows[index] is not None or index in self.errors:
+            before, items = self._rows[index], self._items_of.get(index, 1)
+            if index in self.errors or not items or (before is not None and index not in self._items_of):
                 return
-            self._rows[index] = row
             if error is not None:
                 self.errors[index] = error
-            self._missing -= 1
+                self._missing -= items  # its other items change nothing any more
+            else:
+                self._rows[index] = row if before is None or row is None else self.task.merged(before, row)
+                self._missing -= 1
+                if index in self._items_of:
+                    self._items_of[index] = items - 1
             if not self._missing and not self.is_done:
                 self._finish()
 

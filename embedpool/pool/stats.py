@@ -15,10 +15,10 @@ RATE_MEMORY_S = 30.0  # compute time after which an observation counts for 1/e
 class Observer:
     """Told what happens in a pool, on the threads on which it happens. This one takes no notice."""
 
-    def answered(self, model: str, result: Result) -> None:
-        """A request got its vectors."""
+    def answered(self, model: str, task: str, result: Result) -> None:
+        """A request got its rows."""
 
-    def refused(self, model: str, code: str) -> None:
+    def refused(self, model: str, task: str, code: str) -> None:
         """A request got an error."""
 
     def batch(self, model: str, items: int, tokens: int, padded_tokens: int, compute_s: float) -> None:
@@ -41,19 +41,19 @@ class ModelStats:
         self._recent_texts = 0.0
         self._recent_s = 0.0
 
-    def answered(self, result: Result) -> None:
-        """A request got its vectors."""
+    def answered(self, task: str, result: Result) -> None:
+        """A request got its rows."""
         texts, truncated = len(result.rows) - len(result.errors), len(result.truncated)
         with self._lock:
             self._counts.update(requests=1, texts=texts, tokens=result.tokens, truncated=truncated)
-        self._observer.answered(self._model, result)
+        self._observer.answered(self._model, task, result)
 
-    def refused(self, code: str) -> None:
+    def refused(self, task: str, code: str) -> None:
         """A request got an error."""
         with self._lock:
             self._counts["requests"] += 1
             self._errors[code] += 1
-        self._observer.refused(self._model, code)
+        self._observer.refused(self._model, task, code)
 
     def batch(self, items: int, tokens: int, padded_tokens: int, compute_s: float) -> None:
         """A driver call succeeded."""

@@ -103,7 +103,7 @@ class Embed(Task):
         side = tokenizer.truncation_side if self.options.truncate in (None, "error") else self.options.truncate
         reads = limit if side == "right" and not refuses else None  # so many tokens and no more
         prompt_tokens = tokenizer.prompt_tokens(prompt) if prompt and self.options.truncate == "left" else 0
-        group = _group_of(tokenizer, prompt=prompt, limit=limit, side=side)
+        group = group_of(self.name, tokenizer, prompt=prompt, limit=limit, side=side)
         keys = Keys(group)
         items: list[Item] = []
         too_long: dict[int, int] = {}  # tokens, at full length where they are told
@@ -201,11 +201,11 @@ def _alike(word: str) -> tuple[str, ...]:
     return next((words for words in (QUERY, DOCUMENT) if word in words), ())
 
 
-def _group_of(tokenizer: Tokenizer, **facts: str | int | None) -> Group:
-    """Texts of one route share a batch, and of one prompt or limit where the model must be told it."""
+def group_of(task: str, tokenizer: Tokenizer, **facts: str | int | None) -> Group:
+    """Items of one route share a batch, and of one prompt or limit where the model must be told it."""
     known = {"route": tokenizer.route, **facts}
     options = {name: known[name] for name in ("route", *tokenizer.told) if known[name]}
-    return Group(Embed.name, json.dumps(options, sort_keys=True)) if options else LOCAL
+    return Group(task, json.dumps(options, sort_keys=True) if options else "")
 
 
 # --- before the queue

@@ -48,6 +48,10 @@ class Task(abc.ABC):
         `still_wanted`, which raises where nobody waits any more, is called now and then.
         """
 
+    def merged(self, row: Rows, other: Rows) -> Rows:
+        """The row of an input that has several items, of those of two of them."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def finish(self, rows: Rows, config: DriverConfig, tokenizer: Tokenizer, errors: dict[int, EmbedpoolError]) -> Rows:
         """After the last row: the rows of all inputs, in order, in the form that was asked for.

@@ -19,6 +19,24 @@ class Token(NamedTuple):
     stop: int | None
 
 
+class Template(NamedTuple):
+    """The special tokens around a text, and around and between the parts of a pair."""
+
+    single: tuple[list[int], list[int]]
+    pair: tuple[list[int], list[int], list[int]]
+
+
+class Whole(NamedTuple):
+    """All ids of an input, special ones included; from `second` on they are the second part's, if it has two.
+
+    The last `tail` of them follow every document.
+    """
+
+    ids: list[int]
+    second: int | None
+    tail: int
+
+
 class Tokenizer(abc.ABC):
     """Token ids of texts, and what a model's files say of prompts, limits and routes. Thread-safe.
 
@@ -34,6 +52,9 @@ class Tokenizer(abc.ABC):
     prompts: Mapping[str, str] = {}  # the model's own
     default_prompt_name = ""  # of the one used where the request names none
     told: Sequence[str] = ()  # what the model must be told beside ids: its prompt, its limit, its side of truncation
+    labels: Sequence[str] = ()  # of a model that scores
+    activation = "sigmoid"  # what makes scores of its logits: sigmoid, softmax or identity
+    template: Template | None = None  # by which pairs are joined; None where the tokenizer must be given them whole
     default_dimensions: int | None = None  # numbers of a vector given out unless a request asks for others; None: all
     route = ""
     routes: Mapping[str, Tokenizer] = {}
@@ -59,6 +80,17 @@ class Tokenizer(abc.ABC):
 
     def prompt_tokens(self, prompt: str) -> int:
         """How many of the first tokens of a text, special ones included, are those of the prompt before it."""
+        raise NotImplementedError
+
+    def bare(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text without special tokens, as a part of a pair."""
+        raise NotImplementedError
+
+    def whole(self, pairs: Sequence[tuple[str, ...]], prompt: str = "") -> list[Whole]:
+        """Token ids of each pair or text at full length, special tokens included, by the tokenizer's own way.
+
+        A prompt is given to a tokenizer that is `told` it; elsewhere it stands in the first parts already.
+        """
         raise NotImplementedError
 
     def tokens(self, texts: Sequence[str], *, special: bool) -> list[list[Token]]:

@@ -14,11 +14,11 @@ from embedpool.config.settings import Settings
 from embedpool.errors import EmbedpoolError
 from embedpool.pool.pool import Pool
 from embedpool.reconcile import Reconciler
-from embedpool.web import cors, manage, native, observe, openapi, root
+from embedpool.web import cors, manage, native, observe, openapi, root, score
 from embedpool.web.access import Access
 from embedpool.web.body import OWN_HOSTS
 from embedpool.web.compat import IGNORED_HEADER, named
-from embedpool.web.dialects import cohere, ollama, openai, tei
+from embedpool.web.dialects import cohere, ollama, openai, rerank, tei
 from embedpool.web.error_response import Shape, error_response, native_shape
 from embedpool.web.http_request import HttpRequest, here
 from embedpool.web.intake import INTAKE, LARGE_BYTES, Intake
@@ -27,9 +27,9 @@ from embedpool.web.request_log import log_request, span_attributes
 
 ACCESS = "embedpool.access"
 MOST_TRUNCATED_NAMED = 500
-DIALECTS = (openai, tei, cohere, ollama)
+DIALECTS = (openai, tei, cohere, ollama, rerank)
 BEFORE_A_NAME = re.compile(r"(/+(?:models|ready|v1/+models|tei))/+([^/].*)", re.DOTALL)
-SHAPES: dict[str, Shape] = {p: shape for dialect in DIALECTS for p, shape in dialect.SHAPES.items()}
+SHAPES: dict[str, Shape] = {p: shape for one in (*DIALECTS, score) for p, shape in one.SHAPES.items()}
 
 
 def shape_at(path: str) -> Shape:
@@ -92,6 +92,7 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
     access = app.extensions[ACCESS] = Access(settings.security, keys_file(settings))
     app.extensions[OWN_HOSTS] = manage.own_hosts(settings)
     app.register_blueprint(native.blueprint(pool, settings))
+    app.register_blueprint(score.blueprint(pool, settings))
     for dialect in DIALECTS:
         app.register_blueprint(dialect.blueprint(pool, settings))
     app.register_blueprint(observe.blueprint(pool, reconciler, metrics, access))
@@ -108,7 +109,7 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
             http.caller = access.caller(http)
         http.max_answer_bytes = settings.limits.max_answer_bytes
 
-    embedding = {"native", *(dialect.__name__.rpartition(".")[2] for dialect in DIALECTS)}
+    embedding = {"native", "score", *(dialect.__name__.rpartition(".")[2] for dialect in DIALECTS)}
     cors.allow(app, settings.server.cors_origins, embedding, lambda: access.is_open)
 
     intake = app.extensions[INTAKE] = Intake(settings.limits.max_bodies_bytes)

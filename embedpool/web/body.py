@@ -22,7 +22,7 @@ from embedpool.web.intake import INTAKE, LARGE_BYTES, Intake
 from embedpool.web.schemas import load
 
 JSON = "application/json"
-TEXT_FIELDS = ("input", "inputs", "prompt", "texts")
+TEXT_FIELDS = ("input", "inputs", "prompt", "texts", "query", "documents", "queries", "text_1", "text_2")
 LONGEST_NUMBER = 19  # digits
 OWN_HOSTS = "embedpool.own_hosts"
 # Types that programs send JSON with when nobody has told them the type; a page in a browser can send them, too.

@@ -38,17 +38,21 @@ def embed_response(result: Result, encoding: str, dimensions: int | None = None,
             "model": result.model,
             "dim": dimensions or result.width,
             **_vectors(result, encoding, partial=partial),
-            "meta": {
-                "count": len(result.rows),
-                "tokens": result.tokens,
-                "truncated": result.truncated,
-                "queue_ms": round(result.queue_ms, 3),
-                "compute_ms": round(result.compute_ms, 3),
-                "total_ms": round(result.total_ms, 3),
-                "replicas": result.replicas,
-            },
+            "meta": {"count": len(result.rows), **timing(result)},
         }
     )
+
+
+def timing(result: Result) -> dict[str, Any]:
+    """What was done for a result, for the `meta` of an answer."""
+    return {
+        "tokens": result.tokens,
+        "truncated": result.truncated,
+        "queue_ms": round(result.queue_ms, 3),
+        "compute_ms": round(result.compute_ms, 3),
+        "total_ms": round(result.total_ms, 3),
+        "replicas": result.replicas,
+    }
 
 
 def _vectors(result: Result, encoding: str, *, partial: bool) -> dict[str, Any]:

@@ -29,7 +29,7 @@ TRACEPARENT, REQUEST_ID_GIVEN, HOPS = map(environ_key, ("traceparent", "X-Reques
 
 
 class HttpRequest(Request):
-    """`model` and `texts` are what it asks for, `result` what it got last, `error_code` why it was refused.
+    """`model`, `task` and `texts` are what it asks for, `result` what it got last, `error_code` why it was refused.
 
     `tokens`, `truncated`, `queue_ms` and `compute_ms` are sums over all it got.
     """
@@ -38,6 +38,7 @@ class HttpRequest(Request):
         super().__init__(*arguments, **named)
         self.began_at = time.perf_counter()
         self.model: str | None = None
+        self.task = "embed"
         self.texts = 0
         self.max_answer_bytes: float = math.inf
         self.held_bytes = 0  # of its body, see intake.py

@@ -62,8 +62,8 @@ class Metrics(Observer):
         def gauge(name: str, doc: str, *labels: str) -> Gauge:
             return Gauge(f"embedpool_{name}", doc, labels, registry=registry, multiprocess_mode="livesum")
 
-        def histogram(name: str, doc: str, buckets: Iterable[float]) -> Histogram:
-            return Histogram(f"embedpool_{name}", doc, ["model"], registry=registry, buckets=tuple(buckets))
+        def histogram(name: str, doc: str, buckets: Iterable[float], *labels: str) -> Histogram:
+            return Histogram(f"embedpool_{name}", doc, labels, registry=registry, buckets=tuple(buckets))
 
         self.http_requests = counter(
             "http_requests", "Answers, by route and status; the code of an error.", "route", "status", "code"
@@ -71,26 +71,27 @@ class Metrics(Observer):
         self.ignored_fields = counter(
             "ignored_fields", "Fields of bodies that were ignored, as in other servers' APIs, by route.", "route"
         )
-        self.requests = counter("requests", "Requests that reached the model, answered or refused.", "model")
-        self.items = counter("items", "Inputs of requests answered: of POST /embed, texts.", "model")
-        self.tokens = counter("tokens", "Tokens answered, special tokens included, after truncation.", "model")
-        self.truncated = counter("truncated", "Texts truncated.", "model")
-        self.errors = counter("errors", "Requests to the model refused, or texts of them, by code.", "model", "code")
+        asked = ("model", "task")
+        self.requests = counter("requests", "Requests that reached the model, answered or refused.", *asked)
+        self.items = counter("items", "Inputs of requests answered: texts, or pairs of texts.", *asked)
+        self.tokens = counter("tokens", "Tokens answered, special tokens included, after truncation.", *asked)
+        self.truncated = counter("truncated", "Texts truncated.", *asked)
+        self.errors = counter("errors", "Requests to the model refused, or texts of them, by code.", *asked, "code")
         self.batch_tokens = counter("batch_tokens", "Tokens in driver calls.", "model")
         self.padded_tokens = counter("padded_tokens", "Tokens in driver calls, padding included.", "model")
         self.reloads = counter("reloads", "Reloads of pool.yml, by outcome.", "outcome")
-        self.request_seconds = histogram("request_seconds", "From the request's arrival to its vectors.", SECONDS)
-        self.queue_seconds = histogram("queue_seconds", "Wait of a request until its first batch.", SECONDS)
-        self.batch_seconds = histogram("batch_seconds", "Compute time of a driver call.", SECONDS)
-        self.batch_items = histogram("batch_items", "Items in a driver call.", ITEMS)
+        self.request_seconds = histogram("request_seconds", "From a request's arrival to its numbers.", SECONDS, *asked)
+        self.queue_seconds = histogram("queue_seconds", "Wait of a request until its first batch.", SECONDS, "model")
+        self.batch_seconds = histogram("batch_seconds", "Compute time of a driver call.", SECONDS, "model")
+        self.batch_items = histogram("batch_items", "Items in a driver call.", ITEMS, "model")
         self.state = gauge("model_state", "1 for the model's state, a worker.", "model", "state")
         self.queue_items = gauge("queue_items", "Items waiting.", "model")
         self.queue_max_items = gauge("queue_max_items", "Items that may wait.", "model")
         self.replicas = gauge("replicas", "Replicas, by state.", "model", "state")
         self.workers = gauge("worker", "1 for each process that serves and is counted here, by its pid.", "process")
+        self._per_task = (self.requests, self.items, self.tokens, self.truncated, self.request_seconds)
         self._per_model = (
-            self.requests, self.items, self.tokens, self.truncated, self.batch_tokens, self.padded_tokens,
-            self.request_seconds, self.queue_seconds, self.batch_seconds, self.batch_items,
+            self.batch_tokens, self.padded_tokens, self.queue_seconds, self.batch_seconds, self.batch_items,
         )  # fmt: skip
 
     def http_answer(self, route: str, status: int, code: str) -> None:
@@ -105,20 +106,20 @@ class Metrics(Observer):
     # --- what the pool tells
 
     @override
-    def answered(self, model: str, result: Result) -> None:
-        self._series(self.requests, model).inc()
-        self._series(self.items, model).inc(len(result.rows) - len(result.errors))
-        self._series(self.tokens, model).inc(result.tokens)
-        self._series(self.truncated, model).inc(len(result.truncated))
+    def answered(self, model: str, task: str, result: Result) -> None:
+        self._series(self.requests, model, task).inc()
+        self._series(self.items, model, task).inc(len(result.rows) - len(result.errors))
+        self._series(self.tokens, model, task).inc(result.tokens)
+        self._series(self.truncated, model, task).inc(len(result.truncated))
         for error in result.errors.values():
-            self._series(self.errors, model, error.code).inc()
-        self._series(self.request_seconds, model).observe(result.total_ms / 1000)
+            self._series(self.errors, model, task, error.code).inc()
+        self._series(self.request_seconds, model, task).observe(result.total_ms / 1000)
         self._series(self.queue_seconds, model).observe(result.queue_ms / 1000)
 
     @override
-    def refused(self, model: str, code: str) -> None:
-        self._series(self.requests, model).inc()
-        self._series(self.errors, model, code).inc()
+    def refused(self, model: str, task: str, code: str) -> None:
+        self._series(self.requests, model, task).inc()
+        self._series(self.errors, model, task, code).inc()
 
     @override
     def batch(self, model: str, items: int, tokens: int, padded_tokens: int, compute_s: float) -> None:
@@ -142,6 +143,9 @@ class Metrics(Observer):
                 model = entry["model"]
                 for metric in self._per_model:
                     self._series(metric, model)
+                for task in entry["kinds"]:
+                    for metric in self._per_task:
+                        self._series(metric, model, task)
                 for name in STATES:
                     self._series(self.state, model, name).set(entry["state"] == name)
                 self._series(self.queue_items, model).set(entry["queue_len"])

@@ -14,10 +14,11 @@ from flask import Blueprint, Response, request
 
 from embedpool import __version__
 from embedpool.errors import NotFound
-from embedpool.web import openapi_schemas
-from embedpool.web.dialects import cohere, ollama, openai, tei
+from embedpool.web import openapi_schemas, score
+from embedpool.web.dialects import cohere, ollama, openai, tei, tei_scores
 from embedpool.web.encoding import NPY, json_response
 from embedpool.web.ndjson import NDJSON, StreamSchema
+from embedpool.web.openapi_schemas import ref
 from embedpool.web.schemas import (
     TIMEOUT_HEADER,
     AliasSchema,
@@ -109,6 +110,49 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         {"application/json": {"schema": EmbedSchema}, NDJSON: {"schema": {"type": "string"}}},
         description=LINES,
         **EMBEDS,
+    ),
+    ("post", "/rerank"): operation(
+        "embedpool",
+        "Documents in the order of their relevance to a query",
+        {"application/json": {"schema": {"anyOf": [ref("Reranked"), ref("TeiRanks")]}}},
+        score.RerankSchema,
+        error="ScoreError",
+        description="With `texts` in the place of `documents` it is text-embeddings-inference's.",
+        **EMBEDS,
+    ),
+    ("post", "/score"): operation(
+        "embedpool", "Scores of pairs", "Scored", score.ScoreSchema, error="ScoreError", **EMBEDS
+    ),
+    ("post", "/classify"): operation(
+        "embedpool", "Labels of texts", "Classified", score.ClassifySchema, error="ScoreError", **EMBEDS
+    ),
+    ("post", "/v1/score"): operation(
+        "vLLM", "Scores of pairs", "Scored", score.ScoreSchema, error="ScoreError", **EMBEDS
+    ),
+    ("post", "/v1/classify"): operation(
+        "vLLM", "Labels of texts", "ClassifiedV1", score.ClassifySchema, error="ScoreError",
+        description="With `labels` it is Jina's, of an embedder.", **EMBEDS,
+    ),
+    **{
+        ("post", path): operation(
+            "Cohere", "Documents in the order of their relevance", answer, score.RerankSchema, error=error, **EMBEDS
+        )
+        for path, answer, error in (
+            ("/v1/rerank", "RerankedV1", "ScoreError"),
+            ("/v2/rerank", "RerankedV2", "CohereError"),
+            ("/v3/rerank", "RerankedV1", "ScoreError"),
+            ("/reranking", "RerankedV1", "ScoreError"),
+            ("/v1/reranking", "RerankedV1", "ScoreError"),
+        )
+    },
+    ("post", "/tei/{name}/rerank"): operation(
+        "TEI", "Texts in the order of their relevance", "TeiRanks", tei_scores.TeiRerankSchema, **TEI
+    ),
+    ("post", "/tei/{name}/predict"): operation(
+        "TEI", "Labels of texts", "TeiPredictions", tei_scores.TeiPredictSchema, **TEI
+    ),
+    ("post", "/predict"): operation(
+        "TEI", "Labels of texts, of the default model", "TeiPredictions", tei_scores.TeiPredictSchema, **AT_ROOT
     ),
     ("post", "/v1/embeddings"): operation(
         "OpenAI", "Vectors", "OpenAIAnswer", openai.OpenAISchema, error="OpenAIError", **EMBEDS

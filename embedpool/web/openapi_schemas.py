@@ -56,6 +56,9 @@ COHERE_TYPES: Schema = {
     "additionalProperties": False,
 }
 COHERE = {"id": STRING, "texts": listed(STRING), "meta": open_(billed_units=closed(input_tokens=COUNT))}
+USAGE = closed(prompt_tokens=COUNT, total_tokens=COUNT)
+RESULTS = listed(open_(index=COUNT, relevance_score=NUMBER))
+LABELLED = closed(label=STRING, score=NUMBER)
 LAST_RELOAD = or_null(closed(at=STRING, reason=STRING, ok=BOOLEAN, error=or_null(STRING)))
 PROGRESS = or_null(closed(step=STRING, done_bytes=or_null(COUNT), total_bytes=or_null(COUNT)))
 OUTLOOK = {"state": STRING, "last_error": or_null(STRING), "progress": PROGRESS}
@@ -99,6 +102,23 @@ SCHEMAS: dict[str, Schema] = {
         model_id=STRING, max_input_length=or_null(COUNT), max_client_batch_size=COUNT, max_concurrent_requests=COUNT,
         version=STRING,
     ),
+    "Reranked": open_(
+        id=STRING, object=STRING, model=STRING, created=COUNT, usage=USAGE,
+        results=listed(open_(index=COUNT, relevance_score=NUMBER, score=NUMBER)), meta={"type": "object"},
+    ),
+    "RerankedV1": {"anyOf": [
+        open_(id=STRING, model=STRING, usage=USAGE, results=RESULTS),
+        open_(id=STRING, model=STRING, usage=USAGE, data=RESULTS),
+    ]},
+    "RerankedV2": closed(id=STRING, results=RESULTS, meta={"type": "object"}),
+    "Scored": open_(
+        id=STRING, model=STRING, usage=USAGE, data=listed(open_(index=COUNT, object=STRING, score=NUMBER)),
+    ),
+    "Classified": open_(id=STRING, model=STRING, usage=USAGE, data=listed(listed(LABELLED))),
+    "ClassifiedV1": open_(id=STRING, model=STRING, usage=USAGE, data=listed(open_(index=COUNT))),
+    "ScoreError": open_(error={"type": "object"}, message=STRING, detail=STRING),
+    "TeiRanks": listed(open_(index=COUNT, score=NUMBER)),
+    "TeiPredictions": {"anyOf": [listed(LABELLED), listed(listed(LABELLED))]},
     "Numbers": NUMBERS,
     "Texts": listed(STRING),
     "Tokens": listed(

@@ -41,7 +41,7 @@ def _fields(request: HttpRequest, status: int) -> dict[str, Any]:
     if request.error_code:
         fields["code"] = request.error_code
     if request.model is not None:
-        fields.update(model=request.model[:LONGEST_NAME], texts=request.texts)
+        fields.update(model=request.model[:LONGEST_NAME], task=request.task, texts=request.texts)
     if request.result is not None:
         fields.update(
             model=request.result.model,

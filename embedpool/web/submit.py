@@ -9,6 +9,7 @@ from embedpool.errors import AnswerTooLarge
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call, Result
 from embedpool.tasks.embed import Embed, EmbedOptions
+from embedpool.tasks.score import Score
 from embedpool.tasks.task import Task
 from embedpool.web.encoding import NUMBER_BYTES
 from embedpool.web.http_request import HttpRequest
@@ -38,9 +39,15 @@ def embed(
     return submit(http, pool, model, Embed(texts, options), call_of(http, pool, require_room=require_room))
 
 
+def score(http: HttpRequest, pool: Pool, model: str, task: Score) -> Result:
+    """Scores of pairs or texts."""
+    http.words.setdefault("documents", task.path)
+    return submit(http, pool, model, task, call_of(http, pool))
+
+
 def submit(http: HttpRequest, pool: Pool, model: str, task: Task, call: Call) -> Result:
     """Serve a whole request: within the client's deadline, while it listens, and as far as its key may go."""
-    http.model, http.texts = model, len(task)
+    http.model, http.task, http.texts = model, task.name, len(task)
     http.caller.require(pool, model)
     with http.caller.admitted():
         http.caller.spend(len(task))

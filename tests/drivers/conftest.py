@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,16 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedpool.config.spec import HttpConfig, LocalStConfig
-from embedpool.drivers import http, pace
+from embedpool.config.spec import DriverSpec, HttpConfig, LocalStConfig, ModelSpec, PoolSpec
+from embedpool.drivers import http, make_driver, open_tokenizer, pace
 from embedpool.drivers.http import HttpDriver
 from embedpool.drivers.layout import Layout, read_layout
 from embedpool.drivers.local_st import LocalStDriver
 from embedpool.drivers.model_folder import find_model_folder
 from embedpool.drivers.tokenizer import FolderTokenizer, tokenizer_of
+from embedpool.places import open_place
+from embedpool.pool.pool import Pool
+from embedpool.pool.settings import PoolSettings
 from embedpool.tasks.driver import Folders
-from tests.conftest import NOWHERE, open_here
-from tests.drivers.remote import Crowd, Remote, serving
+from tests.conftest import NOWHERE, open_here, settle
+from tests.drivers import remote as remotes
+from tests.drivers.remote import Crowd, Remote
+from tests.zoo import Animal, make
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -135,18 +143,18 @@ def copied_folder(folder: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def remote() -> Iterator[Remote]:
-    yield from serving()
+    yield from remotes.serving()
 
 
 @pytest.fixture
 def second() -> Iterator[Remote]:
-    yield from serving()
+    yield from remotes.serving()
 
 
 @pytest.fixture
 def crowd() -> Iterator[Remote]:
     """Answers many calls at once."""
-    yield from serving(Crowd)
+    yield from remotes.serving(Crowd)
 
 
 @pytest.fixture
@@ -165,3 +173,38 @@ def opened(remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
     yield open_one
     for driver in drivers:
         driver.close()
+
+
+# --- the zoo
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of an animal, made when first asked for."""
+    root = tmp_path_factory.mktemp("zoo")
+    return functools.cache(lambda name: make(name, root))
+
+
+@contextlib.contextmanager
+def serving(animal: Animal, folder: Path, cache: Path, **config: Any) -> Iterator[Pool]:
+    """A pool with the model as `m`, loaded."""
+    place = config.pop("place", "thread")
+    driver = DriverSpec("local_st", LocalStConfig(path=str(folder), normalize=False, **animal.config, **config))
+    folders = Folders(cache, cache / "state")
+
+    def open_it(spec: ModelSpec, memory: dict[str, Any], report: Any) -> Any:
+        return open_place(spec, functools.partial(make_driver, spec, folders, memory), report=report)
+
+    pool = Pool(PoolSettings(open_it, lambda spec, report: open_tokenizer(spec, folders, report), request_timeout_s=60))
+    try:
+        pool.apply(PoolSpec((ModelSpec("m", driver, place=place),)))
+        settle(pool)
+        yield pool
+    finally:
+        pool.stop()
+
+
+@pytest.fixture(scope="session")
+def cache() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)

@@ -24,7 +24,7 @@ def test_the_table_knows_it() -> None:
     spec = ModelSpec(model="m", driver=DriverSpec("fake", FakeConfig(dim=7)))
     driver = open_here(make_driver(spec, Folders(Path(), Path()), {}))
     assert run(driver, ["a"]).rows.values.shape == (1, 7)
-    assert dict(driver.facts.description) == {"dim": 7}
+    assert dict(driver.facts.description) == {"kind": "embed", "dim": 7}
     assert open_tokenizer(spec, NOWHERE).encode(["a b"]) == FakeTokenizer().encode(["a b"])
 
 

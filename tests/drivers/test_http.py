@@ -1049,7 +1049,7 @@ def test_a_service_that_is_down_says_so_and_serves_when_it_is_back(remote: Remot
 def test_what_the_pool_is_told(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
     """/status shows protocol and dimension; eight batches may run at once."""
     driver = opened()
-    assert dict(driver.facts.description) == {"protocol": "embedpool", "dim": 3}
+    assert dict(driver.facts.description) == {"kind": "embed", "protocol": "embedpool", "dim": 3}
     assert (driver.facts.tasks["embed"], driver.facts.slots) == (3, 8)
 
 

@@ -49,20 +49,12 @@ def module(kind: str, path: str = "") -> dict[str, str]:
 
 
 OTHER_KINDS = {
-    "one label": ({"config": of("BertForSequenceClassification", id2label={"0": "x"})}, "a reranker: .* with 1 label"),
-    "two labels": ({"config": of("BertForSequenceClassification")}, "a classifier: .* with 2 labels"),
-    "labels": ({"config": of("BertForSequenceClassification", num_labels=5)}, "a classifier: .* with 5 labels"),
     "tokens": ({"config": of("BertForTokenClassification")}, "a classifier of tokens"),
     "answers": ({"config": of("BertForQuestionAnswering")}, "a finder of answers"),
     "colbert": ({"config": of("HF_ColBERT")}, "a multi-vector model"),
     "images": ({"config": of("ColPaliForRetrieval")}, "a model of images"),
-    "cross-encoder": (
-        {"config": of("X"), "config_sentence_transformers": {"model_type": "CrossEncoder"}},
-        "a reranker: its config_sentence_transformers.json says CrossEncoder",
-    ),
     "pylate": ({"config_sentence_transformers": {"model_type": "ColBERT"}}, "a multi-vector model"),
     "splade": ({"modules": [module("MLMTransformer"), module("SpladePooling", "1")]}, "a sparse encoder: .*MLMTransf"),
-    "logit score": ({"modules": [module("Transformer"), module("LogitScore", "1")]}, "a reranker: .*LogitScore"),
     "sparse router": (
         {
             "modules": [module("Router")],
@@ -71,17 +63,41 @@ OTHER_KINDS = {
         "a sparse encoder: .*SparseStaticEmbedding",
     ),
 }
+SCORING = {
+    "one label": ({"config": of("BertForSequenceClassification", id2label={"0": "x"})}, "rerank"),
+    "two labels": ({"config": of("BertForSequenceClassification")}, "classify"),
+    "labels": ({"config": of("BertForSequenceClassification", num_labels=5)}, "classify"),
+    "cross-encoder": (
+        {"config": of("X", num_labels=1), "config_sentence_transformers": {"model_type": "CrossEncoder"}},
+        "rerank",
+    ),
+    "logit score": ({"modules": [module("Transformer"), module("LogitScore", "1")]}, "rerank"),
+}
 
 
 @pytest.mark.parametrize(("files", "says"), OTHER_KINDS.values(), ids=OTHER_KINDS)
 def test_another_kind_is_refused_unless_it_is_asked_for(
     layout: Callable[..., Layout], files: dict[str, Any], says: str
 ) -> None:
-    """Nothing is an embedder on a guess: the error names what the folder is, by what, and the key that overrides it."""
+    """Nothing is served on a guess: the error names what the folder is, by what, and the key that overrides it."""
     with pytest.raises(ModelFailed, match=f"is {says}.*set driver.config.task to embed"):
         layout(**files)
     files = {"config": of("X"), **files}
     assert "served by task: embed" in str(layout(**files, register={"task": "embed"}).assumed)
+
+
+@pytest.mark.parametrize(("files", "kind"), SCORING.values(), ids=SCORING)
+def test_what_a_model_is_for_is_told_by_its_files(
+    layout: Callable[..., Layout], files: dict[str, Any], kind: str
+) -> None:
+    """A model with one label reranks, one with more classifies; its encoder embeds only if that is asked for."""
+    assert layout(**files).kind == kind
+    assert layout(**files, register={"task": kind}).kind == kind
+    other = "classify" if kind == "rerank" else "rerank"
+    with pytest.raises(ModelFailed, match=f"cannot be served with driver.config.task {other}"):
+        layout(**files, register={"task": other})
+    found = layout(**{"config": of("X"), **files}, register={"task": "embed"})
+    assert (found.kind, "served by task: embed" in str(found.assumed)) == ("embed", True)
 
 
 @pytest.mark.parametrize(

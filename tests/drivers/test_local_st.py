@@ -251,7 +251,7 @@ def test_a_model_that_cannot_be_fed_ids_is_run_by_encode(
             raise by_ids
         return np.asarray(by_ids((len(inputs["input_ids"]), 384)), np.float32)
 
-    monkeypatch.setattr(torch_run, "torch_run", lambda modules, device: by_its_ids)
+    monkeypatch.setattr(torch_run, "torch_run", lambda *_: by_its_ids)
     driver = LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, cached_in(tmp_path))
     open_here(driver)
     assert says in str(driver.facts.description["by_encode"])

@@ -201,7 +201,7 @@ def test_a_graph_that_cannot_be_written_is_told_of_in_so_many_words(
 
 def test_a_graph_with_other_vectors_is_not_kept(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph that does not compute what encode gives is refused and leaves nothing in the cache."""
-    monkeypatch.setattr(Library, "encode", lambda self, texts, **_: -np.ones((len(texts), 32), np.float32))
+    monkeypatch.setattr(Library, "compute", lambda self, texts, **_: -np.ones((len(texts), 32), np.float32))
     with pytest.raises(ModelFailed, match="others than those of encode"):
         export(small, tmp_path)
     assert list((tmp_path / "openvino").iterdir()) == []

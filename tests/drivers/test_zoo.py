@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib.util
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,11 @@ import numpy as np
 import pytest
 import tokenizers
 
-from embedpool.config.spec import DriverSpec, LocalStConfig, ModelSpec, PoolSpec
-from embedpool.drivers import make_driver, open_tokenizer
 from embedpool.errors import InvalidRequest
-from embedpool.places import open_place
 from embedpool.pool.pool import Pool
-from embedpool.pool.settings import PoolSettings
-from embedpool.tasks.driver import Folders
-from tests.conftest import ask, settle
-from tests.zoo import ZOO, Animal, make
+from tests.conftest import ask
+from tests.drivers.conftest import serving
+from tests.zoo import ZOO, Animal
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -121,40 +116,8 @@ class Served:
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of an animal, made when first asked for."""
-    root = tmp_path_factory.mktemp("zoo")
-    return functools.cache(lambda name: make(name, root))
-
-
-@pytest.fixture(scope="session")
 def references(made: Callable[[str], Path]) -> Callable[[str], Reference]:
     return functools.cache(lambda name: Reference(ZOO[name], made(name)))
-
-
-@contextlib.contextmanager
-def serving(animal: Animal, folder: Path, cache: Path, **config: Any) -> Iterator[Pool]:
-    """A pool with the model as `m`, loaded."""
-    place = config.pop("place", "thread")
-    driver = DriverSpec("local_st", LocalStConfig(path=str(folder), normalize=False, **animal.config, **config))
-    folders = Folders(cache, cache / "state")
-
-    def open_it(spec: ModelSpec, memory: dict[str, Any], report: Any) -> Any:
-        return open_place(spec, functools.partial(make_driver, spec, folders, memory), report=report)
-
-    pool = Pool(PoolSettings(open_it, lambda spec, report: open_tokenizer(spec, folders, report), request_timeout_s=60))
-    try:
-        pool.apply(PoolSpec((ModelSpec("m", driver, place=place),)))
-        settle(pool)
-        yield pool
-    finally:
-        pool.stop()
-
-
-@pytest.fixture(scope="session")
-def cache() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
 
 
 def runtimes(animal: Animal) -> tuple[str, ...]:
@@ -163,7 +126,12 @@ def runtimes(animal: Animal) -> tuple[str, ...]:
 
 @pytest.fixture(
     scope="module",
-    params=[(name, runtime) for name, animal in ZOO.items() for runtime in runtimes(animal) if animal.has_default],
+    params=[
+        (name, runtime)
+        for name, animal in ZOO.items()
+        for runtime in runtimes(animal)
+        if animal.has_default and animal.kind == "embed"
+    ],
     ids=lambda param: f"{param[0]}-{param[1]}",
 )
 def served(
@@ -356,7 +324,7 @@ def test_a_router_without_a_default_asks_what_texts_are_for(made: Callable[[str]
         assert ask(pool, "m", *TEXTS, input_type="query").vectors.shape == (len(TEXTS), 32)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [name for name, animal in ZOO.items() if animal.kind == "embed"])
 def test_a_process_of_its_own_gives_the_same(
     name: str,
     made: Callable[[str], Path],

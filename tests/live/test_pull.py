@@ -123,14 +123,15 @@ def test_a_registration_says_what_is_assumed_and_what_is_refused(running: Server
     for path in ("/models/plain", "/v1/models/plain"):
         assert running.get(path).json()["kinds"] == ["embed"]
     assert "embedding" in running.get("/tei/plain/info").json()["model_type"]
-    classifier = make("classifier, as an embedder", tmp_path)
-    said = register(running, "classifier", classifier, code=1)
-    assert "is a classifier" in said
+    tagger = make("token classifier, as an embedder", tmp_path)
+    said = register(running, "tagger", tagger, code=1)
+    assert "is a classifier of tokens" in said
     assert "set driver.config.task to embed" in said
-    done = running.cli(
-        "register", "--model", "classifier", "--type", "local_st", "--set", f"path={classifier}", "--set", "task=embed"
-    )
-    assert "it is a classifier, served by task: embed" in done
+    asked = ("register", "--model", "tagger", "--type", "local_st", "--set", f"path={tagger}")
+    assert "it is a classifier of tokens, served by task: embed" in running.cli(*asked, "--set", "task=embed")
+    register(running, "classifier", make("classifier", tmp_path))
+    assert running.status("classifier")["kinds"] == ["classify"]
+    assert running.post("/embed", {"model": "classifier", "texts": ["a"]}).json()["error"]["code"] == "unsupported_task"
 
 
 def test_a_model_that_served_before_and_is_refused_now_is_named_at_start(
@@ -138,7 +139,7 @@ def test_a_model_that_served_before_and_is_refused_now_is_named_at_start(
 ) -> None:
     """With the key that mends it, in the log and in `pool status`; the other models serve."""
     server = make_server()
-    folder = make("classifier, as an embedder", tmp_path)
+    folder = make("token classifier, as an embedder", tmp_path)
     server.pool_yml.write_text(
         "version: 1\nmodels:\n"
         f"  - {{model: old, driver: {{type: local_st, config: {{path: {folder}}}}}}}\n"

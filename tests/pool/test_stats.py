@@ -17,11 +17,11 @@ def answer(texts: int, tokens: int, truncated: list[int]) -> Result:
 def test_counters_tell_requests_batches_and_errors_apart() -> None:
     """What was answered, what was refused and why, and what the driver did are counted separately."""
     stats = ModelStats()
-    stats.answered(answer(3, 30, [1]))
-    stats.answered(answer(1, 5, []))
-    stats.refused("overloaded")
-    stats.refused("overloaded")
-    stats.refused("deadline_exceeded")
+    stats.answered("embed", answer(3, 30, [1]))
+    stats.answered("embed", answer(1, 5, []))
+    stats.refused("embed", "overloaded")
+    stats.refused("embed", "overloaded")
+    stats.refused("embed", "deadline_exceeded")
     stats.batch(4, 35, 60, 0.5)
     assert stats.snapshot() == {
         "requests": 5, "texts": 4, "tokens": 35, "truncated": 1, "batches": 1, "rows": 4, "batch_tokens": 35,

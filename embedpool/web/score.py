@@ -1,0 +1,358 @@
+"""Scores at the root: POST /rerank, /score and /classify, which are ours and those of infinity and vLLM at once.
+
+What other paths share of it: documents in all forms, the choice of a model, the order of results.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flask import Blueprint, Response
+from marshmallow import fields, validate
+
+from embedpool.config.fields import StrictBoolean, StrictInteger, StrictSchema
+from embedpool.config.settings import Limits, Settings
+from embedpool.errors import EmbedpoolError, InvalidRequest, as_document
+from embedpool.pool.pool import Pool
+from embedpool.pool.request import Result
+from embedpool.tasks.embed import EmbedOptions
+from embedpool.tasks.score import SOFTMAX, Classify, Parts, Rerank, ScoreOptions, activated
+from embedpool.web import submit
+from embedpool.web.body import read_document
+from embedpool.web.compat import CompatSchema, YesOrNo, known
+from embedpool.web.dialects import tei
+from embedpool.web.encoding import json_response, timing
+from embedpool.web.http_request import here
+from embedpool.web.schemas import TEXT_OR_TEXTS, check_texts, load
+
+NO_MODEL = ("default/not-specified",)  # as infinity's client says it
+DOCUMENTS_A_SEARCH_UNIT = 100  # by Cohere's count
+
+
+class ScoreOptionsSchema(StrictSchema):
+    """`options` of /rerank, /score and /classify."""
+
+    raw_scores = StrictBoolean()
+    truncate = fields.String(validate=validate.OneOf(("error", "left", "right")))
+    long_documents = fields.String(validate=validate.OneOf(("truncate", "chunk", "error")))
+    max_tokens_per_doc = StrictInteger(validate=validate.Range(min=1))
+    max_seq_length = StrictInteger(validate=validate.Range(min=1))
+    instruction = fields.String()
+
+
+class CommonScoreOptions(CompatSchema):
+    """Options in the words of all these APIs."""
+
+    model = fields.String()
+    options = fields.Nested(ScoreOptionsSchema, load_default=dict)
+    raw_scores = YesOrNo()
+    use_activation = YesOrNo()  # vLLM: the other way round
+    truncation = YesOrNo()  # Voyage, Jina
+    truncate_prompt_tokens = StrictInteger(validate=validate.Range(min=-1))  # vLLM; -1 is the model's own
+    max_tokens_per_doc = StrictInteger(validate=validate.Range(min=0))  # Cohere, vLLM; 0 is off
+    instruction = fields.String()
+    instruct = fields.String()  # SGLang
+    prompt = fields.String()
+
+
+class RerankSchema(CommonScoreOptions):
+    """Body of /rerank, and of the same at other paths."""
+
+    query = fields.Raw(required=True, metadata={"type": "string"})
+    documents = fields.Raw(required=True, metadata={"type": "array", "items": {}})
+    top_n = StrictInteger()
+    top_k = StrictInteger()  # Voyage
+    return_documents = YesOrNo(load_default=False)
+    rank_fields = fields.List(fields.String())  # Cohere
+
+
+class ScoreSchema(CommonScoreOptions):
+    """Body of /score: two sides, in one of vLLM's words for them."""
+
+    queries = fields.Raw(metadata=TEXT_OR_TEXTS)
+    documents = fields.Raw(metadata=TEXT_OR_TEXTS)
+    items = fields.Raw(metadata=TEXT_OR_TEXTS)
+    text_1 = fields.Raw(metadata=TEXT_OR_TEXTS)
+    text_2 = fields.Raw(metadata=TEXT_OR_TEXTS)
+    data_1 = fields.Raw(metadata=TEXT_OR_TEXTS)
+    data_2 = fields.Raw(metadata=TEXT_OR_TEXTS)
+
+
+class ClassifySchema(CommonScoreOptions):
+    """Body of /classify and /v1/classify; with `labels` an embedder chooses among them."""
+
+    input = fields.Raw(required=True, metadata=TEXT_OR_TEXTS)
+    labels = fields.List(fields.String(), validate=validate.Length(min=1))
+
+
+def blueprint(pool: Pool, settings: Settings) -> Blueprint:
+    """The routes that score."""
+    limits = settings.limits
+    routes = Blueprint("score", __name__)
+
+    @routes.post("/rerank")
+    def rerank() -> Response:
+        document = read_document(here(), limits, whatever_type=True)
+        if "texts" in document and "documents" not in document:  # TEI's, at the root of its host
+            return tei.rerank_at_the_root(pool, settings, document)
+        body, result, documents = reranked(pool, limits, document)
+        answer = {
+            "id": here().id,
+            "object": "rerank",
+            "model": result.model,
+            "created": int(time.time()),
+            "results": ranked(body, result, documents, with_score=True),
+            "usage": usage(result),
+            # A plain number of tokens breaks LiteLLM's hosted_vllm, which reads meta as Cohere's.
+            "meta": {"count": len(documents), **timing(result), "tokens": cohere_tokens(result)},
+        }
+        return json_response(answer)
+
+    @routes.post("/score")
+    @routes.post("/v1/score")
+    def score() -> Response:
+        return _scored(pool, limits)
+
+    @routes.post("/classify")
+    def classify() -> Response:
+        body, result, labels = _classified(pool, limits)
+        data = [_by_score(row, labels) for row in chosen(body, result)]
+        return json_response({"object": "classify", "data": data, **_beside(result)})
+
+    @routes.post("/v1/classify")
+    def classify_v1() -> Response:
+        document = read_document(here(), limits, whatever_type=True)
+        if document.get("labels"):
+            return _among_labels(pool, limits, load(ClassifySchema, document))
+        body, result, labels = _classified(pool, limits, document)
+        data = [
+            {"index": i, "label": labels[int(row.argmax())], "probs": row, "num_classes": len(labels)}
+            for i, row in enumerate(chosen(body, result))
+        ]
+        return json_response({"object": "list", "data": data, **_beside(result)})
+
+    return routes
+
+
+def score_options(body: Mapping[str, Any]) -> tuple[ScoreOptions, bool]:
+    """The task's options of a loaded body, and whether logits are wanted. `options` count before its other fields."""
+    found: dict[str, Any] = {}
+    if "truncation" in body:
+        found["truncate"] = "right" if body["truncation"] else "error"
+    for name, meant in (("max_tokens_per_doc",) * 2, ("truncate_prompt_tokens", "max_seq_length")):
+        if body.get(name, 0) > 0:
+            found[meant] = body[name]
+    for name in ("instruction", "instruct", "prompt"):
+        if name in body:
+            found["instruction"] = body[name]
+    given = dict(body["options"])
+    raw = given.pop("raw_scores", body.get("raw_scores", not body.get("use_activation", True)))
+    return ScoreOptions(**{**found, **given}), raw
+
+
+# --- reranking
+
+
+def reranked(pool: Pool, limits: Limits, document: Mapping[str, Any]) -> tuple[dict[str, Any], Result, list[Any]]:
+    """The body of a rerank, its result, and the documents as they were given."""
+    body = load(RerankSchema, document)
+    if body.get("top_n", 0) < 0 or body.get("top_k", 0) < 0:
+        name = "top_n" if body.get("top_n", 0) < 0 else "top_k"
+        raise InvalidRequest(f"{name}: must be 0 or more", fields={name: "must be 0 or more"})
+    query = text_of(body["query"], "query")
+    given = body["documents"] if isinstance(body["documents"], list) else [body["documents"]]
+    texts = [text_of(one, f"documents[{i}]", body.get("rank_fields", ())) for i, one in enumerate(given)]
+    check_texts(texts, limits, "documents")
+    check_texts([query], limits, "query")
+    options, raw = score_options(body)
+    name = the_model(pool, body.get("model"), Rerank.name)
+    body["raw"] = raw
+    result = submit.score(here(), pool, name, Rerank([(query, text) for text in texts], options))
+    return body, result, given
+
+
+def ranked(
+    body: Mapping[str, Any], result: Result, documents: Sequence[Any], *, with_score: bool = False
+) -> list[dict[str, Any]]:
+    """The best first, by logit, those alike in the order of the request; as many as were asked for."""
+    scores = chosen(body, result)[:, 0]
+    order = np.argsort(-result.vectors[:, 1], kind="stable")[: body.get("top_n") or body.get("top_k") or None]
+    found = []
+    for i in order.tolist():
+        entry: dict[str, Any] = {"index": i, "relevance_score": scores[i]}
+        if with_score:
+            entry["score"] = scores[i]
+        if body.get("return_documents"):
+            entry["document"] = documents[i] if isinstance(documents[i], dict) else {"text": documents[i]}
+        found.append(entry)
+    return found
+
+
+def chosen(body: Mapping[str, Any], result: Result) -> Any:
+    """Of the rows that tasks/score.py gives the scores, or the logits behind them if these are wanted."""
+    labels = result.vectors.shape[1] // 2
+    return result.vectors[:, labels:] if body.get("raw") else result.vectors[:, :labels]
+
+
+def text_of(given: Any, path: str, rank_fields: Sequence[str] = ()) -> str:
+    """A text, or what an object has: `rank_fields`, `text` or `content`, else all its texts. Raises InvalidRequest."""
+    if isinstance(given, str):
+        return given
+    if isinstance(given, dict):
+        if rank_fields:
+            return "\n".join(str(given[name]) for name in rank_fields if name in given)
+        for name in ("text", "content"):
+            if isinstance(given.get(name), str):
+                return str(given[name])
+        if isinstance(given.get("content"), list):
+            return "\n".join(
+                str(part["text"]) for part in given["content"] if isinstance(part, dict) and "text" in part
+            )
+        if texts := [value for value in given.values() if isinstance(value, str)]:
+            return "\n".join(texts)
+    message = "must be a text, or an object with a text"
+    raise InvalidRequest(f"{path}: {message}", fields={path: message})
+
+
+def the_model(pool: Pool, name: str | None, task: str) -> str:
+    """The model of this name; where none is named the only one that can do the task. Raises InvalidRequest."""
+    if name and name not in NO_MODEL:
+        return known(pool, name)
+    able = [served.spec.model for served in here().caller.visible(pool) if task in served.kinds]
+    if len(able) == 1:
+        return able[0]
+    says = f"name one of {', '.join(able)}" if able else f"no registered model can {task}"
+    raise InvalidRequest(f"model: {says}", fields={"model": says})
+
+
+def usage(result: Result) -> dict[str, int]:
+    """Tokens of all pairs as they were run, the query counted with each document."""
+    return {"prompt_tokens": result.tokens, "total_tokens": result.tokens}
+
+
+def cohere_tokens(result: Result) -> dict[str, int]:
+    """The same in the words of Cohere's `meta`."""
+    return {"input_tokens": result.tokens, "output_tokens": 0}
+
+
+def _beside(result: Result) -> dict[str, Any]:
+    return {"id": here().id, "model": result.model, "created": int(time.time()), "usage": usage(result)}
+
+
+# --- scoring pairs
+
+
+def _scored(pool: Pool, limits: Limits) -> Response:
+    """In the order of the request; of an embedder the cosine."""
+    body = load(ScoreSchema, read_document(here(), limits, whatever_type=True))
+    first, second, path = _sides(body)
+    pairs = _pairs(first, second)
+    check_texts([second for _, second in pairs], limits, path)
+    options, body["raw"] = score_options(body)
+    name = _that_scores(pool, body.get("model"))
+    if Rerank.name not in pool.find(name).kinds and "embed" in pool.find(name).kinds:
+        result, scores = _cosines(pool, name, pairs)
+        scoring = {"scoring": "cosine"}
+    else:
+        result = submit.score(here(), pool, name, Rerank(pairs, options, path))
+        scores, scoring = chosen(body, result)[:, 0], {}
+    data = [{"index": i, "object": "score", "score": score, "relevance_score": score} for i, score in enumerate(scores)]
+    meta = {"count": len(pairs), **timing(result), **scoring}
+    return json_response({"object": "list", "data": data, **_beside(result), "meta": meta})
+
+
+def _that_scores(pool: Pool, name: str | None) -> str:
+    return the_model(pool, name, Rerank.name)
+
+
+SIDES = (("queries", "documents"), ("queries", "items"), ("text_1", "text_2"), ("data_1", "data_2"))
+
+
+def _sides(body: Mapping[str, Any]) -> tuple[list[str], list[str], str]:
+    """Both sides, and what the second is called. Raises InvalidRequest."""
+    for names in SIDES:
+        if all(name in body for name in names):
+            first, second = ([body[name]] if not isinstance(body[name], list) else body[name] for name in names)
+            return *([text_of(one, names[i]) for one in side] for i, side in enumerate((first, second))), names[1]  # type: ignore[return-value]
+    message = f"give {', or '.join(' and '.join(names) for names in SIDES)}"
+    raise InvalidRequest(f"documents: {message}", fields={"documents": message})
+
+
+def _pairs(first: list[str], second: list[str]) -> list[Parts]:
+    """One to one, or one query to many documents. Raises InvalidRequest."""
+    if len(first) == 1:
+        first = first * len(second)
+    if len(first) != len(second):
+        message = f"{len(first)} and {len(second)}: must be 1:1, 1:N or N:N"
+        raise InvalidRequest(f"documents: {message}", fields={"documents": message})
+    return list(zip(first, second, strict=True))
+
+
+def _cosines(pool: Pool, name: str, pairs: Sequence[Parts]) -> tuple[Result, Any]:
+    """Of the vectors of both sides."""
+    texts = [part for pair in pairs for part in pair]
+    result = submit.embed(here(), pool, name, texts, EmbedOptions(normalize=True, dtype="float32"), forms=())
+    return result, (result.vectors[::2] * result.vectors[1::2]).sum(axis=1)
+
+
+# --- classifying
+
+
+def _classified(
+    pool: Pool, limits: Limits, document: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], Result, list[str]]:
+    """The body, its result, and the labels. Also of a reranker, which has one."""
+    body = load(ClassifySchema, document or read_document(here(), limits, whatever_type=True))
+    texts = _inputs(body["input"], limits)
+    options, body["raw"] = score_options(body)
+    name = the_model(pool, body.get("model"), Classify.name)
+    result = submit.score(here(), pool, name, Classify([(text,) for text in texts], options, "input"))
+    return body, result, labels_of(pool, name)
+
+
+def _inputs(given: Any, limits: Limits) -> list[str]:
+    rows = given if isinstance(given, list) else [given]
+    return check_texts([text_of(one, f"input[{i}]") for i, one in enumerate(rows)], limits, "input")
+
+
+def labels_of(pool: Pool, name: str) -> list[str]:
+    """The labels of a model that scores."""
+    return list(pool.find(name).tokenizer().labels)
+
+
+def _by_score(row: Any, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """All labels, the best first."""
+    return [{"label": labels[i], "score": row[i]} for i in np.argsort(-row, kind="stable").tolist()]
+
+
+def _among_labels(pool: Pool, limits: Limits, body: Mapping[str, Any]) -> Response:
+    """Jina's classification without training: the softmax of an embedder's cosines to the labels."""
+    texts, labels = _inputs(body["input"], limits), check_texts(body["labels"], limits, "labels")
+    name = the_model(pool, body.get("model"), "embed")
+    options = EmbedOptions(normalize=True, dtype="float32")
+    result = submit.embed(here(), pool, name, [*texts, *labels], options, forms=())
+    cosines = result.vectors[: len(texts)] @ result.vectors[len(texts) :].T
+    data = []
+    for i, row in enumerate(activated(cosines, SOFTMAX)):
+        best = int(row.argmax())
+        data.append(
+            {
+                "object": "classification",
+                "index": i,
+                "prediction": labels[best],
+                "score": row[best],
+                "predictions": [{"label": one, "score": score} for one, score in zip(labels, row, strict=True)],
+            }
+        )
+    return json_response({"data": data, **_beside(result)})
+
+
+def shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], int]:
+    """Ours, and beside it what clients of others read: `message` and `detail`."""
+    return {**as_document(error, request_id), "message": error.message, "detail": error.message}, error.status
+
+
+SHAPES = dict.fromkeys(("/rerank", "/score", "/classify"), shape)

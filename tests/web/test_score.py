@@ -1,0 +1,262 @@
+"""Rerank, score and classify: our own answers, and those that the clients of others read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedpool.client import Client
+from tests.web.conftest import MakeWeb, Web
+
+RERANKER = "model: rr, alias: r, driver: {type: fake, config: {task: rerank}}"
+CLASSIFIER = "model: cl, driver: {type: fake, config: {task: classify}}"
+EMBEDDER = "model: em"
+QUERY = "red fox"
+DOCUMENTS = ["blue", "a red fox", "the fox", "", "a red fox"]
+BEST_FIRST = [1, 4, 2, 3, 0]
+
+
+@pytest.fixture
+def web(make_web: MakeWeb) -> Web:
+    return make_web(RERANKER, CLASSIFIER, EMBEDDER)
+
+
+def refused(answer: Any, status: int, code: str) -> dict[str, Any]:
+    assert (answer.status_code, answer.json["error"]["code"]) == (status, code)
+    found: dict[str, Any] = answer.json["error"]
+    return found
+
+
+def order(results: list[dict[str, Any]]) -> list[int]:
+    return [entry["index"] for entry in results]
+
+
+def body(**more: Any) -> dict[str, Any]:
+    return {"model": "rr", "query": QUERY, "documents": DOCUMENTS, **more}
+
+
+def test_rerank(web: Web) -> None:
+    """The best first, those alike in the order of the request, with what is known of the work."""
+    answer = web.post("/rerank", body())
+    assert answer.status_code == 200
+    document = answer.json
+    assert order(document["results"])[2:] == BEST_FIRST[2:]
+    assert set(order(document["results"])[:2]) == {1, 4}
+    assert order(document["results"])[:2] == [1, 4]  # equal pairs
+    for entry in document["results"]:
+        assert 0 <= entry["score"] == entry["relevance_score"] <= 1
+        assert set(entry) == {"index", "score", "relevance_score"}
+    assert (document["model"], document["object"]) == ("rr", "rerank")
+    tokens = sum(3 + 2 + len(text.split()) for text in DOCUMENTS)
+    assert document["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
+    assert document["meta"]["count"] == 5
+    assert document["meta"]["tokens"] == {"input_tokens": tokens, "output_tokens": 0}
+    assert answer.headers["X-Embedpool-Space"] == web.status("rr")["space"]
+
+
+@pytest.mark.parametrize(
+    ("top", "count"), [({}, 5), ({"top_n": None}, 5), ({"top_n": 0}, 5), ({"top_n": 2}, 2), ({"top_n": 99}, 5)], ids=str
+)
+def test_as_many_as_were_asked_for(web: Web, top: dict[str, Any], count: int) -> None:
+    """All of them for none, null, 0, and more than there are."""
+    assert order(web.post("/rerank", body(**top)).json["results"]) == BEST_FIRST[:count]
+    refused(web.post("/rerank", body(top_n=-1)), 422, "validation_error")
+
+
+def test_documents_in_all_forms(web: Web) -> None:
+    """Texts and objects mixed: text, content, parts, chosen fields, or whatever texts there are. They come back."""
+    given = [
+        "a red fox",
+        {"text": "a red fox"},
+        {"content": "a red fox"},
+        {"content": [{"type": "text", "text": "a red fox"}]},
+        {"title": "a red", "n": 1, "body": "fox"},
+    ]
+    results = web.post("/rerank", body(documents=given, return_documents="true", raw_scores=True)).json["results"]
+    assert max(entry["score"] for entry in results) - min(entry["score"] for entry in results) < 0.1
+    by_index = {entry["index"]: entry["document"] for entry in results}
+    assert by_index == dict(enumerate([{"text": "a red fox"}, *given[1:]]))
+    fields = web.post("/v1/rerank", body(documents=[{"a": "blue", "b": QUERY}], rank_fields=["a"])).json["results"]
+    assert fields[0]["relevance_score"] < 0.1
+    error = refused(web.post("/rerank", body(documents=["a", 7])), 422, "validation_error")
+    assert list(error["fields"]) == ["documents[1]"]
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank", "/reranking", "/v1/reranking", "/v3/rerank"])
+def test_every_path_gives_the_same_order(web: Web, path: str) -> None:
+    """With nulls as clients send them, and fields that it does not know, which are named."""
+    answer = web.post(path, body(top_n=None, max_tokens_per_doc=None, max_chunks_per_doc=10))
+    assert order(answer.json["results"]) == BEST_FIRST
+    assert answer.headers["X-Embedpool-Ignored"] == "max_chunks_per_doc"
+    assert "document" not in answer.json["results"][0]
+
+
+def test_cohere(web: Web) -> None:
+    """What its SDK reads: a meta with search units, and errors as a message."""
+    for path, version in (("/v1/rerank", "1"), ("/v2/rerank", "2")):
+        meta = web.post(path, body(documents=DOCUMENTS * 30)).json["meta"]
+        assert meta["api_version"] == {"version": version}
+        assert meta["billed_units"] == {"search_units": 2}
+    answer = web.post("/v2/rerank", body(model="nobody"))
+    assert (answer.status_code, set(answer.json)) == (404, {"id", "message"})
+
+
+def test_voyage(web: Web) -> None:
+    """It is told by `top_k`, even null: `data` stands for `results`, and documents are texts."""
+    answer = web.post("/v1/rerank", body(top_k=None, truncation=True)).json
+    assert order(answer["data"]) == BEST_FIRST
+    assert "results" not in answer
+    assert web.post("/v1/rerank", body(top_k=1, return_documents=True)).json["data"][0]["document"] == DOCUMENTS[1]
+    both = web.post("/v1/rerank", body(truncation=True)).json
+    assert both["data"] == both["results"]
+
+
+def test_errors_have_what_each_client_reads(web: Web) -> None:
+    """`error`, `message` and `detail` together."""
+    answer = web.post("/v1/rerank", body(model="em"))
+    assert answer.status_code == 400
+    says = "'em' cannot rerank; it can embed; models that can: rr"
+    assert answer.json["detail"] == answer.json["message"] == answer.json["error"]["message"] == says
+    for path in ("/rerank", "/score", "/classify"):
+        answer = web.post(path, {"model": "nobody", "query": "a", "documents": ["a"], "queries": "a", "input": "a"})
+        assert answer.status_code == 404
+        assert answer.json["detail"] == answer.json["message"] == answer.json["error"]["message"]
+
+
+def test_tei(web: Web) -> None:
+    """Below the model's URL, at it, and at the root of the host: a bare list, the best first."""
+    given = {"query": QUERY, "texts": DOCUMENTS}
+    for path in ("/tei/rr/rerank", "/tei/r", "/rerank"):
+        assert order(web.post(path, given).json) == BEST_FIRST
+    answer = web.post(
+        "/tei/rr/rerank", {**given, "return_text": True, "raw_scores": True, "truncation_direction": "Left"}
+    )
+    assert answer.json[0]["text"] == DOCUMENTS[1]
+    assert answer.json[0]["score"] > 1
+    assert "x-compute-tokens" in answer.headers
+    answer = web.post("/tei/em/rerank", given)
+    assert (answer.status_code, answer.json["error_type"]) == (422, "Validation")
+    assert web.post("/tei/rr/rerank", {**given, "texts": []}).json["error_type"] == "Empty"
+    assert list(web.get("/tei/rr/info").json["model_type"]) == ["reranker"]
+    assert web.get("/tei/cl/info").json["model_type"]["classifier"]["id2label"]["2"] == "label 2"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "count"),
+    [("a", None), (["a"], None), (["a", "b"], None), ([["a"], ["a", "b"]], 2), ([["a"]], 1)],
+    ids=str,
+)
+def test_tei_predict(web: Web, inputs: Any, count: int | None) -> None:
+    """A text, a pair, or a list of such: all labels, the best first."""
+    found = web.post("/tei/cl/predict", {"inputs": inputs}).json
+    for row in [found] if count is None else found:
+        assert len(row) == 3
+        assert [entry["score"] for entry in row] == sorted((entry["score"] for entry in row), reverse=True)
+        assert sum(entry["score"] for entry in row) == pytest.approx(1, abs=1e-5)
+    assert count is None or len(found) == count
+    assert web.post("/tei/cl/predict", {"inputs": ["a", "b", "c"]}).status_code == 422
+    assert web.post("/tei/rr/predict", {"inputs": ["a", "b"]}).json[0]["label"] == "label 0"
+
+
+def test_score(web: Web) -> None:
+    """In the order of the request, one to one or one to many, in each of vLLM's words."""
+    ranked = {entry["index"]: entry["score"] for entry in web.post("/rerank", body()).json["results"]}
+    for first, second in (("queries", "documents"), ("queries", "items"), ("text_1", "text_2"), ("data_1", "data_2")):
+        for path in ("/score", "/v1/score"):
+            for queries in (QUERY, [QUERY], [QUERY] * len(DOCUMENTS)):
+                data = web.post(path, {"model": "rr", first: queries, second: DOCUMENTS}).json["data"]
+                assert {entry["index"]: entry["score"] for entry in data} == ranked
+                assert order(data) == list(range(len(DOCUMENTS)))
+    refused(web.post("/score", {"model": "rr", "queries": ["a", "b"], "documents": ["a"] * 3}), 422, "validation_error")
+    refused(web.post("/score", {"model": "rr", "queries": "a"}), 422, "validation_error")
+
+
+def test_an_embedder_scores_by_the_cosine(web: Web) -> None:
+    """And says so."""
+    answer = web.post("/score", {"model": "em", "queries": "a", "documents": ["a", "b"]}).json
+    assert answer["meta"]["scoring"] == "cosine"
+    expected = web.vectors("a", "b", model="em", normalize=True)
+    np.testing.assert_allclose([entry["score"] for entry in answer["data"]], expected @ expected[0], atol=1e-5)
+
+
+def test_classify(web: Web) -> None:
+    """infinity's answer at the root, vLLM's below /v1: the same numbers."""
+    texts = ["a", "b"]
+    infinitys = web.post("/classify", {"model": "cl", "input": texts}).json["data"]
+    vllms = web.post("/v1/classify", {"model": "cl", "input": texts}).json["data"]
+    assert web.post("/v1/classify", {"model": "cl", "input": "a"}).json["data"][0]["probs"] == vllms[0]["probs"]
+    for one, other in zip(infinitys, vllms, strict=True):
+        assert one[0]["label"] == other["label"]
+        assert sorted(other["probs"]) == sorted(entry["score"] for entry in one)
+        assert (other["num_classes"], len(one)) == (3, 3)
+    raw = web.post("/classify", {"model": "cl", "input": texts, "options": {"raw_scores": True}}).json["data"]
+    assert sum(entry["score"] for entry in raw[0]) != pytest.approx(1, abs=0.01)
+
+
+def test_classify_among_labels(web: Web) -> None:
+    """Jina's: an embedder chooses the nearest of the labels."""
+    answer = web.post("/v1/classify", {"model": "em", "input": ["b"], "labels": ["a", "b"]}).json["data"][0]
+    assert (answer["prediction"], answer["index"]) == ("b", 0)
+    assert sum(entry["score"] for entry in answer["predictions"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_where_no_model_is_named(make_web: MakeWeb, web: Web) -> None:
+    """It is the only one that can do it; else they are named."""
+    given = {"query": QUERY, "documents": DOCUMENTS}
+    for named in ({}, {"model": None}, {"model": "default/not-specified"}):
+        assert web.post("/rerank", {**given, **named}).json["model"] == "rr"
+    two = make_web(RERANKER, "model: other, driver: {type: fake, config: {task: rerank}}")
+    error = refused(two.post("/rerank", given), 422, "validation_error")
+    assert "name one of rr, other" in error["message"]
+    none = make_web(EMBEDDER)
+    assert "no registered model can rerank" in refused(none.post("/rerank", given), 422, "validation_error")["message"]
+
+
+def test_options_are_checked_strictly(web: Web) -> None:
+    """In `options` nothing is ignored; elsewhere the words of others mean the same."""
+    refused(web.post("/rerank", body(options={"truncat": "left"})), 422, "validation_error")
+    long = ["w " * 600]
+    for said in ({"options": {"truncate": "error"}}, {"truncation": False}):
+        refused(web.post("/rerank", body(documents=long, **said)), 422, "text_too_long")
+    answer = web.post("/rerank", body(documents=["a", *long]))
+    assert answer.json["meta"]["truncated"] == [1]
+    assert answer.headers["X-Embedpool-Truncated-Texts"] == "1"
+    for word in ("instruction", "instruct", "prompt"):
+        asked = web.post("/rerank", body(**{word: "blue "})).json["usage"]["total_tokens"]
+        assert asked == web.post("/rerank", body()).json["usage"]["total_tokens"] + len(DOCUMENTS)
+
+
+def test_what_a_model_can_do_is_told(web: Web) -> None:
+    """In the lists of models, also in infinity's word for it."""
+    for path in ("/models", "/v1/models"):
+        found = {entry["id"]: (entry["kinds"], entry["capabilities"]) for entry in web.get(path).json["data"]}
+        assert found["rr"] == found["r"] == (["rerank"], ["rerank"])
+        assert found["cl"] == (["classify"], ["classify"])
+    error = refused(web.post("/embed", {"model": "rr", "texts": ["a"]}), 422, "unsupported_task")
+    assert error["message"] == "'rr' cannot embed; it can rerank; models that can: em"
+
+
+def test_the_client(web: Web) -> None:
+    """`Client.rerank`, `score` and `classify` give what the routes give."""
+    client = Client("http://nowhere")
+    client._call = lambda method, path, body=None, **_: web.post(path, body).json  # type: ignore[method-assign]
+    ranked = client.rerank(QUERY, DOCUMENTS, model="rr", top_n=2)
+    assert [entry.index for entry in ranked] == BEST_FIRST[:2]
+    scores = client.score([QUERY], DOCUMENTS, model="rr")
+    assert scores[1] == np.float32(ranked[0].score)
+    assert [max(found, key=found.__getitem__) for found in client.classify(["a"], model="cl")] == ["label 1"]
+
+
+@pytest.fixture
+def counted(web: Web) -> Callable[[], int]:
+    return lambda: web.status("rr")["counters"]["requests"]
+
+
+def test_a_rerank_is_a_request_like_any_other(web: Web, counted: Callable[[], int]) -> None:
+    """It is counted, and its pairs are."""
+    before = counted()
+    web.post("/rerank", body())
+    assert counted() == before + 1
