@@ -8,7 +8,7 @@ import itertools
 import json
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -98,7 +98,7 @@ class Embed(Task):
                 f"unknown option for a local model: {', '.join(sorted(extra))}",
                 fields={f"options.{name}": "not an option of local models" for name in extra},
             )
-        limit = _limit_of(self.options, config, tokenizer)
+        limit = limit_of(self.options.max_seq_length, config, tokenizer)
         refuses = self.options.truncate == "error"
         side = tokenizer.truncation_side if self.options.truncate in (None, "error") else self.options.truncate
         reads = limit if side == "right" and not refuses else None  # so many tokens and no more
@@ -107,9 +107,10 @@ class Embed(Task):
         keys = Keys(group)
         items: list[Item] = []
         too_long: dict[int, int] = {}  # tokens, at full length where they are told
-        for start, part in _slices(texts):
+        for at_once in slices(map(len, texts)):
             still_wanted()
-            for i, (text, full) in enumerate(zip(part, encoded(part, tokenizer, reads), strict=True), start):
+            part = texts[at_once]
+            for i, (text, full) in enumerate(zip(part, encoded(part, tokenizer, reads), strict=True), at_once.start):
                 ids = array("I", full)  # a fifth of a list's memory
                 key = keys.of(ids)
                 if limit is not None and len(full) > limit:
@@ -211,15 +212,15 @@ def group_of(task: str, tokenizer: Tokenizer, **facts: str | int | None) -> Grou
 # --- before the queue
 
 
-def _slices(texts: Sequence[str]) -> Iterator[tuple[int, Sequence[str]]]:
-    """The texts some at a time, with the index of the first."""
-    start = chars = 0
-    for i, text in enumerate(texts):
-        if i > start and chars + len(text) > SLICE_CHARS:
-            yield start, texts[start:i]
-            start, chars = i, 0
-        chars += len(text)
-    yield start, texts[start:]
+def slices(inputs_chars: Iterable[int]) -> Iterator[slice]:
+    """Which inputs, of so many characters each, are tokenised at once."""
+    start = stop = chars = 0
+    for stop, size in enumerate(inputs_chars):
+        if stop > start and chars + size > SLICE_CHARS:
+            yield slice(start, stop)
+            start, chars = stop, 0
+        chars += size
+    yield slice(start, stop + 1)
 
 
 def encoded(texts: Sequence[str], tokenizer: Tokenizer, limit: int | None = None) -> list[list[int]]:
@@ -274,8 +275,8 @@ def _prompt_for(
     return "" if alike else default, {}  # encode_query and encode_document take no other prompt, encode the default
 
 
-def _limit_of(options: EmbedOptions, config: DriverConfig, tokenizer: Tokenizer) -> int | None:
-    asked = options.max_seq_length
+def limit_of(asked: int | None, config: DriverConfig, tokenizer: Tokenizer) -> int | None:
+    """Tokens of an input that a request asked for so many of gets. Raises InvalidRequest."""
     if fault := limit_fault(asked, tokenizer):
         raise InvalidRequest(f"options.max_seq_length: {fault}", fields={"options.max_seq_length": fault})
     limits = [asked or config.max_seq_length or tokenizer.default_max_tokens, tokenizer.max_tokens]

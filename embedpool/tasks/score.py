@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,7 +25,7 @@ from embedpool.errors import (
     half_a_character,
     with_half_a_character,
 )
-from embedpool.tasks.embed import SLICE_CHARS, group_of
+from embedpool.tasks.embed import group_of, limit_of, slices
 from embedpool.tasks.item import Group, Item, Keys
 from embedpool.tasks.rows import Rows
 from embedpool.tasks.task import Measured, Task
@@ -85,16 +85,16 @@ class Score(Task):
         if config.is_remote:
             return Measured([item for item in self._for_a_remote() if item.index not in refused], [], refused)
         prompt = self._prompt(config, tokenizer)
-        limit = self._limit(config, tokenizer)
+        limit = limit_of(self.options.max_seq_length, config, tokenizer)
         apart = prompt if "prompt" in tokenizer.told else ""
         joiner = _Joiner(tokenizer, limit, self.options, apart)
         group = group_of(self.name, tokenizer, prompt=apart, limit=limit, side="right")
         keys = Keys(group)
         items: list[Item] = []
         truncated: list[int] = []
-        for start, stop in self._slices():
+        for at_once in slices(sum(map(len, parts)) for parts in self.parts):
             still_wanted()
-            inside = [i for i in range(start, stop) if i not in refused]
+            inside = [i for i in range(len(self))[at_once] if i not in refused]
             given = [self.parts[i] if apart else _prompted(prompt, self.parts[i]) for i in inside]
             for i, parts, joined in zip(inside, given, joiner.join(given), strict=True):
                 if joined.full_tokens:
@@ -134,13 +134,6 @@ class Score(Task):
             return self.options.instruction
         return {**tokenizer.prompts, **config.prompts}.get(tokenizer.default_prompt_name, "")
 
-    def _limit(self, config: DriverConfig, tokenizer: Tokenizer) -> int | None:
-        limits = (
-            self.options.max_seq_length or config.max_seq_length or tokenizer.default_max_tokens,
-            tokenizer.max_tokens,
-        )
-        return min((limit for limit in limits if limit is not None), default=None)
-
     def _too_long(self, index: int, tokens: int, limit: int | None) -> EmbedpoolError:
         """What becomes of an input that may not be cut. Raises TextTooLong where nothing goes on without it."""
         says = f"{tokens} tokens, the limit is {limit}"
@@ -148,17 +141,6 @@ class Score(Task):
             return TextTooLong(says)
         where = self.where(index)
         raise TextTooLong(f"{where} has {says}", fields={where: says}, inputs=[index])
-
-    def _slices(self) -> Iterator[tuple[int, int]]:
-        """From where to where inputs are tokenised at once."""
-        start = chars = 0
-        for i, parts in enumerate(self.parts):
-            size = sum(map(len, parts))
-            if i > start and chars + size > SLICE_CHARS:
-                yield start, i
-                start, chars = i, 0
-            chars += size
-        yield start, len(self.parts)
 
     def _for_a_remote(self) -> list[Item]:
         """A call has one query, so the pairs of each are a group of their own."""

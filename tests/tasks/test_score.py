@@ -97,6 +97,13 @@ def test_parts_cover_the_document(document: str, limit: int) -> None:
     assert found.truncated == []
 
 
+@pytest.mark.parametrize("limit", [2, 513])
+def test_a_limit_that_cannot_be_kept_is_refused(limit: int) -> None:
+    """Less than the special tokens, or more than the model's positions, as where texts are embedded."""
+    with pytest.raises(InvalidRequest, match="max_seq_length"):
+        measured(("a", "b"), max_seq_length=limit)
+
+
 def test_the_best_part_counts() -> None:
     """By its logit."""
     task = Rerank([("a", "b")])
