@@ -153,7 +153,7 @@ def _cohere_rerank_body(model: str, texts: Sequence[str], options: Mapping[str, 
 
 
 def _jina_rerank_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    cuts = options.get("truncate") != "error"
+    _, cuts = _cut_or_refused("jina", options)
     body = {"model": model, "query": _query(options), "documents": list(texts), "truncation": cuts}
     if (limit := options.get("max_tokens_per_doc")) is not None:
         body["max_doc_length"] = limit
@@ -167,7 +167,8 @@ def _embedpool_rerank_body(model: str, texts: Sequence[str], options: Mapping[st
 
 def _tei_rerank_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
     _refuse("tei", options, "max_tokens_per_doc")
-    return {"query": _query(options), "texts": list(texts), "truncate": options.get("truncate") != "error"}
+    _, cuts = _cut_or_refused("tei", options)
+    return {"query": _query(options), "texts": list(texts), "truncate": cuts}
 
 
 def _query(options: Mapping[str, Any]) -> str:

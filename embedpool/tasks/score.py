@@ -152,8 +152,8 @@ class Score(Task):
         items = []
         for i, parts in enumerate(self.parts):
             told: dict[str, Any] = {"query": instruction + parts[0]}
-            if self.options.truncate == "error":
-                told["truncate"] = "error"
+            if self.options.truncate != "right":
+                told["truncate"] = self.options.truncate
             if self.options.max_tokens_per_doc is not None:
                 told["max_tokens_per_doc"] = self.options.max_tokens_per_doc
             group = Group(self.name, json.dumps(told, sort_keys=True))
@@ -219,8 +219,7 @@ class _Joiner:
             return []
         template = self._tokenizer.template
         if template is None:
-            if self._options.long_documents == "chunk":
-                raise UnsupportedOption("this model is given pairs whole: its documents cannot be scored in parts")
+            self._require_no_ids_of_documents()
             return [self._whole(found) for found in self._tokenizer.whole(given, self._prompt)]
         new = list(dict.fromkeys(parts[0] for parts in given if len(parts) > 1 and parts[0] not in self._firsts))
         lasts = [parts[-1] for parts in given]
@@ -230,6 +229,17 @@ class _Joiner:
             self._joined(self._firsts[parts[0]] if len(parts) > 1 else None, last)
             for parts, last in zip(given, ids[len(new) :], strict=True)
         ]
+
+    def _require_no_ids_of_documents(self) -> None:
+        """Raises UnsupportedOption for what cannot be done to a pair that the tokenizer has joined."""
+        options = self._options
+        asked = {
+            "long_documents": options.long_documents == "chunk",
+            "truncate": options.truncate == "left",
+            "max_tokens_per_doc": options.max_tokens_per_doc is not None,
+        }
+        if fields := {f"options.{name}": "this model is given pairs whole" for name in asked if asked[name]}:
+            raise UnsupportedOption("; ".join(f"{name}: {says}" for name, says in fields.items()), fields=fields)
 
     def _joined(self, first: list[int] | None, last: list[int]) -> Joined:
         template = self._tokenizer.template

@@ -109,6 +109,9 @@ def test_what_a_service_is_told_of_long_documents(remote: Remote, opened: Callab
             assert remote.seen[0].body[name] is cuts
     with pytest.raises(UnsupportedOption, match="truncate"):
         run(opened(protocol="cohere"), "a", truncate="error")
+    for protocol in ("cohere", "jina", "tei"):
+        with pytest.raises(UnsupportedOption, match="truncate"):
+            run(opened(protocol=protocol), "a", truncate="left")
     driver = opened(protocol="embedpool")
     run(driver, "a", truncate="error")
     assert remote.seen[-1].body["options"] == {"truncate": "error"}

@@ -144,12 +144,13 @@ def test_an_instruction_goes_before_the_query() -> None:
 
 
 def test_pairs_that_must_be_given_whole() -> None:
-    """Are cut before what follows every document; they cannot be scored in parts."""
+    """Are cut before what follows every document; what needs a document's own ids is refused."""
     found = measured(("a", "b c d e"), tokenizer=Joins("rerank"), max_seq_length=6)
     assert list(found.items[0].ids) == [START, *bare("a b c"), END, END]
     assert found.truncated == [0]
-    with pytest.raises(UnsupportedOption, match="given pairs whole"):
-        measured(("a", "b"), tokenizer=Joins("rerank"), long_documents="chunk")
+    for option in ({"long_documents": "chunk"}, {"truncate": "left"}, {"max_tokens_per_doc": 5}):
+        with pytest.raises(UnsupportedOption, match=f"{next(iter(option))}: this model is given pairs whole"):
+            measured(("a", "b"), tokenizer=Joins("rerank"), **option)
 
 
 def test_half_a_character_is_named() -> None:
@@ -170,6 +171,8 @@ def test_a_remote_service_gets_the_pairs() -> None:
     assert [item.group for item in items] == [
         ("rerank", '{"query": "a"}'), ("rerank", '{"query": "a"}'), ("rerank", '{"query": "b"}'),
     ]  # fmt: skip
+    (left,) = measured(("a", "b"), tokenizer=RemoteTokenizer("rerank"), config=config, truncate="left").items
+    assert left.group == ("rerank", '{"query": "a", "truncate": "left"}')
     told = {"truncate": "error", "instruction": "is: "}
     (other,) = measured(("a", "b"), tokenizer=RemoteTokenizer("rerank"), config=config, **told).items
     assert other.group == ("rerank", '{"query": "is: a", "truncate": "error"}')
