@@ -193,6 +193,18 @@ def activated(logits: Array, activation: str) -> Array:
     return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float32)
 
 
+def scores_of(rows: Array, *, raw: bool) -> Array:
+    """Of what `finish` gives the scores, or the logits behind them; of shape (n, labels)."""
+    labels = rows.shape[1] // 2
+    return rows[:, labels:] if raw else rows[:, :labels]
+
+
+def best_first(scores: Array) -> list[int]:
+    """The places of scores of shape (n,), equal ones in their order."""
+    order: list[int] = np.argsort(-scores, kind="stable").tolist()
+    return order
+
+
 # --- ids of pairs
 
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from flask import Blueprint, Response
 from marshmallow import fields, validate
 
@@ -19,7 +18,7 @@ from embedpool.errors import EmbedpoolError, InvalidRequest, as_document
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
 from embedpool.tasks.embed import EmbedOptions
-from embedpool.tasks.score import SOFTMAX, Classify, Parts, Rerank, ScoreOptions, activated
+from embedpool.tasks.score import SOFTMAX, Classify, Parts, Rerank, ScoreOptions, activated, best_first, scores_of
 from embedpool.web import submit
 from embedpool.web.body import read_document
 from embedpool.web.compat import CompatSchema, YesOrNo, known
@@ -29,7 +28,6 @@ from embedpool.web.http_request import here
 from embedpool.web.schemas import TEXT_OR_TEXTS, check_texts, load
 
 NO_MODEL = ("default/not-specified",)  # as infinity's client says it
-DOCUMENTS_A_SEARCH_UNIT = 100  # by Cohere's count
 
 
 class ScoreOptionsSchema(StrictSchema):
@@ -63,8 +61,8 @@ class RerankSchema(CommonScoreOptions):
 
     query = fields.Raw(required=True, metadata={"type": "string"})
     documents = fields.Raw(required=True, metadata={"type": "array", "items": {}})
-    top_n = StrictInteger()
-    top_k = StrictInteger()  # Voyage
+    top_n = StrictInteger(validate=validate.Range(min=0, error="must be 0 or more"))
+    top_k = StrictInteger(validate=validate.Range(min=0, error="must be 0 or more"))  # Voyage
     return_documents = YesOrNo(load_default=False)
     rank_fields = fields.List(fields.String())  # Cohere
 
@@ -137,8 +135,8 @@ def blueprint(pool: Pool, settings: Settings) -> Blueprint:
     return routes
 
 
-def score_options(body: Mapping[str, Any]) -> tuple[ScoreOptions, bool]:
-    """The task's options of a loaded body, and whether logits are wanted. `options` count before its other fields."""
+def score_options(body: Mapping[str, Any]) -> ScoreOptions:
+    """The task's options of a loaded body; `options` count before its other fields."""
     found: dict[str, Any] = {}
     if "truncation" in body:
         found["truncate"] = "right" if body["truncation"] else "error"
@@ -148,9 +146,7 @@ def score_options(body: Mapping[str, Any]) -> tuple[ScoreOptions, bool]:
     for name in ("instruction", "instruct", "prompt"):
         if name in body:
             found["instruction"] = body[name]
-    given = dict(body["options"])
-    raw = given.pop("raw_scores", body.get("raw_scores", not body.get("use_activation", True)))
-    return ScoreOptions(**{**found, **given}), raw
+    return ScoreOptions(**{**found, **{name: value for name, value in body["options"].items() if name != "raw_scores"}})
 
 
 # --- reranking
@@ -159,18 +155,13 @@ def score_options(body: Mapping[str, Any]) -> tuple[ScoreOptions, bool]:
 def reranked(pool: Pool, limits: Limits, document: Mapping[str, Any]) -> tuple[dict[str, Any], Result, list[Any]]:
     """The body of a rerank, its result, and the documents as they were given."""
     body = load(RerankSchema, document)
-    if body.get("top_n", 0) < 0 or body.get("top_k", 0) < 0:
-        name = "top_n" if body.get("top_n", 0) < 0 else "top_k"
-        raise InvalidRequest(f"{name}: must be 0 or more", fields={name: "must be 0 or more"})
     query = text_of(body["query"], "query")
     given = body["documents"] if isinstance(body["documents"], list) else [body["documents"]]
     texts = [text_of(one, f"documents[{i}]", body.get("rank_fields", ())) for i, one in enumerate(given)]
     check_texts(texts, limits, "documents")
     check_texts([query], limits, "query")
-    options, raw = score_options(body)
     name = the_model(pool, body.get("model"), Rerank.name)
-    body["raw"] = raw
-    result = submit.score(here(), pool, name, Rerank([(query, text) for text in texts], options))
+    result = submit.score(here(), pool, name, Rerank([(query, text) for text in texts], score_options(body)))
     return body, result, given
 
 
@@ -179,9 +170,9 @@ def ranked(
 ) -> list[dict[str, Any]]:
     """The best first, by logit, those alike in the order of the request; as many as were asked for."""
     scores = chosen(body, result)[:, 0]
-    order = np.argsort(-result.vectors[:, 1], kind="stable")[: body.get("top_n") or body.get("top_k") or None]
+    logits = scores_of(result.vectors, raw=True)[:, 0]
     found = []
-    for i in order.tolist():
+    for i in best_first(logits)[: body.get("top_n") or body.get("top_k") or None]:
         entry: dict[str, Any] = {"index": i, "relevance_score": scores[i]}
         if with_score:
             entry["score"] = scores[i]
@@ -192,9 +183,9 @@ def ranked(
 
 
 def chosen(body: Mapping[str, Any], result: Result) -> Any:
-    """Of the rows that tasks/score.py gives the scores, or the logits behind them if these are wanted."""
-    labels = result.vectors.shape[1] // 2
-    return result.vectors[:, labels:] if body.get("raw") else result.vectors[:, :labels]
+    """The scores, or the logits if the body asks for these."""
+    raw = body["options"].get("raw_scores", body.get("raw_scores", not body.get("use_activation", True)))
+    return scores_of(result.vectors, raw=raw)
 
 
 def text_of(given: Any, path: str, rank_fields: Sequence[str] = ()) -> str:
@@ -251,21 +242,16 @@ def _scored(pool: Pool, limits: Limits) -> Response:
     first, second, path = _sides(body)
     pairs = _pairs(first, second)
     check_texts([second for _, second in pairs], limits, path)
-    options, body["raw"] = score_options(body)
-    name = _that_scores(pool, body.get("model"))
+    name = the_model(pool, body.get("model"), Rerank.name)
     if Rerank.name not in pool.find(name).kinds and "embed" in pool.find(name).kinds:
         result, scores = _cosines(pool, name, pairs)
         scoring = {"scoring": "cosine"}
     else:
-        result = submit.score(here(), pool, name, Rerank(pairs, options, path))
+        result = submit.score(here(), pool, name, Rerank(pairs, score_options(body), path))
         scores, scoring = chosen(body, result)[:, 0], {}
     data = [{"index": i, "object": "score", "score": score, "relevance_score": score} for i, score in enumerate(scores)]
     meta = {"count": len(pairs), **timing(result), **scoring}
     return json_response({"object": "list", "data": data, **_beside(result), "meta": meta})
-
-
-def _that_scores(pool: Pool, name: str | None) -> str:
-    return the_model(pool, name, Rerank.name)
 
 
 SIDES = (("queries", "documents"), ("queries", "items"), ("text_1", "text_2"), ("data_1", "data_2"))
@@ -307,9 +293,8 @@ def _classified(
     """The body, its result, and the labels. Also of a reranker, which has one."""
     body = load(ClassifySchema, document or read_document(here(), limits, whatever_type=True))
     texts = _inputs(body["input"], limits)
-    options, body["raw"] = score_options(body)
     name = the_model(pool, body.get("model"), Classify.name)
-    result = submit.score(here(), pool, name, Classify([(text,) for text in texts], options, "input"))
+    result = submit.score(here(), pool, name, Classify([(text,) for text in texts], score_options(body), "input"))
     return body, result, labels_of(pool, name)
 
 
@@ -325,7 +310,7 @@ def labels_of(pool: Pool, name: str) -> list[str]:
 
 def _by_score(row: Any, labels: Sequence[str]) -> list[dict[str, Any]]:
     """All labels, the best first."""
-    return [{"label": labels[i], "score": row[i]} for i in np.argsort(-row, kind="stable").tolist()]
+    return [{"label": labels[i], "score": row[i]} for i in best_first(row)]
 
 
 def _among_labels(pool: Pool, limits: Limits, body: Mapping[str, Any]) -> Response:

@@ -17,7 +17,9 @@ from embedpool.web.dialects.cohere import cohere_shape
 from embedpool.web.dialects.openai import openai_shape
 from embedpool.web.encoding import json_response
 from embedpool.web.http_request import here
-from embedpool.web.score import DOCUMENTS_A_SEARCH_UNIT, cohere_tokens, ranked, reranked, usage
+from embedpool.web.score import cohere_tokens, ranked, reranked, usage
+
+DOCUMENTS_A_SEARCH_UNIT = 100  # by Cohere's count
 
 
 def blueprint(pool: Pool, settings: Settings) -> Blueprint:

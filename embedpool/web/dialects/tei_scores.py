@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from flask import Response
 from marshmallow import fields, validate
 
@@ -14,7 +13,7 @@ from embedpool.errors import InvalidRequest
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
 from embedpool.pool.served_model import ServedModel
-from embedpool.tasks.score import SCORES, Classify, Rerank, ScoreOptions
+from embedpool.tasks.score import SCORES, Classify, Rerank, ScoreOptions, best_first, scores_of
 from embedpool.web import submit
 from embedpool.web.body import read_json
 from embedpool.web.compat import CompatSchema, YesOrNo
@@ -57,11 +56,10 @@ def reranked(pool: Pool, settings: Settings, name: str, body: Mapping[str, Any])
     check_texts([body["query"]], settings.limits, "query")
     pairs = [(body["query"], text) for text in texts]
     result = submit.score(here(), pool, name, Rerank(pairs, _score_options(body), "texts"))
-    scores, logits = result.vectors[:, 0], result.vectors[:, 1]
-    shown = logits if body["raw_scores"] else scores
+    shown = scores_of(result.vectors, raw=body["raw_scores"])[:, 0]
     found = [
         {"index": i, "score": shown[i], **({"text": texts[i]} if body["return_text"] else {})}
-        for i in np.argsort(-logits, kind="stable").tolist()
+        for i in best_first(scores_of(result.vectors, raw=True)[:, 0])
     ]
     return timed(json_response(found), result)
 
@@ -79,9 +77,8 @@ def predicted(pool: Pool, settings: Settings, name: str, body: Mapping[str, Any]
     task = SCORES.get(next(iter(served.kinds), Classify.name), Classify)
     result = submit.score(here(), pool, name, task(parts, _score_options(body), "inputs"))
     labels = list(served.tokenizer().labels)
-    count = len(labels)
-    rows = result.vectors[:, count:] if body["raw_scores"] else result.vectors[:, :count]
-    found = [[{"score": row[i], "label": labels[i]} for i in np.argsort(-row, kind="stable").tolist()] for row in rows]
+    rows = scores_of(result.vectors, raw=body["raw_scores"])
+    found = [[{"score": row[i], "label": labels[i]} for i in best_first(row)] for row in rows]
     return timed(json_response(found[0] if is_alone else found), result)
 
 
