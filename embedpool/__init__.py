@@ -18,6 +18,7 @@ The road of a request, each file entered once on the way in and once on the way 
     web/encoding.py       rows become JSON, base64 or npy
 
 What they hand on: tasks/item.py (items and batches), tasks/rows.py, pool/request.py (a call, a request, a result).
+What all tasks have: tasks/task.py.
 A dialect in web/dialects/ takes the place of web/native.py; web/ndjson.py serves bodies of lines.
 
 What a model's folder holds: drivers/layout.py. What computes: drivers/static.py, drivers/openvino_graph.py,

@@ -17,15 +17,12 @@ from typing_extensions import override
 
 from embedpool.config.spec import DriverConfig
 from embedpool.errors import (
-    HALF_A_CHARACTER,
     MOST_NAMED,
     EmbedpoolError,
     InferenceFailed,
     InvalidRequest,
     TextTooLong,
     UnsupportedOption,
-    half_a_character,
-    with_half_a_character,
 )
 from embedpool.tasks.item import Group, Item, Keys
 from embedpool.tasks.rows import Rows
@@ -85,7 +82,7 @@ class Embed(Task):
     def measure(
         self, config: DriverConfig, tokenizer: Tokenizer, still_wanted: Callable[[], None] = lambda: None
     ) -> Measured:
-        broken = self._broken()
+        broken = self.broken(self.texts, "texts")
         given = ["" if i in broken else text for i, text in enumerate(self.texts)] if broken else self.texts
         prompt, passed_on = prompt_of(self.options, config, tokenizer)
         texts = [prompt + text for text in given] if prompt else given
@@ -124,13 +121,6 @@ class Embed(Task):
         if refuses and limit is not None:
             return Measured(items, [], {**broken, **self._refused(too_long, limit)})
         return Measured(items, list(too_long), broken)
-
-    def _broken(self) -> dict[int, EmbedpoolError]:
-        """The texts that hold half a character, where the others go on without them. Else raises InvalidRequest."""
-        found = with_half_a_character(self.texts)
-        if found and not self.partial:
-            raise half_a_character(found)
-        return {i: InvalidRequest(HALF_A_CHARACTER) for i in found}
 
     def _for_a_remote(self, texts: Sequence[str], passed_on: dict[str, object]) -> list[Item]:
         for name in ("max_seq_length", "truncate"):

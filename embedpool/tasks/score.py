@@ -17,13 +17,9 @@ from typing_extensions import override
 
 from embedpool.config.spec import DriverConfig
 from embedpool.errors import (
-    HALF_A_CHARACTER,
     EmbedpoolError,
-    InvalidRequest,
     TextTooLong,
     UnsupportedOption,
-    half_a_character,
-    with_half_a_character,
 )
 from embedpool.tasks.embed import group_of, limit_of, slices
 from embedpool.tasks.item import Group, Item, Keys
@@ -81,7 +77,7 @@ class Score(Task):
     def measure(
         self, config: DriverConfig, tokenizer: Tokenizer, still_wanted: Callable[[], None] = lambda: None
     ) -> Measured:
-        refused = self._broken()
+        refused = self.broken(map("\n".join, self.parts), self.path)
         if config.is_remote:
             return Measured([item for item in self._for_a_remote() if item.index not in refused], [], refused)
         prompt = self._prompt(config, tokenizer)
@@ -120,13 +116,6 @@ class Score(Task):
         logits = rows.values.astype(np.float32, copy=False)
         scores = logits if config.is_remote else activated(logits, tokenizer.activation)
         return Rows(np.concatenate([scores, logits], axis=1))
-
-    def _broken(self) -> dict[int, EmbedpoolError]:
-        """The inputs that hold half a character, where the others go on without them. Else raises InvalidRequest."""
-        found = with_half_a_character(["\n".join(parts) for parts in self.parts])
-        if found and not self.partial:
-            raise half_a_character(found, self.path)
-        return {i: InvalidRequest(HALF_A_CHARACTER) for i in found}
 
     def _prompt(self, config: DriverConfig, tokenizer: Tokenizer) -> str:
         """What goes before the first part: the instruction, else the model's default prompt."""
@@ -267,10 +256,9 @@ class _Joiner:
             parts = self._parts_of(kept, max(room - len(query), 0))
         else:
             parts = [kept]
-        rows = []
-        for part in parts:
-            begin = [*head, *query, *middle]
-            rows.append(Whole([*begin, *part, *tail], len(begin) if first is not None else None, len(tail)))
+        begin = [*head, *query, *middle]
+        second = len(begin) if first is not None else None
+        rows = [Whole([*begin, *part, *tail], second, len(tail)) for part in parts]
         is_cut = len(query) < len(first or ()) or sum(map(len, parts)) < len(last)
         return Joined(rows, full if is_cut else 0)
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ClassVar, NamedTuple
 
 from embedpool.config.spec import DriverConfig
-from embedpool.errors import EmbedpoolError
+from embedpool.errors import (
+    HALF_A_CHARACTER,
+    EmbedpoolError,
+    InvalidRequest,
+    half_a_character,
+    with_half_a_character,
+)
 from embedpool.tasks.item import Item
 from embedpool.tasks.rows import Rows
 from embedpool.tasks.tokenizer import Tokenizer
@@ -30,6 +36,16 @@ class Task(abc.ABC):
     def partial(self) -> bool:
         """Whether an input that fails takes no other with it."""
         return False
+
+    def broken(self, texts: Iterable[str], path: str) -> dict[int, EmbedpoolError]:
+        """The inputs that hold half a character, where the others go on without them. Else raises InvalidRequest.
+
+        `texts` hold all of each input, `path` is what the caller calls them.
+        """
+        found = with_half_a_character(texts)
+        if found and not self.partial:
+            raise half_a_character(found, path)
+        return {i: InvalidRequest(HALF_A_CHARACTER) for i in found}
 
     @abc.abstractmethod
     def __len__(self) -> int:
