@@ -145,7 +145,7 @@ class FakeDriver(Driver):
         time.sleep((config.delay_ms + config.delay_ms_per_text * len(texts)) / 1000)
         given = batch.ids or self._tokenizer.encode(texts)
         vectors = np.stack([self._row(ids, item.second) for ids, item in zip(given, batch.items, strict=True)])
-        at_fault = [i for i, text in enumerate(texts) if config.fault_text in text]
+        at_fault = [i for i, item in enumerate(batch.items) if config.fault_text in "\n".join(item.parts)]
         if at_fault and config.fault in FAULTS:
             FAULTS[config.fault]()
         if at_fault and config.fault == "short":

@@ -43,12 +43,17 @@ def _embedpool_body(model: str, texts: Sequence[str], options: Mapping[str, Any]
 
 def _embedpool_read(document: Any) -> Reading:
     meta = document.get("meta") or {}
+    truncated = list(meta.get("truncated") or [])
+    return Reading(document["vectors"], meta.get("tokens"), truncated, _embedpool_errors(document))
+
+
+def _embedpool_errors(document: Any) -> dict[int, EmbedpoolError]:
+    """Of the texts that failed there. Raises UpstreamError where one failed that is not at fault."""
     entries = document.get("errors") or ()
     for entry in entries:
         if not entry.get("at_fault", True):  # its own service was down, say: no text is at fault, and others may serve
             raise _error_of(entry, passing=True)
-    errors = {entry["index"]: _error_of(entry) for entry in entries}
-    return Reading(document["vectors"], meta.get("tokens"), list(meta.get("truncated") or []), errors)
+    return {entry["index"]: _error_of(entry) for entry in entries}
 
 
 def _error_of(entry: Mapping[str, Any], *, passing: bool = False) -> UpstreamError:
@@ -162,7 +167,12 @@ def _jina_rerank_body(model: str, texts: Sequence[str], options: Mapping[str, An
 
 def _embedpool_rerank_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
     passed_on = {name: value for name, value in options.items() if name != "query"}
-    return {"model": model, "query": _query(options), "documents": list(texts), "options": passed_on}
+    told = {"on_error": "partial", **passed_on}
+    return {"model": model, "query": _query(options), "documents": list(texts), "options": told}
+
+
+def _embedpool_rerank_read(document: Any) -> Reading:
+    return _rerank_read(document, _embedpool_errors(document))
 
 
 def _tei_rerank_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,17 +185,18 @@ def _query(options: Mapping[str, Any]) -> str:
     return str(options.get("query", PROBE_TEXT))
 
 
-def _rerank_read(document: Any) -> Reading:
-    """A score for each document, in their order. Raises LookupError if one has none, or two."""
+def _rerank_read(document: Any, errors: Mapping[int, EmbedpoolError] | None = None) -> Reading:
+    """A score for each document, in their order, none for one in `errors`. Raises LookupError for any other number."""
+    errors = errors or {}
     entries = document if isinstance(document, list) else document["results"]
     by_index = {entry["index"]: entry.get("relevance_score", entry.get("score")) for entry in entries}
     if len(by_index) != len(entries):
         raise LookupError("two scores for one document")
-    scores = [[by_index[i]] for i in range(len(by_index))]
+    scores = [None if i in errors else [by_index[i]] for i in range(len(by_index) + len(errors))]
     meta = {} if isinstance(document, list) else document.get("meta") or {}
     usage = {} if isinstance(document, list) else document.get("usage") or {}
     truncated = meta.get("truncated")
-    return Reading(scores, usage.get("total_tokens"), truncated if isinstance(truncated, list) else ())
+    return Reading(scores, usage.get("total_tokens"), truncated if isinstance(truncated, list) else (), errors)
 
 
 # --- what options mean there
@@ -258,7 +269,7 @@ PROTOCOLS = {
 
 
 RERANK_PROTOCOLS = {
-    "embedpool": Protocol("", _embedpool_rerank_body, _rerank_read),
+    "embedpool": Protocol("", _embedpool_rerank_body, _embedpool_rerank_read),
     "cohere": Protocol("/v2/rerank", _cohere_rerank_body, _rerank_read),
     "jina": Protocol("/rerank", _jina_rerank_body, _rerank_read),
     "tei": Protocol("/rerank", _tei_rerank_body, _rerank_read),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import threading
 from array import array
@@ -16,14 +15,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from embedpool.config.spec import DriverConfig
-from embedpool.errors import (
-    MOST_NAMED,
-    EmbedpoolError,
-    InferenceFailed,
-    InvalidRequest,
-    TextTooLong,
-    UnsupportedOption,
-)
+from embedpool.errors import EmbedpoolError, InferenceFailed, InvalidRequest, UnsupportedOption
 from embedpool.tasks.item import Group, Item, Keys
 from embedpool.tasks.rows import Rows
 from embedpool.tasks.task import Measured, Task
@@ -119,7 +111,8 @@ class Embed(Task):
                 items.append(Item((text,), len(ids), ids, group=group, key=key, index=i))
         items = [item for item in items if item.index not in broken] if broken else items
         if refuses and limit is not None:
-            return Measured(items, [], {**broken, **self._refused(too_long, limit)})
+            says = {i: f"{tokens} tokens, the limit is {limit}" for i, tokens in too_long.items()}
+            return Measured(items, [], {**broken, **self.too_long(says)})
         return Measured(items, list(too_long), broken)
 
     def _for_a_remote(self, texts: Sequence[str], passed_on: dict[str, object]) -> list[Item]:
@@ -133,16 +126,6 @@ class Embed(Task):
             Item((text,), estimated_tokens(text), group=group, key=keys.of(None, text), index=i)
             for i, text in enumerate(texts)
         ]
-
-    def _refused(self, too_long: Mapping[int, int], limit: int) -> dict[int, EmbedpoolError]:
-        """The texts that go no further. Raises TextTooLong where nothing goes on without them."""
-        says = {i: f"{tokens} tokens, the limit is {limit}" for i, tokens in too_long.items()}
-        if self.partial or not says:
-            return {i: TextTooLong(sentence) for i, sentence in says.items()}
-        first = next(iter(says))
-        named = list(itertools.islice(says, MOST_NAMED))
-        fields = {self.where(i): says[i] for i in named}
-        raise TextTooLong(f"{self.where(first)} has {says[first]}", fields=fields, inputs=named)
 
     @override
     def finish(self, rows: Rows, config: DriverConfig, tokenizer: Tokenizer, errors: dict[int, EmbedpoolError]) -> Rows:

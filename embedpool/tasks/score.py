@@ -16,11 +16,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from embedpool.config.spec import DriverConfig
-from embedpool.errors import (
-    EmbedpoolError,
-    TextTooLong,
-    UnsupportedOption,
-)
+from embedpool.errors import EmbedpoolError, UnsupportedOption
 from embedpool.tasks.embed import group_of, limit_of, slices
 from embedpool.tasks.item import Group, Item, Keys
 from embedpool.tasks.rows import Rows
@@ -77,9 +73,9 @@ class Score(Task):
     def measure(
         self, config: DriverConfig, tokenizer: Tokenizer, still_wanted: Callable[[], None] = lambda: None
     ) -> Measured:
-        refused = self.broken(map("\n".join, self.parts), self.path)
+        broken = self.broken(map("\n".join, self.parts), self.path)
         if config.is_remote:
-            return Measured([item for item in self._for_a_remote() if item.index not in refused], [], refused)
+            return Measured([item for item in self._for_a_remote() if item.index not in broken], [], broken)
         prompt = self._prompt(config, tokenizer)
         limit = limit_of(self.options.max_seq_length, config, tokenizer)
         apart = prompt if "prompt" in tokenizer.told else ""
@@ -88,21 +84,23 @@ class Score(Task):
         keys = Keys(group)
         items: list[Item] = []
         truncated: list[int] = []
+        refuses = "error" in (self.options.truncate, self.options.long_documents)
+        too_long: dict[int, str] = {}
         for at_once in slices(sum(map(len, parts)) for parts in self.parts):
             still_wanted()
-            inside = [i for i in range(len(self))[at_once] if i not in refused]
+            inside = [i for i in range(len(self))[at_once] if i not in broken]
             given = [self.parts[i] if apart else _prompted(prompt, self.parts[i]) for i in inside]
             for i, parts, joined in zip(inside, given, joiner.join(given), strict=True):
-                if joined.full_tokens:
-                    if self.options.truncate == "error" or self.options.long_documents == "error":
-                        refused[i] = self._too_long(i, joined.full_tokens, limit)
-                        continue
+                if joined.too_long and refuses:
+                    too_long[i] = joined.too_long
+                    continue
+                if joined.too_long:
                     truncated.append(i)
                 for found in joined.rows:
                     ids = array("I", found.ids)
                     key = keys.of(ids, str(found.second))
                     items.append(Item(parts, len(ids), ids, found.second, group=group, key=key, index=i))
-        return Measured(items, truncated, refused)
+        return Measured(items, truncated, {**broken, **self.too_long(too_long)})
 
     @override
     def merged(self, row: Rows, other: Rows) -> Rows:
@@ -122,14 +120,6 @@ class Score(Task):
         if self.options.instruction is not None:
             return self.options.instruction
         return {**tokenizer.prompts, **config.prompts}.get(tokenizer.default_prompt_name, "")
-
-    def _too_long(self, index: int, tokens: int, limit: int | None) -> EmbedpoolError:
-        """What becomes of an input that may not be cut. Raises TextTooLong where nothing goes on without it."""
-        says = f"{tokens} tokens, the limit is {limit}"
-        if self.partial:
-            return TextTooLong(says)
-        where = self.where(index)
-        raise TextTooLong(f"{where} has {says}", fields={where: says}, inputs=[index])
 
     def _for_a_remote(self) -> list[Item]:
         """A call has one query, so the pairs of each are a group of their own."""
@@ -199,10 +189,10 @@ def best_first(scores: Array) -> list[int]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Joined:
-    """The rows of one input: one, or one for each part of its document. `full_tokens` is 0 unless something was cut."""
+    """The rows of one input: one, or one for each part of its document. `too_long` says what was cut, if anything."""
 
     rows: Sequence[Whole]
-    full_tokens: int = 0
+    too_long: str = ""
 
 
 class _Joiner:
@@ -259,8 +249,11 @@ class _Joiner:
         begin = [*head, *query, *middle]
         second = len(begin) if first is not None else None
         rows = [Whole([*begin, *part, *tail], second, len(tail)) for part in parts]
-        is_cut = len(query) < len(first or ()) or sum(map(len, parts)) < len(last)
-        return Joined(rows, full if is_cut else 0)
+        if len(query) == len(first or ()) and sum(map(len, parts)) == len(last):
+            return Joined(rows)
+        if room is None or full <= room + specials:
+            return Joined(rows, f"{len(last)} tokens, max_tokens_per_doc is {self._options.max_tokens_per_doc}")
+        return Joined(rows, self._says(full))
 
     def _parts_of(self, ids: list[int], room: int) -> list[list[int]]:
         if self._options.long_documents != "chunk" or not room:
@@ -278,4 +271,8 @@ class _Joiner:
         if limit is None or len(found.ids) <= limit:
             return Joined([found])
         tail = found.ids[len(found.ids) - found.tail :]
-        return Joined([Whole([*found.ids[: limit - len(tail)], *tail], found.second, found.tail)], len(found.ids))
+        cut = Whole([*found.ids[: limit - len(tail)], *tail], found.second, found.tail)
+        return Joined([cut], self._says(len(found.ids)))
+
+    def _says(self, tokens: int) -> str:
+        return f"{tokens} tokens, the limit is {self._limit}"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar, NamedTuple
 
 from embedpool.config.spec import DriverConfig
 from embedpool.errors import (
     HALF_A_CHARACTER,
+    MOST_NAMED,
     EmbedpoolError,
     InvalidRequest,
+    TextTooLong,
     half_a_character,
     with_half_a_character,
 )
@@ -46,6 +49,19 @@ class Task(abc.ABC):
         if found and not self.partial:
             raise half_a_character(found, path)
         return {i: InvalidRequest(HALF_A_CHARACTER) for i in found}
+
+    def too_long(self, says: Mapping[int, str]) -> dict[int, EmbedpoolError]:
+        """The inputs that may not be cut, where the others go on without them. Else raises TextTooLong.
+
+        `says` tells of each how long it is, and the limit.
+        """
+        if self.partial or not says:
+            return {i: TextTooLong(sentence) for i, sentence in says.items()}
+        first = next(iter(says))
+        named = list(itertools.islice(says, MOST_NAMED))
+        raise TextTooLong(
+            f"{self.where(first)} has {says[first]}", fields={self.where(i): says[i] for i in named}, inputs=named
+        )
 
     @abc.abstractmethod
     def __len__(self) -> int:

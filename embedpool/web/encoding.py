@@ -60,10 +60,17 @@ def _vectors(result: Result, encoding: str, *, partial: bool) -> dict[str, Any]:
     vectors: Any = as_base64(result.vectors) if encoding == "base64" else result.vectors
     if not partial:
         return {"vectors": vectors}
-    errors = [
-        {"index": i, "code": e.code, "message": e.message, "at_fault": bool(e.inputs)} for i, e in result.errors.items()
-    ]
-    return {"vectors": [None if i in result.errors else v for i, v in enumerate(vectors)], "errors": errors}
+    return {"vectors": [None if i in result.errors else v for i, v in enumerate(vectors)], **errors_of(result)}
+
+
+def errors_of(result: Result) -> dict[str, Any]:
+    """What a partial answer says of the inputs that failed."""
+    return {
+        "errors": [
+            {"index": i, "code": error.code, "message": error.message, "at_fault": bool(error.inputs)}
+            for i, error in sorted(result.errors.items())
+        ]
+    }
 
 
 def npy_response(result: Result) -> Response:

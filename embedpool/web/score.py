@@ -14,7 +14,7 @@ from marshmallow import fields, validate
 
 from embedpool.config.fields import StrictBoolean, StrictInteger, StrictSchema
 from embedpool.config.settings import Limits, Settings
-from embedpool.errors import EmbedpoolError, InvalidRequest, as_document
+from embedpool.errors import EmbedpoolError, InvalidRequest, UnsupportedOption, as_document
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
 from embedpool.tasks.embed import EmbedOptions
@@ -23,7 +23,7 @@ from embedpool.web import submit
 from embedpool.web.body import read_document
 from embedpool.web.compat import CompatSchema, YesOrNo, known
 from embedpool.web.dialects import tei
-from embedpool.web.encoding import json_response, timing
+from embedpool.web.encoding import errors_of, json_response, timing
 from embedpool.web.http_request import here
 from embedpool.web.schemas import TEXT_OR_TEXTS, check_texts, load
 
@@ -39,6 +39,7 @@ class ScoreOptionsSchema(StrictSchema):
     max_tokens_per_doc = StrictInteger(validate=validate.Range(min=1))
     max_seq_length = StrictInteger(validate=validate.Range(min=1))
     instruction = fields.String()
+    on_error = fields.String(validate=validate.OneOf(("fail", "partial")))
 
 
 class CommonScoreOptions(CompatSchema):
@@ -103,6 +104,7 @@ def blueprint(pool: Pool, settings: Settings) -> Blueprint:
             "model": result.model,
             "created": int(time.time()),
             "results": ranked(body, result, documents, with_score=True),
+            **failures(body, result),
             "usage": usage(result),
             # A plain number of tokens breaks LiteLLM's hosted_vllm, which reads meta as Cohere's.
             "meta": {"count": len(documents), **timing(result), "tokens": cohere_tokens(result)},
@@ -117,8 +119,8 @@ def blueprint(pool: Pool, settings: Settings) -> Blueprint:
     @routes.post("/classify")
     def classify() -> Response:
         body, result, labels = _classified(pool, limits)
-        data = [_by_score(row, labels) for row in chosen(body, result)]
-        return json_response({"object": "classify", "data": data, **_beside(result)})
+        data = [row if row is None else _by_score(row, labels) for row in chosen(body, result)]
+        return json_response({"object": "classify", "data": data, **failures(body, result), **_beside(result)})
 
     @routes.post("/v1/classify")
     def classify_v1() -> Response:
@@ -127,10 +129,15 @@ def blueprint(pool: Pool, settings: Settings) -> Blueprint:
             return _among_labels(pool, limits, load(ClassifySchema, document))
         body, result, labels = _classified(pool, limits, document)
         data = [
-            {"index": i, "label": labels[int(row.argmax())], "probs": row, "num_classes": len(labels)}
+            {
+                "index": i,
+                "label": row if row is None else labels[int(row.argmax())],
+                "probs": row,
+                "num_classes": len(labels),
+            }
             for i, row in enumerate(chosen(body, result))
         ]
-        return json_response({"object": "list", "data": data, **_beside(result)})
+        return json_response({"object": "list", "data": data, **failures(body, result), **_beside(result)})
 
     return routes
 
@@ -168,24 +175,33 @@ def reranked(pool: Pool, limits: Limits, document: Mapping[str, Any]) -> tuple[d
 def ranked(
     body: Mapping[str, Any], result: Result, documents: Sequence[Any], *, with_score: bool = False
 ) -> list[dict[str, Any]]:
-    """The best first, by logit, those alike in the order of the request; as many as were asked for."""
-    scores = chosen(body, result)[:, 0]
-    logits = scores_of(result.vectors, raw=True)[:, 0]
+    """The best first, by logit, those alike in the order of the request; as many as were asked for.
+
+    A document that failed is not among them.
+    """
+    scores = chosen(body, result)
+    there = [i for i, row in enumerate(scores) if row is not None]
+    order = best_first(scores_of(result.vectors, raw=True)[there, :1].ravel())
     found = []
-    for i in best_first(logits)[: body.get("top_n") or body.get("top_k") or None]:
-        entry: dict[str, Any] = {"index": i, "relevance_score": scores[i]}
+    for i in [there[place] for place in order[: body.get("top_n") or body.get("top_k") or None]]:
+        entry: dict[str, Any] = {"index": i, "relevance_score": scores[i][0]}
         if with_score:
-            entry["score"] = scores[i]
+            entry["score"] = scores[i][0]
         if body.get("return_documents"):
             entry["document"] = documents[i] if isinstance(documents[i], dict) else {"text": documents[i]}
         found.append(entry)
     return found
 
 
-def chosen(body: Mapping[str, Any], result: Result) -> Any:
-    """The scores, or the logits if the body asks for these."""
+def chosen(body: Mapping[str, Any], result: Result) -> list[Any]:
+    """Of each input the scores, or the logits if the body asks for these; None of one that failed."""
     raw = body["options"].get("raw_scores", body.get("raw_scores", not body.get("use_activation", True)))
-    return scores_of(result.vectors, raw=raw)
+    return [None if i in result.errors else row for i, row in enumerate(scores_of(result.vectors, raw=raw))]
+
+
+def failures(body: Mapping[str, Any], result: Result) -> dict[str, Any]:
+    """`errors` of an answer to a body that goes on without the inputs that fail."""
+    return errors_of(result) if body["options"].get("on_error") == "partial" else {}
 
 
 def text_of(given: Any, path: str, rank_fields: Sequence[str] = ()) -> str:
@@ -244,14 +260,14 @@ def _scored(pool: Pool, limits: Limits) -> Response:
     check_texts([second for _, second in pairs], limits, path)
     name = the_model(pool, body.get("model"), Rerank.name)
     if Rerank.name not in pool.find(name).kinds and "embed" in pool.find(name).kinds:
-        result, scores = _cosines(pool, name, pairs)
+        result, scores = _cosines(pool, name, pairs, body["options"])
         scoring = {"scoring": "cosine"}
     else:
         result = submit.score(here(), pool, name, Rerank(pairs, score_options(body), path))
-        scores, scoring = chosen(body, result)[:, 0], {}
+        scores, scoring = [row if row is None else row[0] for row in chosen(body, result)], {}
     data = [{"index": i, "object": "score", "score": score, "relevance_score": score} for i, score in enumerate(scores)]
     meta = {"count": len(pairs), **timing(result), **scoring}
-    return json_response({"object": "list", "data": data, **_beside(result), "meta": meta})
+    return json_response({"object": "list", "data": data, **failures(body, result), **_beside(result), "meta": meta})
 
 
 SIDES = (("queries", "documents"), ("queries", "items"), ("text_1", "text_2"), ("data_1", "data_2"))
@@ -277,11 +293,19 @@ def _pairs(first: list[str], second: list[str]) -> list[Parts]:
     return list(zip(first, second, strict=True))
 
 
-def _cosines(pool: Pool, name: str, pairs: Sequence[Parts]) -> tuple[Result, Any]:
+def _cosines(pool: Pool, name: str, pairs: Sequence[Parts], options: Mapping[str, Any]) -> tuple[Result, Any]:
     """Of the vectors of both sides."""
     texts = [part for pair in pairs for part in pair]
-    result = submit.embed(here(), pool, name, texts, EmbedOptions(normalize=True, dtype="float32"), forms=())
+    result = submit.embed(here(), pool, name, texts, _of_an_embedder(options), forms=())
     return result, (result.vectors[::2] * result.vectors[1::2]).sum(axis=1)
+
+
+def _of_an_embedder(options: Mapping[str, Any]) -> EmbedOptions:
+    """Those of the vectors whose cosines are wanted. Raises UnsupportedOption for what pairs alone can have."""
+    kept = {name: options[name] for name in ("truncate", "max_seq_length") if name in options}
+    if fields := {f"options.{name}": "not an option of a model that gives vectors" for name in options.keys() - kept}:
+        raise UnsupportedOption(f"an embedder gives cosines, without {', '.join(sorted(fields))}", fields=fields)
+    return EmbedOptions(normalize=True, dtype="float32", **kept)
 
 
 # --- classifying
@@ -317,8 +341,7 @@ def _among_labels(pool: Pool, limits: Limits, body: Mapping[str, Any]) -> Respon
     """Jina's classification without training: the softmax of an embedder's cosines to the labels."""
     texts, labels = _inputs(body["input"], limits), check_texts(body["labels"], limits, "labels")
     name = the_model(pool, body.get("model"), "embed")
-    options = EmbedOptions(normalize=True, dtype="float32")
-    result = submit.embed(here(), pool, name, [*texts, *labels], options, forms=())
+    result = submit.embed(here(), pool, name, [*texts, *labels], _of_an_embedder(body["options"]), forms=())
     cosines = result.vectors[: len(texts)] @ result.vectors[len(texts) :].T
     data = []
     for i, row in enumerate(activated(cosines, SOFTMAX)):

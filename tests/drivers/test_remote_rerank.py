@@ -114,12 +114,26 @@ def test_what_a_service_is_told_of_long_documents(remote: Remote, opened: Callab
             run(opened(protocol=protocol), "a", truncate="left")
     driver = opened(protocol="embedpool")
     run(driver, "a", truncate="error")
-    assert remote.seen[-1].body["options"] == {"truncate": "error"}
+    assert remote.seen[-1].body["options"] == {"truncate": "error", "on_error": "partial"}
     for protocol, name in (("cohere", "max_tokens_per_doc"), ("jina", "max_doc_length")):
         run(opened(protocol=protocol), "a", max_tokens_per_doc=7)
         assert remote.seen[-1].body[name] == 7
     with pytest.raises(UnsupportedOption, match="max_tokens_per_doc"):
         run(opened(protocol="tei"), "a", max_tokens_per_doc=7)
+
+
+def test_a_document_that_fails_there_fails_alone(remote: Remote, opened: Callable[..., HttpDriver]) -> None:
+    """Another embedpool names it; where no document is at fault the call fails, and others may serve it."""
+    error = {"index": 1, "code": "inference_failed", "message": "no", "at_fault": True}
+    results = [{"index": 2, "relevance_score": 0.5}, {"index": 0, "relevance_score": 0.4}]
+    driver = opened(protocol="embedpool", retries=0)
+    remote.answer = lambda seen: Reply({"results": results, "errors": [error]})
+    answer = run(driver, *DOCUMENTS)
+    np.testing.assert_allclose(answer.rows.values[[0, 2]], [[0.4], [0.5]], rtol=1e-6)
+    assert list(answer.errors) == [1]
+    remote.answer = lambda seen: Reply({"results": results, "errors": [{**error, "at_fault": False}]})
+    with pytest.raises(UpstreamError, match="inference_failed"):
+        run(driver, *DOCUMENTS)
 
 
 def test_a_protocol_without_reranking_is_refused() -> None:

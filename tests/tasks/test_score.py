@@ -129,6 +129,17 @@ def test_what_may_not_be_cut_is_refused(option: dict[str, str]) -> None:
     assert "8 tokens" in found.refused[1].message
 
 
+def test_all_that_may_not_be_cut_are_named() -> None:
+    """Each with what it was held against."""
+    pairs = [("a", "b"), ("a", "b c d e"), ("a", "b c d")]
+    with pytest.raises(TextTooLong, match=r"documents\[1\] has 8 tokens, the limit is 6") as caught:
+        measured(*pairs, max_seq_length=6, truncate="error")
+    assert list(caught.value.inputs) == [1, 2]
+    assert list(caught.value.fields or ()) == ["documents[1]", "documents[2]"]
+    with pytest.raises(TextTooLong, match=r"documents\[1\] has 4 tokens, max_tokens_per_doc is 3"):
+        measured(*pairs, max_tokens_per_doc=3, truncate="error")
+
+
 def test_an_instruction_goes_before_the_query() -> None:
     """In the place of the model's default prompt; pool.yml may replace that."""
 

@@ -182,6 +182,50 @@ def test_an_embedder_scores_by_the_cosine(web: Web) -> None:
     np.testing.assert_allclose([entry["score"] for entry in answer["data"]], expected @ expected[0], atol=1e-5)
 
 
+def test_an_embedder_scores_with_options_of_its_own(web: Web) -> None:
+    """Those of pairs are refused: nobody is given other numbers than were asked for."""
+    given = {"model": "em", "queries": "a", "documents": ["a", "w " * 600]}
+    refused(web.post("/score", {**given, "options": {"truncate": "error"}}), 422, "text_too_long")
+    asked = {"model": "em", "input": "a", "labels": ["x", "w " * 600], "options": {"truncate": "error"}}
+    refused(web.post("/v1/classify", asked), 400, "text_too_long")
+    for option in ({"long_documents": "chunk"}, {"raw_scores": True}, {"on_error": "partial"}):
+        error = refused(web.post("/score", {**given, "options": option}), 422, "unsupported_option")
+        assert list(error["fields"]) == [f"options.{name}" for name in option]
+
+
+def test_a_document_that_fails_may_leave_the_others(make_web: MakeWeb) -> None:
+    """With `on_error: partial` it is not among the results, or null where every input has a place, and is named."""
+    web = make_web("model: rr, driver: {type: fake, config: {task: rerank, fault: raise, fault_text: bad}}")
+    options = {"on_error": "partial", "max_seq_length": 8, "truncate": "error"}
+    documents = ["a", "bad", "w " * 9, QUERY]
+    for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
+        answer = web.post(path, body(documents=documents, options=options)).json
+        assert order(answer["results"]) == [3, 0]
+        assert [(e["index"], e["code"], e["at_fault"]) for e in answer["errors"]] == [
+            (1, "inference_failed", True), (2, "text_too_long", True),
+        ]  # fmt: skip
+        assert order(web.post(path, body(documents=documents, options=options, top_n=1)).json["results"]) == [3]
+        assert "errors" not in web.post(path, body(documents=["a"])).json
+    answer = web.post("/score", {"model": "rr", "queries": [QUERY], "documents": documents, "options": options}).json
+    assert [entry["score"] is None for entry in answer["data"]] == [False, True, True, False]
+    assert [error["index"] for error in answer["errors"]] == [1, 2]
+    answer = web.post("/rerank", body(documents=["bad"], options=options)).json
+    assert (answer["results"], len(answer["errors"])) == ([], 1)
+    refused(web.post("/rerank", body(documents=documents)), 500, "inference_failed")
+
+
+def test_a_text_without_labels_may_leave_the_others(make_web: MakeWeb) -> None:
+    """It has null in the place of its labels."""
+    web = make_web("model: cl, driver: {type: fake, config: {task: classify, fault: raise, fault_text: bad}}")
+    asked = {"model": "cl", "input": ["a", "bad"], "options": {"on_error": "partial"}}
+    answer = web.post("/classify", asked).json
+    assert (len(answer["data"][0]), answer["data"][1], [e["index"] for e in answer["errors"]]) == (3, None, [1])
+    answer = web.post("/v1/classify", asked).json
+    assert [entry["label"] is None for entry in answer["data"]] == [False, True]
+    assert answer["data"][1] == {"index": 1, "label": None, "probs": None, "num_classes": 3}
+    assert [error["index"] for error in answer["errors"]] == [1]
+
+
 def test_classify(web: Web) -> None:
     """infinity's answer at the root, vLLM's below /v1: the same numbers."""
     texts = ["a", "b"]

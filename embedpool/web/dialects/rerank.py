@@ -17,7 +17,7 @@ from embedpool.web.dialects.cohere import cohere_shape
 from embedpool.web.dialects.openai import openai_shape
 from embedpool.web.encoding import json_response
 from embedpool.web.http_request import here
-from embedpool.web.score import cohere_tokens, ranked, reranked, usage
+from embedpool.web.score import cohere_tokens, failures, ranked, reranked, usage
 
 DOCUMENTS_A_SEARCH_UNIT = 100  # by Cohere's count
 
@@ -41,6 +41,7 @@ def blueprint(pool: Pool, settings: Settings) -> Blueprint:
             "model": result.model,
             "created": int(time.time()),
             "usage": usage(result),
+            **failures(body, result),
         }
         if "top_k" in document:  # Voyage's client always sends it
             data = [{**one, "document": _plain(one["document"])} if "document" in one else one for one in found]
@@ -54,7 +55,8 @@ def blueprint(pool: Pool, settings: Settings) -> Blueprint:
         document = read_document(here(), limits, whatever_type=True)
         body, result, documents = reranked(pool, limits, document)
         found = ranked({**body, "return_documents": False}, result, documents)
-        return json_response({"id": here().id, "results": found, "meta": _meta(result, len(documents), "2")})
+        meta = _meta(result, len(documents), "2")
+        return json_response({"id": here().id, "results": found, **failures(body, result), "meta": meta})
 
     return routes
 
