@@ -54,7 +54,10 @@ class LoadError(Exception):
 
 @dataclass
 class Group:
-    """Clients of one kind. They share `bodies` (cycled) and, where given, `requests`: how many are sent in all."""
+    """Clients of one kind. They share `bodies` (cycled) and, where given, `requests`: how many are sent in all.
+
+    With a `path` they ask that one, else the one of the load.
+    """
 
     name: str
     clients: int
@@ -62,6 +65,7 @@ class Group:
     requests: int | None = None
     think_s: float = 0.0
     least_answers: int = 0  # the clock does not stop the load before
+    path: str = ""
     sent: int = 0
     latencies_s: list[float] = field(default_factory=list)
     last_answer_s: float = 0.0
@@ -224,7 +228,7 @@ def _arrive(port: int, path: str, rounds: list[list[Arrival]]) -> dict[str, dict
 def _drive(port: int, path: str, groups: list[Group], seconds: float | None) -> dict[str, dict[str, Any]]:
     """The loop of `drive`. Clients that think begin spread over their time of thought."""
     gc.disable()
-    requests = {group.name: [_head(port, path, body) for body in group.bodies] for group in groups}
+    requests = {group.name: [_head(port, group.path or path, body) for body in group.bodies] for group in groups}
     poll = selectors.DefaultSelector()
     start_s = time.perf_counter()
     waiting: list[tuple[float, int, _Client]] = []  # when to send, a tie-breaker, who

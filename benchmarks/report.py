@@ -86,7 +86,7 @@ def compared(servers: Results) -> str:
         memory.append(f"{name}, memory ÷ baseline: PSS {pss}, peak {peak}")
     titles = ["server", "workload", "rounds", "rate", "p50", "p99", "CPU s per 1,000 texts"]
     head = "### This checkout ÷ baseline, median of rounds (least, most)"
-    return "\n".join([head, "", _table(titles, rows), "", *memory])
+    return "\n".join([head, "", table(titles, rows), "", *memory])
 
 
 def write(medians: Results, results: Results) -> None:
@@ -94,12 +94,14 @@ def write(medians: Results, results: Results) -> None:
     document = {"medians": medians, "rounds": {kind: results[kind] for kind in ("references", "servers")}}
     (HERE / "results.json").write_text(json.dumps(_rounded(document), indent=1) + "\n")
     (HERE / "chart.svg").write_text(chart(medians))
-    readme = HERE / "README.md"
-    start, end = "<!-- results -->\n", "<!-- /results -->"
+    between_markers("results", f"![texts/s against in-process encode](chart.svg)\n\n{text(medians)}")
+
+
+def between_markers(name: str, found: str) -> None:
+    """Put the tables of a run in the place of those that stand in README.md."""
+    readme, start, end = HERE / "README.md", f"<!-- {name} -->\n", f"<!-- /{name} -->"
     before, rest = readme.read_text().split(start)
-    readme.write_text(
-        f"{before}{start}![texts/s against in-process encode](chart.svg)\n\n{text(medians)}\n{end}{rest.split(end)[1]}"
-    )
+    readme.write_text(f"{before}{start}{found}\n{end}{rest.split(end)[1]}")
 
 
 def chart(results: Results) -> str:
@@ -150,7 +152,7 @@ def _references(results: Results) -> str:
         [{"torch": "(a) "}.get(name, "(b) ") + name, f"{r['short']:.0f}", f"{r['mixed']:.0f}", f"{r['p50_ms']:.1f}"]
         for name, r in results["references"].items()
     ]
-    return _table(["", "short texts/s", "mixed texts/s", "one text, p50 ms"], rows)
+    return table(["", "short texts/s", "mixed texts/s", "one text, p50 ms"], rows)
 
 
 def _rates(results: Results) -> str:
@@ -160,7 +162,7 @@ def _rates(results: Results) -> str:
         rows.append(
             [workload, *(f"{c['texts_s']:.0f}<br>{_latencies(c)}" if "texts_s" in c else "failed" for c in cells)]
         )
-    return _table(["workload", *results["servers"]], rows)
+    return table(["workload", *results["servers"]], rows)
 
 
 def _ratios(results: Results) -> str:
@@ -175,7 +177,7 @@ def _ratios(results: Results) -> str:
                 a, b = (results["references"][r][_kind(workload)] for r in ("torch", OURS[name]))
                 against = [_workload(results, peer, workload).get("texts_s") for peer in peers]
                 rows.append([name, workload, cell(rate, a), cell(rate, b), *(cell(rate, other) for other in against)])
-    return _table(["server", "workload", "x (a)", "x (b)", *(f"x {peer}" for peer in peers)], rows)
+    return table(["server", "workload", "x (a)", "x (b)", *(f"x {peer}" for peer in peers)], rows)
 
 
 def _mix(results: Results) -> str:
@@ -188,7 +190,7 @@ def _mix(results: Results) -> str:
             rows.append(
                 [name, *latencies, f"{r['bulk_alone_texts_s']:.0f}", f"{r['bulk_beside_texts_s']:.0f}", f"{bulk:.2f}"]
             )
-    return _table(["server", "alone", "beside bulk", "p99 ratio", "bulk alone", "bulk beside", "bulk kept"], rows)
+    return table(["server", "alone", "beside bulk", "p99 ratio", "bulk alone", "bulk beside", "bulk kept"], rows)
 
 
 def _hot(results: Results) -> str:
@@ -198,7 +200,7 @@ def _hot(results: Results) -> str:
         for name, r in found.items()
         if "texts_s" in r
     ]
-    return _table(["server", "identical", "different", "ratio"], rows)
+    return table(["server", "identical", "different", "ratio"], rows)
 
 
 def _costs(results: Results) -> str:
@@ -209,7 +211,7 @@ def _costs(results: Results) -> str:
         spent = ["-" if c is None else f"{c:.1f}" for c in cpu]
         rows.append([name, f"{server['startup_s']:.1f}", f"{server['peak_mb']:.0f}", *spent, cosine])
     cpu_titles = ("CPU s per 1,000 texts: short-32", "mixed16-16")
-    return _table(["server", "start-up s", "peak MB", *cpu_titles, "least cosine to torch fp32"], rows)
+    return table(["server", "start-up s", "peak MB", *cpu_titles, "least cosine to torch fp32"], rows)
 
 
 def _asked(results: Results) -> str:
@@ -226,7 +228,7 @@ def _asked(results: Results) -> str:
                 met = value >= float(bound) if sign == ">=" else value <= float(bound)
                 digits = f"{value:.6f}" if measure == "cosine" else f"{value:.2f}"
                 rows.append([workload, measure, name, f"{sign} {bound}", digits, "yes" if met else "**no**"])
-    return _table(["workload", "measure", "server", "asked", "measured", "met"], rows)
+    return table(["workload", "measure", "server", "asked", "measured", "met"], rows)
 
 
 def _measure(results: Results, measure: str, name: str, workload: str) -> float:
@@ -269,7 +271,8 @@ def _ratio_to_a(results: Results, name: str, workload: str) -> float | None:
     return rate / results["references"]["torch"][_kind(workload)] if rate else None
 
 
-def _table(titles: list[str], rows: Iterable[list[str]]) -> str:
+def table(titles: list[str], rows: Iterable[list[str]]) -> str:
+    """In markdown; nothing without rows."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|", *lines]) if lines else ""
 

@@ -51,6 +51,7 @@ class Server:
     checkout: Path | None = None
     path: str = "/embed"
     texts_key: str = "texts"
+    model_folder: Callable[[], Path] = model_folder
 
     def body(self, texts: list[str]) -> bytes:
         """A request for the vectors of `texts`, on one line."""
@@ -103,7 +104,7 @@ def running(server: Server) -> Iterator[Running]:
         install(server.venv)
     with tempfile.TemporaryDirectory() as name:
         folder, port = Path(name), _free_port()
-        environment = {**os.environ, **QUIET, "MODEL_FOLDER": str(model_folder()), "PORT": str(port)}
+        environment = {**os.environ, **QUIET, "MODEL_FOLDER": str(server.model_folder()), "PORT": str(port)}
         environment |= {"PYTHONPATH": str(server.checkout or HERE / "apps"), "EMBEDPOOL_SERVER__PORT": str(port)}
         environment |= {"EMBEDPOOL_PATHS__CACHE_DIR": str(GRAPHS)}
         if server.checkout:
@@ -166,14 +167,21 @@ def _embedpool(config: str = "", *arguments: str) -> Callable[[Path, int], list[
     return command
 
 
-def _naive(folder: Path, port: int) -> list[str]:
-    options = f"--worker-class gthread --threads 32 --timeout 600 --bind 127.0.0.1:{port} --no-control-socket"
-    return [sys.executable, "-m", "gunicorn", *options.split(), "naive:app"]
+def naive(app: str = "naive") -> Callable[[Path, int], list[str]]:
+    """One of the Flask apps below apps/."""
 
-
-def _infinity(engine: str) -> Callable[[Path, int], list[str]]:
     def command(folder: Path, port: int) -> list[str]:
-        model = str(model_folder())
+        options = f"--worker-class gthread --threads 32 --timeout 600 --bind 127.0.0.1:{port} --no-control-socket"
+        return [sys.executable, "-m", "gunicorn", *options.split(), f"{app}:app"]
+
+    return command
+
+
+def infinity(engine: str, folder_of: Callable[[], Path] = model_folder) -> Callable[[Path, int], list[str]]:
+    """infinity with one of its engines."""
+
+    def command(folder: Path, port: int) -> list[str]:
+        model = str(folder_of())
         if engine == "optimum":  # it finds the graph only below the working directory, and would not pool by itself
             for file in onnx_folder().iterdir():
                 (folder / file.name).symlink_to(file)
@@ -210,9 +218,9 @@ _ALL = (
     Server("embedpool-fast", "compute_dtype bfloat16", _embedpool("compute_dtype: bfloat16"), **OURS),
     Server("embedpool-waitress", "as default, without gunicorn", _embedpool("", "--server", "waitress"), **OURS),
     Server("embedpool-process", "as default, the model in a child process", _embedpool("isolation: process"), **OURS),
-    Server("naive", "Flask on gunicorn gthread, encode per request", _naive),
-    Server("infinity-torch", "infinity 0.0.78, BetterTransformer", _infinity("torch"), "infinity-torch", **OPENAI),
-    Server("infinity-optimum", "infinity 0.0.78, ONNX Runtime", _infinity("optimum"), "infinity-optimum", **OPENAI),
+    Server("naive", "Flask on gunicorn gthread, encode per request", naive()),
+    Server("infinity-torch", "infinity 0.0.78, BetterTransformer", infinity("torch"), "infinity-torch", **OPENAI),
+    Server("infinity-optimum", "infinity 0.0.78, ONNX Runtime", infinity("optimum"), "infinity-optimum", **OPENAI),
     Server("mosec", "mosec 0.9.8, 32 requests a batch", _app("mosec"), "mosec", path="/inference"),
     Server("litserve", "LitServe 0.2.19, 32 requests a batch", _app("litserve"), "litserve", path="/predict"),
 )

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 SEED = 3
 SHORT_TOKENS = range(8, 17)
 MIXED_TOKENS = range(7, 257)
+PASSAGE_TOKENS = range(20, 201)
 MIXED_MEDIAN_TOKENS, MIXED_SIGMA = 35, 0.85  # of a log-normal distribution
 BUCKETS = (8, 16, 32, 64, 128, 256, 512)
 DOCUMENTS = re.compile(r"(METADATA|LICEN[CS]E|COPYING|NOTICE|README)[^/]*$")
@@ -52,6 +53,18 @@ def mixed(n: int) -> list[str]:
     while len(found) < n:
         tokens = round(chance.lognormvariate(math.log(MIXED_MEDIAN_TOKENS), MIXED_SIGMA))
         found[_passage(min(max(tokens, MIXED_TOKENS[0]), MIXED_TOKENS[-1]), chance)] = None
+    return list(found)
+
+
+@cache
+def passages(n: int) -> list[str]:
+    """`n` different texts of 20 to 200 tokens, each length as often."""
+    chance = random.Random(SEED)
+    found: dict[str, None] = {}
+    while len(found) < n:
+        text = _passage(chance.choice(PASSAGE_TOKENS), chance)
+        if token_counts([text])[0] in PASSAGE_TOKENS:
+            found[text] = None
     return list(found)
 
 

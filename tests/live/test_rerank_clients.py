@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ from typing import Any
 
 import pytest
 import requests
+from sentence_transformers import CrossEncoder
 
+from benchmarks.reranker import TRAINED_ON, passages, query_of, reranker_folder
 from tests.live.conftest import Server, fake
 
 RANK = Path(__file__).parent / "clients" / "rank.py"
@@ -142,3 +145,26 @@ def test_on_the_command_line(served: Server, tmp_path: Path) -> None:
     assert [line.partition("\t")[2] for line in lines] == expected
     lines = served.cli("rerank", "--model", "m", "--top", "3", "--json", QUERY, stdin=file.read_text()).splitlines()
     assert [json.loads(line)["document"] for line in lines] == expected[:3]
+
+
+def test_a_reranker_with_meaning(server: Server, tmp_path: Path) -> None:
+    """A trained MiniLM, as its files lie: the passage that a few words were taken from comes first, and scores and
+    order are those of CrossEncoder."""
+    folder = reranker_folder(tmp_path)
+    server.write_pool({"model": "rr", "driver": {"type": "local_st", "config": {"path": str(folder)}}})
+    server.start()
+    server.wait_ready()
+    library = CrossEncoder(str(folder), device="cpu", local_files_only=True)
+    unseen = passages(TRAINED_ON + 60)[TRAINED_ON:]
+    chance = random.Random(3)
+    first = 0
+    for i in range(10):
+        documents = unseen[i : i + 20]
+        query = query_of(documents[7], chance)
+        body = {"model": "rr", "query": query, "documents": documents}
+        results = server.post("/rerank", body).json()["results"]
+        scores = library.predict([(query, document) for document in documents])
+        assert [entry["score"] for entry in results] == pytest.approx([scores[e["index"]] for e in results], abs=1e-5)
+        assert [entry["score"] for entry in results] == pytest.approx(sorted(scores, reverse=True), abs=1e-5)
+        first += results[0]["index"] == 7
+    assert first >= 8
