@@ -12,7 +12,7 @@ MODEL := sentence-transformers/all-MiniLM-L6-v2
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: run test test-lowest chaos lint docs docs-site bench clean
+.PHONY: run test test-lowest chaos lint docs docs-site screenshots bench clean
 
 run: $(VENV)/run.installed
 	@$(BIN)/embedpool init > /dev/null
@@ -42,8 +42,13 @@ docs: $(VENV)/test.installed
 docs-site: $(VENV)/test.installed
 	$(BIN)/python -m mkdocs build --strict --config-file conf/mkdocs.yml
 
+screenshots: $(VENV)/test.installed
+	$(BIN)/python -m tests.screenshots
+
 bench: $(VENV)/test.installed
 	$(BIN)/python -m benchmarks.run --write
+	$(BIN)/python -m benchmarks.rerank --write
+	$(BIN)/python -m benchmarks.page
 
 $(VENV)/run.installed: setup.cfg conf/constraints.txt | $(BIN)/python
 	$(PIP) -e '.[demo,openvino]'

@@ -26,7 +26,8 @@ drivers/torch_run.py, and drivers/library.py, with which drivers/fidelity.py com
 
 Around the road: web/app.py puts web/ together, with web/http_request.py, web/access.py (keys), web/intake.py (bodies),
 web/rate_limit.py, web/metrics.py, web/request_log.py, web/error_response.py, web/compat.py (what the APIs of others
-have in common), web/cors.py (pages in a browser) and web/root.py. pool/served_model.py is the life of a
+have in common), web/cors.py (pages in a browser) and web/root.py. The page is web/ui.py and the files of web/page/; its
+data are web/live.py and web/history.py (the last ten minutes). pool/served_model.py is the life of a
 model, pool/replica_set.py says how many replicas it has and runs their threads, pool/replica.py is the life of one,
 pool/backoff.py says when to open it again, pool/quarantine.py holds items that are not run again, pool/stats.py counts,
 pool/settings.py holds the settings that all models share. tasks/ defines the contracts of tasks, drivers, places and

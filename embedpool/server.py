@@ -28,6 +28,7 @@ from embedpool.tasks.driver import Folders, Place, Report
 from embedpool.tasks.tokenizer import Tokenizer
 from embedpool.web import metrics
 from embedpool.web.app import ACCESS, create_app, refusal
+from embedpool.web.history import HISTORY
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +112,10 @@ class EmbedpoolApp:
         return self.pool.booted
 
     def beat(self) -> None:
-        """Tell the service manager that the loop turns, and share this worker's metrics with the other workers."""
+        """Tell the service manager that the loop turns, share this worker's metrics, and take the page's sample."""
         try:
+            if history := self.flask.extensions.get(HISTORY):
+                history.sample_if_due()
             if has_service_manager():
                 tell_service_manager(f"WATCHDOG=1\nSTATUS={self._summary()}")
             if self.metrics.is_shared:

@@ -202,6 +202,31 @@ def _rules_of(metadata: Mapping[str, Any]) -> list[Callable[[Any], object]]:
     return rules
 
 
+def json_schema_of(cls: Any) -> dict[str, Any]:
+    """What JSON may hold of a dataclass made of `option(...)` fields, with what its settings say of themselves."""
+    hints = typing.get_type_hints(cls)
+    return {
+        "type": "object",
+        "properties": {
+            f.name: _json_of(f, hints[f.name]) for f in dataclasses.fields(cls) if f.name in hints and f.init
+        },
+        "additionalProperties": False,
+    }
+
+
+def _json_of(f: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
+    if isinstance(hint, types.UnionType):
+        hint = next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+    names: dict[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string", tuple: "array"}
+    found = {"type": names.get(typing.get_origin(hint) or hint, "object"), "description": f.metadata["doc"]}
+    if f.default is not dataclasses.MISSING:
+        found["default"] = list(f.default) if isinstance(f.default, tuple) else f.default
+    for name, meaning in (("choices", "enum"), ("minimum", "minimum"), ("maximum", "maximum")):
+        if f.metadata[name] not in (None, ()):
+            found[meaning] = list(f.metadata[name]) if name == "choices" else f.metadata[name]
+    return found
+
+
 def faults(messages: Any, path: tuple[str | int, ...] = ()) -> list[tuple[tuple[str | int, ...], str]]:
     """marshmallow's nested messages as a flat list of (path, sentence)."""
     if isinstance(messages, Mapping):

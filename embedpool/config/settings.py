@@ -235,6 +235,13 @@ class Security:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ui:
+    """The page for people."""
+
+    enabled: bool = option(True, "the page at /ui, with its data at /live and /log")
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """All of config.yml. `base_dir` is the folder that relative paths are relative to."""
 
@@ -252,6 +259,7 @@ class Settings:
     batching: Batching = dataclasses.field(default_factory=Batching)
     limits: Limits = dataclasses.field(default_factory=Limits)
     security: Security = dataclasses.field(default_factory=Security)
+    ui: Ui = dataclasses.field(default_factory=Ui)
     base_dir: Path = dataclasses.field(default=Path(), init=False, compare=False)
 
     def file(self, relative: str) -> Path:

@@ -154,6 +154,11 @@ class ServedModel:
         """Numbers of a vector; None before it was loaded."""
         return self.replicas.widths.get("embed")
 
+    @property
+    def opened_tokenizer(self) -> Tokenizer | None:
+        """Its tokenizer, if somebody has opened it already."""
+        return self._tokenizer
+
     def known_max_tokens(self) -> int | None:
         """As `max_tokens`, as far as that is known without opening anything."""
         own = self._tokenizer.default_max_tokens if self._tokenizer else None

@@ -29,7 +29,9 @@ SCOPES = {
     "manage": ADMIN,
     "openapi": OPEN,
     "root": OPEN,
+    "ui": OPEN,
 }  # of a blueprint's routes; of the others: embed
+ADMIN_ENDPOINTS = ("live.log",)
 OPEN_ENDPOINTS = ("observe.health", "observe.ready", "observe.ready_model")
 
 
@@ -64,6 +66,11 @@ class Caller:
     def visible_of(self, models: Sequence[ServedModel]) -> list[ServedModel]:
         """Those of these that the key is for."""
         return [served for served in models if self._is_for(served.spec)]
+
+    @property
+    def is_admin(self) -> bool:
+        """Whether it has shown a key of scope admin."""
+        return self.key is not None and ADMIN in self.key.scopes
 
     @property
     def is_limited(self) -> bool:
@@ -170,6 +177,8 @@ class Access:
 def _scope_of(of: Request) -> str:
     if of.endpoint is None or of.blueprint is None or of.endpoint in OPEN_ENDPOINTS:
         return OPEN
+    if of.endpoint in ADMIN_ENDPOINTS:
+        return ADMIN
     return SCOPES.get(of.blueprint, EMBED)
 
 

@@ -14,16 +14,17 @@ from embedpool.config.settings import Settings
 from embedpool.errors import EmbedpoolError
 from embedpool.pool.pool import Pool
 from embedpool.reconcile import Reconciler
-from embedpool.web import cors, manage, native, observe, openapi, root, score
+from embedpool.web import cors, live, manage, native, observe, openapi, root, score, ui
 from embedpool.web.access import Access
 from embedpool.web.body import OWN_HOSTS
 from embedpool.web.compat import IGNORED_HEADER, named
 from embedpool.web.dialects import cohere, ollama, openai, rerank, tei
 from embedpool.web.error_response import Shape, error_response, native_shape
+from embedpool.web.history import HISTORY, History
 from embedpool.web.http_request import HttpRequest, here
 from embedpool.web.intake import INTAKE, LARGE_BYTES, Intake
 from embedpool.web.metrics import Metrics
-from embedpool.web.request_log import log_request, span_attributes
+from embedpool.web.request_log import Recent, log_request, span_attributes
 
 ACCESS = "embedpool.access"
 MOST_TRUNCATED_NAMED = 500
@@ -84,6 +85,14 @@ class _App(Flask):
         return func
 
 
+def _add_page(app: Flask, pool: Pool, reconciler: Reconciler, access: Access) -> Recent:
+    """The page with its data; what it shows of requests is to be put into what is returned."""
+    history, recent = app.extensions.setdefault(HISTORY, History(pool)), Recent()
+    app.register_blueprint(ui.blueprint())
+    app.register_blueprint(live.blueprint(pool, reconciler, history, recent, access))
+    return recent
+
+
 def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: Metrics) -> Flask:
     """The WSGI app over a pool that `metrics` observes. Building it loads no model and starts no thread."""
     app = _App("embedpool", static_folder=None)
@@ -98,7 +107,8 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
     app.register_blueprint(observe.blueprint(pool, reconciler, metrics, access))
     app.register_blueprint(manage.blueprint(pool, reconciler, settings, access))
     app.register_blueprint(openapi.blueprint())
-    app.register_blueprint(root.blueprint())
+    app.register_blueprint(root.blueprint(has_page=settings.ui.enabled))
+    recent = _add_page(app, pool, reconciler, access) if settings.ui.enabled else None
     app.register_error_handler(Exception, lambda error: error_response(error, here().shape or shape_at(request.path)))
 
     @app.before_request
@@ -137,7 +147,7 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
         def note() -> None:
             metrics.http_answer(http.route, status, http.error_code)
             metrics.ignored(http.route, len(http.ignored))
-            log_request(http, status)
+            log_request(http, status, recent)
             if http.span is not None:
                 failed = status >= 500 or http.error_code == EmbedpoolError.code
                 tracing.end_request(http.span, span_attributes(http, status), failed=failed)

@@ -28,7 +28,7 @@ from typing_extensions import override
 from embedpool.config.files import folder_in_memory
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
-from embedpool.pool.stats import Observer
+from embedpool.pool.stats import SECONDS, Observer
 from embedpool.reconcile import Reconciler
 
 SHARED_DIR = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client's own
@@ -40,7 +40,6 @@ UNTIL_0_2 = {  # older names of metrics, under which they are shown too
     "embedpool_queue_max_items": "embedpool_queue_bound_texts",
 }
 STATES = ("idle", "loading", "ready", "failed", "disabled", "draining")
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 ITEMS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]

@@ -13,6 +13,8 @@ from apispec.ext.marshmallow import MarshmallowPlugin
 from flask import Blueprint, Response, request
 
 from embedpool import __version__
+from embedpool.config.fields import json_schema_of
+from embedpool.config.spec import DRIVER_CONFIGS
 from embedpool.errors import NotFound
 from embedpool.web import openapi_schemas, score
 from embedpool.web.dialects import cohere, ollama, openai, tei, tei_scores
@@ -86,6 +88,10 @@ def _path(name: str, description: str) -> dict[str, Any]:
 
 def _query(name: str, description: str) -> dict[str, Any]:
     return {"name": name, "in": "query", "description": description, "schema": {"type": "boolean"}}
+
+
+def _since(description: str) -> dict[str, Any]:
+    return {"name": "since", "in": "query", "description": description, "schema": {"type": "integer", "minimum": 0}}
 
 
 MODEL = _path("name", "Name or alias of a model.")
@@ -238,6 +244,14 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("get", "/models"): operation("Watching", "The models, in OpenAI's shape", "Models"),
     ("get", "/models/{name}"): operation("Watching", "One model", "Model", parameters=(MODEL,)),
     ("get", "/metrics"): operation("Watching", "Prometheus' text format", TEXT),
+    ("get", "/live"): operation(
+        "Watching", "What the page shows: models, the last minute, and what is new of the last ten", "Live",
+        parameters=(_since("The `number` of the document that is known."),),
+    ),
+    ("get", "/log"): operation(
+        "Watching", "The last requests; for whoever may manage", "Log",
+        parameters=(_since("The `number` of the last answer."),),
+    ),
     ("post", "/models/register"): operation(
         "Management", "Add or replace a model", "Managed", RegisterSchema, status=("200", "202"),
         parameters=(_query("wait", "Answer when it is ready; the default."), _query("replace", "Also another spec.")),
@@ -247,6 +261,11 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("delete", "/models/{name}"): operation("Management", "Remove a model", "Removed", parameters=(MODEL,)),
     ("post", "/reload"): operation("Management", "Read pool.yml now", "Reloaded", ReloadSchema),
     ("get", "/openapi.json"): operation("Documentation", "This document", {"application/json": {}}),
+    ("get", "/ui"): operation("Documentation", "The page for people", {"text/html": {}}),
+    ("get", "/ui/{file}"): operation(
+        "Documentation", "What that page needs", {"text/css": {}, "text/javascript": {}, "image/svg+xml": {}},
+        parameters=(_path("file", "Path of a file."),),
+    ),
     ("get", "/docs"): operation("Documentation", "This document, to browse", {"text/html": {}}),
     ("get", "/docs/{file}"): operation(
         "Documentation", "What that page needs", {"text/css": {}, "text/javascript": {}},
@@ -264,6 +283,8 @@ def document() -> dict[str, Any]:
     )  # fmt: skip
     for name, schema in openapi_schemas.SCHEMAS.items():
         spec.components.schema(name, schema)
+    for driver, config in DRIVER_CONFIGS.items():
+        spec.components.schema(f"driver_config.{driver}", json_schema_of(config))
     for (method, path), found in OPERATIONS.items():
         spec.path(path, operations={method: dict(found)})
     made: dict[str, Any] = spec.to_dict()

@@ -111,6 +111,12 @@ SCHEMAS: dict[str, Schema] = {
         open_(id=STRING, model=STRING, usage=USAGE, data=RESULTS),
     ]},
     "RerankedV2": closed(id=STRING, results=RESULTS, meta={"type": "object"}),
+    "Live": open_(
+        number=COUNT, since=COUNT, step_s=NUMBER, kept=COUNT, version=STRING, process=STRING, admin=BOOLEAN,
+        stopping=BOOLEAN, reload_ok=or_null(BOOLEAN),
+        models=listed(open_(model=STRING, state=STRING, last_minute={"type": "object"}, series={"type": "object"})),
+    ),
+    "Log": closed(number=COUNT, requests=listed(open_(number=COUNT, at=NUMBER, method=STRING, path=STRING))),
     "Scored": open_(
         id=STRING, model=STRING, usage=USAGE, data=listed(open_(index=COUNT, object=STRING, score=NUMBER)),
     ),

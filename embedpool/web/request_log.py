@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import time
 from typing import Any
@@ -11,12 +12,34 @@ from embedpool.web.http_request import HttpRequest
 
 logger = logging.getLogger(__name__)
 
-PROBES = ("GET /health", "GET /ready", "GET /ready/<path:name>", "GET /metrics", "GET /tei/<path:name>")
+OF_THE_PAGE = ("GET /live", "GET /log", "GET /ui", "GET /ui/<path:file>")
+PROBES = ("GET /health", "GET /ready", "GET /ready/<path:name>", "GET /metrics", "GET /tei/<path:name>", *OF_THE_PAGE)
+KEPT = 500
 
 
-def log_request(request: HttpRequest, status: int) -> None:
+class Recent:
+    """The last requests, for whoever may manage; `number` counts all. Nobody waits for it."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._kept: collections.deque[dict[str, Any]] = collections.deque(maxlen=KEPT)
+
+    def add(self, fields: dict[str, Any]) -> None:
+        """On any thread."""
+        self.number = number = self.number + 1
+        self._kept.append({"number": number, "at": round(time.time(), 3), **fields})
+
+    def after(self, number: int) -> list[dict[str, Any]]:
+        """Those that are kept of the ones after this."""
+        return [fields for fields in self._kept.copy() if fields["number"] > number]
+
+
+def log_request(request: HttpRequest, status: int, recent: Recent | None = None) -> None:
     """At level info; probes that went well at level debug, since they come every few seconds."""
-    level = logging.DEBUG if request.route in PROBES and status < 400 else logging.INFO
+    is_probe = request.route in PROBES and status < 400
+    if recent is not None and not is_probe:
+        recent.add(_fields(request, status))
+    level = logging.DEBUG if is_probe else logging.INFO
     if logger.isEnabledFor(level):
         fields = {"fields": _fields(request, status)}
         # As logger.log does, but without looking up the caller, which is always this line.

@@ -65,8 +65,8 @@ MANAGE_PATHS = {
     "/reload": {},
     "/models/{name}": None,
 }
-OPEN = ("get", "/")
-OPEN_PATHS = {"/health", "/ready", "/ready/{name}", "/openapi.json", "/docs", "/docs/{file}"}
+ODD = {("get", "/models/{name}"): "embed", ("get", "/log"): "manage", ("get", "/"): "open"}
+OPEN_PATHS = {"/health", "/ready", "/ready/{name}", "/openapi.json", "/docs", "/docs/{file}", "/ui", "/ui/{file}"}
 
 
 @dataclasses.dataclass
@@ -85,7 +85,7 @@ class Guarded:
     def ask(self, method: str, path: str, key: str | None = None, name: str = "m", **arguments: Any) -> Any:
         body = {**EMBED_PATHS, **SCORE_PATHS, **MANAGE_PATHS}.get(path) if method.lower() != "get" else None
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        at = path.replace("{name}", name).replace("{file}", "start.js")
+        at = path.replace("{name}", name).replace("{file}", "app.js" if path.startswith("/ui") else "start.js")
         sent = {"json": body} if body is not None else {}
         client = self.web.app.test_client()
         return client.open(at, method=method.upper(), headers=headers, buffered=True, **sent, **arguments)
@@ -114,7 +114,11 @@ def kind_of(path: str) -> str:
 
 
 OPERATIONS = [
-    (method, path, {("get", "/models/{name}"): "embed", OPEN: "open"}.get((method, path), kind_of(path)))
+    (
+        method,
+        path,
+        ODD.get((method, path), kind_of(path)),
+    )
     for path, item in document()["paths"].items()
     for method in item
     if path not in NOT_HERE
