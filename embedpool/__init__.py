@@ -33,6 +33,9 @@ pool/backoff.py says when to open it again, pool/quarantine.py holds items that 
 pool/settings.py holds the settings that all models share. tasks/ defines the contracts of tasks, drivers, places and
 tokenizers; places/ and drivers/ fulfil them.
 
+Work that outlives a request: jobs/windows.py, the engine, which web/ndjson.py uses too; jobs/file_job.py goes from
+jobs/sources.py to jobs/sinks.py, for cli/files.py, on a server or by in_process.py.
+
 Beside the road: serve/ (sockets, processes, signals), server.py (where the parts meet), config/ (config.yml, pool.yml,
 keys.yml), reconcile.py (pool.yml becomes the live pool), logs.py, tracing.py, bounds.py, errors.py, client.py and cli/.
 """

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import io
 import logging
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -30,6 +32,8 @@ LEAST_WAIT_S = 0.25  # before a busy server is asked again, whatever it says
 DEADLINE_MARGIN_S = 5.0  # in which the answer that a deadline has passed arrives
 CHARS_PER_CALL = 4_000_000
 BUSY = (429, 503)
+OF_PRECISION = {"int8": "i1", "uint8": "u1", "binary": "i1", "ubinary": "u1"}  # what its numbers are
+INPUT = re.compile(r"\w+\[(\d+)\]$")  # names the input that is at fault
 TOO_MUCH = (413, 504)  # for one call; half of it may do
 
 
@@ -39,6 +43,17 @@ class Ranked:
 
     index: int
     score: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Each:
+    """What came of each input: rows of `values`, or the code and message of what failed, by index."""
+
+    values: NDArray[Any]
+    errors: dict[int, tuple[str, str]]
+    space: str
+    tokens: int
+    truncated: list[int]
 
 
 class Client:
@@ -56,15 +71,17 @@ class Client:
         self._timeout_s = timeout_s
         self._retry_s = retry_s
         self.space: str | None = None  # whose numbers the vectors are that it got last
+        self._told_space = ""  # of the last answer in JSON
         self._session = requests.Session()
         # A proxy has no way to this machine's loopback, and management refuses what came through one.
         local = urlsplit(self._base_url).hostname in LOOPBACK_NAMES
         self._proxies = {"http": "", "https": ""} if local else None
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
-    def again(self) -> Client:
-        """One more of the same, for another thread."""
-        return Client(self._base_url, api_key=self._api_key, timeout_s=self._timeout_s, retry_s=self._retry_s)
+    def again(self, *, timeout_s: float | None = None, retry_s: float | None = None) -> Client:
+        """One more of the same, for another thread; more patient, if need be."""
+        times = {"timeout_s": timeout_s or self._timeout_s, "retry_s": retry_s or self._retry_s}
+        return Client(self._base_url, api_key=self._api_key, **times)
 
     def __enter__(self) -> Client:
         return self
@@ -121,6 +138,39 @@ class Client:
             logger.warning("%d of %d texts were truncated; truncate='error' refuses them", truncated, len(texts))
         vectors: NDArray[Any] = np.load(io.BytesIO(response.content), allow_pickle=False)
         return vectors
+
+    def embed_each(self, texts: Sequence[str], *, model: str, **options: Any) -> Each:
+        """As `embed`, of up to 1,000 texts, but one that fails takes no other with it; its row means nothing."""
+        precision, wanted = (
+            options.get("precision", "float32"),
+            {**options, "on_error": "partial", "encoding": "base64"},
+        )
+
+        def ask(some: Sequence[str]) -> Each:
+            found = self._asked_again("/embed", {"model": model, "texts": list(some), "options": wanted})
+            rows = [None if one is None else base64.b64decode(one) for one in found["vectors"]]
+            length = next((len(row) for row in rows if row is not None), 0)
+            dtype = OF_PRECISION.get(precision) or ("<f2" if length == 2 * found["dim"] else "<f4")
+            values = np.frombuffer(b"".join(row or bytes(length) for row in rows), dtype)
+            return self._each(values.reshape(len(rows), -1), found)
+
+        return _asked_in_parts(texts, ask)
+
+    def score_each(self, pairs: Sequence[tuple[str, str]], *, model: str, **options: Any) -> Each:
+        """The scores of up to 1,000 pairs, of shape (pairs, 1); a pair that fails takes no other with it."""
+        wanted = {**options, "on_error": "partial"}
+
+        def ask(some: Sequence[tuple[str, str]]) -> Each:
+            queries, documents = [query for query, _ in some], [document for _, document in some]
+            body = {"model": model, "queries": queries, "documents": documents, "options": wanted}
+            found = self._asked_again("/score", body)
+            return self._each(np.array([[entry["score"] or 0.0] for entry in found["data"]], np.float32), found)
+
+        return _asked_in_parts(pairs, ask)
+
+    def _each(self, values: NDArray[Any], found: dict[str, Any]) -> Each:
+        errors = {entry["index"]: (entry["code"], entry["message"]) for entry in found["errors"]}
+        return Each(values, errors, self._told_space, found["meta"]["tokens"], found["meta"]["truncated"])
 
     def rerank(
         self, query: str, documents: Sequence[str], *, model: str, top_n: int | None = None, **options: Any
@@ -198,7 +248,9 @@ class Client:
     def _call(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None
     ) -> dict[str, Any]:
-        document = self._document(self._send(method, path, body, timeout_s=timeout_s))
+        response = self._send(method, path, body, timeout_s=timeout_s)
+        self._told_space = response.headers.get("X-Embedpool-Space", "")
+        document = self._document(response)
         if not isinstance(document, dict):
             raise ServerUnreachable("the answer is not one of embedpool")
         return document
@@ -239,6 +291,40 @@ class Client:
             return response.json()
         except requests.JSONDecodeError:
             raise ServerUnreachable(f"what answers at {self._base_url} is not embedpool") from None
+
+
+def _asked_in_parts(inputs: Sequence[Any], ask: Callable[[Sequence[Any]], Each]) -> Each:
+    """Of all inputs, without those that the server refuses by their place, and in halves where they are too much."""
+    try:
+        return ask(inputs)
+    except EmbedpoolError as error:
+        named = [INPUT.match(path) for path in error.fields or ()]
+        refused = {int(found[1]) for found in named if found and int(found[1]) < len(inputs)}
+        if refused:
+            rest = [i for i in range(len(inputs)) if i not in refused]
+            found = [(rest, _asked_in_parts([inputs[i] for i in rest], ask))] if rest else []
+            return _joined(found, len(inputs), dict.fromkeys(refused, (error.code, error.message)))
+        if error.status in TOO_MUCH and len(inputs) > 1:
+            halves = (range(len(inputs) // 2), range(len(inputs) // 2, len(inputs)))
+            parts = [(half, _asked_in_parts([inputs[i] for i in half], ask)) for half in halves]
+            return _joined(parts, len(inputs), {})
+        raise
+
+
+def _joined(parts: Sequence[tuple[Sequence[int], Each]], count: int, errors: dict[int, tuple[str, str]]) -> Each:
+    """The answers to some of so many inputs, each with the places of its own. Raises ModelChanged."""
+    if len({each.space for _, each in parts}) > 1:
+        raise ModelChanged("the model has become another one between two calls")
+    first = next((each for _, each in parts if each.values.shape[1]), None)
+    values = np.zeros((count, first.values.shape[1] if first else 0), first.values.dtype if first else np.float32)
+    tokens, truncated = 0, []
+    for places, each in parts:
+        if each.values.shape[1]:
+            values[list(places)] = each.values
+        errors |= {places[i]: says for i, says in each.errors.items()}
+        truncated += [places[i] for i in each.truncated]
+        tokens += each.tokens
+    return Each(values, errors, first.space if first else "", tokens, truncated)
 
 
 def _parts(texts: Sequence[str]) -> Iterator[tuple[int, int]]:

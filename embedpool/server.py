@@ -22,6 +22,7 @@ from embedpool.logs import configure_logging
 from embedpool.places import open_place
 from embedpool.pool.pool import Pool
 from embedpool.pool.settings import PoolSettings
+from embedpool.pool.stats import Observer
 from embedpool.reconcile import LAST_POOL, Reconciler
 from embedpool.serve.service_manager import has_service_manager, tell_service_manager
 from embedpool.tasks.driver import Folders, Place, Report
@@ -35,6 +36,40 @@ logger = logging.getLogger(__name__)
 SPANS_WAIT_S = 3.0  # for a collector that does not answer
 
 
+def make_pool(settings: Settings, observer: Observer) -> Pool:
+    """A pool without a model, as the settings say; it opens what they allow."""
+    folders = Folders(settings.file(settings.paths.cache_dir), settings.file(settings.paths.state_dir))
+
+    def open_allowed_place(spec: ModelSpec, memory: dict[str, Any], report: Report) -> Place:
+        guard.check(spec, settings)
+        return open_place(
+            spec,
+            functools.partial(make_driver, spec, folders, memory),
+            prepare_child=functools.partial(configure_logging, settings),
+            longest_batch_s=settings.defaults.request_timeout_s,
+            report=report,
+        )
+
+    def open_allowed_tokenizer(spec: ModelSpec, report: Report) -> Tokenizer:
+        guard.check(spec, settings)
+        return open_tokenizer(spec, folders, report)
+
+    batching = settings.batching
+    pool_settings = PoolSettings(
+        open_allowed_place,
+        open_allowed_tokenizer,
+        request_timeout_s=settings.defaults.request_timeout_s,
+        max_queue_per_model=settings.defaults.max_queue_per_model,
+        max_batch_texts=batching.max_batch_texts,
+        max_batch_tokens=batching.max_batch_tokens,
+        max_batch_s=batching.max_batch_ms / 1000 or None,
+        max_wait_s=batching.max_wait_ms / 1000,
+        probe_idle_s=settings.defaults.probe_idle_s or None,
+        observer=observer,
+    )
+    return Pool(pool_settings, max_inflight_global=settings.defaults.max_inflight_global)
+
+
 class EmbedpoolApp:
     """A WSGI app with its pool and its watch. Threads start in `start`, so it is built and started after a fork."""
 
@@ -42,39 +77,12 @@ class EmbedpoolApp:
         self.settings = settings
         for variable, near in unknown_variables().items():
             logger.warning("the environment variable %s is none of embedpool's; did you mean %s?", variable, near)
-        folders = Folders(settings.file(settings.paths.cache_dir), settings.file(settings.paths.state_dir))
-
-        def open_allowed_place(spec: ModelSpec, memory: dict[str, Any], report: Report) -> Place:
-            guard.check(spec, settings)
-            return open_place(
-                spec,
-                functools.partial(make_driver, spec, folders, memory),
-                prepare_child=functools.partial(configure_logging, settings),
-                longest_batch_s=settings.defaults.request_timeout_s,
-                report=report,
-            )
-
-        def open_allowed_tokenizer(spec: ModelSpec, report: Report) -> Tokenizer:
-            guard.check(spec, settings)
-            return open_tokenizer(spec, folders, report)
-
         self.metrics = metrics.Metrics()
-        batching = settings.batching
-        pool_settings = PoolSettings(
-            open_allowed_place,
-            open_allowed_tokenizer,
-            request_timeout_s=settings.defaults.request_timeout_s,
-            max_queue_per_model=settings.defaults.max_queue_per_model,
-            max_batch_texts=batching.max_batch_texts,
-            max_batch_tokens=batching.max_batch_tokens,
-            max_batch_s=batching.max_batch_ms / 1000 or None,
-            max_wait_s=batching.max_wait_ms / 1000,
-            probe_idle_s=settings.defaults.probe_idle_s or None,
-            observer=self.metrics,
-        )
-        self.pool = Pool(pool_settings, max_inflight_global=settings.defaults.max_inflight_global)
+        self.pool = make_pool(settings, self.metrics)
         self.reconciler = Reconciler(
-            PoolFile(settings.file(settings.paths.pool_yml)), self.pool, PoolFile(folders.state / LAST_POOL)
+            PoolFile(settings.file(settings.paths.pool_yml)),
+            self.pool,
+            PoolFile(settings.file(settings.paths.state_dir) / LAST_POOL),
         )
         if settings.hot_reload.enabled:
             self.pool.catch_up = self.reconciler.catch_up

@@ -19,7 +19,9 @@ PACKAGE = ROOT / "embedpool"
 
 # room or file → what it may import, beside itself, be it at run time, inside a function or for types alone
 MAY_IMPORT = {
-    "web": {"reconcile", "pool", "tasks", "config", "bounds", "tracing", "errors"},
+    "web": {"reconcile", "jobs", "pool", "tasks", "config", "bounds", "tracing", "errors"},
+    "jobs": {"errors"},
+    "in_process": {"server", "web", "jobs", "pool", "tasks", "config", "errors"},
     "pool": {"tasks", "config.spec", "bounds", "tracing", "errors"},
     "tasks": {"config.spec", "errors"},
     "places": {"tasks", "config.spec", "errors"},
@@ -36,7 +38,7 @@ MAY_IMPORT = {
     },
     "logs": {"config"},
     "tracing": {"errors"},
-    "cli": {"client", "serve", "config", "drivers", "tasks", "errors"},
+    "cli": {"client", "serve", "jobs", "in_process", "config", "drivers", "tasks", "errors"},
     "errors": set(),
     "bounds": {"errors"},
     "__main__": {"cli"},
@@ -52,6 +54,7 @@ MAY_IMPORT_THIRD_PARTY = {
     },
     "errors": set(),
     "reconcile": set(),
+    "jobs": {"numpy", "orjson", "pyarrow", "typing_extensions"},
 }  # fmt: skip
 
 

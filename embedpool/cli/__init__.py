@@ -18,6 +18,10 @@ Usage:
   embedpool unregister --model M [--json] [--config FILE]
   embedpool pull MODEL [--revision R] [--to DIR] [--set KEY=VALUE]... [--json] [--config FILE]
   embedpool embed [--model M] [--set KEY=VALUE]... [--config FILE] [--] TEXT...
+  embedpool embed (--in FILE)... [--out FILE] [--column C] [--id-column C] [--model M] [--resume] [--local]
+                  [--set KEY=VALUE]... [--config FILE]
+  embedpool rerank (--in FILE)... [--out FILE] [--query-column C] [--column C] [--id-column C] [--model M]
+                   [--resume] [--local] [--set KEY=VALUE]... [--config FILE]
   embedpool rerank [--model M] [--top N] [--set KEY=VALUE]... [--json] [--config FILE] [--] QUERY [FILE]
   embedpool key create [--name NAME] [--scopes NAMES] [--models NAMES] [--weight W] [--requests-per-s N]
                        [--texts-per-s N] [--concurrent N] [--json] [--config FILE]
@@ -42,8 +46,10 @@ Commands:
                 request needs one: embedding a key of any scope, management one of scope admin.
   key list      List the keys, without their secrets.
   key revoke    Revoke a key; a running server follows within a second. The last key needs --yes or a yes.
-  embed         Print the vector of each text as a JSON list; with - read texts from standard input, one a line.
-  rerank        Print the lines of a file, or of standard input, in the order of their relevance to QUERY.
+  embed         Print the vector of each text as a JSON list; with - read texts from standard input, one a line. Given
+                files with --in, write their vectors.
+  rerank        Print the lines of a file, or of standard input, in the order of their relevance to QUERY. Given
+                files with --in, write the scores of their pairs.
 
   Without a running server, register, set-alias, enable, disable and unregister edit pool.yml.
 
@@ -80,6 +86,14 @@ Options:
   --disabled          Register the model without serving it.
   --replace           Replace a model registered with a different spec.
   --set KEY=VALUE     Any other key of driver.config, or an option of embed or rerank; YAML, or a text.
+  --in FILE           File of inputs, a folder of such, or a glob: txt (a text a line), jsonl, csv, tsv, parquet.
+  --out FILE          File of results: jsonl, npy or parquet; default the first input's name and .vectors.jsonl, or
+                      .scores.jsonl.
+  --column C          Column of the texts, by default text; for rerank that of the documents, by default document.
+  --query-column C    Column of the queries, by default query.
+  --id-column C       Column of the ids; by default the number of the row, from 0.
+  --resume            Go on with a job that has ended early, however it did.
+  --local             Compute in this process, without a server.
   --top N             Number of lines that rerank prints; default all.
   --name NAME         Name of the key's owner.
   --scopes NAMES      embed, admin or both, separated by a comma [default: embed].

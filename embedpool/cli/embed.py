@@ -5,19 +5,19 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from embedpool.cli.common import NOT_RUNNING, OK, Arguments, UsageError, assignments, client_of, read_settings
+from embedpool.cli.files import from_files
 from embedpool.errors import ModelChanged
-
-if TYPE_CHECKING:
-    from embedpool.client import Client
 
 LINES_AT_ONCE = 500
 
 
 def embed(arguments: Arguments) -> int:
-    """Print a vector a line, some hundred at a time."""
+    """Print a vector a line, some hundred at a time; or files in, a file out."""
+    if arguments["--in"]:
+        return from_files(arguments, pairs=False, choose=_only_model)
     import orjson
 
     options = assignments(arguments)
@@ -28,7 +28,7 @@ def embed(arguments: Arguments) -> int:
         print("not running", file=sys.stderr)
         return NOT_RUNNING
     with client:
-        model = arguments["--model"] or _only_model(client)
+        model = arguments["--model"] or _only_model(client.status()["models"])
         texts = _lines() if arguments["TEXT"] == ["-"] else iter(arguments["TEXT"])
         spaces = set()
         while some := list(itertools.islice(texts, LINES_AT_ONCE)):
@@ -42,8 +42,8 @@ def embed(arguments: Arguments) -> int:
     return OK
 
 
-def _only_model(client: Client) -> str:
-    names = [str(entry["model"]) for entry in client.status()["models"]]
+def _only_model(models: list[dict[str, Any]]) -> str:
+    names = [str(entry["model"]) for entry in models]
     if len(names) != 1:
         raise UsageError(f"embed needs --model: {', '.join(names) if names else 'no model is registered'}")
     return names[0]

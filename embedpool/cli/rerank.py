@@ -16,10 +16,13 @@ from embedpool.cli.common import (
     converted,
     read_settings,
 )
+from embedpool.cli.files import from_files
 
 
 def rerank(arguments: Arguments) -> int:
-    """Print a document a line, the best first, its score before it."""
+    """Print a document a line, the best first, its score before it; or files in, a file out."""
+    if arguments["--in"]:
+        return from_files(arguments, pairs=True, choose=_only_reranker)
     top_n = None if arguments["--top"] is None else converted("--top", arguments["--top"], int)
     client = client_of(read_settings(arguments))
     if client is None:

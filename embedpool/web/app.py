@@ -87,7 +87,8 @@ class _App(Flask):
 
 def _add_page(app: Flask, pool: Pool, reconciler: Reconciler, access: Access) -> Recent:
     """The page with its data; what it shows of requests is to be put into what is returned."""
-    history, recent = app.extensions.setdefault(HISTORY, History(pool)), Recent()
+    history, recent = History(pool), Recent()
+    app.extensions[HISTORY] = history
     app.register_blueprint(ui.blueprint())
     app.register_blueprint(live.blueprint(pool, reconciler, history, recent, access))
     return recent

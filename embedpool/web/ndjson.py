@@ -1,21 +1,18 @@
 """POST /embed with a body of lines (NDJSON): any number of texts, answered line by line, in bounded memory.
 
-The WSGI server has spooled the body to a file by now. Its lines go to the pool in chunks, of which two are on their way
-at a time, so that the model does not wait while one is being answered; together they weigh as much as one request. A
-line that fails is answered with its error. What is wrong with the request as a whole shows with the first chunk, before
-anything is answered, and gets the status of its own.
+The WSGI server has spooled the body to a file by now. Its lines go to the pool in chunks (jobs/windows.py), which
+together weigh as much as one request. A line that fails is answered with its error. What is wrong with the request as a
+whole shows with the first chunk, before anything is answered, and gets the status of its own.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import io
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import orjson
@@ -35,6 +32,7 @@ from embedpool.errors import (
     UpstreamError,
     forget_frames,
 )
+from embedpool.jobs.windows import AT_ONCE, answered
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
 from embedpool.tasks.embed import Embed, EmbedOptions
@@ -45,7 +43,6 @@ from embedpool.web.schemas import OptionsSchema, embed_options, load, timeout_s
 from embedpool.web.submit import call_of
 
 NDJSON = "application/x-ndjson"
-CHUNKS_AT_ONCE = 2
 ROOM_WAIT_S = 10.0
 LOOK_EVERY_S = 1.0  # while waiting
 BUSY_WAIT_S = 1.0  # where a busy pool names no time
@@ -134,40 +131,28 @@ class _Stream:
 
     def answers(self) -> Generator[bytes, None, None]:
         """The answers of a chunk at a time."""
-        under_way: collections.deque[Future[_Answer]] = collections.deque()
         is_whole = False
-        with ThreadPoolExecutor(CHUNKS_AT_ONCE, "ndjson") as threads:
-            try:
-                for chunk in chunks(self._body, self._limits):
-                    under_way.append(threads.submit(self._answer, chunk))
-                    if len(under_way) == CHUNKS_AT_ONCE or not self._has_begun:
-                        yield self._next(under_way)
-                while under_way:
-                    yield self._next(under_way)
-                is_whole = True
-            except ClientGone:
-                if not self._has_begun:
-                    raise
-            except Exception:
-                self._http.error_code = EmbedpoolError.code
+        found = answered(
+            chunks(self._body, self._limits), self._answer, self._over, in_order=self._keeps_order, name="ndjson"
+        )
+        try:
+            with contextlib.closing(found):
+                for answer in found:
+                    self._has_begun = True
+                    self._http.texts += answer.texts
+                    if answer.result is not None:
+                        self._http.add(answer.result)
+                    yield answer.body
+            is_whole = True
+        except ClientGone:
+            if not self._has_begun:
                 raise
-            finally:
-                self._over.set()
-                if self._has_begun and not is_whole:
-                    self._http.error_code = self._http.error_code or ClientGone.code
-
-    def _next(self, under_way: collections.deque[Future[_Answer]]) -> bytes:
-        if self._keeps_order:
-            found = under_way.popleft()
-        else:
-            found = next(iter(wait(under_way, return_when=FIRST_COMPLETED).done))
-            under_way.remove(found)
-        answer = found.result()
-        self._has_begun = True
-        self._http.texts += answer.texts
-        if answer.result is not None:
-            self._http.add(answer.result)
-        return answer.body
+        except Exception:
+            self._http.error_code = EmbedpoolError.code
+            raise
+        finally:
+            if self._has_begun and not is_whole:
+                self._http.error_code = self._http.error_code or ClientGone.code
 
     def _answer(self, chunk: list[Line]) -> _Answer:
         asked = [line for line in chunk if line.error is None]
@@ -205,7 +190,7 @@ class _Stream:
                 self._http,
                 self._pool,
                 within_s=max(deadline - time.monotonic(), 0.001),
-                share=1 / CHUNKS_AT_ONCE,
+                share=1 / AT_ONCE,
                 client_gone=self._is_over,
                 is_patient=self._has_begun,
             )

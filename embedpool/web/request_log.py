@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import threading
 import time
 from typing import Any
 
@@ -18,20 +19,24 @@ KEPT = 500
 
 
 class Recent:
-    """The last requests, for whoever may manage; `number` counts all. Nobody waits for it."""
+    """The last requests, for whoever may manage; `number` counts all. Its lock is held for a few instructions."""
 
     def __init__(self) -> None:
         self.number = 0
+        self._lock = threading.Lock()
         self._kept: collections.deque[dict[str, Any]] = collections.deque(maxlen=KEPT)
 
     def add(self, fields: dict[str, Any]) -> None:
         """On any thread."""
-        self.number = number = self.number + 1
-        self._kept.append({"number": number, "at": round(time.time(), 3), **fields})
+        with self._lock:  # a reader that has seen a number has seen those before it
+            self.number += 1
+            self._kept.append({"number": self.number, "at": round(time.time(), 3), **fields})
 
     def after(self, number: int) -> list[dict[str, Any]]:
         """Those that are kept of the ones after this."""
-        return [fields for fields in self._kept.copy() if fields["number"] > number]
+        with self._lock:
+            kept = list(self._kept)
+        return [fields for fields in kept if fields["number"] > number]
 
 
 def log_request(request: HttpRequest, status: int, recent: Recent | None = None) -> None:

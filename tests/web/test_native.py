@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from embedpool.client import Client
 from embedpool.config.settings import Defaults, Limits, Settings
 from embedpool.drivers.fake import FakeDriver
+from embedpool.errors import EmbedpoolError
 from tests.web.conftest import MODEL, NAME, Gate, MakeWeb, Web, raw, refused, unit
 
 TEXTS = ("Hello, world!", "This is a test sentence.")
@@ -491,3 +493,56 @@ def test_the_first_answer_of_an_idle_model_is_bounded_too(make_web: MakeWeb) -> 
     lines = b"".join(b'{"text": "%d"}\n' % i for i in range(100))
     answer = web.post("/embed?model=m", data=lines, content_type="application/x-ndjson")
     assert answer.text.count('"vector"') == 100
+
+
+# --- what the client does with many texts, each for itself
+
+
+def client_of(web: Web) -> Client:
+    """A client that asks an app without a socket."""
+    client = Client("http://nowhere")
+
+    def call(method: str, path: str, body: Any = None, **_: Any) -> Any:
+        answer = web.post(path, body)
+        if answer.status_code < 300:
+            client._told_space = answer.headers["X-Embedpool-Space"]
+            return answer.json
+        error = EmbedpoolError(answer.json["error"]["message"], fields=answer.json["error"].get("fields"))
+        error.status, error.code = answer.status_code, answer.json["error"]["code"]
+        raise error
+
+    client._call = call  # type: ignore[method-assign]
+    return client
+
+
+def test_each_text_for_itself(make_web: MakeWeb) -> None:
+    """One that fails, that is too long for the server, or holds half a character, takes no other with it."""
+    limits = Limits(max_chars_per_text=50)
+    web = make_web(
+        MODEL + ", driver: {type: fake, config: {fault: raise, fault_text: bad}}", settings=Settings(limits=limits)
+    )
+    texts = ["good", "x" * 51, "bad", "half \ud83d", "last", "y" * 60]
+    found = client_of(web).embed_each(texts, model="m", max_seq_length=9)
+    assert {i: code for i, (code, _) in found.errors.items()} == {
+        1: "validation_error", 2: "inference_failed", 3: "validation_error", 5: "validation_error",
+    }  # fmt: skip
+    np.testing.assert_allclose(found.values[[0, 4]], web.vectors("good", "last"), atol=1e-6)
+    assert found.space == web.status("m")["space"]
+    alone = client_of(web).embed_each(["bad"], model="m")
+    assert (list(alone.errors), alone.values.shape[0]) == ([0], 1)
+    with pytest.raises(EmbedpoolError, match="dimensions"):
+        client_of(web).embed_each(texts, model="m", dimensions=10**6)
+
+
+def test_too_much_for_one_call_goes_in_halves(make_web: MakeWeb) -> None:
+    """With the places of the whole."""
+    web = make_web(MODEL, settings=Settings(limits=Limits(max_texts_per_request=3)))
+    texts = ["a", "b", "w " * 600, "c", "d", "e", "w " * 600]
+    found = client_of(web).embed_each(texts, model="m", dtype="float16")
+    assert found.values.dtype == np.float16
+    np.testing.assert_allclose(found.values[:2], web.vectors("a", "b"), atol=1e-3)
+    np.testing.assert_allclose(found.values[5], web.vectors("e")[0], atol=1e-3)
+    assert found.truncated == [2, 6]
+    for precision in ("int8", "ubinary"):
+        found = client_of(web).embed_each(["a"], model="m", precision=precision)
+        assert found.values.tolist() == web.vectors("a", precision=precision).tolist()

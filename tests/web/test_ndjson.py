@@ -15,6 +15,7 @@ from werkzeug.test import TestResponse
 
 from embedpool.config.settings import Defaults, Limits, Settings
 from embedpool.errors import Overloaded, UpstreamError
+from embedpool.jobs.windows import AT_ONCE
 from embedpool.web import ndjson, request_log
 from embedpool.web.lines import CHUNK_TEXTS
 from tests.web.conftest import MODEL, NAME, Gate, MakeWeb, Web, raw, refused, unit
@@ -213,7 +214,7 @@ def test_a_client_that_goes_away_costs_no_more(make_web: MakeWeb) -> None:
     next(stream)
     response.close()
     assert all(call.client_gone() for call in seen)
-    assert len(seen) <= 1 + ndjson.CHUNKS_AT_ONCE
+    assert len(seen) <= 1 + AT_ONCE
 
 
 def test_the_log_has_the_sums(web: Web, caplog: pytest.LogCaptureFixture) -> None:
@@ -236,7 +237,7 @@ def test_it_weighs_as_much_as_one_request(web: Web) -> None:
 
     web.pool.submit = watched  # type: ignore[method-assign]
     answers(web, lines_of("a"))
-    assert weights == [1 / ndjson.CHUNKS_AT_ONCE]
+    assert weights == [1 / AT_ONCE]
 
 
 def test_there_is_room_for_so_many(make_web: MakeWeb) -> None:

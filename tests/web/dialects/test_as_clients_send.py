@@ -388,7 +388,7 @@ def test_the_root_is_what_each_expects(web: Web, accept: str | None, status: int
         assert answer.headers["Vary"] == "Accept"
     answer = web.get("/", headers={"Accept": accept} if accept else {})
     if status == 302:
-        assert answer.headers["Location"] == "docs"
+        assert answer.headers["Location"] == "ui"
     elif accept == "application/json":
         assert answer.json["name"] == "embedpool"
     else:
