@@ -6,16 +6,18 @@ import base64
 import dataclasses
 import io
 import logging
-import re
+import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
 from urllib.parse import quote, urlsplit
 
 import numpy as np
 import requests
 from numpy.typing import NDArray
 
+from embedpool.each import TOO_MUCH, Each, asked_in_parts
 from embedpool.errors import (
     EmbedpoolError,
     ModelChanged,
@@ -28,13 +30,12 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 TEXTS_PER_CALL = 1000
+PIECE_BYTES = 1 << 16  # of a file that is sent or fetched
 LEAST_WAIT_S = 0.25  # before a busy server is asked again, whatever it says
 DEADLINE_MARGIN_S = 5.0  # in which the answer that a deadline has passed arrives
 CHARS_PER_CALL = 4_000_000
 BUSY = (429, 503)
 OF_PRECISION = {"int8": "i1", "uint8": "u1", "binary": "i1", "ubinary": "u1"}  # what its numbers are
-INPUT = re.compile(r"\w+\[(\d+)\]$")  # names the input that is at fault
-TOO_MUCH = (413, 504)  # for one call; half of it may do
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,17 +44,6 @@ class Ranked:
 
     index: int
     score: float
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Each:
-    """What came of each input: rows of `values`, or the code and message of what failed, by index."""
-
-    values: NDArray[Any]
-    errors: dict[int, tuple[str, str]]
-    space: str
-    tokens: int
-    truncated: list[int]
 
 
 class Client:
@@ -154,7 +144,7 @@ class Client:
             values = np.frombuffer(b"".join(row or bytes(length) for row in rows), dtype)
             return self._each(values.reshape(len(rows), -1), found)
 
-        return _asked_in_parts(texts, ask)
+        return asked_in_parts(texts, ask)
 
     def score_each(self, pairs: Sequence[tuple[str, str]], *, model: str, **options: Any) -> Each:
         """The scores of up to 1,000 pairs, of shape (pairs, 1); a pair that fails takes no other with it."""
@@ -166,7 +156,7 @@ class Client:
             found = self._asked_again("/score", body)
             return self._each(np.array([[entry["score"] or 0.0] for entry in found["data"]], np.float32), found)
 
-        return _asked_in_parts(pairs, ask)
+        return asked_in_parts(pairs, ask)
 
     def _each(self, values: NDArray[Any], found: dict[str, Any]) -> Each:
         errors = {entry["index"]: (entry["code"], entry["message"]) for entry in found["errors"]}
@@ -204,6 +194,53 @@ class Client:
                 wait_s = max(wait_s, LEAST_WAIT_S)
                 patience_s -= wait_s
                 time.sleep(wait_s)
+
+    def create_batch(self, path: Path, *, endpoint: str, window: str = "24h") -> dict[str, Any]:
+        """Upload a file of requests, piece by piece, and have them run; the batch, as OpenAI's API has it."""
+        with path.open("rb") as file:
+            form = _Form(path.name, file, path.stat().st_size)
+            response = self._session.post(
+                f"{self._base_url}/v1/files",
+                data=form,
+                headers={**self._headers, "Content-Type": form.content_type},
+                timeout=self._timeout_s,
+                proxies=self._proxies,
+            )
+        document = self._document(response)
+        if response.status_code >= 300:
+            raise _as_error(document, response)
+        body = {"input_file_id": document["id"], "endpoint": endpoint, "completion_window": window}
+        return self._call("POST", "/v1/batches", body)
+
+    def batches(self) -> Iterator[dict[str, Any]]:
+        """The caller's, newest first."""
+        after, has_more = "", True
+        while has_more:
+            page = self._call("GET", f"/v1/batches?limit=100{after}")
+            yield from page["data"]
+            after, has_more = f"&after={page['last_id']}", page["has_more"]
+
+    def batch(self, batch_id: str) -> dict[str, Any]:
+        """One of them."""
+        return self._call("GET", f"/v1/batches/{quote(batch_id, safe='')}")
+
+    def cancel_batch(self, batch_id: str) -> dict[str, Any]:
+        """Have it end; what is finished is kept."""
+        return self._call("POST", f"/v1/batches/{quote(batch_id, safe='')}/cancel")
+
+    def fetch_file(self, file_id: str, path: Path) -> None:
+        """Write what a file of the server holds, piece by piece; `path` appears when all is there."""
+        url = f"{self._base_url}/v1/files/{quote(file_id, safe='')}/content"
+        part = path.with_name(path.name + ".part")
+        with self._session.get(
+            url, headers=self._headers, timeout=self._timeout_s, proxies=self._proxies, stream=True
+        ) as response:
+            if response.status_code >= 300:
+                raise _as_error(self._document(response), response)
+            with part.open("wb") as file:
+                for piece in response.iter_content(PIECE_BYTES):
+                    file.write(piece)
+        part.replace(path)
 
     def health(self) -> dict[str, Any]:
         """GET /health. Raises ServerUnreachable if the answer is not that of embedpool, whoever else is there."""
@@ -293,38 +330,26 @@ class Client:
             raise ServerUnreachable(f"what answers at {self._base_url} is not embedpool") from None
 
 
-def _asked_in_parts(inputs: Sequence[Any], ask: Callable[[Sequence[Any]], Each]) -> Each:
-    """Of all inputs, without those that the server refuses by their place, and in halves where they are too much."""
-    try:
-        return ask(inputs)
-    except EmbedpoolError as error:
-        named = [INPUT.match(path) for path in error.fields or ()]
-        refused = {int(found[1]) for found in named if found and int(found[1]) < len(inputs)}
-        if refused:
-            rest = [i for i in range(len(inputs)) if i not in refused]
-            found = [(rest, _asked_in_parts([inputs[i] for i in rest], ask))] if rest else []
-            return _joined(found, len(inputs), dict.fromkeys(refused, (error.code, error.message)))
-        if error.status in TOO_MUCH and len(inputs) > 1:
-            halves = (range(len(inputs) // 2), range(len(inputs) // 2, len(inputs)))
-            parts = [(half, _asked_in_parts([inputs[i] for i in half], ask)) for half in halves]
-            return _joined(parts, len(inputs), {})
-        raise
+class _Form:
+    """An upload as a form, which is read while it is sent."""
 
+    def __init__(self, name: str, file: IO[bytes], size: int) -> None:
+        mark = secrets.token_hex(16)
+        self.content_type = f"multipart/form-data; boundary={mark}"
+        purpose = f'--{mark}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+        head = f'--{mark}\r\nContent-Disposition: form-data; name="file"; filename="{quote(name)}"\r\n\r\n'
+        self._head, self._tail = (purpose + head).encode(), f"\r\n--{mark}--\r\n".encode()
+        self._file = file
+        self._size = len(self._head) + size + len(self._tail)
 
-def _joined(parts: Sequence[tuple[Sequence[int], Each]], count: int, errors: dict[int, tuple[str, str]]) -> Each:
-    """The answers to some of so many inputs, each with the places of its own. Raises ModelChanged."""
-    if len({each.space for _, each in parts}) > 1:
-        raise ModelChanged("the model has become another one between two calls")
-    first = next((each for _, each in parts if each.values.shape[1]), None)
-    values = np.zeros((count, first.values.shape[1] if first else 0), first.values.dtype if first else np.float32)
-    tokens, truncated = 0, []
-    for places, each in parts:
-        if each.values.shape[1]:
-            values[list(places)] = each.values
-        errors |= {places[i]: says for i, says in each.errors.items()}
-        truncated += [places[i] for i in each.truncated]
-        tokens += each.tokens
-    return Each(values, errors, first.space if first else "", tokens, truncated)
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._head
+        while piece := self._file.read(PIECE_BYTES):
+            yield piece
+        yield self._tail
 
 
 def _parts(texts: Sequence[str]) -> Iterator[tuple[int, int]]:

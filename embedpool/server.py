@@ -18,6 +18,7 @@ from embedpool.config.settings import Settings, unknown_variables
 from embedpool.config.spec import ModelSpec
 from embedpool.config.watch import Watch
 from embedpool.drivers import make_driver, open_tokenizer
+from embedpool.jobs.batches import LINES_AT_ONCE, Runner
 from embedpool.logs import configure_logging
 from embedpool.places import open_place
 from embedpool.pool.pool import Pool
@@ -29,6 +30,7 @@ from embedpool.tasks.driver import Folders, Place, Report
 from embedpool.tasks.tokenizer import Tokenizer
 from embedpool.web import metrics
 from embedpool.web.app import ACCESS, create_app, refusal
+from embedpool.web.dialects import batches
 from embedpool.web.history import HISTORY
 
 logger = logging.getLogger(__name__)
@@ -87,6 +89,8 @@ class EmbedpoolApp:
         if settings.hot_reload.enabled:
             self.pool.catch_up = self.reconciler.catch_up
         self.flask: Flask = create_app(self.pool, self.reconciler, settings, self.metrics)
+        execute = functools.partial(batches.executed, self.flask, at_once=LINES_AT_ONCE)
+        self._batches = Runner(self.flask.extensions[batches.STORE], execute)
         self._spans = tracing.start() if settings.tracing.enabled else None
         self._watch: Watch | None = None
         if settings.hot_reload.enabled:
@@ -106,6 +110,7 @@ class EmbedpoolApp:
     def start(self) -> None:
         """Begin to load the models and to watch pool.yml. Beside a broken one the pool that was last is served."""
         self.reconciler.begin()
+        self._batches.start()
         if self._watch:
             self._watch.start()
 
@@ -149,6 +154,7 @@ class EmbedpoolApp:
     def begin_to_stop(self) -> None:
         """Stop watching pool.yml and let /ready fail. Requests are still served."""
         self.pool.draining = True
+        self._batches.begin_to_stop()
         if self._watch:
             self._watch.stop()
             self._watch = None
@@ -156,6 +162,7 @@ class EmbedpoolApp:
     def stop(self) -> int:
         """Close the models and export the last spans. Returns how many requests were given up."""
         given_up = self.pool.stop()
+        self._batches.stop()
         ending = threading.Thread(target=tracing.stop, args=(self._spans,), name="stop-tracing", daemon=True)
         ending.start()
         ending.join(SPANS_WAIT_S)

@@ -31,9 +31,10 @@ MAY_IMPORT = {
     "config": {"errors"},
     "reconcile": {"pool", "config", "errors"},
     "serve": {"server", "config", "client", "logs", "web.metrics", "bounds", "errors"},
-    "client": {"errors"},
+    "client": {"each", "errors"},
+    "each": {"errors"},
     "server": {
-        "web", "pool", "places", "drivers", "tasks", "config", "reconcile", "logs", "tracing", "errors",
+        "web", "jobs", "pool", "places", "drivers", "tasks", "config", "reconcile", "logs", "tracing", "errors",
         "serve.service_manager", "serve.gunicorn_settings",
     },
     "logs": {"config"},
@@ -54,7 +55,7 @@ MAY_IMPORT_THIRD_PARTY = {
     },
     "errors": set(),
     "reconcile": set(),
-    "jobs": {"numpy", "orjson", "pyarrow", "typing_extensions"},
+    "jobs": {"filelock", "numpy", "orjson", "pyarrow", "typing_extensions"},
 }  # fmt: skip
 
 

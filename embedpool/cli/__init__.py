@@ -23,6 +23,11 @@ Usage:
   embedpool rerank (--in FILE)... [--out FILE] [--query-column C] [--column C] [--id-column C] [--model M]
                    [--resume] [--local] [--set KEY=VALUE]... [--config FILE]
   embedpool rerank [--model M] [--top N] [--set KEY=VALUE]... [--json] [--config FILE] [--] QUERY [FILE]
+  embedpool batch create FILE [--endpoint E] [--window W] [--json] [--config FILE]
+  embedpool batch list [--json] [--config FILE]
+  embedpool batch show ID [--json] [--config FILE]
+  embedpool batch cancel ID [--json] [--config FILE]
+  embedpool batch fetch ID [--out FILE] [--json] [--config FILE]
   embedpool key create [--name NAME] [--scopes NAMES] [--models NAMES] [--weight W] [--requests-per-s N]
                        [--texts-per-s N] [--concurrent N] [--json] [--config FILE]
   embedpool key list [--json] [--config FILE]
@@ -50,6 +55,11 @@ Commands:
                 files with --in, write their vectors.
   rerank        Print the lines of a file, or of standard input, in the order of their relevance to QUERY. Given
                 files with --in, write the scores of their pairs.
+  batch create  Upload a file of requests, as for OpenAI's batch API, and have the server run them.
+  batch list    List the batches of the caller, the newest first.
+  batch show    Show how far a batch is, and what is wrong with it.
+  batch cancel  End a batch; what is finished is kept.
+  batch fetch   Write the results of a batch to a file, and its failures beside it.
 
   Without a running server, register, set-alias, enable, disable and unregister edit pool.yml.
 
@@ -92,6 +102,8 @@ Options:
   --column C          Column of the texts, by default text; for rerank that of the documents, by default document.
   --query-column C    Column of the queries, by default query.
   --id-column C       Column of the ids; by default the number of the row, from 0.
+  --endpoint E        What the requests are for [default: /v1/embeddings].
+  --window W          How long the batch may take, such as 24h or 7d [default: 24h].
   --resume            Go on with a job that has ended early, however it did.
   --local             Compute in this process, without a server.
   --top N             Number of lines that rerank prints; default all.
@@ -123,7 +135,7 @@ from collections.abc import Callable
 from docopt import DocoptExit, docopt
 
 from embedpool import __version__
-from embedpool.cli import embed, keys, models, pull, rerank, server
+from embedpool.cli import batches, embed, keys, models, pull, rerank, server
 from embedpool.cli.common import FAILED, NO_SUCH_MODEL, OK, USAGE, Arguments, UsageError
 from embedpool.errors import EmbedpoolError, near_names
 
@@ -155,6 +167,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _command_of(arguments: Arguments) -> Callable[[Arguments], int]:
     commands: dict[str, Callable[[Arguments], int]] = {
+        "batch": batches.batch,
         "init": server.init,
         "start": server.start,
         "stop": server.stop,
@@ -179,10 +192,13 @@ def _wrong_usage(argv: list[str]) -> str:
     """What is wrong with a command line that docopt refused, in a sentence, and the usage it should have had."""
     usage = __doc__.split("Usage:\n")[1].split("\n\n")[0]
     commands = [entry.strip() for entry in re.split(r"\n  (?=embedpool )", "\n" + usage) if entry.strip()]
-    names = [re.match(r"embedpool ((?:pool |key )?\w[\w-]*)", entry) for entry in commands]
-    known = {match[1]: entry for match, entry in zip(names, commands, strict=True) if match}
+    names = [re.match(r"embedpool ((?:pool |key |batch )?\w[\w-]*)", entry) for entry in commands]
+    known: dict[str, str] = {}
+    for match, entry in zip(names, commands, strict=True):
+        if match:  # some are used in several ways
+            known[match[1]] = f"{known[match[1]]}\n  {entry}" if match[1] in known else entry
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    name = " ".join(words[:2] if words[:1] in (["pool"], ["key"]) else words[:1])
+    name = " ".join(words[:2] if words[:1] in (["pool"], ["key"], ["batch"]) else words[:1])
     if name not in known:
         near = near_names(name, known) or [k for k in known if name and k.endswith(f" {name}")]
         hint = f"did you mean {' or '.join(near)}?" if near else f"commands: {', '.join(known)}"
@@ -194,6 +210,8 @@ def _wrong_usage(argv: list[str]) -> str:
             near = near_names(option, options)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             return f"embedpool: {name} has no option {option}{hint}\n{known[name]}"
+    if "\n  embedpool" in known[name]:
+        return f"embedpool: {name} lacks something, or its options do not go together\n{known[name]}"
     needed = re.findall(r"--[a-z-]+", re.sub(r"\[[^][]*\]", "", known[name]))
     missing = [option for option in needed if option not in given]
     if missing:

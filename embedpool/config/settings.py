@@ -192,6 +192,10 @@ class Limits:
         268_435_456, "bodies of all requests that are being answered, without those of lines; above it 429", minimum=1
     )
     max_stream_body_bytes: int = option(1_073_741_824, "size of a request body of lines (NDJSON)", minimum=1)
+    max_file_bytes: int = option(536_870_912, "size of an uploaded file of a batch", minimum=1)
+    max_files_bytes: int = option(
+        10_737_418_240, "files and results of batches on the disk, together; above it 507", minimum=1
+    )
     max_answer_bytes: int = option(536_870_912, "size of an answer, estimated beforehand; not of lines", minimum=1)
     max_spooled_bytes: int = option(
         4_294_967_296,

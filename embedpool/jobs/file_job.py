@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from embedpool.errors import InvalidRequest, ModelChanged
+from embedpool.jobs.durable import write_json
 from embedpool.jobs.sinks import GrowingFile, Sink
 from embedpool.jobs.sources import Files, Row
 from embedpool.jobs.windows import answered
@@ -100,6 +100,7 @@ class FileJob:
 
     def _end(self) -> Progress:
         self._failed.close()
+        self._sink.tidy()
         if not self.progress.failed:
             self.failures.unlink(missing_ok=True)
         self._job.unlink(missing_ok=True)
@@ -152,12 +153,7 @@ class FileJob:
             "failed_bytes": self._failed.sync(),
             "progress": dataclasses.asdict(self.progress),
         }
-        new = self._job.with_name(self._job.name + ".new")
-        with new.open("w") as file:
-            file.write(json.dumps(known))
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self._job)
+        write_json(self._job, known)
 
 
 def _of_good(rows: Sequence[Row], compute: Compute) -> Computed | None:

@@ -54,6 +54,9 @@ class Sink(abc.ABC):
     def finish(self, about: Mapping[str, Any]) -> None:
         """The last result is written: the file gets its name."""
 
+    def tidy(self) -> None:  # noqa: B027  (most have nothing to do)
+        """The file has its name: nothing else is needed any more."""
+
     @abc.abstractmethod
     def close(self) -> None:
         """Let go of open files."""
@@ -269,6 +272,9 @@ class Parquet(Sink):
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(self.path)
+
+    @override
+    def tidy(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @override

@@ -24,6 +24,7 @@ from embedpool.errors import EmbedpoolError, Overloaded, StorageError, as_docume
 
 logger = logging.getLogger(__name__)
 
+FILES_PATH, FORM_BYTES = "/v1/files", 1 << 20  # an upload is a form around its file
 LINES_PATH, LINES_TYPE = "/embed", "application/x-ndjson"
 SPOOLED_FROM_BYTES = 1 << 20  # of a body or an answer
 LARGEST_READ_UNSEEN_BYTES = 1 << 16  # of a body; a larger one is read only once its head has been judged
@@ -90,6 +91,8 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
             and self.headers.get("CONTENT_TYPE", "").partition(";")[0].strip().lower() == LINES_TYPE
         ):
             self.adj = self.adj.for_lines
+        elif self.path.rstrip("/") == FILES_PATH:
+            self.adj = self.adj.for_files
         if (self.chunked or self.content_length > LARGEST_READ_UNSEEN_BYTES) and (
             refusal := self.adj.refusal(self.command, self.path, self.headers)
         ):

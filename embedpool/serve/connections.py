@@ -26,7 +26,7 @@ from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 from embedpool.bounds import Budget
 from embedpool.errors import BadRequest, BodyTooLarge
 from embedpool.serve.app import App
-from embedpool.serve.bodies import Parser, Refused, Spool, document
+from embedpool.serve.bodies import FORM_BYTES, Parser, Refused, Spool, document
 from embedpool.serve.last_in_first_out import LastInFirstOut
 from embedpool.serve.nonblocking import Socket, is_gone
 
@@ -316,6 +316,8 @@ class Listener:
         server.adj.refusal = app.refusal
         server.adj.for_lines = copy.copy(server.adj)
         server.adj.for_lines.max_request_body_size = app.settings.limits.max_stream_body_bytes
+        server.adj.for_files = copy.copy(server.adj)
+        server.adj.for_files.max_request_body_size = app.settings.limits.max_file_bytes + FORM_BYTES
         server.is_stopping = False
         server.next_channel_cleanup = math.inf  # the loop closes idle connections itself
 

@@ -161,6 +161,16 @@ class Access:
             raise Forbidden(f"this is closed: {why}" + ("" if unset else " exists; `embedpool key create` makes one"))
         raise Unauthorized(f"this asks for {'the admin' if scope == ADMIN else 'a'} key: Authorization: Bearer …")
 
+    def owner(self, key_id: str) -> Caller:
+        """The caller whose key has this id, as it is now; nobody, where none was asked for. Raises Unauthorized."""
+        if self.is_open:
+            return NOBODY
+        known = self._all()
+        key = next((key for key in known if key.id == key_id), None)
+        if key is None:
+            raise Unauthorized("the key that made this is revoked" if key_id else "this asks for a key by now")
+        return self._caller_of(key, known)
+
     def _all(self) -> tuple[ApiKey, ...]:
         return (*self._keys.current(), *self._from_environment)
 

@@ -12,23 +12,24 @@ from embedpool import bounds, tracing
 from embedpool.config.keys import keys_file
 from embedpool.config.settings import Settings
 from embedpool.errors import EmbedpoolError
+from embedpool.jobs.store import Store
 from embedpool.pool.pool import Pool
 from embedpool.reconcile import Reconciler
 from embedpool.web import cors, live, manage, native, observe, openapi, root, score, ui
 from embedpool.web.access import Access
 from embedpool.web.body import OWN_HOSTS
 from embedpool.web.compat import IGNORED_HEADER, named
-from embedpool.web.dialects import cohere, ollama, openai, rerank, tei
+from embedpool.web.dialects import batches, cohere, ollama, openai, rerank, tei
 from embedpool.web.error_response import Shape, error_response, native_shape
 from embedpool.web.history import HISTORY, History
-from embedpool.web.http_request import HttpRequest, here
+from embedpool.web.http_request import OWNER, HttpRequest, here
 from embedpool.web.intake import INTAKE, LARGE_BYTES, Intake
 from embedpool.web.metrics import Metrics
 from embedpool.web.request_log import Recent, log_request, span_attributes
 
 ACCESS = "embedpool.access"
 MOST_TRUNCATED_NAMED = 500
-DIALECTS = (openai, tei, cohere, ollama, rerank)
+DIALECTS = (openai, tei, cohere, ollama, rerank, batches)
 BEFORE_A_NAME = re.compile(r"(/+(?:models|ready|v1/+models|tei))/+([^/].*)", re.DOTALL)
 SHAPES: dict[str, Shape] = {p: shape for one in (*DIALECTS, score) for p, shape in one.SHAPES.items()}
 
@@ -105,6 +106,8 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
     app.register_blueprint(score.blueprint(pool, settings))
     for dialect in DIALECTS:
         app.register_blueprint(dialect.blueprint(pool, settings))
+    folder = settings.file(settings.paths.state_dir)
+    app.extensions[batches.STORE] = Store(folder, settings.limits.max_files_bytes)
     app.register_blueprint(observe.blueprint(pool, reconciler, metrics, access))
     app.register_blueprint(manage.blueprint(pool, reconciler, settings, access))
     app.register_blueprint(openapi.blueprint())
@@ -117,7 +120,8 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
         http = here()
         http.span, http.trace = tracing.begin_request(http.route, http.trace)
         if http.method != "OPTIONS":  # a browser's question whether it may ask, which has no key
-            http.caller = access.caller(http)
+            owner = http.environ.get(OWNER)
+            http.caller = access.caller(http) if owner is None else access.owner(owner)
         http.max_answer_bytes = settings.limits.max_answer_bytes
 
     embedding = {"native", "score", *(dialect.__name__.rpartition(".")[2] for dialect in DIALECTS)}

@@ -17,7 +17,7 @@ from embedpool.config.fields import json_schema_of
 from embedpool.config.spec import DRIVER_CONFIGS
 from embedpool.errors import NotFound
 from embedpool.web import openapi_schemas, score
-from embedpool.web.dialects import cohere, ollama, openai, tei, tei_scores
+from embedpool.web.dialects import batches, cohere, ollama, openai, tei, tei_scores
 from embedpool.web.encoding import NPY, json_response
 from embedpool.web.ndjson import NDJSON, StreamSchema
 from embedpool.web.openapi_schemas import ref
@@ -95,6 +95,7 @@ def _since(description: str) -> dict[str, Any]:
 
 
 MODEL = _path("name", "Name or alias of a model.")
+OF_ID: dict[str, Any] = {"error": "OpenAIError", "parameters": (_path("name", "Id of a file or a batch."),)}
 TIMEOUT = {
     "name": TIMEOUT_HEADER, "in": "header", "description": "Deadline below the server's own, in milliseconds.",
     "schema": {"type": "integer", "minimum": 1, "maximum": 10**9},
@@ -244,6 +245,26 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("get", "/models"): operation("Watching", "The models, in OpenAI's shape", "Models"),
     ("get", "/models/{name}"): operation("Watching", "One model", "Model", parameters=(MODEL,)),
     ("get", "/metrics"): operation("Watching", "Prometheus' text format", TEXT),
+    ("post", "/v1/files"): operation(
+        "OpenAI", "Receive a file of requests", "OpenAIFile",
+        {"multipart/form-data": {"schema": {
+            "type": "object", "required": ["file", "purpose"],
+            "properties": {"file": {"type": "string", "format": "binary"}, "purpose": {"enum": ["batch"]}},
+        }}},
+        error="OpenAIError",
+    ),
+    ("get", "/v1/files"): operation("OpenAI", "Files of the caller", "OpenAIFiles", error="OpenAIError"),
+    ("get", "/v1/files/{name}"): operation("OpenAI", "One of them", "OpenAIFile", **OF_ID),
+    ("delete", "/v1/files/{name}"): operation("OpenAI", "Delete it", "OpenAIDeleted", **OF_ID),
+    ("get", "/v1/files/{name}/content"): operation(
+        "OpenAI", "What it holds", {"application/jsonl": {"schema": {"type": "string"}}}, **OF_ID,
+    ),
+    ("post", "/v1/batches"): operation(
+        "OpenAI", "Run the requests in a file", "OpenAIBatch", batches.BatchSchema, error="OpenAIError"
+    ),
+    ("get", "/v1/batches"): operation("OpenAI", "Batches of the caller", "OpenAIBatches", error="OpenAIError"),
+    ("get", "/v1/batches/{name}"): operation("OpenAI", "One of them", "OpenAIBatch", **OF_ID),
+    ("post", "/v1/batches/{name}/cancel"): operation("OpenAI", "End it", "OpenAIBatch", **OF_ID),
     ("get", "/live"): operation(
         "Watching", "What the page shows: models, the last minute, and what is new of the last ten", "Live",
         parameters=(_since("The `number` of the document that is known."),),

@@ -70,6 +70,19 @@ MODEL_STATUS = {
     "last_error": or_null(STRING),
 }  # fmt: skip
 
+FILE = open_(id=STRING, object=STRING, bytes=COUNT, created_at=COUNT, filename=STRING, purpose=STRING)
+BATCH = open_(
+    id=STRING,
+    object=STRING,
+    endpoint=STRING,
+    input_file_id=STRING,
+    status=STRING,
+    request_counts={"type": "object"},
+    output_file_id=or_null(STRING),
+    error_file_id=or_null(STRING),
+    created_at=COUNT,
+)
+
 SCHEMAS: dict[str, Schema] = {
     "Error": closed(error=ERROR),
     "EmbedAnswer": maybe("errors", closed(
@@ -111,6 +124,11 @@ SCHEMAS: dict[str, Schema] = {
         open_(id=STRING, model=STRING, usage=USAGE, data=RESULTS),
     ]},
     "RerankedV2": closed(id=STRING, results=RESULTS, meta={"type": "object"}),
+    "OpenAIFile": FILE,
+    "OpenAIFiles": open_(object=STRING, data=listed(FILE), has_more=BOOLEAN),
+    "OpenAIDeleted": closed(id=STRING, object=STRING, deleted=BOOLEAN),
+    "OpenAIBatch": BATCH,
+    "OpenAIBatches": open_(object=STRING, data=listed(BATCH), has_more=BOOLEAN),
     "Live": open_(
         number=COUNT, since=COUNT, step_s=NUMBER, kept=COUNT, version=STRING, process=STRING, admin=BOOLEAN,
         stopping=BOOLEAN, reload_ok=or_null(BOOLEAN),

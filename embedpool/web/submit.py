@@ -76,7 +76,7 @@ def call_of(
         timeout_s=min(timeout_s(http) or math.inf, within_s, pool.request_timeout_s),
         caller=http.caller.key.id if http.caller.key else "",
         weight=http.caller.weight,
-        share=share,
+        share=share * http.share,
         require=http.caller.require_spec,
         client_gone=client_gone or http.client_gone,
         is_patient=is_patient,

@@ -170,6 +170,7 @@ def test_the_last_step_may_be_cut_off_too(tmp_path: Path, out: str, monkeypatch:
     job_of(tmp_path, out).run(model)
     assert model.computed == []
     assert len(found_in(tmp_path / out)) == 4
+    assert left_over(tmp_path) == {out} | ({"out.ids.jsonl"} if out.endswith("npy") else set())
 
 
 @pytest.mark.parametrize("change", [{"model": "other"}, {"options": {"dimensions": 2}}, {"columns": ["b"]}])

@@ -25,6 +25,7 @@ def command(server: Server, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [str(COMMAND), "embed", *arguments], cwd=server.folder, env=server.environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  (a background job ignores it)
     )  # fmt: skip
 
 

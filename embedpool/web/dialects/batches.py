@@ -1,0 +1,284 @@
+"""OpenAI's files and batches: uploads are streamed to the disk, batches are entered for jobs/batches.py to run."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from flask import Blueprint, Flask, Response, current_app, request
+from marshmallow import fields, validate
+from werkzeug.formparser import FormDataParser
+from werkzeug.test import EnvironBuilder, run_wsgi_app
+
+from embedpool.config.fields import StrictInteger
+from embedpool.config.settings import Limits, Settings
+from embedpool.errors import BodyTooLarge, InvalidRequest, StorageError
+from embedpool.jobs.batches import Executed
+from embedpool.jobs.store import FINISHED, Document, Store
+from embedpool.pool.pool import Pool
+from embedpool.web.body import OWN_HOSTS, read_document
+from embedpool.web.compat import CompatSchema
+from embedpool.web.dialects.openai import openai_shape
+from embedpool.web.encoding import json_response
+from embedpool.web.http_request import OWNER, SHARE, here
+from embedpool.web.manage import refuse_strangers
+from embedpool.web.schemas import load
+
+STORE = "embedpool.store"  # of an app's extensions
+ENDPOINTS = ("/v1/embeddings", "/v1/rerank", "/v1/score", "/v1/classify")
+DAY_S = 86400
+LONGEST_LIVES_S = 30 * DAY_S
+FORM_BYTES = 1 << 20  # of a form beside its file; serve/bodies.py counts as many
+MOST_PARTS = 20
+BATCH_SHARE = 0.25  # of a request, for all lines of a batch that are under way
+WINDOW = re.compile(r"([1-9][0-9]{0,3})([hd])\Z")
+JSONL = "application/jsonl"
+
+
+def _short(most: int) -> fields.String:
+    return fields.String(validate=validate.Length(max=most))
+
+
+class BatchSchema(CompatSchema):
+    """Body of POST /v1/batches."""
+
+    input_file_id = fields.String(required=True)
+    endpoint = fields.String(required=True)
+    completion_window = fields.String(load_default="24h")
+    metadata = fields.Dict(keys=_short(64), values=_short(512))
+    output_expires_after = fields.Dict()
+
+
+class ListSchema(CompatSchema):
+    """Query string of the lists."""
+
+    limit = StrictInteger(validate=validate.Range(min=1, max=10_000))
+    after = fields.String()
+    order = fields.String(validate=validate.OneOf(("asc", "desc")))
+    purpose = fields.String()
+
+
+def blueprint(pool: Pool, settings: Settings) -> Blueprint:
+    """The routes. A form is what any web page may send, so the guard of the management stands before them."""
+    routes = Blueprint("batches", __name__)
+    _add_files(routes, settings.limits)
+    _add_batches(routes, settings.limits)
+
+    @routes.before_request
+    def let_in() -> None:
+        if request.method not in ("GET", "HEAD", "OPTIONS"):
+            refuse_strangers(request, current_app.extensions[OWN_HOSTS], has_key=True)
+
+    return routes
+
+
+def _add_files(routes: Blueprint, limits: Limits) -> None:
+    @routes.post("/v1/files")
+    def upload() -> Response:
+        length = request.content_length or 0
+        if length > limits.max_file_bytes + FORM_BYTES:
+            raise BodyTooLarge(f"the file has about {length} bytes, the limit is {limits.max_file_bytes}")
+        if request.mimetype != "multipart/form-data":
+            raise InvalidRequest("file: send multipart/form-data with a file and a purpose", fields={"file": "no form"})
+        store = _store()
+        store.require_room(length)
+        file_id = store.new_file_id()
+        with store.receiving(file_id) as path:
+            form, filename = _received(path)
+            purpose = form.get("purpose", "")
+            if purpose != "batch":
+                raise InvalidRequest(
+                    f"purpose: must be batch, not {purpose!r:.40}", fields={"purpose": "must be batch"}
+                )
+            if not filename.lower().endswith(".jsonl"):
+                says = "Invalid file format for Batch API. Must be .jsonl"
+                raise InvalidRequest(f"file: {says}", fields={"file": says})
+            if path.stat().st_size > limits.max_file_bytes:
+                raise BodyTooLarge(f"the file is over the limit of {limits.max_file_bytes} bytes")
+            expires_at = store.now() + _lives_s(form.get("expires_after[seconds]"))
+            found = store.enter(file_id, _owner(), filename=filename[:512], purpose=purpose, expires_at=expires_at)
+        return json_response(found)
+
+    @routes.get("/v1/files")
+    def files() -> Response:
+        asked = load(ListSchema, _numbers(request.args))
+        found = [one for one in _store().files(_owner()) if asked.get("purpose") in (None, one["purpose"])]
+        return _page(found, asked, most=10_000)
+
+    @routes.get("/v1/files/<name>")
+    def file(name: str) -> Response:
+        return json_response(_store().file(name, _owner()))
+
+    @routes.delete("/v1/files/<name>")
+    def delete(name: str) -> Response:
+        if _store().is_in_use(name):
+            raise InvalidRequest("a batch that is not finished reads this file; cancel it first")
+        _store().delete_file(name, _owner())
+        return json_response({"id": name, "object": "file", "deleted": True})
+
+    @routes.get("/v1/files/<name>/content")
+    def content(name: str) -> Response:
+        found = _store().file(name, _owner())
+        stream = _store().content(name).open("rb")
+        response = Response(_pieces(stream), mimetype=JSONL)
+        response.headers["Content-Length"] = str(found["bytes"])
+        response.call_on_close(stream.close)
+        return response
+
+
+def _add_batches(routes: Blueprint, limits: Limits) -> None:
+    @routes.post("/v1/batches")
+    def create() -> Response:
+        body = load(BatchSchema, read_document(here(), limits, whatever_type=False))
+        store = _store()
+        store.file(body["input_file_id"], _owner())
+        if body["endpoint"] not in ENDPOINTS:
+            says = f"must be one of {', '.join(ENDPOINTS)}"
+            raise InvalidRequest(f"endpoint: {says}", fields={"endpoint": says})
+        if len(body.get("metadata") or {}) > 16:
+            raise InvalidRequest("metadata: at most 16 pairs", fields={"metadata": "at most 16 pairs"})
+        now = store.now()
+        lives_s = _lives_s((body.get("output_expires_after") or {}).get("seconds"))
+        return json_response(store.new_batch(_owner(), _fresh(body, now), forget_at=now + lives_s))
+
+    @routes.get("/v1/batches")
+    def batches() -> Response:
+        asked = load(ListSchema, _numbers(request.args))
+        return _page(_store().batches(_owner()), {"limit": 20, **asked}, most=100)
+
+    @routes.get("/v1/batches/<name>")
+    def batch(name: str) -> Response:
+        return json_response(_store().batch(name, _owner()))
+
+    @routes.post("/v1/batches/<name>/cancel")
+    def cancel(name: str) -> Response:
+        found = _store().batch(name, _owner())
+        if found["status"] in FINISHED:
+            raise InvalidRequest(f"a batch that is {found['status']} cannot be cancelled")
+        return json_response(_store().cancel(name, _owner()))
+
+
+def _store() -> Store:
+    store: Store = current_app.extensions[STORE]
+    return store
+
+
+def _owner() -> str:
+    """Whose files and batches are seen: those of the key, or of all without one."""
+    key = here().caller.key
+    return key.id if key else ""
+
+
+def _received(path: Path) -> tuple[Mapping[str, str], str]:
+    """The form's fields and the name of its file, whose content goes there piece by piece. Raises InvalidRequest."""
+    opened: list[IO[bytes]] = []
+
+    def into(
+        total_content_length: int | None,
+        content_type: str | None,
+        filename: str | None,
+        content_length: int | None = None,
+    ) -> IO[bytes]:
+        if opened:
+            raise InvalidRequest("file: one is enough", fields={"file": "one is enough"})
+        opened.append(path.open("w+b"))
+        return opened[0]
+
+    parser = FormDataParser(
+        stream_factory=into, max_form_memory_size=FORM_BYTES, max_form_parts=MOST_PARTS, silent=False
+    )
+    try:
+        _, form, files = parser.parse(request.stream, request.mimetype, request.content_length, request.mimetype_params)
+    except ValueError as error:
+        raise InvalidRequest(f"file: the form cannot be read: {error}", fields={"file": str(error)}) from None
+    except OSError as error:
+        raise StorageError(f"there is no room for the file: {error.strerror or error}") from None
+    finally:
+        for stream in opened:
+            with contextlib.suppress(OSError):
+                stream.close()
+    given = files.get("file")
+    if given is None or not opened:
+        raise InvalidRequest("file: missing", fields={"file": "missing"})
+    return form, given.filename or ""
+
+
+def _lives_s(given: Any) -> int:
+    """How long a file is kept. Raises InvalidRequest."""
+    if given in (None, ""):
+        return LONGEST_LIVES_S
+    with contextlib.suppress(TypeError, ValueError):
+        if 3600 <= int(given) <= LONGEST_LIVES_S:
+            return int(given)
+    says = f"seconds must be 3600 to {LONGEST_LIVES_S}"
+    raise InvalidRequest(f"expires_after: {says}", fields={"expires_after": says})
+
+
+def _fresh(body: Mapping[str, Any], now: int) -> Document:
+    """A batch that has not begun. Raises InvalidRequest."""
+    window = WINDOW.match(body["completion_window"])
+    if window is None:
+        says = "must be 24h, or another number of hours or days"
+        raise InvalidRequest(f"completion_window: {says}", fields={"completion_window": says})
+    seconds = int(window[1]) * (3600 if window[2] == "h" else DAY_S)
+    unknown = dict.fromkeys(
+        ("output_file_id", "error_file_id", "errors", "in_progress_at", "finalizing_at", "completed_at", "failed_at",
+         "expired_at", "cancelling_at", "cancelled_at", "usage", "model", "paused"),
+    )  # fmt: skip
+    return {
+        **unknown, "object": "batch", "endpoint": body["endpoint"], "input_file_id": body["input_file_id"],
+        "completion_window": body["completion_window"], "status": "validating", "created_at": now,
+        "expires_at": now + seconds, "request_counts": {"total": 0, "completed": 0, "failed": 0},
+        "metadata": body.get("metadata"),
+    }  # fmt: skip
+
+
+def _numbers(arguments: Mapping[str, str]) -> dict[str, Any]:
+    return {name: int(text) if name == "limit" and text.isdecimal() else text for name, text in arguments.items()}
+
+
+def _page(found: list[Document], asked: Mapping[str, Any], *, most: int) -> Response:
+    """From behind `after` on; newest first unless asked otherwise."""
+    if asked.get("order") != "asc":
+        found = found[::-1]
+    if after := asked.get("after"):
+        place = next((i for i, one in enumerate(found) if one["id"] == after), len(found))
+        found = found[place + 1 :]
+    shown = found[: min(asked.get("limit", most), most)]
+    return json_response(
+        {
+            "object": "list", "data": shown, "first_id": shown[0]["id"] if shown else None,
+            "last_id": shown[-1]["id"] if shown else None, "has_more": len(shown) < len(found),
+        }
+    )  # fmt: skip
+
+
+def _pieces(stream: IO[bytes]) -> Any:
+    while piece := stream.read(1 << 16):
+        yield piece
+
+
+# --- a line of a batch
+
+
+def executed(app: Flask, url: str, body: bytes, owner: str, at_once: int) -> Executed:
+    """A line goes the road of every request, for the key that made the batch, as that key is now."""
+    builder = EnvironBuilder(
+        method="POST", path=url, data=body, content_type="application/json",
+        environ_overrides={OWNER: owner, SHARE: BATCH_SHARE / at_once},
+    )  # fmt: skip
+    try:
+        pieces, status, headers = run_wsgi_app(app.wsgi_app, builder.get_environ(), buffered=True)
+        content = b"".join(pieces)
+    finally:
+        builder.close()
+    told = headers.get("Retry-After", "")
+    return Executed(
+        int(status.split()[0]), content, headers.get("X-Request-Id", ""), float(told) if told.isdecimal() else 1.0
+    )
+
+
+SHAPES = dict.fromkeys(("/v1/files", "/v1/batches"), openai_shape)

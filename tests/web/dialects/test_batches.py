@@ -1,0 +1,453 @@
+"""Files and batches as OpenAI's clients use them: every state and error, one owner, no more than there is room for."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+from embedpool.config.keys import keys_file, make_key
+from embedpool.config.settings import Limits, Security, Settings
+from embedpool.jobs import batches as engine
+from embedpool.jobs.batches import Executed, Runner
+from embedpool.jobs.store import FINISHED, Store
+from embedpool.pool.settings import PoolSettings
+from embedpool.web.dialects.batches import STORE, executed
+from tests.conftest import settle
+from tests.web.conftest import MakeWeb, Web, serving
+
+MODEL = "model: m, driver: {type: fake, config: {fault: raise, fault_text: bad}}"
+RERANKER = "model: r, driver: {type: fake, config: {task: rerank}}"
+
+
+@pytest.fixture
+def web(make_web: MakeWeb) -> Web:
+    return make_web(MODEL, RERANKER)
+
+
+def store_of(web: Web) -> Store:
+    store: Store = web.app.extensions[STORE]
+    return store
+
+
+def runner_of(web: Web) -> Runner:
+    return Runner(store_of(web), lambda url, body, owner: executed(web.app, url, body, owner, 4))
+
+
+def line(custom_id: str, text: Any = "a", url: str = "/v1/embeddings", **more: Any) -> str:
+    body = {"model": "m", "input": text, **more}
+    return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": body})
+
+
+def upload(web: Web, content: str | bytes, name: str = "in.jsonl", **form: Any) -> Any:
+    raw = content.encode() if isinstance(content, str) else content
+    headers = form.pop("headers", None)
+    data = {"purpose": "batch", **form, "file": (io.BytesIO(raw), name)}
+    return web.app.test_client().post("/v1/files", data=data, headers=headers, buffered=True)
+
+
+def begun(web: Web, *lines: str, endpoint: str = "/v1/embeddings", **more: Any) -> str:
+    file_id = upload(web, "\n".join(lines) + "\n").json["id"]
+    body = {"input_file_id": file_id, "endpoint": endpoint, "completion_window": "24h", **more}
+    answer = web.post("/v1/batches", body)
+    assert answer.status_code == 200, answer.text
+    assert (answer.json["status"], answer.json["object"]) == ("validating", "batch")
+    batch_id: str = answer.json["id"]
+    return batch_id
+
+
+def batch(web: Web, batch_id: str) -> dict[str, Any]:
+    found: dict[str, Any] = web.get(f"/v1/batches/{batch_id}").json
+    return found
+
+
+def lines_in(web: Web, file_id: str | None) -> list[dict[str, Any]]:
+    if file_id is None:
+        return []
+    answer = web.get(f"/v1/files/{file_id}/content")
+    assert (answer.status_code, answer.mimetype) == (200, "application/jsonl")
+    return [json.loads(one) for one in answer.text.splitlines()]
+
+
+# --- files
+
+
+def test_a_file_is_received_listed_read_and_deleted(web: Web) -> None:
+    """As it is; its name is data, and never one of ours."""
+    answer = upload(web, "anything\n\xff", name="../../etc/passwd.jsonl").json
+    assert (answer["object"], answer["bytes"], answer["purpose"], answer["status"]) == (
+        "file",
+        11,
+        "batch",
+        "processed",
+    )
+    assert answer["filename"] == "../../etc/passwd.jsonl"
+    assert answer["expires_at"] - answer["created_at"] == 30 * 86400
+    assert web.get(f"/v1/files/{answer['id']}").json == answer
+    assert web.get(f"/v1/files/{answer['id']}/content").data == "anything\n\xff".encode()
+    assert [one["id"] for one in web.get("/v1/files").json["data"]] == [answer["id"]]
+    assert web.delete(f"/v1/files/{answer['id']}").json == {"id": answer["id"], "object": "file", "deleted": True}
+    assert web.get(f"/v1/files/{answer['id']}").status_code == 404
+    assert web.get("/v1/files").json == {
+        "object": "list", "data": [], "first_id": None, "last_id": None, "has_more": False,
+    }  # fmt: skip
+
+
+def test_lists_are_paged(web: Web) -> None:
+    """Newest first, from behind the last that is known."""
+    clock = iter(range(10**9, 10**9 + 10))
+    store_of(web).clock = lambda: float(next(clock))
+    ids = [upload(web, "x").json["id"] for i in range(3)]
+    store_of(web).clock = lambda: 10.0**9
+    first = web.get("/v1/files?limit=2").json
+    assert ([one["id"] for one in first["data"]], first["has_more"]) == (ids[:0:-1], True)
+    second = web.get(f"/v1/files?limit=2&after={first['last_id']}").json
+    assert ([one["id"] for one in second["data"]], second["has_more"]) == (ids[:1], False)
+    assert [one["id"] for one in web.get("/v1/files?order=asc").json["data"]] == ids
+    assert web.get("/v1/files?limit=0").status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "says"),
+    [
+        ({"purpose": "fine-tune"}, "a.jsonl", "purpose"),
+        ({}, "a.txt", "Must be .jsonl"),
+        ({"expires_after[seconds]": "5"}, "a.jsonl", "expires_after"),
+    ],
+)
+def test_what_is_no_batch_file_is_refused(web: Web, form: dict[str, str], name: str, says: str) -> None:
+    """And nothing of it is left."""
+    answer = upload(web, "x", name=name, **form)
+    assert (answer.status_code, says in answer.json["error"]["message"]) == (400, True)
+    assert list((store_of(web).folder / "files").glob("*")) == []
+    assert web.post("/v1/files", {"purpose": "batch"}).status_code == 400
+    assert web.app.test_client().post("/v1/files", data={"purpose": "batch"}).status_code in (400, 415)
+
+
+def test_there_is_room_for_so_much(make_web: MakeWeb) -> None:
+    """A file that is too large, and one more than all may take, are refused; a deleted one makes room."""
+    web = make_web(MODEL, settings=Settings(limits=Limits(max_file_bytes=2000, max_files_bytes=4000)))
+    answer = upload(web, "x" * 2001)
+    assert (answer.status_code, answer.json["error"]["code"]) == (400, "body_too_large")
+    first = upload(web, "x" * 1500).json["id"]
+    answer = upload(web, "x" * 1900)
+    assert answer.status_code in (200, 507)
+    while answer.status_code == 200:
+        answer = upload(web, "x" * 1900)
+    assert (answer.status_code, answer.json["error"]["code"]) == (507, "storage_error")
+    web.delete(f"/v1/files/{first}")
+    assert upload(web, "x" * 900).status_code == 200
+
+
+def test_a_web_page_cannot_upload(web: Web) -> None:
+    """A form is what any may send."""
+    for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}):
+        assert upload(web, "x", headers=headers).status_code == 403
+        assert web.post("/v1/batches", {}, headers=headers).status_code == 403
+
+
+# --- batches
+
+
+def test_a_batch(web: Web) -> None:
+    """Its answers are those of the route; what failed stands in a file of its own, with its status."""
+    texts = ["one", "bad", "two"]
+    batch_id = begun(web, *(line(f"id-{i}", text) for i, text in enumerate(texts)), "", metadata={"a": "b"})
+    assert runner_of(web).step() is True
+    found = batch(web, batch_id)
+    assert found["status"] == "completed"
+    assert found["request_counts"] == {"total": 3, "completed": 2, "failed": 1}
+    assert found["metadata"] == {"a": "b"}
+    assert found["created_at"] <= found["in_progress_at"] <= found["finalizing_at"] <= found["completed_at"]
+    good = lines_in(web, found["output_file_id"])
+    assert [one["custom_id"] for one in good] == ["id-0", "id-2"]
+    for one in good:
+        text = texts[int(one["custom_id"][-1])]
+        expected = web.post("/v1/embeddings", {"model": "m", "input": text}).json
+        assert (one["error"], one["response"]["status_code"]) == (None, 200)
+        assert one["response"]["body"]["data"] == expected["data"]
+        assert one["response"]["request_id"]
+    (failed,) = lines_in(web, found["error_file_id"])
+    assert (failed["custom_id"], failed["error"], failed["response"]["status_code"]) == ("id-1", None, 500)
+    assert failed["response"]["body"]["error"]["code"] == "inference_failed"
+    info = web.get(f"/v1/files/{found['output_file_id']}").json
+    assert (info["purpose"], info["filename"]) == ("batch_output", f"{batch_id}_output.jsonl")
+    assert [one["id"] for one in web.get("/v1/batches").json["data"]] == [batch_id]
+    assert runner_of(web).step() is False
+
+
+def test_without_failures_there_is_no_error_file(web: Web) -> None:
+    """Nor an output file without successes."""
+    first, second = begun(web, line("a")), begun(web, line("b", model="nobody"))
+    runner = runner_of(web)
+    while runner.step():
+        pass
+    assert batch(web, first)["error_file_id"] is None
+    assert batch(web, second)["output_file_id"] is None
+    (failed,) = lines_in(web, batch(web, second)["error_file_id"])
+    assert failed["response"]["status_code"] == 404
+
+
+def test_rerank_batches(web: Web) -> None:
+    """The other endpoints, too."""
+    body = {"model": "r", "query": "red fox", "documents": ["a red fox", "blue"]}
+    one = json.dumps({"custom_id": "a", "method": "POST", "url": "/v1/rerank", "body": body})
+    batch_id = begun(web, one, endpoint="/v1/rerank")
+    runner_of(web).step()
+    (found,) = lines_in(web, batch(web, batch_id)["output_file_id"])
+    assert found["response"]["body"]["results"] == web.post("/v1/rerank", body).json["results"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "code", "number"),
+    [
+        ([line("a"), "{not json"], "invalid_json_line", 2),
+        ([line("a"), "", line("b", url="/v1/rerank")], "mismatched_url", 3),
+        ([line("a"), line("a")], "duplicate_custom_id", 2),
+        (['{"custom_id": "a", "method": "POST", "url": "/v1/embeddings"}'], "missing_required_parameter", 1),
+        (['{"custom_id": 1, "method": "POST", "url": "/v1/embeddings", "body": {"a": 1}}'], "invalid_type", 1),
+        ([line("a").replace("POST", "GET")], "invalid_method", 1),
+        (["[1]"], "invalid_json_line", 1),
+        ([""], "empty_file", None),
+    ],
+)
+def test_an_input_that_is_none_fails_the_batch(web: Web, lines: list[str], code: str, number: int | None) -> None:
+    """Afterwards, by the line; nothing is computed."""
+    batch_id = begun(web, *lines)
+    runner_of(web).step()
+    found = batch(web, batch_id)
+    assert (found["status"], found["request_counts"]["completed"]) == ("failed", 0)
+    assert (found["errors"]["data"][0]["code"], found["errors"]["data"][0]["line"]) == (code, number)
+    assert found["failed_at"]
+    assert web.post(f"/v1/batches/{batch_id}/cancel").status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"input_file_id": "file-" + "0" * 24}, 404), ({"input_file_id": "../../x"}, 404),
+        ({"endpoint": "/v1/models"}, 400),
+        ({"completion_window": "soon"}, 400), ({"metadata": {"a": "x" * 600}}, 400),
+        ({"metadata": {str(i): "x" for i in range(17)}}, 400), ({"input_file_id": None}, 400),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_at_once(web: Web, change: dict[str, Any], status: int) -> None:
+    """Said at once."""
+    file_id = upload(web, line("a")).json["id"]
+    body = {"input_file_id": file_id, "endpoint": "/v1/embeddings", "completion_window": "24h", **change}
+    assert web.post("/v1/batches", body).status_code == status
+    assert web.get("/v1/batches").json["data"] == []
+    for path in (
+        "/v1/batches/batch_" + "0" * 24,
+        "/v1/batches/..%2f..%2fx",
+        "/v1/files/batch_x",
+        "/v1/files/x/content",
+    ):
+        assert web.get(path).status_code == 404
+
+
+def test_a_batch_that_is_cancelled(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps what is finished; the rest is told that it did not run."""
+    monkeypatch.setattr(engine, "WINDOW_LINES", 2)
+    batch_id = begun(web, *(line(f"id-{i}", f"text {i}") for i in range(20)))
+    served: list[str] = []
+
+    def execute(url: str, body: bytes, owner: str) -> Executed:
+        served.append(json.loads(body)["input"])
+        if len(served) == 3:
+            assert web.post(f"/v1/batches/{batch_id}/cancel").json["status"] == "cancelling"
+        return executed(web.app, url, body, owner, 1)
+
+    Runner(store_of(web), execute).step()
+    found = batch(web, batch_id)
+    assert (found["status"], found["request_counts"]["total"]) == ("cancelled", 20)
+    assert found["cancelled_at"] >= found["cancelling_at"]
+    good, bad = lines_in(web, found["output_file_id"]), lines_in(web, found["error_file_id"])
+    assert sorted(one["custom_id"] for one in good + bad) == sorted(f"id-{i}" for i in range(20))
+    assert {one["error"]["code"] for one in bad} == {"batch_cancelled"}
+    assert {one["response"] for one in bad} == {None}
+    assert 1 <= len(good) == found["request_counts"]["completed"] <= len(served)
+
+
+def test_a_batch_that_expires(web: Web) -> None:
+    """Likewise."""
+    store = store_of(web)
+    batch_id = begun(web, line("a"), line("b"), completion_window="1h")
+    now = store.clock()
+    store.clock = lambda: now + 3601
+    runner_of(web).step()
+    found = batch(web, batch_id)
+    assert (found["status"], found["expired_at"] > found["expires_at"]) == ("expired", True)
+    assert {one["error"]["code"] for one in lines_in(web, found["error_file_id"])} == {"batch_expired"}
+    store.clock = lambda: now + 31 * 86400
+    runner_of(web).step()
+    assert web.get("/v1/files").json["data"] == []  # nor is anything kept for ever
+    assert web.get("/v1/batches").json["data"] == []
+
+
+def test_a_busy_pool_is_asked_again(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it has room: no line fails for that."""
+    monkeypatch.setattr(engine, "LONGEST_WAIT_S", 0.001)
+    batch_id = begun(web, line("a"), line("b"))
+    busy = iter([429, 503, 504, 429, 503])
+
+    def execute(url: str, body: bytes, owner: str) -> Executed:
+        status = next(busy, None)
+        return Executed(status, b"{}", "") if status else executed(web.app, url, body, owner, 1)
+
+    Runner(store_of(web), execute).step()
+    assert batch(web, batch_id)["request_counts"] == {"total": 2, "completed": 2, "failed": 0}
+
+
+def test_a_full_disk_pauses_it(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it says so; when there is room it goes on, and nothing is there twice."""
+    monkeypatch.setattr(engine, "WINDOW_LINES", 2)
+    monkeypatch.setattr(engine, "PAUSE_S", 0.0)
+    batch_id = begun(web, *(line(f"id-{i}", f"text {i}") for i in range(9)))
+    real, writes = engine.GrowingFile.append, iter(range(100))
+
+    def append(self: Any, content: bytes) -> None:
+        if next(writes) in (5, 9):
+            real(self, content[:7])
+            raise OSError(28, "No space left on device")
+        real(self, content)
+
+    monkeypatch.setattr(engine.GrowingFile, "append", append)
+    runner = runner_of(web)
+    runner.step()
+    assert batch(web, batch_id)["status"] == "in_progress"
+    assert "No space left" in batch(web, batch_id)["paused"]
+    while batch(web, batch_id)["status"] not in FINISHED:
+        runner.step()
+    found = batch(web, batch_id)
+    assert (found["paused"], found["request_counts"]["completed"]) == (None, 9)
+    assert [one["custom_id"] for one in lines_in(web, found["output_file_id"])] == [f"id-{i}" for i in range(9)]
+
+
+class Killed(BaseException):
+    """As if the process had ended."""
+
+
+FIXTURES = [hypothesis.HealthCheck.function_scoped_fixture]
+
+
+@hypothesis.given(kills=st.lists(st.integers(0, 12), max_size=5), torn=st.binary(max_size=30))
+@hypothesis.settings(max_examples=25, deadline=None, suppress_health_check=FIXTURES)
+def test_after_any_end_it_goes_on(web: Web, kills: list[int], torn: bytes) -> None:
+    """Every line once, in order, however often the process is killed, between any two writes of a document."""
+    real_lines, real_keep = engine.WINDOW_LINES, Store.keep
+    engine.WINDOW_LINES = 2
+    try:
+        batch_id = begun(web, *(line(f"id-{i}", "bad" if i == 3 else f"text {i}") for i in range(9)))
+        for kill in kills:
+            left = [kill]
+
+            def keep(self: Store, known: Any, left: list[int] = left) -> None:
+                if left[0] == 0:
+                    raise Killed
+                left[0] -= 1
+                real_keep(self, known)
+
+            Store.keep = keep  # type: ignore[method-assign]
+            try:
+                runner_of(web).step()
+            except Killed:
+                for path in store_of(web).place_of(batch_id).glob("*.jsonl"):
+                    with path.open("ab") as file:
+                        file.write(torn)
+            finally:
+                Store.keep = real_keep  # type: ignore[method-assign]
+        while batch(web, batch_id)["status"] not in FINISHED:
+            runner_of(web).step()
+        found = batch(web, batch_id)
+        assert (found["status"], found["request_counts"]) == ("completed", {"total": 9, "completed": 8, "failed": 1})
+        good = [one["custom_id"] for one in lines_in(web, found["output_file_id"])]
+        assert good == [f"id-{i}" for i in range(9) if i != 3]
+        assert [one["custom_id"] for one in lines_in(web, found["error_file_id"])] == ["id-3"]
+    finally:
+        engine.WINDOW_LINES = real_lines
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["custom_id", "method", "url", "body", "x"]), inner, max_size=4)
+    ),
+)
+LINES = st.one_of(
+    st.text(max_size=30), st.just(line("a")), st.just(line("b")), st.just(line("c", 7)), st.just("{}"),
+    ANYTHING.map(json.dumps),
+    ANYTHING.map(lambda url: json.dumps({"custom_id": "x", "method": "POST", "url": url, "body": {}})),
+)  # fmt: skip
+
+
+@hypothesis.given(lines=st.lists(LINES, max_size=5), tail=st.binary(max_size=20))
+@hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=FIXTURES)
+def test_whatever_is_uploaded(web: Web, lines: list[str], tail: bytes) -> None:
+    """The batch ends failed, with the lines that are at fault, or completed."""
+    content = "\n".join(lines).encode(errors="replace") + b"\n" + tail
+    file_id = upload(web, content).json["id"]
+    answer = web.post(
+        "/v1/batches", {"input_file_id": file_id, "endpoint": "/v1/embeddings", "completion_window": "24h"}
+    )
+    runner_of(web).step()
+    found = batch(web, answer.json["id"])
+    assert found["status"] in ("failed", "completed")
+    if found["status"] == "failed":
+        faults = found["errors"]["data"]
+        assert faults
+        assert all(fault["message"] and (fault["line"] or fault["code"] == "empty_file") for fault in faults)
+
+
+# --- whose
+
+
+Keyed = tuple[Web, Callable[..., str], Any]
+
+
+@pytest.fixture
+def keyed(tmp_path: Path, pool_settings: PoolSettings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Keyed]:
+    monkeypatch.setattr("embedpool.config.keys.LOOK_EVERY_S", 0.0)
+    settings = Settings(security=Security(keys_file=str(tmp_path / "keys.yml")))
+    object.__setattr__(settings, "base_dir", tmp_path)
+    with serving(tmp_path, pool_settings, MODEL, "model: other", settings=settings) as web:
+        settle(web.pool)
+        file = keys_file(settings)
+
+        def key(**values: Any) -> str:
+            entry, secret = make_key("", **values)
+            file.edit(lambda keys: (*keys, entry))
+            return secret
+
+        yield web, key, file
+
+
+def test_everybody_sees_their_own(keyed: Keyed) -> None:
+    """Others get 404; lines go with the key as it is when they run; those of a revoked one fail."""
+    web, key, file = keyed
+    mine, theirs = ({"Authorization": f"Bearer {key(**values)}"} for values in ({"models": ("m",)}, {}))
+    file_id = upload(web, "\n".join([line("a"), line("b", model="other")]), headers=mine).json["id"]
+    body = {"input_file_id": file_id, "endpoint": "/v1/embeddings", "completion_window": "24h"}
+    batch_id = web.post("/v1/batches", body, headers=mine).json["id"]
+    for path in (f"/v1/files/{file_id}", f"/v1/files/{file_id}/content", f"/v1/batches/{batch_id}"):
+        assert (web.get(path, headers=theirs).status_code, web.get(path, headers=mine).status_code) == (404, 200)
+    assert web.get("/v1/files", headers=theirs).json["data"] == []
+    assert web.post("/v1/batches", body, headers=theirs).status_code == 404
+    assert web.post(f"/v1/batches/{batch_id}/cancel", headers=theirs).status_code == 404
+    assert web.delete(f"/v1/files/{file_id}", headers=mine).status_code == 400  # it is in use
+    runner_of(web).step()
+    found = web.get(f"/v1/batches/{batch_id}", headers=mine).json
+    assert found["request_counts"] == {"total": 2, "completed": 1, "failed": 1}
+    second = web.post("/v1/batches", body, headers=mine).json["id"]
+    file.edit(lambda keys: keys[1:])
+    assert web.get("/v1/files", headers=mine).status_code == 401  # the server has seen it
+    runner_of(web).step()
+    (known,) = [one for one in store_of(web)._all("batches", "batch.json") if one["batch"]["id"] == second]
+    assert known["batch"]["request_counts"] == {"total": 2, "completed": 0, "failed": 2}
