@@ -32,7 +32,14 @@ OF_LIBRARIES = ("tqdm", "TMonitor", "OpenVINO", "pytest_timeout")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="tests/chaos at full length, about an hour")
+    parser.addoption("--long", action="store_true", help="tests/chaos at full length, about an hour, and long tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="it is long; --long runs it"))
 
 
 @pytest.fixture(autouse=True)

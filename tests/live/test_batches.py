@@ -148,6 +148,7 @@ def test_killed_and_started_again(server: Server) -> None:
     server.stop()
 
 
+@pytest.mark.long
 def test_one_of_several_workers_runs_them(server: Server) -> None:
     """Whichever is asked; a stop does not wait for the end of a batch."""
     server.write_pool(fake("m", delay_ms_per_text=5))

@@ -141,6 +141,7 @@ def test_without_a_server(server: Server, options: tuple[str, ...]) -> None:
     server.stop()
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_file(server: Server) -> None:
     """Twenty times the texts: neither the command nor the server grows by as much as the vectors would take."""
     server.write_pool(fake("m", dim=384))

@@ -119,8 +119,15 @@ def served(server: Server) -> Iterator[Server]:
     server.stop()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("viewport", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize(
+    ("viewport", "scheme"),
+    [
+        (WIDE, "light"),
+        (NARROW, "dark"),
+        pytest.param(WIDE, "dark", marks=pytest.mark.long),
+        pytest.param(NARROW, "light", marks=pytest.mark.long),
+    ],
+)
 def test_every_view_is_calm_and_accessible(
     served: Server, visit: Callable[..., Visit], scheme: str, viewport: Any
 ) -> None:

@@ -73,27 +73,25 @@ def test_clients_that_live_apart(served: Server, family: str) -> None:
     """Unmodified: one document, a hundred with an empty one and one that is too long; and their own exceptions."""
     wrong = {}
     for client, errors in CLIENTS[family].items():
-        for documents in (DOCUMENTS, DOCUMENTS[:1]):
-            given = {"query": QUERY, "documents": documents, "errors": documents is DOCUMENTS}
-            done = subprocess.run(
-                [APART / family / "bin" / "python", RANK, client, served.url],
-                input=json.dumps(given),
-                capture_output=True,
-                text=True,
-                timeout=180,
-                check=False,
-            )
-            assert done.returncode == 0, f"{client}: {done.stderr[-2000:]}"
-            found = json.loads(done.stdout.splitlines()[-1])
-            expected = ranked(served, documents)
-            by_index = dict(expected)
-            order = [index for index, _ in found["ranked"]]
+        done = subprocess.run(
+            [APART / family / "bin" / "python", RANK, client, served.url],
+            input=json.dumps({"query": QUERY, "documents": DOCUMENTS}),
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+        assert done.returncode == 0, f"{client}: {done.stderr[-2000:]}"
+        found = json.loads(done.stdout.splitlines()[-1])
+        for name, documents in {"ranked": DOCUMENTS, "ranked_alone": DOCUMENTS[:1]}.items():
+            by_index = dict(ranked(served, documents))
+            order = [index for index, _ in found[name]]
             assert sorted(order) == sorted(by_index), client
             scores = [by_index[index] for index in order]
             assert scores == sorted(scores, reverse=True), client
-            assert [score for _, score in found["ranked"]] == pytest.approx(scores, abs=1e-6), client
-            if given["errors"] and (found["errors"] != errors if errors else "none" in found["errors"]):
-                wrong[client] = found["errors"]
+            assert [score for _, score in found[name]] == pytest.approx(scores, abs=1e-6), client
+        if found["errors"] != errors if errors else "none" in found["errors"]:
+            wrong[client] = found["errors"]
     assert wrong == {}
 
 
@@ -147,6 +145,7 @@ def test_on_the_command_line(served: Server, tmp_path: Path) -> None:
     assert [json.loads(line)["document"] for line in lines] == expected[:3]
 
 
+@pytest.mark.long
 def test_a_reranker_with_meaning(server: Server, tmp_path: Path) -> None:
     """A trained MiniLM, as its files lie: the passage that a few words were taken from comes first, and scores and
     order are those of CrossEncoder."""

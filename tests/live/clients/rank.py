@@ -1,7 +1,7 @@
 """Ask a server's reranker through clients that others wrote: rank.py CLIENT URL, query and documents as JSON on stdin.
 
-Writes JSON: `ranked`, index and score of each document, the best first; `errors`, the names of the exceptions that an
-unknown model and an embedder raise.
+Writes JSON: `ranked`, index and score of each document, the best first; `ranked_alone`, the same of the first document
+alone; `errors`, the names of the exceptions that an unknown model and an embedder raise.
 """
 
 from __future__ import annotations
@@ -213,6 +213,9 @@ def raised(ask: Ask, model: str) -> str:
 
 if __name__ == "__main__":
     given = json.load(sys.stdin)
-    ask = CLIENTS[sys.argv[1]](sys.argv[2], given["query"], given["documents"])
-    found = {"ranked": ask("m"), "errors": [raised(ask, "nobody"), raised(ask, "embedder")] if given["errors"] else []}
-    json.dump(found, sys.stdout)
+    ask, ask_of_one = (
+        CLIENTS[sys.argv[1]](sys.argv[2], given["query"], documents)
+        for documents in (given["documents"], given["documents"][:1])
+    )
+    errors = [raised(ask, "nobody"), raised(ask, "embedder")]
+    json.dump({"ranked": ask("m"), "ranked_alone": ask_of_one("m"), "errors": errors}, sys.stdout)
