@@ -42,11 +42,13 @@ class Recent:
 def log_request(request: HttpRequest, status: int, recent: Recent | None = None) -> None:
     """At level info; probes that went well at level debug, since they come every few seconds."""
     is_probe = request.route in PROBES and status < 400
-    if recent is not None and not is_probe:
-        recent.add(_fields(request, status))
     level = logging.DEBUG if is_probe else logging.INFO
-    if logger.isEnabledFor(level):
-        fields = {"fields": _fields(request, status)}
+    is_shown, is_logged = recent is not None and not is_probe, logger.isEnabledFor(level)
+    found = _fields(request, status) if is_shown or is_logged else {}
+    if recent is not None and is_shown:
+        recent.add(found)
+    if is_logged:
+        fields = {"fields": found}
         # As logger.log does, but without looking up the caller, which is always this line.
         logger.handle(logger.makeRecord(logger.name, level, __file__, 0, "request", (), None, extra=fields))
 
