@@ -26,6 +26,7 @@ NO_SETTINGS = re.compile(  # what is set for other ends, some of it by Kubernete
     r"EMBEDPOOL_(CONFIG\Z|SECRET_|SERVICE_(HOST|PORT)(_|\Z)|PORT(_|\Z))"
 )
 LEAST_LIKENESS = 0.85
+FORM_BYTES = 1 << 20  # of the form around an uploaded file
 SECRET_PREFIX = "EMBEDPOOL_SECRET_"  # noqa: S105  (the prefix of variable names, not a secret)
 
 

@@ -24,7 +24,7 @@ from embedpool.errors import EmbedpoolError, Overloaded, StorageError, as_docume
 
 logger = logging.getLogger(__name__)
 
-FILES_PATH, FORM_BYTES = "/v1/files", 1 << 20  # an upload is a form around its file
+FILES_PATH = "/v1/files"
 LINES_PATH, LINES_TYPE = "/embed", "application/x-ndjson"
 SPOOLED_FROM_BYTES = 1 << 20  # of a body or an answer
 LARGEST_READ_UNSEEN_BYTES = 1 << 16  # of a body; a larger one is read only once its head has been judged

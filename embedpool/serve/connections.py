@@ -24,9 +24,10 @@ from waitress.server import BaseWSGIServer, create_server
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
 from embedpool.bounds import Budget
+from embedpool.config.settings import FORM_BYTES
 from embedpool.errors import BadRequest, BodyTooLarge
 from embedpool.serve.app import App
-from embedpool.serve.bodies import FORM_BYTES, Parser, Refused, Spool, document
+from embedpool.serve.bodies import Parser, Refused, Spool, document
 from embedpool.serve.last_in_first_out import LastInFirstOut
 from embedpool.serve.nonblocking import Socket, is_gone
 

@@ -14,7 +14,7 @@ from werkzeug.formparser import FormDataParser
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
 from embedpool.config.fields import StrictInteger
-from embedpool.config.settings import Limits, Settings
+from embedpool.config.settings import FORM_BYTES, Limits, Settings
 from embedpool.errors import BodyTooLarge, InvalidRequest, StorageError
 from embedpool.jobs.batches import Executed
 from embedpool.jobs.store import FINISHED, Document, Store
@@ -31,7 +31,6 @@ STORE = "embedpool.store"  # of an app's extensions
 ENDPOINTS = ("/v1/embeddings", "/v1/rerank", "/v1/score", "/v1/classify")
 DAY_S = 86400
 LONGEST_LIVES_S = 30 * DAY_S
-FORM_BYTES = 1 << 20  # of a form beside its file; serve/bodies.py counts as many
 MOST_PARTS = 20
 BATCH_SHARE = 0.25  # of a request, for all lines of a batch that are under way
 WINDOW = re.compile(r"([1-9][0-9]{0,3})([hd])\Z")
