@@ -26,6 +26,10 @@ from embedpool.web.http_request import here
 from embedpool.web.manage import refuse_strangers
 from embedpool.web.request_log import Recent
 
+TOLD = (  # of a model's entry in /status, to every key
+    "model", "alias", "enabled", "state", "kinds", "queue_len", "queue_max", "progress", "space", "replicas",
+    "replicas_idle", "replicas_busy", "scaling", "counters",
+)  # fmt: skip
 STILL_KNOWN = 5  # samples that a page may be behind, and be told what is new alone
 FACTS = ("kind", "dim", "device", "backend", "compute_dtype", "labels", "routes", "protocol")  # told to every key
 
@@ -113,11 +117,7 @@ class _Made:
     def _model(self, served: ServedModel, since: int, *, is_admin: bool) -> dict[str, Any]:
         entry = served.snapshot()
         spec, runs_on, tokenizer = served.spec, entry["runs_on"], served.opened_tokenizer
-        names = ("model", "alias", "enabled", "state", "kinds", "queue_len", "queue_max", "progress", "space")
-        found = {name: entry[name] for name in names} | {
-            name: entry[name] for name in ("replicas", "replicas_idle", "replicas_busy", "scaling", "counters")
-        }
-        found |= {
+        found = {name: entry[name] for name in TOLD} | {
             "driver": spec.driver.type,
             "place": spec.place,
             "runs_on": {name: runs_on[name] for name in FACTS if name in runs_on},
@@ -130,12 +130,9 @@ class _Made:
             "series": self._history.series(served, since),
         }
         if "successor" in entry:
-            found["successor"] = {**entry["successor"], "last_error": None}
+            found["successor"] = entry["successor"] if is_admin else {**entry["successor"], "last_error": None}
         if is_admin:
-            found["last_error"] = entry["last_error"]
-            found["runs_on"] = runs_on
-            if "successor" in entry:
-                found["successor"] = entry["successor"]
+            found |= {"last_error": entry["last_error"], "runs_on": runs_on}
         return found
 
 
