@@ -160,7 +160,6 @@ class _Run:
         folder = store.place_of(self._batch["id"])
         self._output, self._errors = GrowingFile(folder / OUTPUT), GrowingFile(folder / ERRORS)
         self._input: Path = store.content(self._batch["input_file_id"])
-        self._over = threading.Event()
 
     def run(self) -> None:
         if self._batch["status"] == "validating":
@@ -242,7 +241,7 @@ class _Run:
             with self._input.open("rb") as file, ThreadPoolExecutor(LINES_AT_ONCE, "batch-line") as threads:
                 file.seek(at.get("input", 0))
                 windows = self._until_it_ends(_windows(_lines(file, at.get("input", 0))))
-                found = answered(windows, lambda lines: self._served(lines, threads), self._over, name="batch")
+                found = answered(windows, lambda lines: self._served(lines, threads), threading.Event(), name="batch")
                 with contextlib.closing(found):
                     for lines, results in found:
                         self._write(lines, results)
@@ -312,17 +311,14 @@ class _Run:
     def _finalize(self) -> None:
         """Its results become files; it may have been cut off here before."""
         expires_at, batch_id = self._known["forget_at"], self._batch["id"]
-        for growing, name, key, secret in (
-            (self._output, "output", "output_file_id", "output_id"),
-            (self._errors, "error", "error_file_id", "errors_id"),
-        ):
-            if self._known["at"].get("output" if name == "output" else "errors", 0):
-                file_id = self._known[secret]
+        for growing, which, name in ((self._output, "output", "output"), (self._errors, "errors", "error")):
+            if self._known["at"].get(which, 0):
+                file_id = self._known[f"{which}_id"]
                 self._store.adopt(
                     growing.path, file_id, self._known["owner"], filename=f"{batch_id}_{name}.jsonl",
                     purpose="batch_output", expires_at=expires_at,
                 )  # fmt: skip
-                self._batch[key] = file_id
+                self._batch[f"{name}_file_id"] = file_id
             else:
                 growing.path.unlink(missing_ok=True)
         status = {CANCELLED: "cancelled", EXPIRED: "expired"}.get(self._known.get("ended", ""), "completed")
