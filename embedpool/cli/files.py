@@ -63,7 +63,9 @@ def from_files(arguments: Arguments, *, pairs: bool, choose: Callable[[list[dict
         if client is not None:
             compute = _of_a_server(client, model, options, pairs=pairs)
         else:
-            compute = stack.enter_context(_of_this_process(settings, model, options, pairs=pairs))
+            from embedpool.in_process import computing
+
+            compute = stack.enter_context(computing(settings, model, options, pairs=pairs))
         began_s = time.monotonic()
         with _shown(job) as tell:
             try:
@@ -118,14 +120,6 @@ def _of_a_server(client: Client, model: str, options: dict[str, Any], *, pairs: 
                 time.sleep(ASK_EVERY_S)
 
     return compute
-
-
-@contextlib.contextmanager
-def _of_this_process(settings: Settings, model: str, options: dict[str, Any], *, pairs: bool) -> Iterator[Compute]:
-    from embedpool.in_process import computing
-
-    with computing(settings, model, options, pairs=pairs) as compute:
-        yield compute
 
 
 @contextlib.contextmanager
