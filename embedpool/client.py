@@ -8,9 +8,9 @@ import io
 import logging
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import numpy as np
@@ -27,6 +27,8 @@ from embedpool.errors import (
 )
 
 logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 TEXTS_PER_CALL = 1000
@@ -101,26 +103,19 @@ class Client:
     def _vectors(self, texts: Sequence[str], model: str, options: dict[str, Any], first: int) -> NDArray[Any]:
         """Of texts number `first` and those that follow, of the same space as those before."""
         body = {"model": model, "texts": list(texts), "options": options}
-        patience_s = self._retry_s
-        while True:
-            try:
-                response = self._send("POST", "/embed", body, accept="application/x-npy", deadline_s=self._timeout_s)
-                break
-            except EmbedpoolError as error:
-                wait_s = error.retry_after_s
-                if error.status in BUSY and wait_s is not None and wait_s <= patience_s:
-                    wait_s = max(wait_s, LEAST_WAIT_S)
-                    patience_s -= wait_s
-                    time.sleep(wait_s)
-                    continue
-                if error.status in TOO_MUCH and len(texts) > 1:
-                    middle = len(texts) // 2
-                    halves = ((texts[:middle], first), (texts[middle:], first + middle))
-                    return np.concatenate([self._vectors(half, model, options, at) for half, at in halves])
-                if first:
-                    error.args = (f"{error.message} (of the texts from number {first})",)
-                    error.message = error.args[0]
-                raise
+        try:
+            response = self._when_not_busy(
+                lambda: self._send("POST", "/embed", body, accept="application/x-npy", deadline_s=self._timeout_s)
+            )
+        except EmbedpoolError as error:
+            if error.status in TOO_MUCH and len(texts) > 1:
+                middle = len(texts) // 2
+                halves = ((texts[:middle], first), (texts[middle:], first + middle))
+                return np.concatenate([self._vectors(half, model, options, at) for half, at in halves])
+            if first:
+                error.args = (f"{error.message} (of the texts from number {first})",)
+                error.message = error.args[0]
+            raise
         before, self.space = self.space, response.headers.get("X-Embedpool-Space")
         if before not in (None, self.space):
             raise ModelChanged(f"{model!r} has become another model; texts from number {first} have vectors of that")
@@ -131,16 +126,13 @@ class Client:
 
     def embed_each(self, texts: Sequence[str], *, model: str, **options: Any) -> Each:
         """As `embed`, of up to 1,000 texts, but one that fails takes no other with it; its row means nothing."""
-        precision, wanted = (
-            options.get("precision", "float32"),
-            {**options, "on_error": "partial", "encoding": "base64"},
-        )
+        wanted = {**options, "on_error": "partial", "encoding": "base64"}
 
         def ask(some: Sequence[str]) -> Each:
             found = self._asked_again("/embed", {"model": model, "texts": list(some), "options": wanted})
             rows = [None if one is None else base64.b64decode(one) for one in found["vectors"]]
             length = next((len(row) for row in rows if row is not None), 0)
-            dtype = OF_PRECISION.get(precision) or ("<f2" if length == 2 * found["dim"] else "<f4")
+            dtype = OF_PRECISION.get(options.get("precision", "")) or ("<f2" if length == 2 * found["dim"] else "<f4")
             values = np.frombuffer(b"".join(row or bytes(length) for row in rows), dtype)
             return self._each(values.reshape(len(rows), -1), found)
 
@@ -183,10 +175,14 @@ class Client:
 
     def _asked_again(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The answer, also of a server that is busy at first."""
+        return self._when_not_busy(lambda: self._call("POST", path, body))
+
+    def _when_not_busy(self, ask: Callable[[], Answer]) -> Answer:
+        """What is answered; a server that is busy or loading is asked again when it says, for up to `retry_s`."""
         patience_s = self._retry_s
         while True:
             try:
-                return self._call("POST", path, body)
+                return ask()
             except EmbedpoolError as error:
                 wait_s = error.retry_after_s
                 if error.status not in BUSY or wait_s is None or wait_s > patience_s:
