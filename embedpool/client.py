@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import io
 import logging
@@ -195,17 +196,10 @@ class Client:
         """Upload a file of requests, piece by piece, and have them run; the batch, as OpenAI's API has it."""
         with path.open("rb") as file:
             form = _Form(path.name, file, path.stat().st_size)
-            response = self._session.post(
-                f"{self._base_url}/v1/files",
-                data=form,
-                headers={**self._headers, "Content-Type": form.content_type},
-                timeout=self._timeout_s,
-                proxies=self._proxies,
-            )
-        document = self._document(response)
+            response = self._asked("POST", "/v1/files", {"Content-Type": form.content_type}, data=form)
         if response.status_code >= 300:
-            raise _as_error(document, response)
-        body = {"input_file_id": document["id"], "endpoint": endpoint, "completion_window": window}
+            raise _as_error(self._document(response), response)
+        body = {"input_file_id": self._document(response)["id"], "endpoint": endpoint, "completion_window": window}
         return self._call("POST", "/v1/batches", body)
 
     def batches(self) -> Iterator[dict[str, Any]]:
@@ -226,14 +220,11 @@ class Client:
 
     def fetch_file(self, file_id: str, path: Path) -> None:
         """Write what a file of the server holds, piece by piece; `path` appears when all is there."""
-        url = f"{self._base_url}/v1/files/{quote(file_id, safe='')}/content"
         part = path.with_name(path.name + ".part")
-        with self._session.get(
-            url, headers=self._headers, timeout=self._timeout_s, proxies=self._proxies, stream=True
-        ) as response:
+        with self._asked("GET", f"/v1/files/{quote(file_id, safe='')}/content", {}, stream=True) as response:
             if response.status_code >= 300:
                 raise _as_error(self._document(response), response)
-            with part.open("wb") as file:
+            with part.open("wb") as file, self._reached():
                 for piece in response.iter_content(PIECE_BYTES):
                     file.write(piece)
         part.replace(path)
@@ -299,25 +290,37 @@ class Client:
         deadline_s: float | None = None,
     ) -> requests.Response:
         """The answer, if it is a good one. With `deadline_s` the server itself is told by when it is wanted."""
-        headers = {**self._headers, "Accept": accept}
+        headers = {"Accept": accept}
         if deadline_s:
             headers["X-Request-Timeout-Ms"] = str(max(int(deadline_s * 1000), 1))
             timeout_s = deadline_s + DEADLINE_MARGIN_S
-        try:
-            response = self._session.request(
-                method,
-                self._base_url + path,
-                json=body,
-                headers=headers,
-                timeout=timeout_s or self._timeout_s,
-                allow_redirects=False,
-                proxies=self._proxies,
-            )
-        except requests.RequestException as error:
-            raise ServerUnreachable(f"no answer from {self._base_url} ({type(error).__name__})") from None
+        response = self._asked(method, path, headers, timeout_s, json=body)
         if response.status_code < 300 and response.headers.get("Content-Type") == accept:
             return response
         raise _as_error(self._document(response), response)
+
+    def _asked(
+        self, method: str, path: str, headers: dict[str, str], timeout_s: float | None = None, **more: Any
+    ) -> requests.Response:
+        """Whatever is answered. Raises ServerUnreachable."""
+        with self._reached():
+            return self._session.request(
+                method,
+                self._base_url + path,
+                headers={**self._headers, **headers},
+                timeout=timeout_s or self._timeout_s,
+                allow_redirects=False,
+                proxies=self._proxies,
+                **more,
+            )
+
+    @contextlib.contextmanager
+    def _reached(self) -> Iterator[None]:
+        """While something is sent or read."""
+        try:
+            yield
+        except requests.RequestException as error:
+            raise ServerUnreachable(f"no answer from {self._base_url} ({type(error).__name__})") from None
 
     def _document(self, response: requests.Response) -> Any:
         try:

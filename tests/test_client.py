@@ -413,3 +413,14 @@ def test_half_a_character_is_not_sent() -> None:
     """The text is named, and nobody is asked."""
     with Client("http://127.0.0.1:9") as client, pytest.raises(InvalidRequest, match=r"texts\[1\]: it holds half"):
         client.embed(["a", "cut \ud83e"], model="m")
+
+
+def test_files_that_reach_nobody(tmp_path: Path) -> None:
+    """Neither an upload nor a download raises what the library under it does."""
+    (tmp_path / "in.jsonl").write_text("{}\n")
+    with Client("http://127.0.0.1:9") as client:
+        with pytest.raises(ServerUnreachable):
+            client.create_batch(tmp_path / "in.jsonl", endpoint="/v1/embeddings")
+        with pytest.raises(ServerUnreachable):
+            client.fetch_file("file-x", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
