@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import orjson
 from filelock import FileLock, Timeout
 
-from embedpool.jobs.sinks import GrowingFile
+from embedpool.jobs.durable import GrowingFile
 from embedpool.jobs.store import ERRORS, OUTPUT, Document, Store
 from embedpool.jobs.windows import answered
 

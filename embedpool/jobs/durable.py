@@ -1,4 +1,4 @@
-"""Documents on the disk that are whole at every moment, also after a kill or a loss of power."""
+"""Documents and files on the disk that can be gone on with after a kill or a loss of power."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from embedpool.errors import InvalidRequest
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -25,3 +27,51 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} is no object")
     return found
+
+
+class GrowingFile:
+    """A file that grows, and may be cut back."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes = 0
+        self._file: IO[bytes] | None = None
+
+    def open_at(self, size: int) -> None:
+        """With so many bytes. Raises InvalidRequest if it is shorter than it was."""
+        try:
+            self._file = self.path.open("r+b" if size else "w+b")
+        except FileNotFoundError:
+            raise InvalidRequest(f"{self.path} is gone") from None
+        self._file.seek(0, os.SEEK_END)
+        if self._file.tell() < size:
+            raise InvalidRequest(f"{self.path} is shorter than it was")
+        self._file.truncate(size)
+        self._file.seek(size)
+        self.bytes = size
+
+    def append(self, content: bytes) -> None:
+        """At the end."""
+        assert self._file is not None
+        self._file.write(content)
+        self.bytes += len(content)
+
+    def put(self, at: int, content: bytes) -> None:
+        """Overwrite what is there."""
+        assert self._file is not None
+        self._file.seek(at)
+        self._file.write(content)
+        self._file.seek(self.bytes)
+
+    def sync(self) -> int:
+        """To the disk; how many bytes there are."""
+        assert self._file is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self.bytes
+
+    def close(self) -> None:
+        """It may be closed already."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

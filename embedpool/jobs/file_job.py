@@ -17,8 +17,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from embedpool.errors import InvalidRequest, ModelChanged
-from embedpool.jobs.durable import write_json
-from embedpool.jobs.sinks import GrowingFile, Sink
+from embedpool.jobs.durable import GrowingFile, write_json
+from embedpool.jobs.sinks import Sink
 from embedpool.jobs.sources import Files, Row
 from embedpool.jobs.windows import answered
 
@@ -82,7 +82,7 @@ class FileJob:
             return self._end()
         over = threading.Event()
         try:
-            self._sink.begin(sink_state)
+            self._begin(sink_state)
             found = answered(
                 _windows(self._files.rows(self.progress.rows)), lambda rows: (rows, _of_good(rows, compute)), over,
                 name="job",
@@ -97,6 +97,13 @@ class FileJob:
             self._sink.close()
             self._failed.close()
         return self._end()
+
+    def _begin(self, sink_state: dict[str, Any]) -> None:
+        """Raises InvalidRequest where what was written is there no more."""
+        try:
+            self._sink.begin(sink_state)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{error.message}; delete {self._job} to begin anew") from None
 
     def _end(self) -> Progress:
         self._failed.close()

@@ -12,13 +12,14 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
 from embedpool.errors import InvalidRequest
+from embedpool.jobs.durable import GrowingFile
 from embedpool.jobs.sources import Row
 
 VECTOR, SCORE = "vector", "score"
@@ -69,54 +70,6 @@ def sink_of(path: Path, column: str) -> Sink:
     if kind is None:
         raise InvalidRequest(f"{path}: the name must end with {', '.join(kinds)}")
     return kind(path, column)
-
-
-class GrowingFile:
-    """A file that grows, and may be cut back."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.bytes = 0
-        self._file: IO[bytes] | None = None
-
-    def open_at(self, size: int) -> None:
-        """With so many bytes. Raises InvalidRequest if it is shorter than it was."""
-        try:
-            self._file = self.path.open("r+b" if size else "w+b")
-        except FileNotFoundError:
-            raise InvalidRequest(f"{self.path} is gone; delete the .job file beside it to begin anew") from None
-        self._file.seek(0, os.SEEK_END)
-        if self._file.tell() < size:
-            raise InvalidRequest(f"{self.path} is shorter than it was; delete the .job file beside it to begin anew")
-        self._file.truncate(size)
-        self._file.seek(size)
-        self.bytes = size
-
-    def append(self, content: bytes) -> None:
-        """At the end."""
-        assert self._file is not None
-        self._file.write(content)
-        self.bytes += len(content)
-
-    def put(self, at: int, content: bytes) -> None:
-        """Overwrite what is there."""
-        assert self._file is not None
-        self._file.seek(at)
-        self._file.write(content)
-        self._file.seek(self.bytes)
-
-    def sync(self) -> int:
-        """To the disk; how many bytes there are."""
-        assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self.bytes
-
-    def close(self) -> None:
-        """It may be closed already."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 def part_of(path: Path) -> Path:
@@ -233,7 +186,7 @@ class Parquet(Sink):
             if not file.stem.isdecimal() or int(file.stem) >= self._parts:
                 file.unlink()
         if missing := [number for number in range(self._parts) if not self._part(number).exists()]:
-            raise InvalidRequest(f"{self._part(missing[0])} is gone; delete the .job file to begin anew")
+            raise InvalidRequest(f"{self._part(missing[0])} is gone")
 
     @override
     def write(self, rows: Sequence[Row], values: Values) -> None:
