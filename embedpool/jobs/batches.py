@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import orjson
 from filelock import FileLock, Timeout
 
+from embedpool.errors import StorageError
 from embedpool.jobs.durable import GrowingFile
 from embedpool.jobs.store import ERRORS, OUTPUT, Document, Store
 from embedpool.jobs.windows import answered
@@ -134,12 +135,14 @@ class Runner:
         try:
             _Run(self._store, waiting[0], self._execute, self._stopping).run()
         except OSError as error:
-            self._pause(waiting[0], error)
+            self._pause(waiting[0], error.strerror or str(error))
+        except StorageError as error:
+            self._pause(waiting[0], error.message)
         return True
 
-    def _pause(self, known: Document, error: OSError) -> None:
+    def _pause(self, known: Document, why: str) -> None:
         """The disk is full, say: it goes on when there is room, and says so until then."""
-        says = f"paused: {error.strerror or error}"
+        says = f"paused: {why}"
         logger.warning("batch %s is %s", known["batch"]["id"], says)
         with contextlib.suppress(OSError):
             fresh = next(one for one in self._store.to_run() if one["batch"]["id"] == known["batch"]["id"])
@@ -290,6 +293,7 @@ class _Run:
     def _write(self, lines: Sequence[_Line], results: Sequence[Executed | _Fault]) -> None:
         """A window, and then that it is written."""
         counts = self._batch["request_counts"]
+        self._store.require_room(sum(len(found.body) for found in results if isinstance(found, Executed)))
         for line, found in zip(lines, results, strict=True):
             if isinstance(found, _Fault):
                 answer: Any = None

@@ -330,6 +330,21 @@ def test_a_full_disk_pauses_it(web: Web, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [one["custom_id"] for one in lines_in(web, found["output_file_id"])] == [f"id-{i}" for i in range(9)]
 
 
+def test_results_have_as_much_room_as_files(make_web: MakeWeb, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together: a batch pauses where its results would take more, and goes on when some of it is free."""
+    monkeypatch.setattr(engine, "PAUSE_S", 0.0)
+    web = make_web(MODEL, settings=Settings(limits=Limits(max_files_bytes=30_000)))
+    other = upload(web, "x" * 20_000).json["id"]
+    batch_id = begun(web, line("a"), line("b"))
+    runner = runner_of(web)
+    runner.step()
+    found = batch(web, batch_id)
+    assert (found["status"], "limits.max_files_bytes" in found["paused"]) == ("in_progress", True)
+    web.delete(f"/v1/files/{other}")
+    runner.step()
+    assert (batch(web, batch_id)["status"], batch(web, batch_id)["paused"]) == ("completed", None)
+
+
 class Killed(BaseException):
     """As if the process had ended."""
 
