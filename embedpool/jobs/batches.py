@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import orjson
 from filelock import FileLock, Timeout
 
-from embedpool.errors import StorageError
+from embedpool.errors import EmbedpoolError, StorageError
 from embedpool.jobs.durable import GrowingFile
 from embedpool.jobs.store import ERRORS, OUTPUT, Document, Store
 from embedpool.jobs.windows import answered
@@ -138,7 +138,21 @@ class Runner:
             self._pause(waiting[0], error.strerror or str(error))
         except StorageError as error:
             self._pause(waiting[0], error.message)
+        except _Stopped:
+            raise
+        except Exception as error:
+            logger.exception("batch %s cannot be run", waiting[0]["batch"]["id"])
+            self._give_up(waiting[0], error)
         return True
+
+    def _give_up(self, known: Document, error: Exception) -> None:
+        """It must not keep the others waiting for ever."""
+        says = error.message if isinstance(error, EmbedpoolError) else type(error).__name__
+        fault = _Fault("internal_error", f"the batch cannot be run: {says}", None)
+        known["batch"] |= {
+            "status": "failed", "failed_at": self._store.now(), "errors": {"object": "list", "data": [fault._asdict()]},
+        }  # fmt: skip
+        self._store.keep(known)
 
     def _pause(self, known: Document, why: str) -> None:
         """The disk is full, say: it goes on when there is room, and says so until then."""

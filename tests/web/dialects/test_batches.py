@@ -389,6 +389,33 @@ def test_after_any_end_it_goes_on(web: Web, kills: list[int], torn: bytes) -> No
         engine.WINDOW_LINES = real_lines
 
 
+def test_a_batch_that_cannot_go_on_keeps_nobody_waiting(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody has deleted its results: it fails and says why, and the next one runs."""
+    monkeypatch.setattr(engine, "WINDOW_LINES", 2)
+    first = begun(web, *(line(f"id-{i}") for i in range(9)))
+    store, now = store_of(web), store_of(web).clock()
+    store.clock = lambda: now + 1
+    second = begun(web, line("a"))
+    with monkeypatch.context() as patch:
+        left = iter([True, True])  # it begins, and writes a window
+
+        def keep(self: Store, known: Any, real: Any = Store.keep) -> None:
+            if not next(left, False):
+                raise Killed
+            real(self, known)
+
+        patch.setattr(Store, "keep", keep)
+        with pytest.raises(Killed):
+            runner_of(web).step()
+    (store.place_of(first) / "output.jsonl").unlink()
+    runner = runner_of(web)
+    assert (runner.step(), runner.step()) == (True, True)
+    found = batch(web, first)
+    assert found["status"] == "failed"
+    assert "output.jsonl is gone" in found["errors"]["data"][0]["message"]
+    assert batch(web, second)["status"] == "completed"
+
+
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5),
     lambda inner: (
