@@ -22,6 +22,7 @@ FILES, BATCHES = "files", "batches"
 FILE, BATCH, CONTENT, CANCEL = "file.json", "batch.json", "content", "cancel"
 OUTPUT, ERRORS = "output.jsonl", "errors.jsonl"
 ID = re.compile(r"(file-|batch_)[0-9a-f]{24}\Z")
+PRIVATE = 0o700  # they hold texts
 UNFINISHED_S = 86400.0  # after which what was begun and not finished is given up
 FINISHED = ("completed", "failed", "expired", "cancelled")
 
@@ -47,7 +48,7 @@ class Store:
     def receiving(self, file_id: str) -> Iterator[Path]:
         """Where the content of a new file goes; it is gone again unless `enter` follows."""
         folder = self._folder_of(file_id)
-        folder.mkdir(parents=True)
+        folder.mkdir(PRIVATE, parents=True)
         try:
             yield folder / CONTENT
         finally:
@@ -68,7 +69,7 @@ class Store:
     def adopt(self, path: Path, file_id: str, owner: str, *, filename: str, purpose: str, expires_at: int) -> None:
         """Make a file of one that lies elsewhere here; again, if that was cut off."""
         folder = self._folder_of(file_id)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(PRIVATE, parents=True, exist_ok=True)
         if path.exists():
             path.replace(folder / CONTENT)
         if not (folder / FILE).exists():
@@ -98,7 +99,7 @@ class Store:
         """Enter a batch; the document gets an id. It and its results are kept until `forget_at`."""
         batch_id = f"batch_{secrets.token_hex(12)}"
         folder = self._folder_of(batch_id)
-        folder.mkdir(parents=True)
+        folder.mkdir(PRIVATE, parents=True)
         found = {**document, "id": batch_id}
         known = {
             "owner": owner, "batch": found, "at": {}, "forget_at": forget_at, "output_id": self.new_file_id(),

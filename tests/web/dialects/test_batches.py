@@ -99,6 +99,15 @@ def test_a_file_is_received_listed_read_and_deleted(web: Web) -> None:
     }  # fmt: skip
 
 
+def test_texts_are_private(web: Web) -> None:
+    """Other users of the machine cannot read what was uploaded, nor what came of it."""
+    batch_id = begun(web, line("a"))
+    runner_of(web).step()
+    folders = [*(store_of(web).folder / "files").iterdir(), store_of(web).place_of(batch_id)]
+    assert len(folders) == 3
+    assert {folder.stat().st_mode & 0o077 for folder in folders} == {0}
+
+
 def test_lists_are_paged(web: Web) -> None:
     """Newest first, from behind the last that is known."""
     clock = iter(range(10**9, 10**9 + 10))
