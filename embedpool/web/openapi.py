@@ -284,12 +284,13 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("get", "/openapi.json"): operation("Documentation", "This document", {"application/json": {}}),
     ("get", "/ui"): operation("Documentation", "The page for people", {"text/html": {}}),
     ("get", "/ui/{file}"): operation(
-        "Documentation", "What that page needs", {"text/css": {}, "text/javascript": {}, "image/svg+xml": {}},
+        "Documentation", "What that page needs, or the page",
+        {"text/html": {}, "text/css": {}, "text/javascript": {}, "image/svg+xml": {}},
         parameters=(_path("file", "Path of a file."),),
     ),
     ("get", "/docs"): operation("Documentation", "This document, to browse", {"text/html": {}}),
     ("get", "/docs/{file}"): operation(
-        "Documentation", "What that page needs", {"text/css": {}, "text/javascript": {}},
+        "Documentation", "What that page needs, or the page", {"text/html": {}, "text/css": {}, "text/javascript": {}},
         parameters=(_path("file", "Name of a file."),),
     ),
 }  # fmt: skip

@@ -76,6 +76,15 @@ def test_the_page_needs_no_other_file(web: Web, name: str) -> None:
     refused(web.get(f"/docs/{name}"), 404, "not_found")
 
 
+@pytest.mark.parametrize("page", ["docs", "ui"])
+def test_a_slash_for_a_file_is_the_page(web: Web, page: str) -> None:
+    """As slashes in a row are one; the document tells of it."""
+    answer = web.get(f"/{page}/%2F")
+    assert answer.mimetype == "text/html"
+    operation = document()["paths"][f"/{page}/{{file}}"]["get"]
+    assert answer.mimetype in operation["responses"]["200"]["content"]
+
+
 # --- what is served keeps to the document
 
 
