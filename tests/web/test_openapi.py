@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from schemathesis import Case, GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
@@ -122,6 +122,8 @@ def test_no_answer_is_outside_the_document(fuzzed: Any, method: str, path: str, 
     def run(case: Case) -> None:
         if mode is GenerationMode.POSITIVE and path == "/models/register":
             case.body.update(driver_type="fake", driver_config={"dim": 8})  # others would look for a model elsewhere
+        elif path == "/models/register":  # what is wrong may be the query alone
+            assume(not isinstance(case.body, dict) or case.body.get("driver_type") not in ("local_st", "http"))
         elif mode is GenerationMode.POSITIVE and method != "delete":
             ask_for_a_known_model(case)
         if str((case.headers or {}).get(TIMEOUT_HEADER, "")).isdigit():
