@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,6 +55,20 @@ def _no_leaked_threads() -> Iterator[None]:
         if thread.is_alive():
             leaked.append(thread.name)
     assert not leaked, f"threads left behind: {leaked}"
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A test may configure the log of this process; the next captures what it asks for."""
+    loggers = [logging.getLogger(), logging.getLogger("embedpool")]
+    levels, handlers = [logger.level for logger in loggers], [*loggers[0].handlers]
+    requests = logging.getLogger("embedpool.web.request_log")
+    is_disabled = requests.disabled
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    loggers[0].handlers[:] = handlers
+    requests.disabled = is_disabled
 
 
 @pytest.fixture(autouse=True)
