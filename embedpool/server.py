@@ -90,7 +90,7 @@ class EmbedpoolApp:
             self.pool.catch_up = self.reconciler.catch_up
         self.flask: Flask = create_app(self.pool, self.reconciler, settings, self.metrics)
         execute = functools.partial(batches.executed, self.flask, at_once=LINES_AT_ONCE)
-        self._batches = Runner(self.flask.extensions[batches.STORE], execute)
+        self._batches = Runner(self.flask.extensions[batches.STORE], execute, self.metrics)
         self._spans = tracing.start() if settings.tracing.enabled else None
         self._watch: Watch | None = None
         if settings.hot_reload.enabled:

@@ -95,4 +95,5 @@ def _line(found: dict[str, Any]) -> str:
     at = time.strftime("%Y-%m-%d %H:%M", time.localtime(found["created_at"]))
     failed = f", {counts['failed']:,} failed" if counts["failed"] else ""
     done = f"{counts['completed'] + counts['failed']:,} of {counts['total']:,}{failed}"
-    return f"{found['id']}  {found['status']:11}  {at}  {found['endpoint']}  {done}"
+    speed = f", {found['requests_s']:,}/s, {found['seconds_left']:,} s left" if found["requests_s"] else ""
+    return f"{found['id']}  {found['status']:11}  {at}  {found['endpoint']}  {done}{speed}"

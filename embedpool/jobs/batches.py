@@ -7,10 +7,11 @@ Knows no HTTP: `execute` serves a line.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,25 +20,23 @@ import orjson
 from filelock import FileLock, Timeout
 
 from embedpool.errors import EmbedpoolError, StorageError
+from embedpool.jobs.batch_input import Checked, Fault, Line, windows
 from embedpool.jobs.durable import GrowingFile
-from embedpool.jobs.store import ERRORS, OUTPUT, Document, Store
+from embedpool.jobs.speed import Speed
+from embedpool.jobs.store import ERRORS, FINISHED, OUTPUT, Document, Store
 from embedpool.jobs.windows import answered
 
 logger = logging.getLogger(__name__)
 
 LINES_AT_ONCE = 64  # served at the same time
-WINDOW_LINES, WINDOW_BYTES = 256, 4_000_000
-MOST_LINES = 1_000_000
-LONGEST_LINE_BYTES = 64 << 20
-MOST_FAULTS = 100  # of an input file that are told
-LOOK_EVERY_S = 1.0
+LOOK_EVERY_S = 1.0  # for batches that another process was given
+TELL_EVERY_S = 10.0
 PAUSE_S = 5.0  # where there is no room on the disk
 PRUNE_EVERY_S = 600.0
 ENDS_WITHIN_S = 10.0
 LONGEST_WAIT_S = 30.0  # before a busy pool is asked again
 CANCELLED, EXPIRED = "batch_cancelled", "batch_expired"
 BUSY = (429, 503, 504, 507)
-KEYS = {"custom_id": str, "method": str, "url": str, "body": dict}
 
 
 class Executed(NamedTuple):
@@ -46,6 +45,7 @@ class Executed(NamedTuple):
     status: int
     body: bytes
     request_id: str
+    tokens: int = 0
     retry_after_s: float = 1.0
 
 
@@ -56,26 +56,27 @@ class _Stopped(Exception):
     """The server stops; the window under way does not count."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Line:
-    custom_id: str
-    body: bytes
-    end: int  # bytes of the input up to its end
+class Observer:
+    """Is told what becomes of batches."""
 
+    def lines_ran(self, completed: int, failed: int) -> None:
+        """So many more have."""
 
-class _Fault(NamedTuple):
-    code: str
-    message: str
-    line: int | None
-    param: str | None = None
+    def batch_ended(self, status: str) -> None:
+        """One is over."""
+
+    def batches_seen(self, unfinished: Mapping[str, int], used_bytes: int, most_bytes: int) -> None:
+        """How many are not finished, by status; what all files and results take, and may take."""
 
 
 class Runner:
     """Runs the batches of a store, the oldest first."""
 
-    def __init__(self, store: Store, execute: Execute) -> None:
+    def __init__(self, store: Store, execute: Execute, observer: Observer | None = None) -> None:
         self._store = store
         self._execute = execute
+        self._observer = observer or Observer()
+        self._told_at = float("-inf")
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._pruned_at = float("-inf")
@@ -89,10 +90,11 @@ class Runner:
     def begin_to_stop(self) -> None:
         """Begin no further line. What is under way is not waited for here."""
         self._stopping.set()
+        self._store.has_new.set()
 
     def stop(self) -> None:
         """After the pool has stopped, which ends the lines that are under way; their window does not count."""
-        self._stopping.set()
+        self.begin_to_stop()
         if self._thread is not None:
             self._thread.join(ENDS_WITHIN_S)
 
@@ -103,8 +105,9 @@ class Runner:
                 self._store.folder.mkdir(parents=True, exist_ok=True)
                 with lock.acquire(timeout=0):
                     while not self._stopping.is_set():
-                        if not self._tried():
-                            self._stopping.wait(LOOK_EVERY_S)
+                        self._store.has_new.clear()
+                        if not self._tried() and not self._stopping.is_set():
+                            self._store.has_new.wait(LOOK_EVERY_S)
             except Timeout:
                 self._stopping.wait(LOOK_EVERY_S)
             except OSError as error:
@@ -130,10 +133,11 @@ class Runner:
             self._pruned_at = now
             self._store.prune()
         waiting = self._store.to_run()
+        self._tell(waiting)
         if not waiting:
             return False
         try:
-            _Run(self._store, waiting[0], self._execute, self._stopping).run()
+            _Run(self._store, waiting[0], self._execute, self._stopping, self._lines_ran).run()
         except OSError as error:
             self._pause(waiting[0], error.strerror or str(error))
         except StorageError as error:
@@ -143,12 +147,27 @@ class Runner:
         except Exception as error:
             logger.exception("batch %s cannot be run", waiting[0]["batch"]["id"])
             self._give_up(waiting[0], error)
+        if waiting[0]["batch"]["status"] in FINISHED:
+            self._observer.batch_ended(waiting[0]["batch"]["status"])
         return True
+
+    def _lines_ran(self, completed: int, failed: int) -> None:
+        self._observer.lines_ran(completed, failed)
+        self._tell()
+
+    def _tell(self, waiting: list[Document] | None = None) -> None:
+        """What there is, now and then."""
+        if time.monotonic() - self._told_at < TELL_EVERY_S:
+            return
+        self._told_at = time.monotonic()
+        batches = [known["batch"] for known in (self._store.to_run() if waiting is None else waiting)]
+        counts = Counter("paused" if batch["paused"] else batch["status"] for batch in batches)
+        self._observer.batches_seen(counts, self._store.used_bytes(), self._store.most_bytes)
 
     def _give_up(self, known: Document, error: Exception) -> None:
         """It must not keep the others waiting for ever."""
         says = error.message if isinstance(error, EmbedpoolError) else type(error).__name__
-        fault = _Fault("internal_error", f"the batch cannot be run: {says}", None)
+        fault = Fault("internal_error", f"the batch cannot be run: {says}")
         known["batch"] |= {
             "status": "failed", "failed_at": self._store.now(), "errors": {"object": "list", "data": [fault._asdict()]},
         }  # fmt: skip
@@ -160,7 +179,7 @@ class Runner:
         logger.warning("batch %s is %s", known["batch"]["id"], says)
         with contextlib.suppress(OSError):
             fresh = next(one for one in self._store.to_run() if one["batch"]["id"] == known["batch"]["id"])
-            fresh["batch"]["paused"] = says
+            fresh["batch"] |= {"paused": says, "requests_s": None, "seconds_left": None}
             self._store.keep(fresh)
         self._stopping.wait(PAUSE_S)
 
@@ -168,12 +187,20 @@ class Runner:
 class _Run:
     """One batch, from where it stands."""
 
-    def __init__(self, store: Store, known: Document, execute: Execute, stopping: threading.Event) -> None:
+    def __init__(
+        self,
+        store: Store,
+        known: Document,
+        execute: Execute,
+        stopping: threading.Event,
+        ran: Callable[[int, int], None],
+    ) -> None:
         self._store = store
         self._known = known
         self._batch: Document = known["batch"]
         self._execute = execute
         self._stopping = stopping
+        self._ran = ran
         folder = store.place_of(self._batch["id"])
         self._output, self._errors = GrowingFile(folder / OUTPUT), GrowingFile(folder / ERRORS)
         self._input: Path = store.content(self._batch["input_file_id"])
@@ -192,60 +219,14 @@ class _Run:
         if self._store.cancelled_at(self._batch["id"]):
             self._become("cancelled", "cancelled_at")
             return
-        faults, total = self._faults()
-        if faults:
-            listed = [fault._asdict() for fault in faults]
-            self._batch["errors"] = {"object": "list", "data": listed}
+        found = Checked(self._input, self._batch["endpoint"], self._go_on_or_stop)
+        if found.faults:
+            self._batch["errors"] = {"object": "list", "data": [fault._asdict() for fault in found.faults]}
             self._become("failed", "failed_at")
             return
-        self._batch["request_counts"]["total"] = total
+        self._batch["request_counts"]["total"] = found.requests
+        self._batch["model"] = next(iter(found.models)) if len(found.models) == 1 else None
         self._become("in_progress", "in_progress_at")
-
-    def _faults(self) -> tuple[list[_Fault], int]:
-        """What is wrong with the input, by lines counted from 1, and how many requests it holds."""
-        faults: list[_Fault] = []
-        seen: set[int] = set()  # hashes of ids, which take less than the ids
-        total = 0
-        try:
-            with self._input.open("rb") as file:
-                for number, raw in enumerate(_raw_lines(file), 1):
-                    if self._stopping.is_set():
-                        raise _Stopped
-                    if not raw.strip():
-                        continue
-                    total += 1
-                    if fault := self._fault(number, raw, seen):
-                        faults.append(fault)
-                    if len(faults) >= MOST_FAULTS:
-                        break
-        except FileNotFoundError:
-            return [_Fault("invalid_input_file", "the input file is gone", None)], 0
-        if not total:
-            faults.append(_Fault("empty_file", "the input file holds no request", None))
-        if total > MOST_LINES:
-            faults.append(_Fault("too_many_tasks", f"the input file holds more than {MOST_LINES} requests", None))
-        return faults, total
-
-    def _fault(self, number: int, raw: bytes, seen: set[int]) -> _Fault | None:
-        try:
-            found = orjson.loads(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw)
-        except orjson.JSONDecodeError:
-            return _Fault("invalid_json_line", "this line is not parseable as valid JSON", number)
-        if not isinstance(found, dict):
-            return _Fault("invalid_json_line", "this line is no JSON object", number)
-        for name, kind in KEYS.items():
-            if found.get(name) in (None, ""):
-                return _Fault("missing_required_parameter", f"missing required parameter: {name!r}", number, name)
-            if not isinstance(found[name], kind):
-                return _Fault("invalid_type", f"{name} is of the wrong type", number, name)
-        endpoint, url, custom_id = self._batch["endpoint"], found["url"], found["custom_id"]
-        checks = (
-            ("method", "invalid_method", found["method"] == "POST", "the method must be POST"),
-            ("url", "mismatched_url", url == endpoint, f"the url {url[:80]!r} is not that of the batch, {endpoint!r}"),
-            ("custom_id", "duplicate_custom_id", hash(custom_id) not in seen, f"{custom_id[:80]!r} was used before"),
-        )
-        seen.add(hash(custom_id))
-        return next((_Fault(code, says, number, name) for name, code, is_right, says in checks if not is_right), None)
 
     # --- in progress
 
@@ -256,47 +237,49 @@ class _Run:
         self._errors.open_at(at.get("errors", 0))
         try:
             with self._input.open("rb") as file, ThreadPoolExecutor(LINES_AT_ONCE, "batch-line") as threads:
-                file.seek(at.get("input", 0))
-                windows = self._until_it_ends(_windows(_lines(file, at.get("input", 0))))
-                found = answered(windows, lambda lines: self._served(lines, threads), threading.Event(), name="batch")
+                begun = at.get("input", 0)
+                speed = Speed(begun, self._input.stat().st_size)
+                given = self._until_it_ends(windows(file, begun))
+                found = answered(given, lambda lines: self._served(lines, threads), threading.Event(), name="batch")
                 with contextlib.closing(found):
                     for lines, results in found:
-                        self._write(lines, results)
+                        self._write(lines, results, speed)
                 ended = self._ended()
                 if ended is not None:  # what is left did not run
                     self._known["ended"] = ended.code
-                    file.seek(self._known["at"].get("input", 0))
-                    for lines in _windows(_lines(file, self._known["at"].get("input", 0))):
-                        self._write(lines, [ended] * len(lines))
+                    for lines in windows(file, self._known["at"].get("input", 0)):
+                        self._write(lines, [ended] * len(lines), speed)
         finally:
             self._output.close()
             self._errors.close()
         self._become("finalizing", "finalizing_at")
 
-    def _until_it_ends(self, windows: Iterator[list[_Line]]) -> Iterator[list[_Line]]:
-        for lines in windows:
-            if self._stopping.is_set():
-                raise _Stopped
+    def _go_on_or_stop(self) -> None:
+        if self._stopping.is_set():
+            raise _Stopped
+
+    def _until_it_ends(self, given: Iterator[list[Line]]) -> Iterator[list[Line]]:
+        for lines in given:
+            self._go_on_or_stop()
             if self._ended() is not None:
                 return
             yield lines
 
-    def _ended(self) -> _Fault | None:
+    def _ended(self) -> Fault | None:
         """Why no further line is run."""
         if self._store.cancelled_at(self._batch["id"]):
-            return _Fault(CANCELLED, "the batch was cancelled before this request ran", None)
+            return Fault(CANCELLED, "the batch was cancelled before this request ran")
         if self._store.now() >= self._batch["expires_at"]:
-            return _Fault(EXPIRED, "the batch expired before this request ran", None)
+            return Fault(EXPIRED, "the batch expired before this request ran")
         return None
 
-    def _served(self, lines: list[_Line], threads: ThreadPoolExecutor) -> tuple[list[_Line], list[Executed | _Fault]]:
+    def _served(self, lines: list[Line], threads: ThreadPoolExecutor) -> tuple[list[Line], list[Executed | Fault]]:
         return lines, list(threads.map(self._serve, lines))
 
-    def _serve(self, line: _Line) -> Executed | _Fault:
+    def _serve(self, line: Line) -> Executed | Fault:
         """A busy pool is asked again, until the batch ends."""
         while True:
-            if self._stopping.is_set():
-                raise _Stopped
+            self._go_on_or_stop()
             if (ended := self._ended()) is not None:
                 return ended
             found = self._execute(self._batch["endpoint"], line.body, self._known["owner"])
@@ -304,12 +287,13 @@ class _Run:
                 return found
             self._stopping.wait(min(found.retry_after_s, LONGEST_WAIT_S))
 
-    def _write(self, lines: Sequence[_Line], results: Sequence[Executed | _Fault]) -> None:
+    def _write(self, lines: Sequence[Line], results: Sequence[Executed | Fault], speed: Speed) -> None:
         """A window, and then that it is written."""
         counts = self._batch["request_counts"]
+        before = dict(counts)
         self._store.require_room(sum(len(found.body) for found in results if isinstance(found, Executed)))
         for line, found in zip(lines, results, strict=True):
-            if isinstance(found, _Fault):
+            if isinstance(found, Fault):
                 answer: Any = None
                 error: Any = {"code": found.code, "message": found.message}
             else:
@@ -321,8 +305,14 @@ class _Run:
             (self._output if is_good else self._errors).append(orjson.dumps(told, option=orjson.OPT_APPEND_NEWLINE))
             counts["completed" if is_good else "failed"] += 1
         self._known["at"] = {"input": lines[-1].end, "output": self._output.sync(), "errors": self._errors.sync()}
-        self._batch["paused"] = None
+        tokens = sum(found.tokens for found in results if isinstance(found, Executed))
+        speed.add(lines[-1].end, len(lines))
+        self._batch |= {
+            "paused": None, "usage": _used(self._batch["usage"], tokens),
+            "requests_s": round(speed.requests_s, 1), "seconds_left": round(speed.seconds_left),
+        }  # fmt: skip
         self._store.keep(self._known)
+        self._ran(counts["completed"] - before["completed"], counts["failed"] - before["failed"])
 
     # --- at its end
 
@@ -343,37 +333,21 @@ class _Run:
         self._become(status, f"{status}_at")
 
     def _become(self, status: str, when: str) -> None:
-        self._batch |= {"status": status, when: self._store.now()}
+        self._batch |= {"status": status, when: self._store.now(), "requests_s": None, "seconds_left": None}
         if status == "cancelled":
             self._batch["cancelling_at"] = self._store.cancelled_at(self._batch["id"])
         self._store.keep(self._known)
-        logger.info("batch %s is %s", self._batch["id"], status)
+        counts = self._batch["request_counts"]
+        logger.info(
+            "batch %s is %s: %d requests, %d completed, %d failed",
+            self._batch["id"], status, counts["total"], counts["completed"], counts["failed"],
+        )  # fmt: skip
 
 
-def _raw_lines(file: Any) -> Iterator[bytes]:
-    """Lines up to a length that no request has."""
-    while raw := file.readline(LONGEST_LINE_BYTES):
-        yield raw
-
-
-def _lines(file: Any, start: int) -> Iterator[_Line]:
-    """Of an input that was found to be valid, from a place on."""
-    end = start
-    for raw in _raw_lines(file):
-        if raw.strip():
-            found = orjson.loads(raw.removeprefix(b"\xef\xbb\xbf") if end == 0 else raw)
-            yield _Line(found["custom_id"], orjson.dumps(found["body"]), end + len(raw))
-        end += len(raw)
-
-
-def _windows(lines: Iterator[_Line]) -> Iterator[list[_Line]]:
-    window: list[_Line] = []
-    size = 0
-    for line in lines:
-        if window and (len(window) == WINDOW_LINES or size + len(line.body) > WINDOW_BYTES):
-            yield window
-            window, size = [], 0
-        window.append(line)
-        size += len(line.body)
-    if window:
-        yield window
+def _used(known: Document | None, tokens: int) -> Document:
+    """Tokens of a batch, with so many more, in the words of OpenAI's API."""
+    total = tokens + (known["total_tokens"] if known else 0)
+    return {
+        "input_tokens": total, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 0,
+        "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": total,
+    }  # fmt: skip

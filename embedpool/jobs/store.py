@@ -10,6 +10,7 @@ import contextlib
 import re
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,14 +36,19 @@ class Store:
     def __init__(self, folder: Path, most_bytes: int, clock: Callable[[], float] = time.time) -> None:
         self.folder = folder
         self.clock = clock
-        self._most_bytes = most_bytes
+        self.has_new = threading.Event()  # a batch was made by this process
+        self.most_bytes = most_bytes
         self._finished: set[str] = set()  # batches that are, and will stay so
 
     # --- files
 
     def new_file_id(self) -> str:
         """An id that nobody has."""
-        return f"file-{secrets.token_hex(12)}"
+        return f"file-{self._new_name()}"
+
+    def _new_name(self) -> str:
+        """Names have the order in which they were made, and cannot be guessed."""
+        return f"{int(self.clock() * 1e6):013x}"[-13:] + secrets.token_hex(6)[1:]
 
     @contextlib.contextmanager
     def receiving(self, file_id: str) -> Iterator[Path]:
@@ -97,7 +103,7 @@ class Store:
 
     def new_batch(self, owner: str, document: Document, *, forget_at: int) -> Document:
         """Enter a batch; the document gets an id. It and its results are kept until `forget_at`."""
-        batch_id = f"batch_{secrets.token_hex(12)}"
+        batch_id = f"batch_{self._new_name()}"
         folder = self._folder_of(batch_id)
         folder.mkdir(PRIVATE, parents=True)
         found = {**document, "id": batch_id}
@@ -106,6 +112,7 @@ class Store:
             "errors_id": self.new_file_id(),
         }  # fmt: skip
         write_json(folder / BATCH, known)
+        self.has_new.set()
         return found
 
     def batch(self, batch_id: str, owner: str) -> Document:
@@ -168,9 +175,9 @@ class Store:
     def require_room(self, more_bytes: int) -> None:
         """Raises StorageError if so much more would be too much."""
         used = self.used_bytes()
-        if used + more_bytes > self._most_bytes:
+        if used + more_bytes > self.most_bytes:
             raise StorageError(
-                f"files and batches take {used} bytes, and may take {self._most_bytes} (limits.max_files_bytes): "
+                f"files and batches take {used} bytes, and may take {self.most_bytes} (limits.max_files_bytes): "
                 f"{more_bytes} more do not fit; delete some"
             )
 

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import threading
 from collections import Counter as Counts
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +26,7 @@ from prometheus_client.registry import Collector
 from typing_extensions import override
 
 from embedpool.config.files import folder_in_memory
+from embedpool.jobs import batches
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
 from embedpool.pool.stats import SECONDS, Observer
@@ -40,12 +41,13 @@ UNTIL_0_2 = {  # older names of metrics, under which they are shown too
     "embedpool_queue_max_items": "embedpool_queue_bound_texts",
 }
 STATES = ("idle", "loading", "ready", "failed", "disabled", "draining")
+BATCH_STATES = ("validating", "in_progress", "paused", "finalizing")
 ITEMS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
-class Metrics(Observer):
+class Metrics(Observer, batches.Observer):
     """The series of one app. Counters and histograms follow the pool's events, gauges are read at each `refresh`."""
 
     def __init__(self) -> None:
@@ -88,6 +90,11 @@ class Metrics(Observer):
         self.queue_max_items = gauge("queue_max_items", "Items that may wait.", "model")
         self.replicas = gauge("replicas", "Replicas, by state.", "model", "state")
         self.workers = gauge("worker", "1 for each process that serves and is counted here, by its pid.", "process")
+        self.job_requests = counter("batch_job_requests", "Requests of batches that ran, by outcome.", "outcome")
+        self.jobs_ended = counter("batch_jobs_ended", "Batches that are over, by status.", "status")
+        self.jobs = gauge("batch_jobs", "Batches that are not over, by status.", "status")
+        self.files_bytes = gauge("files_bytes", "What uploaded files and the results of batches take.")
+        self.files_max_bytes = gauge("files_max_bytes", "What they may take.")
         self._per_task = (self.requests, self.items, self.tokens, self.truncated, self.request_seconds)
         self._per_model = (
             self.batch_tokens, self.padded_tokens, self.queue_seconds, self.batch_seconds, self.batch_items,
@@ -126,6 +133,24 @@ class Metrics(Observer):
         self._series(self.padded_tokens, model).inc(padded_tokens)
         self._series(self.batch_seconds, model).observe(compute_s)
         self._series(self.batch_items, model).observe(items)
+
+    # --- what the runner of batches tells, in one of the processes
+
+    @override
+    def lines_ran(self, completed: int, failed: int) -> None:
+        for outcome, count in (("completed", completed), ("failed", failed)):
+            self._series(self.job_requests, outcome).inc(count)
+
+    @override
+    def batch_ended(self, status: str) -> None:
+        self._series(self.jobs_ended, status).inc()
+
+    @override
+    def batches_seen(self, unfinished: Mapping[str, int], used_bytes: int, most_bytes: int) -> None:
+        for status in BATCH_STATES:
+            self._series(self.jobs, status).set(unfinished.get(status, 0))
+        self.files_bytes.set(used_bytes)
+        self.files_max_bytes.set(most_bytes)
 
     # --- a scrape
 

@@ -81,6 +81,10 @@ BATCH = open_(
     output_file_id=or_null(STRING),
     error_file_id=or_null(STRING),
     created_at=COUNT,
+    usage=or_null({"type": "object"}),
+    paused=or_null(STRING),
+    requests_s=or_null(NUMBER),
+    seconds_left=or_null(COUNT),
 )
 
 SCHEMAS: dict[str, Schema] = {

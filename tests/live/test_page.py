@@ -142,6 +142,10 @@ def test_every_view_is_calm_and_accessible(
     page.goto(f"{served.url}/ui#log")
     page.locator("table.log").wait_for()
     found["log"] = look(page)
+    given(served, b"{no json\n")
+    page.goto(f"{served.url}/ui#jobs")
+    page.locator(".job .bad").first.wait_for()
+    found["jobs"] = look(page)
     page.goto(f"{served.url}/ui#playground")
     for name in TABS:
         seen.tab(name)
@@ -150,6 +154,15 @@ def test_every_view_is_calm_and_accessible(
         found[name] = look(page)
     assert {view: wrong for view, wrong in found.items() if wrong} == {}
     seen.require_calm()
+
+
+def given(server: Server, content: bytes) -> str:
+    """A batch of this file."""
+    form = {"files": {"file": ("a.jsonl", content)}, "data": {"purpose": "batch"}}
+    file_id = requests.post(f"{server.url}/v1/files", timeout=WAIT_MS / 1000, **form).json()["id"]
+    batch = {"input_file_id": file_id, "endpoint": "/v1/embeddings"}
+    found: str = server.post("/v1/batches", batch).json()["id"]
+    return found
 
 
 def look(page: Page) -> list[str]:
@@ -287,6 +300,43 @@ def run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_jobs(server: Server, visit: Callable[..., Visit], tmp_path: Path) -> None:
+    """How far a batch is, its failures, its files; one is cancelled by a click, and keeps what is done."""
+    server.write_pool(fake("m", delay_ms_per_text=10, fault="raise", fault_text="bad"))
+    server.start()
+    server.wait_ready()
+    texts = [*(f"text {i}" for i in range(300)), "bad", *(f"more {i}" for i in range(2000))]
+    lines = [
+        {"custom_id": f"id-{i}", "method": "POST", "url": "/v1/embeddings", "body": {"model": "m", "input": text}}
+        for i, text in enumerate(texts)
+    ]
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    seen = visit(server.url)
+    page = seen.open("#jobs")
+    expect(page.locator(".card.empty")).to_contain_text("embedpool batch create", timeout=WAIT_MS)
+    batch_id = given(server, content)
+    job = page.locator(f".job[aria-label='Batch {batch_id}']")
+    expect(job).to_contain_text("requests/s", timeout=WAIT_MS)
+    expect(job).to_contain_text("of 2,301 requests")
+    expect(job).to_contain_text("left")
+    expect(job).to_contain_text("1 failed", timeout=WAIT_MS)
+    job.get_by_role("button", name="Cancel").click()
+    expect(job.locator(".state")).to_contain_text("cancelled", timeout=WAIT_MS)
+    counts = server.get(f"/v1/batches/{batch_id}").json()["request_counts"]
+    for title, number in (("Results", counts["completed"]), ("Failures", counts["failed"])):
+        with page.expect_download() as waiting:
+            job.get_by_role("button", name=title).click()
+        path = tmp_path / title
+        waiting.value.save_as(path)
+        assert len(path.read_text().splitlines()) == number
+    assert counts["completed"] + counts["failed"] == len(lines)
+    broken = given(server, b'{"custom_id": "a"}\n')
+    job = page.locator(f".job[aria-label='Batch {broken}']")
+    expect(job).to_contain_text("line 1: missing required parameter", timeout=WAIT_MS)
+    seen.require_calm()
+    server.stop()
 
 
 def test_it_says_that_the_server_is_gone_and_comes_back(server: Server, visit: Callable[..., Visit]) -> None:

@@ -38,6 +38,7 @@ class Web:
     reconciler: Reconciler
     pool_yml: Path
     app: Flask
+    metrics: Metrics
 
     def get(self, path: str, **arguments: Any) -> TestResponse:
         return self.app.test_client().get(path, **{"buffered": True, **arguments})
@@ -74,7 +75,7 @@ def serving(folder: Path, pool_settings: PoolSettings, *models: str, settings: S
     reconciler = Reconciler(PoolFile(pool_yml), pool, load_timeout_s=20)
     try:
         reconciler.reload("start")
-        yield Web(pool, reconciler, pool_yml, create_app(pool, reconciler, settings, metrics))
+        yield Web(pool, reconciler, pool_yml, create_app(pool, reconciler, settings, metrics), metrics)
     finally:
         pool.stop()
 

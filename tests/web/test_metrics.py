@@ -16,6 +16,13 @@ from embedpool.web.metrics import SHARED_DIR, UNTIL_0_2, forget_worker, share, u
 from tests.web.conftest import MODEL, NAME, MakeWeb, Web
 
 EMBED = "embed"
+OF_NO_MODEL = {
+    f"embedpool_{name}"
+    for name in (
+        "reloads", "http_requests", "worker", "batch_job_requests", "batch_jobs_ended", "batch_jobs", "files_bytes",
+        "files_max_bytes",
+    )
+}  # fmt: skip
 CONF = Path(__file__).parents[2] / "conf"
 
 
@@ -31,8 +38,7 @@ def samples(web: Web) -> dict[tuple[str, ...], float]:
             key = (sample.name, *(v for _, v in sorted(sample.labels.items())))
             assert key not in found
             found[key] = sample.value
-            if family.name not in ("embedpool_reloads", "embedpool_http_requests", "embedpool_worker"):
-                assert "model" in sample.labels
+            assert family.name in OF_NO_MODEL or "model" in sample.labels
     return found
 
 
@@ -115,13 +121,20 @@ def test_only_known_models_become_labels(web: Web) -> None:
 
 def test_an_empty_pool_has_metrics(make_web: MakeWeb) -> None:
     """A scrape of a pool without models works."""
-    assert samples(make_web()) == {("embedpool_reloads_total", "ok"): 1, ("embedpool_worker", str(os.getpid())): 1}
+    assert samples(make_web()) == {
+        ("embedpool_reloads_total", "ok"): 1,
+        ("embedpool_worker", str(os.getpid())): 1,
+        ("embedpool_files_bytes",): 0,
+        ("embedpool_files_max_bytes",): 0,
+    }
 
 
 @pytest.mark.parametrize("name", ["alerts.yml", "grafana-dashboard.json"])
 def test_conf_names_no_metric_that_is_not_there(web: Web, name: str) -> None:
     """Every series of the dashboard and of the alert rules exists, with the labels by which it is chosen."""
     web.embed("a", whatever=1)
+    web.metrics.batches_seen({}, 0, 0)
+    web.metrics.lines_ran(1, 0)
     labels: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(web.get("/metrics").text):
         for sample in family.samples:

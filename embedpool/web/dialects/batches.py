@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import orjson
 from flask import Blueprint, Flask, Response, current_app, request
 from marshmallow import fields, validate
 from werkzeug.formparser import FormDataParser
@@ -225,7 +226,7 @@ def _fresh(body: Mapping[str, Any], now: int) -> Document:
     seconds = int(window[1]) * (3600 if window[2] == "h" else DAY_S)
     unknown = dict.fromkeys(
         ("output_file_id", "error_file_id", "errors", "in_progress_at", "finalizing_at", "completed_at", "failed_at",
-         "expired_at", "cancelling_at", "cancelled_at", "usage", "model", "paused"),
+         "expired_at", "cancelling_at", "cancelled_at", "usage", "model", "paused", "requests_s", "seconds_left"),
     )  # fmt: skip
     return {
         **unknown, "object": "batch", "endpoint": body["endpoint"], "input_file_id": body["input_file_id"],
@@ -275,9 +276,11 @@ def executed(app: Flask, url: str, body: bytes, owner: str, at_once: int) -> Exe
     finally:
         builder.close()
     told = headers.get("Retry-After", "")
+    tokens = (orjson.loads(content).get("usage") or {}).get("total_tokens", 0) if status.startswith("200") else 0
     return Executed(
-        int(status.split()[0]), content, headers.get("X-Request-Id", ""), float(told) if told.isdecimal() else 1.0
-    )
+        int(status.split()[0]), content, headers.get("X-Request-Id", ""), tokens,
+        float(told) if told.isdecimal() else 1.0,
+    )  # fmt: skip
 
 
 SHAPES = dict.fromkeys(("/v1/files", "/v1/batches"), openai_shape)

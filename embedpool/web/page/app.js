@@ -3,10 +3,11 @@ import { html, render, nothing } from "./vendor/lit-html/lit-html.js";
 import { ask, hasKey, setKey } from "./server.js";
 import { dashboard, drawCharts } from "./dashboard.js";
 import { playground } from "./playground.js";
+import { jobs } from "./jobs.js";
 import { requestLog } from "./log.js";
 
 const POLL_MS = 2000, LONGEST_MS = 10000, MISSED = 3, SERIES = ["texts_s", "p50_ms", "p95_ms", "p99_ms", "queue"];
-const VIEWS = { models: ["Models", dashboard], playground: ["Playground", playground], log: ["Requests", requestLog] };
+const VIEWS = { models: ["Models", dashboard], playground: ["Playground", playground], jobs: ["Jobs", jobs], log: ["Requests", requestLog] };
 
 export const app = {
   live: null, // the last document of /live

@@ -15,17 +15,34 @@ export function setKey(given, remember) {
 
 /** The server's answer: `{ok, status, headers, document}`; status 0 where there was none. */
 export async function ask(path, body, method = body === undefined ? "GET" : "POST") {
+  const response = await send(path, body, method);
+  if (!response) return { ok: false, status: 0, headers: new Headers(), document: null, says: GONE };
+  return read(response);
+}
+
+/** A file's content, which may be large: `{ok, content, says}`. */
+export async function fetchFile(path) {
+  const response = await send(path, undefined, "GET");
+  if (!response) return { ok: false, says: GONE };
+  return response.ok ? { ok: true, content: await response.blob() } : read(response);
+}
+
+const GONE = "the server does not answer";
+
+async function send(path, body, method) {
   const headers = {};
   if (key) headers.Authorization = `Bearer ${key}`;
   if (body !== undefined) headers["Content-Type"] = "application/json";
-  let response;
   try {
-    response = await fetch(new URL(path, base), {
+    return await fetch(new URL(path, base), {
       method, headers, body: body === undefined ? undefined : JSON.stringify(body), cache: "no-store",
     });
   } catch {
-    return { ok: false, status: 0, headers: new Headers(), document: null, says: "the server does not answer" };
+    return null;
   }
+}
+
+async function read(response) {
   const text = await response.text();
   let document = null;
   try {

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 
 from embedpool.config.keys import keys_file, make_key
 from embedpool.config.settings import Limits, Security, Settings
+from embedpool.jobs import batch_input
 from embedpool.jobs import batches as engine
 from embedpool.jobs.batches import Executed, Runner
 from embedpool.jobs.store import FINISHED, Store
 from embedpool.pool.settings import PoolSettings
 from embedpool.web.dialects.batches import STORE, executed
-from tests.conftest import settle
+from tests.conftest import settle, wait_until
 from tests.web.conftest import MakeWeb, Web, serving
 
 MODEL = "model: m, driver: {type: fake, config: {fault: raise, fault_text: bad}}"
@@ -37,7 +38,7 @@ def store_of(web: Web) -> Store:
 
 
 def runner_of(web: Web) -> Runner:
-    return Runner(store_of(web), lambda url, body, owner: executed(web.app, url, body, owner, 4))
+    return Runner(store_of(web), lambda url, body, owner: executed(web.app, url, body, owner, 4), web.metrics)
 
 
 def line(custom_id: str, text: Any = "a", url: str = "/v1/embeddings", **more: Any) -> str:
@@ -172,7 +173,10 @@ def test_a_batch(web: Web) -> None:
     found = batch(web, batch_id)
     assert found["status"] == "completed"
     assert found["request_counts"] == {"total": 3, "completed": 2, "failed": 1}
-    assert found["metadata"] == {"a": "b"}
+    assert (found["metadata"], found["model"]) == ({"a": "b"}, "m")
+    used = (web.post("/v1/embeddings", {"model": "m", "input": text}).json["usage"] for text in ("one", "two"))
+    tokens = sum(one["total_tokens"] for one in used)
+    assert (found["usage"]["input_tokens"], found["usage"]["total_tokens"]) == (tokens, tokens)
     assert found["created_at"] <= found["in_progress_at"] <= found["finalizing_at"] <= found["completed_at"]
     good = lines_in(web, found["output_file_id"])
     assert [one["custom_id"] for one in good] == ["id-0", "id-2"]
@@ -189,6 +193,50 @@ def test_a_batch(web: Web) -> None:
     assert (info["purpose"], info["filename"]) == ("batch_output", f"{batch_id}_output.jsonl")
     assert [one["id"] for one in web.get("/v1/batches").json["data"]] == [batch_id]
     assert runner_of(web).step() is False
+
+
+def test_it_is_seen_how_far_it_is(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the document while it runs, and in the metrics; a batch of several models names none."""
+    monkeypatch.setattr(batch_input, "WINDOW_LINES", 2)
+    batch_id = begun(web, *(line(f"id-{i}", "bad" if i == 5 else "a") for i in range(5)), line("other", model="r"))
+    seen = []
+
+    def execute(url: str, body: bytes, owner: str) -> Executed:
+        seen.append(batch(web, batch_id))
+        return executed(web.app, url, body, owner, 1)
+
+    Runner(store_of(web), execute, web.metrics).step()
+    under_way = [one for one in seen if one["request_counts"]["completed"]]
+    assert under_way
+    assert all(one["requests_s"] > 0 and one["seconds_left"] >= 0 for one in under_way)
+    found = batch(web, batch_id)
+    assert (found["model"], found["requests_s"], found["seconds_left"]) == (None, None, None)
+    metrics = web.get("/metrics").text
+    assert 'embedpool_batch_job_requests_total{outcome="completed"} 5.0' in metrics
+    assert 'embedpool_batch_job_requests_total{outcome="failed"} 1.0' in metrics
+    assert 'embedpool_batch_jobs_ended_total{status="completed"} 1.0' in metrics
+    assert 'embedpool_batch_jobs{status="validating"} 1.0' in metrics  # when it was last looked, before it ran
+
+
+def test_batches_run_in_the_order_in_which_they_were_made(web: Web) -> None:
+    """Also those of the same second."""
+    made = [begun(web, line("a")) for _ in range(12)]
+    assert [known["batch"]["id"] for known in store_of(web).to_run()] == made
+    assert [one["id"] for one in web.get("/v1/batches").json["data"]] == made[::-1]
+
+
+def test_a_runner_is_woken(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch does not wait until somebody looks."""
+    monkeypatch.setattr(engine, "LOOK_EVERY_S", 3600.0)
+    runner = runner_of(web)
+    runner.start()
+    try:
+        batch_id = begun(web, line("a"))
+        wait_until(lambda: batch(web, batch_id)["status"] == "completed")
+        second = begun(web, line("a"))
+        wait_until(lambda: batch(web, second)["status"] == "completed")
+    finally:
+        runner.stop()
 
 
 def test_without_failures_there_is_no_error_file(web: Web) -> None:
@@ -263,7 +311,7 @@ def test_what_is_wrong_at_once(web: Web, change: dict[str, Any], status: int) ->
 
 def test_a_batch_that_is_cancelled(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps what is finished; the rest is told that it did not run."""
-    monkeypatch.setattr(engine, "WINDOW_LINES", 2)
+    monkeypatch.setattr(batch_input, "WINDOW_LINES", 2)
     batch_id = begun(web, *(line(f"id-{i}", f"text {i}") for i in range(20)))
     served: list[str] = []
 
@@ -316,7 +364,7 @@ def test_a_busy_pool_is_asked_again(web: Web, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_full_disk_pauses_it(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     """And it says so; when there is room it goes on, and nothing is there twice."""
-    monkeypatch.setattr(engine, "WINDOW_LINES", 2)
+    monkeypatch.setattr(batch_input, "WINDOW_LINES", 2)
     monkeypatch.setattr(engine, "PAUSE_S", 0.0)
     batch_id = begun(web, *(line(f"id-{i}", f"text {i}") for i in range(9)))
     real, writes = engine.GrowingFile.append, iter(range(100))
@@ -365,8 +413,8 @@ FIXTURES = [hypothesis.HealthCheck.function_scoped_fixture]
 @hypothesis.settings(max_examples=25, deadline=None, suppress_health_check=FIXTURES)
 def test_after_any_end_it_goes_on(web: Web, kills: list[int], torn: bytes) -> None:
     """Every line once, in order, however often the process is killed, between any two writes of a document."""
-    real_lines, real_keep = engine.WINDOW_LINES, Store.keep
-    engine.WINDOW_LINES = 2
+    real_lines, real_keep = batch_input.WINDOW_LINES, Store.keep
+    batch_input.WINDOW_LINES = 2
     try:
         batch_id = begun(web, *(line(f"id-{i}", "bad" if i == 3 else f"text {i}") for i in range(9)))
         for kill in kills:
@@ -395,12 +443,12 @@ def test_after_any_end_it_goes_on(web: Web, kills: list[int], torn: bytes) -> No
         assert good == [f"id-{i}" for i in range(9) if i != 3]
         assert [one["custom_id"] for one in lines_in(web, found["error_file_id"])] == ["id-3"]
     finally:
-        engine.WINDOW_LINES = real_lines
+        batch_input.WINDOW_LINES = real_lines
 
 
 def test_a_batch_that_cannot_go_on_keeps_nobody_waiting(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody has deleted its results: it fails and says why, and the next one runs."""
-    monkeypatch.setattr(engine, "WINDOW_LINES", 2)
+    monkeypatch.setattr(batch_input, "WINDOW_LINES", 2)
     first = begun(web, *(line(f"id-{i}") for i in range(9)))
     store, now = store_of(web), store_of(web).clock()
     store.clock = lambda: now + 1
