@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-WINDOW_LINES, WINDOW_BYTES = 256, 4_000_000
+WINDOW_LINES, WINDOW_BYTES = 128, 2_000_000  # two of them are under way
 MOST_LINES = 1_000_000
 LONGEST_LINE_BYTES = 64 << 20
 MOST_FAULTS = 100  # of a file that are told

@@ -22,7 +22,7 @@ from embedpool.jobs.sinks import Sink
 from embedpool.jobs.sources import Files, Row
 from embedpool.jobs.windows import answered
 
-WINDOW_ROWS, WINDOW_CHARS = 1000, 4_000_000
+WINDOW_ROWS, WINDOW_CHARS = 500, 2_000_000  # two of them are under way
 JOB, FAILED = ".job", ".failed.jsonl"
 VERSION = 1
 
