@@ -66,7 +66,7 @@ def main() -> None:
         is_least, bound = BOUNDS.get(name, (">=", 0.0))
         middle = statistics.median(values)
         met = middle >= bound if is_least == ">=" else middle <= bound
-        asked = f"{is_least} {bound}" if bound else "–"
+        asked = f"{is_least} {bound}" if bound else ""
         rows.append([title, asked, f"{middle:.2f} ({min(values):.2f}, {max(values):.2f})", "yes" if met else "**no**"])
     found = table(["what", "asked", "measured", "met"], rows)
     print(found)
@@ -77,9 +77,9 @@ def main() -> None:
 
 def _round(up: Running, given: list[str], seconds: float, *, file_first: bool) -> dict[str, float]:
     found: dict[str, float] = {}
-    measures = {"requests_s": _requests, "file_s": _file}
-    for name in sorted(measures, reverse=not file_first):
-        found[name] = measures[name](up, given)
+    measures = [("requests_s", _requests), ("file_s", _file)]
+    for name, measure in measures[::-1] if file_first else measures:
+        found[name] = measure(up, given)
     found |= _beside_a_batch(up, given, seconds)
     found["file"] = found["file_s"] / found["requests_s"]
     found["batch"] = found["batch_s"] / found["requests_s"]
@@ -95,15 +95,10 @@ def _requests(up: Running, given: list[str]) -> float:
 def _file(up: Running, given: list[str]) -> float:
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "texts.txt").write_text("\n".join(given))
-        environment = {
-            **os.environ,
-            **QUIET,
-            "EMBEDPOOL_SERVER__PORT": str(up.port),
-            "PYTHONPATH": str(up.server.checkout),
-        }
+        where = {"EMBEDPOOL_SERVER__PORT": str(up.port), "PYTHONPATH": str(up.server.checkout)}
         command = [*EMBEDPOOL, "embed", "--model", MODEL, "--in", "texts.txt", "--out", "vectors.npy"]
         began_s = time.perf_counter()
-        subprocess.run(command, cwd=name, env=environment, check=True, stderr=subprocess.DEVNULL)
+        subprocess.run(command, cwd=name, env={**os.environ, **QUIET, **where}, check=True, stderr=subprocess.DEVNULL)
         return len(given) / (time.perf_counter() - began_s)
 
 
