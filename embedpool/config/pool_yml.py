@@ -177,7 +177,8 @@ def _obsolete_keys(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tu
 def _update(node: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
     """Write into `node` what differs between two explicit forms, touching nothing else.
 
-    A new key goes behind the first one: the comment behind a mapping's last key is about what comes next.
+    A new key goes behind the first one, or before the only one: the comment behind a mapping's last key is about what
+    comes next.
     """
     for key, value in after.items():
         if key in before and before[key] == value:
@@ -187,7 +188,7 @@ def _update(node: Any, before: dict[str, Any], after: dict[str, Any]) -> None:
         elif key in node:
             node[key] = value
         else:
-            node.insert(min(len(node), 1), key, value)
+            node.insert(1 if len(node) > 1 else 0, key, value)
 
 
 def _cut(text: str, model: str, path: tuple[str, ...] = ()) -> str:

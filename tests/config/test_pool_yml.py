@@ -344,6 +344,26 @@ def test_a_pool_can_be_emptied_and_filled_again(style: str) -> None:
     assert {"# top", "# about a", "# about b"} <= set(comments(text))
 
 
+def test_a_new_key_does_not_come_between_a_model_and_the_comment_of_the_next() -> None:
+    """Also beside a single one: else the comment would go with the model that stands before it."""
+    text = """\
+version: 1
+models:
+- model: a
+  driver: {type: fake}
+  scaling:
+    min: 0
+# about b
+- model: b
+  driver: {type: fake}
+"""
+    old = parse(text)
+    new = edit.register(old, model("a", min=0, idle_ttl_s=0.5), replace=True)
+    text = edited(text, old, new)
+    assert parse(text) == new
+    assert "# about b\n- model: b" in edited(text, new, edit.unregister(new, "a"))
+
+
 def test_key_order_quotes_and_inline_comments_survive() -> None:
     """The contract's own file with its remarks: only the line that is meant changes."""
     old = parse(CONTRACT)
