@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "tasks": {"config.spec", "errors"},
     "places": {"tasks", "config.spec", "errors"},
     "drivers": {
-        "places.cores", "tasks", "config.spec", "config.guard", "config.settings", "bounds", "tracing", "errors",
+        "places.cores", "tasks", "config.spec", "config.checks", "config.guard", "config.settings", "bounds", "tracing",
+        "errors",
     },
     "config": {"errors"},
     "reconcile": {"pool", "config", "errors"},

@@ -7,78 +7,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from collections.abc import Hashable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Hashable, Iterable
 from typing import Any, ClassVar
 
 import marshmallow as ma
 from marshmallow import fields, validate
 
+from embedpool.config.checks import (
+    DNS,
+    MODEL_SLOT,
+    TEXT_SLOT,
+    TEXTS_SLOT,
+    absolute,
+    as_json,
+    holds_a_text,
+    holds_texts,
+    proxy_url,
+    remote_url,
+    remote_urls,
+    secret_variables,
+)
 from embedpool.config.fields import StrictSchema, option, schema_of
 from embedpool.config.settings import SECRET_PREFIX, secret_variable
 
 RERANK_PROTOCOLS = ("embedpool", "cohere", "jina", "tei")
-MODEL_SLOT, TEXTS_SLOT, TEXT_SLOT = "{model}", "{texts}", "{text}"  # in a request of protocol template
-NOT_IN_A_URL = re.compile(r"[\\\s\x00-\x20\x7f]")
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:@/-]{0,199}\Z"
-
-
-def _secret_variables(headers: Mapping[str, str]) -> None:
-    for name in headers.values():
-        secret_variable(name)
-
-
-def _http_url(url: str) -> None:
-    if not url.startswith(("http://", "https://")) or len(url.split("://", 1)[1].strip("/")) == 0:
-        raise ma.ValidationError("must be an http:// or https:// URL")
-    if NOT_IN_A_URL.search(url):  # programs disagree where the host of such a URL ends
-        raise ma.ValidationError("must hold no backslash, blank or control character")
-
-
-def _http_urls(urls: tuple[str, ...]) -> None:
-    for url in urls:
-        _http_url(url)
-
-
-def _proxy(given: str) -> None:
-    if given == "env":
-        return
-    _http_url(given)
-    if "@" in given:
-        raise ma.ValidationError("must hold no user or password: set it in HTTPS_PROXY or HTTP_PROXY, and say env here")
-
-
-def holds_a_text(form: Any) -> bool:
-    """Whether a request's form has a place for a single text."""
-    if isinstance(form, dict | list):
-        return any(map(holds_a_text, form.values() if isinstance(form, dict) else form))
-    return isinstance(form, str) and TEXT_SLOT in form
-
-
-def _holds_texts(form: Any) -> bool:
-    """Whether it has a place for any number of texts."""
-    if isinstance(form, dict):
-        return any(map(_holds_texts, form.values()))
-    if isinstance(form, list):
-        return any(map(_holds_texts, form)) or (len(form) == 1 and holds_a_text(form))
-    return bool(form == TEXTS_SLOT)
-
-
-def _as_json(form: Mapping[str, Any]) -> None:
-    """YAML knows dates, and keys that are numbers."""
-    try:
-        is_json = json.loads(json.dumps(form, allow_nan=False)) == form
-    except (TypeError, ValueError):
-        is_json = False
-    if not is_json:
-        raise ma.ValidationError("must be what JSON can hold: dates and keys that are numbers want quotation marks")
-
-
-def _absolute(path: str) -> None:
-    if not Path(path).is_absolute():
-        raise ma.ValidationError("must be an absolute path: the server may run in another folder")
-
 
 PLACES = ("thread", "process")
 
@@ -114,7 +67,7 @@ class LocalStConfig(LocalConfig):
     normalize: bool = option(True, "vectors of length 1")
     dtype: str = option("float32", "type of the vectors given out", choices=("float32", "float16"))
     prompts: dict[str, str] = option({}, "named prompts, which add to the model's own or replace them")
-    path: str | None = option(None, "folder of the model, instead of looking up its name", check=_absolute, loads=True)
+    path: str | None = option(None, "folder of the model, instead of looking up its name", check=absolute, loads=True)
     revision: str | None = option(None, "branch, tag or commit of the model", loads=True)
     backend: str = option(
         "auto",
@@ -152,11 +105,12 @@ class HttpConfig:
     is_remote: ClassVar = True
     max_seq_length: ClassVar = None
 
-    base_url: str = option(dataclasses.MISSING, "address; its form depends on `protocol`", check=_http_url, loads=True)
+    base_url: str = option(dataclasses.MISSING, "address; its form depends on `protocol`", check=remote_url, loads=True)
     base_urls: tuple[str, ...] = option(
         (),
-        "further addresses of the same model; embedpool uses one while it returns the same vectors as the first",
-        check=_http_urls,
+        "further addresses of the same model; embedpool uses one while it returns the same vectors as the first; "
+        f"with {DNS} before it a URL stands for all addresses of its host's name, which is looked up every few seconds",
+        check=remote_urls,
         loads=True,
     )
     protocol: str = option(
@@ -172,7 +126,7 @@ class HttpConfig:
         {},
         f"body of a call (template): {MODEL_SLOT} and {TEXTS_SLOT} stand for the name there and the list of texts; "
         f"a list of one entry with {TEXT_SLOT} in it gets an entry for each text",
-        check=_as_json,
+        check=as_json,
         loads=True,
     )
     vectors: str | None = option(
@@ -202,14 +156,14 @@ class HttpConfig:
     headers: dict[str, str] = option(
         {},
         f"header → name of the environment variable ({SECRET_PREFIX}…) with its value",
-        check=_secret_variables,
+        check=secret_variables,
         loads=True,
     )
     proxy: str | None = option(
         None,
         "a proxy's http:// or https:// URL, or env: what HTTP_PROXY, HTTPS_PROXY and NO_PROXY say; loopback addresses "
         "are always reached directly",
-        check=_proxy,
+        check=proxy_url,
         loads=True,
     )
     normalize: bool = option(True, "vectors of length 1")
@@ -219,12 +173,14 @@ class HttpConfig:
     def __post_init__(self) -> None:
         if self.task == "rerank" and self.protocol not in RERANK_PROTOCOLS:
             raise ma.ValidationError({"protocol": [f"of task rerank is one of {', '.join(RERANK_PROTOCOLS)}"]})
+        if self.proxy and any(url.startswith(DNS) for url in self.addresses):
+            raise ma.ValidationError({"proxy": [f"looks names up itself, so it cannot stand beside {DNS}"]})
         is_template = self.protocol == "template"
         for name in ("request", "vectors"):
             if bool(getattr(self, name)) != is_template:
                 says = "is needed by" if is_template else "is for"
                 raise ma.ValidationError({name: [f"{says} protocol template"]})
-        if not is_template or _holds_texts(self.request):
+        if not is_template or holds_texts(self.request):
             return
         if self.max_batch_texts > 1 or not holds_a_text(self.request):
             message = f"has no {TEXTS_SLOT}, nor a list of one entry with {TEXT_SLOT}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
 import logging
 import random
@@ -16,10 +15,12 @@ from typing_extensions import override
 
 from embedpool.bounds import CallBudget
 from embedpool.config.spec import HttpConfig, ModelSpec
+from embedpool.drivers.addresses import Address, Addresses
 from embedpool.drivers.measure import probe_batch
 from embedpool.drivers.protocols import RERANK, protocol_of
+from embedpool.drivers.remote_rows import Array, as_one, rows_of
 from embedpool.drivers.space import SAME_SPACE_COSINE, likeness, of_probes
-from embedpool.drivers.upstream import RETRY_RESERVE, RETRY_SHARE, Upstream, secret
+from embedpool.drivers.upstream import NOT_ASKED, RETRY_RESERVE, RETRY_SHARE, Upstream, secret
 from embedpool.errors import REFUSALS, UpstreamError
 from embedpool.tasks.driver import PROBE_TEXT, Driver, Facts, Folders, Report, describe
 from embedpool.tasks.item import Batch
@@ -34,13 +35,11 @@ LARGEST_REST_BYTES = 1 << 20  # of an answer
 BACKOFF_FACTOR_S = 0.2
 LONGEST_RETRY_AFTER_S = 30
 RECHECK_S = 5.0
+LOOKUP_S = 3.0
 CHECKS_OF_THE_FAULTY = 12  # rounds, of which the last is one of all addresses
 PROOF_TIMEOUT_S = 10.0  # where there are other addresses
 PROBE_TEXTS = (PROBE_TEXT, "How much does the train to the coast cost?", "Die Sonne scheint.")
-LEAST_SCORE = 1e-6  # that is told from none
 NOT_FINITE = "the remote service gives vectors that are not finite"
-
-Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class RemoteTokenizer(Tokenizer):
@@ -72,9 +71,10 @@ class HttpDriver(Driver):
         self._protocol = protocol_of(config)
         self._state_dir = state_dir
         self._shared = shared
-        self._upstreams: list[Upstream] = []
+        self._addresses = Addresses((), lambda address: Upstream(address.url, "", {}))
         self._budget = CallBudget(RETRY_SHARE, RETRY_RESERVE)
         self._over = threading.Event()  # closed or lost
+        self._wake = threading.Event()  # there is something to prove
         self._call_ended = threading.Condition()  # its lock is held for a look at the addresses
 
     @override
@@ -84,8 +84,13 @@ class HttpDriver(Driver):
         if self._config.api_key:
             headers["Authorization"] = f"Bearer {secret(self._config.api_key)}"
         path, proxy = self._protocol.path, self._config.proxy
-        self._upstreams = [Upstream(url, path, headers, proxy, self._notify) for url in self._config.addresses]
+
+        def make(address: Address) -> Upstream:
+            return Upstream(address.url, path, headers, proxy, self._notify, ip=address.ip)
+
+        self._addresses = Addresses(self._config.addresses, make)
         try:
+            self._addresses.refresh()
             self._find_one()
         except BaseException:
             self.close()
@@ -93,8 +98,10 @@ class HttpDriver(Driver):
         self._description |= describe(
             kind=self._config.task, protocol=self._config.protocol, dim=None if self._is_reranker else self._dim
         )
-        if len(self._upstreams) > 1:
+        if self._addresses.are_several:
             threading.Thread(target=self._check, name=f"check-{self._model}", daemon=True).start()
+        if self._addresses.are_names:
+            threading.Thread(target=self._follow, name=f"follow-{self._model}", daemon=True).start()
         space = self._shared.get("space") or of_probes(self._state_dir, self._shared["reference"][1])
         self._shared["space"] = space
         return Facts(
@@ -170,14 +177,19 @@ class HttpDriver(Driver):
             return
         if not np.isfinite(vectors).all():
             raise UpstreamError(NOT_FINITE)
-        if len(self._upstreams) == 1 and (difference := self._difference(self._upstreams[0], vectors)):
-            raise UpstreamError(difference)  # where there are several, each proves itself from time to time
+        if self._addresses.are_several:
+            return  # each of them proves itself from time to time
+        if difference := self._difference(self._upstreams[0], vectors):
+            raise UpstreamError(difference)
 
     @override
     def close(self) -> None:
+        self._end()
+        self._addresses.close()
+
+    def _end(self) -> None:
         self._over.set()
-        for upstream in self._upstreams:
-            upstream.close()
+        self._wake.set()
 
     @override
     def rest_s(self) -> float:
@@ -190,6 +202,10 @@ class HttpDriver(Driver):
 
         with self._call_ended:
             return self._call_ended.wait_for(has_turn, min(within_s, self.rest_s() or within_s))
+
+    @property
+    def _upstreams(self) -> tuple[Upstream, ...]:
+        return self._addresses.current
 
     @property
     def _is_reranker(self) -> bool:
@@ -222,7 +238,7 @@ class HttpDriver(Driver):
                     content_may_cause=True,
                 )
             read = self._protocol.read(document)
-            array = _rows(read.vectors, self._dim, may_be_none=bool(read.errors))
+            array = rows_of(read.vectors, self._dim, may_be_none=bool(read.errors))
             if not isinstance(read.tokens, int | None) or not all(isinstance(i, int) for i in read.truncated):
                 raise TypeError("counts must be whole numbers")
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
@@ -252,8 +268,9 @@ class HttpDriver(Driver):
 
     def _prove(self, upstream: Upstream) -> None:
         """Admit an address that gives the vectors of PROBE_TEXTS, or stop asking it. Raises UpstreamError."""
-        several = len(self._upstreams) > 1
-        timeout_s = min(self._config.timeout_s, PROOF_TIMEOUT_S) if several else self._config.timeout_s
+        timeout_s = self._config.timeout_s
+        if self._addresses.are_several:
+            timeout_s = min(timeout_s, PROOF_TIMEOUT_S)
         step, parts = self._config.max_batch_texts, []
         for start in range(0, len(PROBE_TEXTS), step):
             texts = PROBE_TEXTS[start : start + step]
@@ -282,7 +299,7 @@ class HttpDriver(Driver):
         replica's, must not take up with another model.
         """
         if self._is_reranker:
-            vectors = _as_one(vectors)
+            vectors = as_one(vectors)
         if not np.linalg.norm(vectors, axis=1).all():
             return "it gives vectors of length zero"
         name, reference = self._shared.setdefault("reference", (upstream.name, vectors))
@@ -298,8 +315,9 @@ class HttpDriver(Driver):
         """The life of a thread: addresses that are not asked may prove themselves, and those that are must, too."""
         rounds = itertools.count()
         while not self._over.is_set():
+            self._wake.clear()
             all_of_them = next(rounds) % CHECKS_OF_THE_FAULTY == CHECKS_OF_THE_FAULTY - 1
-            for upstream in self._upstreams:
+            for upstream in sorted(self._upstreams, key=lambda one: one.fault != NOT_ASKED):
                 fault = upstream.fault
                 if self._over.is_set() or upstream.rest_s or not (fault or all_of_them):
                     continue
@@ -313,51 +331,28 @@ class HttpDriver(Driver):
                 except Exception:  # nobody looks at an address again if this thread dies
                     logger.exception("%s: %s could not be checked", self._model, upstream.name)
             self._publish()
-            self._over.wait(RECHECK_S)
+            if not self._over.is_set():
+                self._wake.wait(RECHECK_S)
+
+    def _follow(self) -> None:
+        """The life of a thread: addresses come and go behind a name."""
+        while not self._over.wait(LOOKUP_S):
+            try:
+                if self._addresses.refresh():
+                    self._publish()
+                    self._wake.set()
+            except Exception:
+                logger.exception("%s: its addresses could not be looked up", self._model)
 
     def _publish(self) -> None:
         """Update /status with the addresses in use, and say if none is left."""
-        if len(self._upstreams) > 1:
+        if self._addresses.are_several:
             self._description["base_urls"] = {u.name: u.fault or "serves" for u in self._upstreams}
         if self._lost is None and not self._over.is_set() and all(u.fault for u in self._upstreams):
             faults = dict.fromkeys(str(u.fault) for u in self._upstreams)
             self._lost = f"left alone after failures in a row: {'; '.join(faults)}"
-            self._over.set()
+            self._end()
             self._on_lost(self._lost)
-
-
-def _as_one(scores: Array) -> Array:
-    """The scores of known documents as one vector, which is the model's mark, of shape (1, documents): their logits."""
-    inside = np.clip(scores[:, 0].astype(np.float64), LEAST_SCORE, 1 - LEAST_SCORE)
-    return np.log(inside / (1 - inside))[None, :]
-
-
-def _rows(vectors: list[Any], width: int | None, *, may_be_none: bool) -> Array:
-    """As an array. A vector that is none, or of another length than most, is not finite: its text alone is at fault.
-
-    If `width` is known, that is the right length, and `may_be_none` says that no text need have a vector.
-    """
-    with np.errstate(over="ignore"):  # becomes infinite, which the worker refuses
-        if may_be_none and width is not None and all(vector is None for vector in vectors):
-            return np.full((len(vectors), width), np.nan, np.float32)
-        try:
-            return np.asarray(vectors, dtype=np.float32)
-        except (ValueError, TypeError):
-            rows = [_row(vector) for vector in vectors]
-            lengths = collections.Counter(len(row) for row in rows if row is not None)
-            if not lengths:
-                raise
-            right: int = width if width in lengths else lengths.most_common(1)[0][0]  # type: ignore[assignment]
-            gap = np.full(right, np.nan, np.float32)
-            return np.stack([gap if row is None or len(row) != right else row for row in rows])
-
-
-def _row(vector: Any) -> Array | None:
-    try:
-        row = np.asarray(vector, dtype=np.float32)
-    except (ValueError, TypeError):
-        return None
-    return row if row.ndim == 1 and len(row) else None
 
 
 def _is_of_the_way(error: UpstreamError) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from embedpool.config.spec import MODEL_SLOT, TEXT_SLOT, TEXTS_SLOT, HttpConfig, holds_a_text
+from embedpool.config.checks import MODEL_SLOT, TEXT_SLOT, TEXTS_SLOT, holds_a_text
+from embedpool.config.spec import HttpConfig
 from embedpool.errors import STATUS_OF, EmbedpoolError, UnsupportedOption, UpstreamError
 from embedpool.tasks.driver import PROBE_TEXT
 from embedpool.tasks.embed import DOCUMENT, QUERY

@@ -29,6 +29,7 @@ from embedpool.errors import FAILED_INPUTS_HEADER, REFUSALS, Forbidden, Upstream
 
 logger = logging.getLogger(__name__)
 
+NOT_ASKED = "not asked yet"
 FAILURES_TO_OPEN = 5  # in a row; an address is then left alone until it has proved itself
 PASSING_STATUS = (500, 502, 503, 504)
 CONNECT_TIMEOUT_S = 10.0
@@ -42,13 +43,30 @@ RETRY_RESERVE = 10.0
 class _Http(urllib3.connection.HTTPConnection):
     """Looks whom it has reached before it sends anything: a name may mean another address than at its check."""
 
+    ip: str | None = None  # where it goes; else where its host's name leads
+
     def _new_conn(self) -> socket.socket:
-        return _allowed(super()._new_conn())
+        with _at(self, self.ip):
+            return _allowed(super()._new_conn())
 
 
 class _Https(urllib3.connection.HTTPSConnection):
+    ip: str | None = None
+
     def _new_conn(self) -> socket.socket:
-        return _allowed(super()._new_conn())
+        with _at(self, self.ip):
+            return _allowed(super()._new_conn())
+
+
+@contextlib.contextmanager
+def _at(connection: urllib3.connection.HTTPConnection, ip: str | None) -> Iterator[None]:
+    """While it connects: the name goes on to stand in the Host header, and in what a certificate must be of."""
+    name = connection.host
+    connection.host = ip or name
+    try:
+        yield
+    finally:
+        connection.host = name
 
 
 def _allowed(connected: socket.socket) -> socket.socket:
@@ -60,21 +78,23 @@ def _allowed(connected: socket.socket) -> socket.socket:
     return connected
 
 
-class _HttpPool(urllib3.HTTPConnectionPool):
-    ConnectionCls = _Http
+def _pools(ip: str | None) -> dict[str, type[urllib3.HTTPConnectionPool]]:
+    """Of connections to that address, whatever their host's name says."""
 
+    class Http(urllib3.HTTPConnectionPool):
+        ConnectionCls = type("Http", (_Http,), {"ip": ip})
 
-class _HttpsPool(urllib3.HTTPSConnectionPool):
-    ConnectionCls = _Https
+    class Https(urllib3.HTTPSConnectionPool):
+        ConnectionCls = type("Https", (_Https,), {"ip": ip})
 
-
-POOLS = {"http": _HttpPool, "https": _HttpsPool}
+    return {"http": Http, "https": Https}
 
 
 class Upstream:
     """A circuit breaker around one address: `fault` says why it is not asked, None while it is. Thread-safe.
 
-    `proxy` is a URL, or env. `on_call_ended` is called on the thread that called, whatever became of the call.
+    With an `ip` its connections go there. `proxy` is a URL, or env. `on_call_ended` is called on the thread that
+    called, whatever became of the call.
     """
 
     def __init__(
@@ -84,10 +104,16 @@ class Upstream:
         headers: Mapping[str, str],
         proxy: str | None = None,
         on_call_ended: Callable[[], None] = lambda: None,
+        *,
+        ip: str | None = None,
     ) -> None:
         parts = urlsplit(base_url)
-        self.name = parts.netloc.rpartition("@")[2] + parts.path.rstrip("/")
-        self.fault: str | None = "not asked yet"
+        host = parts.netloc.rpartition("@")[2]
+        if ip:
+            port = f":{parts.port}" if parts.port else ""
+            host = (f"[{ip}]" if ":" in ip else ip) + port
+        self.name = host + parts.path.rstrip("/")
+        self.fault: str | None = NOT_ASKED
         self.outstanding = 0  # calls
         self._failures = 0  # in a row
         self._pace = Pace(time.monotonic)
@@ -99,7 +125,7 @@ class Upstream:
         self._session.verify = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or True
         self._session.proxies = self._proxies(base_url, proxy)
         self._adapter = HTTPAdapter(pool_maxsize=CONNECTIONS)
-        self._adapter.poolmanager.pool_classes_by_scheme = POOLS
+        self._adapter.poolmanager.pool_classes_by_scheme = _pools(ip)
         self._session.headers["User-Agent"] = "embedpool"
         in_url = get_auth_from_url(base_url)
         self._session.auth = in_url if any(in_url) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from socketserver import ThreadingMixIn
@@ -12,9 +13,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from embedpool.config.spec import DriverSpec, HttpConfig, ModelSpec, PoolSpec, QueueSpec
+from embedpool.errors import EmbedpoolError
 from embedpool.pool.pool import Pool
 from embedpool.pool.settings import PoolSettings
-from tests.conftest import settle
+from tests.conftest import ask, settle
 
 
 class Reply(NamedTuple):
@@ -62,13 +64,13 @@ def good(seen: Seen) -> Reply:
 class Remote(HTTPServer):
     """Answers by `script` while that lasts, then by `answer`."""
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, ip: str = "127.0.0.1", port: int = 0) -> None:
+        super().__init__((ip, port), Handler)
         self.script: list[Reply] = []
         self.answer: Callable[[Seen], Reply] = good
         self.seen: list[Seen] = []
         self.closing = threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.url = f"http://{ip}:{self.server_port}"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -123,8 +125,8 @@ def remote_pool(
         pool.stop()
 
 
-def serving(kind: type[Remote] = Remote) -> Iterator[Remote]:
-    server = kind()
+def serving(kind: type[Remote] = Remote, *address: Any) -> Iterator[Remote]:
+    server = kind(*address)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), name="remote")
     thread.start()
     yield server
@@ -132,3 +134,16 @@ def serving(kind: type[Remote] = Remote) -> Iterator[Remote]:
     server.shutdown()
     server.server_close()
     thread.join(20)
+
+
+def at_once(pool: Pool, requests: list[list[str]], **options: Any) -> list[Any]:
+    """What each request came to, as all of them are sent at once."""
+
+    def send(texts: list[str]) -> Any:
+        try:
+            return ask(pool, "m", *texts, **options)
+        except EmbedpoolError as error:
+            return error
+
+    with ThreadPoolExecutor(len(requests)) as callers:
+        return list(callers.map(send, requests))

@@ -20,10 +20,9 @@ import pytest
 from embedpool.drivers import http, pace
 from embedpool.drivers.http import HttpDriver
 from embedpool.errors import FAILED_INPUTS_HEADER, EmbedpoolError, UpstreamError
-from embedpool.pool.pool import Pool
 from embedpool.pool.settings import PoolSettings
 from tests.conftest import ask, run, settle, wait_until
-from tests.drivers.remote import DROP, Remote, Reply, Seen, good, remote_pool, vector
+from tests.drivers.remote import DROP, Remote, Reply, Seen, at_once, good, remote_pool, vector
 from tests.web.conftest import serving as web_serving
 
 pool_of = functools.partial(remote_pool, retries=0)
@@ -34,19 +33,6 @@ def told(outcome: Any) -> str:
     if isinstance(outcome, EmbedpoolError):
         return f"{outcome.message} {outcome.fields} {outcome}"
     return " ".join(error.message for error in outcome.errors.values())
-
-
-def at_once(pool: Pool, requests: list[list[str]], **options: Any) -> list[Any]:
-    """What each request came to, as all of them are sent at once."""
-
-    def send(texts: list[str]) -> Any:
-        try:
-            return ask(pool, "m", *texts, **options)
-        except EmbedpoolError as error:
-            return error
-
-    with ThreadPoolExecutor(len(requests)) as callers:
-        return list(callers.map(send, requests))
 
 
 # --- a service that names the text
