@@ -102,7 +102,7 @@ def stop(arguments: Arguments) -> int:
         print("not running", file=sys.stderr)
         return NOT_RUNNING
     with progress("stopping"):
-        by_itself = process.stop(running, settings.server.graceful_timeout_s + process.STOP_MARGIN_S)
+        by_itself = process.stop(running, settings.server.longest_stop_s + process.STOP_MARGIN_S)
     print(f"stopped: pid {running.pid}" + ("" if by_itself else ", killed after the grace period"))
     return OK if by_itself else FAILED
 

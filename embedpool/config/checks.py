@@ -1,4 +1,4 @@
-"""Checks of single values of pool.yml. Each raises marshmallow's ValidationError."""
+"""Checks of single values of config.yml and pool.yml. Each raises marshmallow's ValidationError."""
 
 from __future__ import annotations
 
@@ -10,11 +10,19 @@ from typing import Any
 
 import marshmallow as ma
 
-from embedpool.config.settings import secret_variable
-
 MODEL_SLOT, TEXTS_SLOT, TEXT_SLOT = "{model}", "{texts}", "{text}"  # in a request of protocol template
 DNS = "dns+"  # before a URL
+SECRET_PREFIX = "EMBEDPOOL_SECRET_"  # noqa: S105  (the prefix of variable names, not a secret)
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9.:_\[\]-]+\Z")
 NOT_IN_A_URL = re.compile(r"[\\\s\x00-\x20\x7f]")
+
+
+def secret_variable(name: str) -> None:
+    """Refuse a name that is not an EMBEDPOOL_SECRET_… variable, so that no file contains a secret."""
+    if not name.startswith(SECRET_PREFIX):
+        raise ma.ValidationError(
+            f"must be the name of an environment variable that starts with {SECRET_PREFIX}, not the secret itself"
+        )
 
 
 def secret_variables(headers: Mapping[str, str]) -> None:
@@ -81,3 +89,10 @@ def absolute(path: str) -> None:
     """A path."""
     if not Path(path).is_absolute():
         raise ma.ValidationError("must be an absolute path: the server may run in another folder")
+
+
+def origins(given: tuple[str, ...]) -> None:
+    """Of web pages."""
+    for origin in given:
+        if origin != "*" and not ORIGIN.match(origin):
+            raise ma.ValidationError(f"{origin!r} is no origin: scheme, host and port, such as https://app.example")

@@ -14,6 +14,7 @@ from typing import Any
 import marshmallow as ma
 import yaml
 
+from embedpool.config.checks import SECRET_PREFIX, origins, secret_variable
 from embedpool.config.fields import describe_faults, faults, option, schema_of, unknown_key, yaml_fault
 from embedpool.errors import ConfigError
 
@@ -21,21 +22,11 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG_YML = ".config/config.yml"
 SETTING_PREFIX = "EMBEDPOOL_"
-ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[A-Za-z0-9.:_\[\]-]+\Z")
 NO_SETTINGS = re.compile(  # what is set for other ends, some of it by Kubernetes for a service of this name
     r"EMBEDPOOL_(CONFIG\Z|SECRET_|SERVICE_(HOST|PORT)(_|\Z)|PORT(_|\Z))"
 )
 LEAST_LIKENESS = 0.85
 FORM_BYTES = 1 << 20  # of the form around an uploaded file
-SECRET_PREFIX = "EMBEDPOOL_SECRET_"  # noqa: S105  (the prefix of variable names, not a secret)
-
-
-def secret_variable(name: str) -> None:
-    """Refuse a name that is not an EMBEDPOOL_SECRET_… variable, so that no file contains a secret."""
-    if not name.startswith(SECRET_PREFIX):
-        raise ma.ValidationError(
-            f"must be the name of an environment variable that starts with {SECRET_PREFIX}, not the secret itself"
-        )
 
 
 def secret_value(variable: str, environ: Mapping[str, str] = os.environ) -> str | None:
@@ -47,12 +38,6 @@ def secret_value(variable: str, environ: Mapping[str, str] = os.environ) -> str 
     if (value[:1] in "\"'" and value) or value.lower().startswith("bearer "):
         logger.warning("the secret in %s begins like a quotation or a header, which is taken as part of it", variable)
     return value or None
-
-
-def _origins(given: tuple[str, ...]) -> None:
-    for origin in given:
-        if origin != "*" and not ORIGIN.match(origin):
-            raise ma.ValidationError(f"{origin!r} is no origin: scheme, host and port, such as https://app.example")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +63,23 @@ class Server:
         2000, "connections per process; at the limit the longest idle one is closed", minimum=10, maximum=100000
     )
     idle_connection_s: int = option(120, "the server closes a connection that is idle for so long", minimum=1)
-    graceful_timeout_s: int = option(30, "how long a stop waits for accepted requests", minimum=0)
+    drain_delay_s: int = option(
+        0,
+        "how long /ready answers 503 before a server that stops accepts nothing more, for balancers to see it",
+        minimum=0,
+    )
+    graceful_timeout_s: int = option(30, "how long a stop then waits for accepted requests", minimum=0)
     cors_origins: tuple[str, ...] = option(
         (),
         "origins of web pages that may embed, such as https://app.example; *: all, while no key is needed; never the "
         "management",
-        check=_origins,
+        check=origins,
     )
+
+    @property
+    def longest_stop_s(self) -> int:
+        """Until no request is left."""
+        return self.drain_delay_s + self.graceful_timeout_s
 
     def __post_init__(self) -> None:
         if self.host.startswith("[") and self.host.endswith("]"):  # as an IPv6 address stands in a URL

@@ -16,6 +16,7 @@ from marshmallow import fields, validate
 from embedpool.config.checks import (
     DNS,
     MODEL_SLOT,
+    SECRET_PREFIX,
     TEXT_SLOT,
     TEXTS_SLOT,
     absolute,
@@ -25,10 +26,10 @@ from embedpool.config.checks import (
     proxy_url,
     remote_url,
     remote_urls,
+    secret_variable,
     secret_variables,
 )
 from embedpool.config.fields import StrictSchema, option, schema_of
-from embedpool.config.settings import SECRET_PREFIX, secret_variable
 
 RERANK_PROTOCOLS = ("embedpool", "cohere", "jina", "tei")
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:@/-]{0,199}\Z"

@@ -65,6 +65,12 @@ class Master(Arbiter):  # type: ignore[misc]
             self.spawn_worker()
 
     @override
+    def stop(self, graceful: bool = True) -> None:
+        for worker in self.WORKERS.values():
+            worker.tell_that_the_server_ends()
+        super().stop(graceful)
+
+    @override
     def handle_usr2(self) -> None:
         """A second master could not take over the pid file, nor would the first one end."""
         self.log.warning("SIGUSR2 is not supported: SIGHUP takes over settings, a restart takes over new code")

@@ -37,7 +37,7 @@ def gunicorn_settings() -> dict[str, Any]:
         "backlog": LISTEN_BACKLOG,
         "preload_app": False,  # threads do not survive fork: the app is built in the worker
         "timeout": 60,  # for the I/O loop's heartbeat; deadlines of requests are ours
-        "graceful_timeout": server.graceful_timeout_s + WORKER_STOP_MARGIN_S,
+        "graceful_timeout": server.longest_stop_s + WORKER_STOP_MARGIN_S,
         "loglevel": settings.logging.level,
         "logger_class": "embedpool.serve.gunicorn_worker.GunicornLogger",
         "control_socket_disable": True,

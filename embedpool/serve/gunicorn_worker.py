@@ -41,12 +41,16 @@ class WaitressWorker(Worker):  # type: ignore[misc]
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)  # in the master, before the fork
         self.born_at = time.monotonic()
-        self._shared = mmap.mmap(-1, 1)  # written by the worker, read by the master
+        self._shared = mmap.mmap(-1, 2)  # written by the worker, read by the master; and the other way round
 
     @property
     def is_ready(self) -> bool:
         """Whether its models are loaded, or have failed to load."""
         return self._shared[0] > 0
+
+    def tell_that_the_server_ends(self) -> None:
+        """Called in the master: this worker is not replaced by another one."""
+        self._shared[1] = 1
 
     @override
     def run(self) -> None:
@@ -75,13 +79,16 @@ class WaitressWorker(Worker):  # type: ignore[misc]
 
     @override
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Drain, on SIGTERM."""
+        """Drain, on SIGTERM: after a delay if the whole server ends."""
+        self._interrupted |= sig != signal.SIGQUIT
+        self._end(delay=self._shared[1] > 0)
+
+    def _end(self, *, delay: bool) -> None:
         # Signal handlers run on the main thread, which is the loop's, between two of its instructions: they set flags
         # and wake the loop, and take no lock.
-        self._interrupted |= sig != signal.SIGQUIT
         self.alive = False
         if self._loop is not None:
-            self._loop.stop()
+            self._loop.stop(delay=delay)
 
     @override
     def handle_quit(self, sig: int, frame: Any) -> None:
@@ -92,4 +99,5 @@ class WaitressWorker(Worker):  # type: ignore[misc]
         """
         if self._interrupted and sig == signal.SIGINT:
             sys.exit(1)
-        self.handle_exit(sig, frame)
+        self._interrupted |= sig != signal.SIGQUIT
+        self._end(delay=False)

@@ -38,7 +38,11 @@ def run_waitress(settings: Settings) -> None:
     listener = bind(settings)
     app = EmbedpoolApp(settings)
     loop = Loop(app, [listener])
-    before = {s: signal.signal(s, lambda *_: loop.stop()) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number: int, frame: object) -> None:
+        loop.stop(delay=number == signal.SIGTERM)
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     pid_file = PidFile(settings)
     try:
         app.start()

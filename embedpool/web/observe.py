@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from flask import Blueprint, Response
+from flask import Blueprint, Response, request
 
 from embedpool import __version__
 from embedpool.config.pool_yml import as_document
@@ -31,10 +31,12 @@ def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics, access: Acce
 
     @routes.get("/ready")
     def ready() -> Response:
-        models = [m for m in pool.models if m.spec.enabled]
+        names = request.args.get("models", "")
+        named = [pool.find(known(pool, name)) for name in filter(None, names.split(","))]
+        models = named or [m for m in pool.models if m.spec.enabled]
         loading = [m.spec.model for m in models if not m.settled]
         failed = [m.spec.model for m in models if m.settled and m.state == "failed"]
-        ok = reconciler.has_applied and not loading and not pool.draining
+        ok = reconciler.has_applied and not loading and all(m.is_serving for m in named) and not pool.draining
         document = {"ready": ok, "stopping": pool.draining, "loading": loading, "failed": failed}
         return json_response(document, 200 if ok else 503)
 

@@ -86,12 +86,12 @@ def _path(name: str, description: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _query(name: str, description: str) -> dict[str, Any]:
-    return {"name": name, "in": "query", "description": description, "schema": {"type": "boolean"}}
+def _query(name: str, description: str, schema: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"name": name, "in": "query", "description": description, "schema": schema or {"type": "boolean"}}
 
 
 def _since(description: str) -> dict[str, Any]:
-    return {"name": "since", "in": "query", "description": description, "schema": {"type": "integer", "minimum": 0}}
+    return _query("since", description, {"type": "integer", "minimum": 0})
 
 
 MODEL = _path("name", "Name or alias of a model.")
@@ -237,7 +237,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "Documentation", "What stands here", {"application/json": {"schema": "Root"}, **TEXT}, status=("200", "302")
     ),
     ("get", "/health"): operation("Watching", "The process is up", "Health"),
-    ("get", "/ready"): operation("Watching", "Every model is loaded or has failed", "Ready", error="Ready"),
+    ("get", "/ready"): operation(
+        "Watching", "Every model is loaded or has failed; or these would serve now", "Ready", error="NotAllReady",
+        parameters=(_query("models", "Names, with commas between them: ask only after those.", {"type": "string"}),),
+    ),
     ("get", "/ready/{name}"): operation(
         "Watching", "A request would be served now", "ReadyModel", error="NotReady", parameters=(MODEL,)
     ),

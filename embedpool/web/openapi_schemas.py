@@ -168,6 +168,7 @@ SCHEMAS: dict[str, Schema] = {
     "Health": closed(ok=BOOLEAN, booted=BOOLEAN, models=COUNT),
     "Ready": closed(ready=BOOLEAN, stopping=BOOLEAN, loading=listed(STRING), failed=listed(STRING)),
     "ReadyModel": closed(ready=BOOLEAN, model=STRING, state=STRING),
+    "NotAllReady": {"anyOf": [ref("Ready"), ref("Error")]},
     "NotReady": {"anyOf": [ref("ReadyModel"), ref("Error")]},
     "Status": closed(
         version=STRING, pid=COUNT, stopping=BOOLEAN, pool_file=STRING, last_reload=LAST_RELOAD,

@@ -70,6 +70,25 @@ def test_a_stop_loses_no_accepted_request(server: Server, kind: str) -> None:
     assert "0 requests got 503" in server.log.read_text()
 
 
+def test_balancers_are_given_time_to_turn_away(server: Server, kind: str) -> None:
+    """Until the delay is over a server that stops answers who asks it, also on a new connection, and is not ready."""
+    server.write_pool(fake("m"))
+    server.start(kind, EMBEDPOOL_SERVER__DRAIN_DELAY_S="4")
+    server.wait_ready()
+    process = server.process
+    if kind == "gunicorn":  # a reload delays nothing, and tells no balancer to turn away
+        workers = process.children()
+        os.kill(server.pid, signal.SIGHUP)
+        while any(worker.is_running() for worker in workers):
+            assert server.get("/ready").status_code == 200
+    url = server.url
+    os.kill(server.pid, signal.SIGTERM)
+    wait_until(lambda: requests.get(f"{url}/ready", timeout=WAIT_S).status_code == 503)
+    answer = requests.post(f"{url}/embed", json={"model": "m", "texts": ["a"]}, timeout=WAIT_S)
+    assert answer.status_code == 200
+    assert process.wait(WAIT_S) in (0, None)
+
+
 def test_ctrl_c_drains_too(server: Server, kind: str) -> None:
     """In a terminal Ctrl-C reaches every process of the group; requests are finished all the same."""
     server.write_pool(fake("m", delay_ms=500))

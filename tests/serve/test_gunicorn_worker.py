@@ -19,7 +19,7 @@ def test_gunicorn_is_told_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None
     beats: list[float] = []
     worker = WaitressWorker.__new__(WaitressWorker)
     worker.alive, worker.ppid = True, os.getppid()
-    worker.wsgi, worker._shared = SimpleNamespace(is_booted=False), bytearray(1)
+    worker.wsgi, worker._shared = SimpleNamespace(is_booted=False), bytearray(2)
     monkeypatch.setattr(worker, "notify", lambda: beats.append(now), raising=False)
     monkeypatch.setattr(gunicorn_worker.time, "monotonic", lambda: now)
     for time in times:
@@ -65,6 +65,22 @@ def test_one_ctrl_c_drains_and_a_second_ends(first: tuple[int, int]) -> None:
 def test_ctrl_c_ends_a_worker_that_drains_after_sigterm() -> None:
     """Somebody waits, and has waited long enough."""
     worker = WaitressWorker.__new__(WaitressWorker)
+    worker._shared = bytearray(2)
     worker.handle_exit(signal.SIGTERM, None)
     with pytest.raises(SystemExit):
         worker.handle_quit(signal.SIGINT, None)
+
+
+@pytest.mark.parametrize("server_ends", [True, False])
+def test_a_worker_that_is_replaced_does_not_delay(server_ends: bool) -> None:
+    """Balancers are told of the end of a server, not of a reload; nor is anybody who presses Ctrl-C kept waiting."""
+    stops: list[bool] = []
+    worker = WaitressWorker.__new__(WaitressWorker)
+    worker._shared = bytearray(2)
+    worker._loop = SimpleNamespace(stop=lambda delay: stops.append(delay))  # noqa: PLW0108  (by its name)
+    if server_ends:
+        worker.tell_that_the_server_ends()
+    worker.handle_exit(signal.SIGTERM, None)
+    worker._interrupted = False
+    worker.handle_quit(signal.SIGINT, None)
+    assert stops == [server_ends, False]

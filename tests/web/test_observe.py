@@ -65,6 +65,25 @@ def test_ready_of_a_model_is_whether_it_would_serve(make_web: MakeWeb, enabled: 
     assert web.get(f"/ready/{NAME}").status_code == web.get("/ready/m").status_code == status
 
 
+def test_ready_of_some_models(make_web: MakeWeb, gate: Gate) -> None:
+    """A probe of those alone: whether each of them would serve, by name or alias; others do not count."""
+
+    def open_place(spec: ModelSpec, memory: object, report: object) -> Place:
+        return gate.load(spec, memory, report) if spec.model == "slow" else open_fake(spec)
+
+    web = make_web(MODEL, "model: off, enabled: false", "model: slow", wait=False, open_place=open_place)
+    assert web.pool.find("m").replicas.settled.wait(20)
+    assert web.get("/ready").status_code == 503
+    assert web.get(f"/ready?models=m,{NAME}").status_code == 200
+    answer = web.get("/ready?models=m,slow")
+    assert (answer.status_code, answer.json["loading"]) == (503, ["slow"])
+    assert web.get("/ready?models=off").status_code == 503
+    gate.opened.set()
+    settle(web.pool)
+    assert web.get("/ready?models=m,slow").status_code == web.get("/ready?models=").status_code == 200
+    refused(web.get("/ready?models=m,nobody"), 404, "model_not_found")
+
+
 def test_ready_of_an_unknown_model(web: Web) -> None:
     """An unknown model is not found, rather than not ready."""
     refused(web.get("/ready/org/none"), 404, "model_not_found")
