@@ -13,7 +13,7 @@ The road of a request, each file entered once on the way in and once on the way 
     pool/fair_order.py    the order of service among requests and callers
     pool/planner.py       a replica's thread takes the items that make the best batch now
     pool/runner.py        every item of the batch gets its row or its error
-    tasks/driver.py       the place where the driver runs: in this process, or places/process.py
+    tasks/driver.py       the place where the driver runs: in this process, or places/process.py, or places/ray_place.py
     drivers/local_st.py   the batch becomes rows, by drivers/pipeline.py; drivers/http.py and drivers/fake.py do so too
     web/encoding.py       rows become JSON, base64 or npy
 
@@ -40,22 +40,27 @@ tells how fast they are. jobs/durable.py is their hand on the disk.
 
 Beside the road: serve/ (sockets, processes, signals), server.py (where the parts meet), config/ (config.yml, pool.yml,
 keys.yml), reconcile.py (pool.yml becomes the live pool), logs.py, tracing.py, bounds.py, errors.py,
-client.py with each.py (inputs that fail alone), and cli/.
+client.py with each.py (inputs that fail alone), embedder.py (columns of data, for Ray Data), and cli/.
 """
 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Client", "__version__"]
+__all__ = ["Client", "Embedder", "__version__"]
 
 if TYPE_CHECKING:
     from embedpool.client import Client
+    from embedpool.embedder import Embedder
 
 
 def __getattr__(name: str) -> Any:
-    """`embedpool.Client`, imported on use: the server needs no requests, the command line no numpy."""
+    """`Client` and `Embedder`, imported on use: the server needs no requests, the command line no numpy."""
     if name == "Client":
         from embedpool.client import Client
 
         return Client
+    if name == "Embedder":
+        from embedpool.embedder import Embedder
+
+        return Embedder
     raise AttributeError(f"module 'embedpool' has no attribute {name!r}")

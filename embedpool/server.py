@@ -12,9 +12,10 @@ from flask import Flask
 
 from embedpool import tracing
 from embedpool.config import checked, guard
+from embedpool.config.config_yml import unknown_variables
 from embedpool.config.keys import require_a_key
 from embedpool.config.pool_yml import PoolFile
-from embedpool.config.settings import Settings, unknown_variables
+from embedpool.config.settings import Settings
 from embedpool.config.spec import ModelSpec
 from embedpool.config.watch import Watch
 from embedpool.drivers import make_driver, open_tokenizer
@@ -50,6 +51,8 @@ def make_pool(settings: Settings, observer: Observer) -> Pool:
             prepare_child=functools.partial(configure_logging, settings),
             longest_batch_s=settings.defaults.request_timeout_s,
             report=report,
+            ray=settings.ray,
+            state_dir=folders.state,
         )
 
     def open_allowed_tokenizer(spec: ModelSpec, report: Report) -> Tokenizer:

@@ -10,7 +10,7 @@ from typing import Any
 import embedpool.cli
 from embedpool import errors
 from embedpool.config.settings import SECTIONS
-from embedpool.config.spec import DRIVER_CONFIGS, ModelSpec, QueueSpec, Scaling
+from embedpool.config.spec import DRIVER_CONFIGS, ModelSpec, QueueSpec, Resources, Scaling
 from embedpool.web.dialects.cohere import CohereSchema
 from embedpool.web.dialects.ollama import OllamaSchema
 from embedpool.web.dialects.openai import OpenAISchema
@@ -34,11 +34,14 @@ def settings() -> str:
     return "\n".join(rows)
 
 
+OF_AN_ENTRY = {"resources": Resources, "scaling": Scaling, "queue": QueueSpec}  # of an entry of pool.yml
+
+
 def pool_keys() -> str:
     rows = ["| key | default | meaning |", "|---|---|---|"]
-    rows += [_row(f.name, f) for f in dataclasses.fields(ModelSpec) if f.name not in ("driver", "scaling", "queue")]
+    rows += [_row(f.name, f) for f in dataclasses.fields(ModelSpec) if f.name not in ("driver", *OF_AN_ENTRY)]
     rows += [f"| `driver.type` | required | {OR.join(DRIVER_CONFIGS)} |"]
-    for name, cls in (("scaling", Scaling), ("queue", QueueSpec)):
+    for name, cls in OF_AN_ENTRY.items():
         rows += [_row(f"{name}.{f.name}", f) for f in dataclasses.fields(cls)]
     return "\n".join(rows)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from embedpool.config import pool_yml
+from embedpool.config.config_yml import parse_settings
 from embedpool.config.sample import sample_config_yml
-from embedpool.config.settings import Settings, parse_settings
+from embedpool.config.settings import Settings
 from embedpool.serve.gunicorn_settings import gunicorn_settings
 
 CONF = Path(__file__).parents[1] / "conf"

@@ -22,9 +22,10 @@ MAY_IMPORT = {
     "web": {"reconcile", "jobs", "pool", "tasks", "config", "bounds", "tracing", "errors"},
     "jobs": {"errors"},
     "in_process": {"server", "web", "jobs", "pool", "tasks", "config", "errors"},
+    "embedder": {"in_process", "jobs.sources", "places.cores", "config", "errors"},
     "pool": {"tasks", "config.spec", "bounds", "tracing", "errors"},
     "tasks": {"config.spec", "errors"},
-    "places": {"tasks", "config.spec", "errors"},
+    "places": {"tasks", "config.spec", "config.settings", "errors"},
     "drivers": {
         "places.cores", "tasks", "config.spec", "config.checks", "config.guard", "config.settings", "bounds", "tracing",
         "errors",
@@ -44,12 +45,12 @@ MAY_IMPORT = {
     "errors": set(),
     "bounds": {"errors"},
     "__main__": {"cli"},
-    "__init__": {"client"},
+    "__init__": {"client", "embedder"},
 }  # fmt: skip
 MAY_IMPORT_THIRD_PARTY = {
     "tasks": {"numpy", "typing_extensions"},
     "pool": set(),
-    "places": {"numpy", "psutil", "typing_extensions"},
+    "places": {"filelock", "numpy", "psutil", "ray", "typing_extensions"},
     "web": {
         "flask", "werkzeug", "marshmallow", "orjson", "numpy", "prometheus_client", "apispec",
         "typing_extensions", "tiktoken", "zstandard", "brotli",

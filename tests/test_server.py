@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from embedpool.config.settings import load_settings
+from embedpool.config.config_yml import load_settings
 from embedpool.errors import ModelNotFound
 from embedpool.server import EmbedpoolApp
 from tests.conftest import fake_pool_yml, settle

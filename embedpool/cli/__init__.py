@@ -7,7 +7,7 @@ Usage:
   embedpool pool stop [--config FILE]
   embedpool pool status [--json] [--config FILE]
   embedpool pool health [--json] [--config FILE]
-  embedpool register --model M --type T [--alias A] [--place P]
+  embedpool register --model M --type T [--alias A] [--place P] [--resources JSON]
                      [--max-seq-length N] [--normalize | --no-normalize] [--dtype D]
                      [--base-url URL] [--remote-model R] [--timeout-s S] [--protocol P]
                      [--min N] [--max N] [--idle-ttl-s S] [--queue-max N] [--inflight N]
@@ -77,7 +77,8 @@ Options:
                       embed needs none if the pool has only one model, rerank if it has only one reranker.
   --type T            local_st, http or fake.
   --alias A           Second name of the model.
-  --place P           Where a local model runs: in a thread of the server, or in a child process.
+  --place P           Where a local model runs: in a thread of the server, in a process of its own, or on a ray cluster.
+  --resources JSON    What a replica of place ray asks for, such as {"num_cpus": 2}.
   --max-seq-length N  Number of tokens kept of a text (local_st, fake).
   --normalize         Vectors of length 1; this is the default.
   --no-normalize      Vectors as the model gives them.

@@ -28,7 +28,7 @@ class UsageError(EmbedpoolError):
 
 def read_settings(arguments: Arguments) -> Settings:
     """The settings of --config, EMBEDPOOL_CONFIG or .config/config.yml."""
-    from embedpool.config.settings import find_config_yml, load_settings
+    from embedpool.config.config_yml import find_config_yml, load_settings
 
     return load_settings(find_config_yml(arguments["--config"]))
 

@@ -129,11 +129,12 @@ DRIVER_OPTIONS = {
     "--timeout-s": ("timeout_s", float, ("http",)),
     "--protocol": ("protocol", str, ("http",)),
 }
-OTHER_OPTIONS = {
+OTHER_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--model": ("model", str),
     "--alias": ("alias", str),
     "--type": ("driver_type", str),
     "--place": ("place", str),
+    "--resources": ("resources", json.loads),
     "--min": ("min", int),
     "--max": ("max", int),
     "--idle-ttl-s": ("idle_ttl_s", float),

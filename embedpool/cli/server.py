@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 def init(arguments: Arguments) -> int:
     """Write the sample files and make the folders."""
+    from embedpool.config.config_yml import load_settings
     from embedpool.config.pool_yml import EMPTY_POOL_YML
     from embedpool.config.sample import sample_config_yml
-    from embedpool.config.settings import load_settings
 
     root = arguments["--root"]
     config = Path(arguments["--config"] or os.environ.get("EMBEDPOOL_CONFIG") or Path(root) / "config.yml")
@@ -61,7 +61,7 @@ def _write_new(file: Path, text: str) -> None:
 
 def start(arguments: Arguments) -> int:
     """Serve, in the foreground or detached."""
-    from embedpool.config.settings import find_config_yml
+    from embedpool.config.config_yml import find_config_yml
     from embedpool.serve.process import PidFile, start_detached
 
     # The server, its workers and a detached child all read the same file and the same overrides.

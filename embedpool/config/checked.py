@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from embedpool.config.settings import Settings, find_config_yml, load_settings
+from embedpool.config.config_yml import find_config_yml, load_settings
+from embedpool.config.settings import Settings
 from embedpool.errors import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ REGISTRATION_KEYS: dict[str, tuple[str, ...]] = {
     "model": ("model",),
     "alias": ("alias",),
     "place": ("place",),
+    "resources": ("resources",),
     "enabled": ("enabled",),
     "driver_type": ("driver", "type"),
     "driver_config": ("driver", "config"),

@@ -150,7 +150,7 @@ def _as_entry(spec: ModelSpec) -> CommentedMap:
     ordered = {"model": spec.model, "alias": spec.alias, "place": values.get("place"), "enabled": spec.enabled}
     entry = CommentedMap({k: v for k, v in ordered.items() if v is not None})
     entry["driver"] = {"type": spec.driver.type, "config": values["driver"].get("config", {})}
-    for key in ("scaling", "queue"):
+    for key in ("resources", "scaling", "queue"):
         if key in values:
             entry[key] = values[key]
     return entry

@@ -34,7 +34,8 @@ from embedpool.config.fields import StrictSchema, option, schema_of
 RERANK_PROTOCOLS = ("embedpool", "cohere", "jina", "tei")
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:@/-]{0,199}\Z"
 
-PLACES = ("thread", "process")
+PLACES = ("thread", "process", "ray")
+ISOLATION = ("thread", "process")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class LocalConfig:
     max_batch_texts: ClassVar = None
     max_batch_chars: ClassVar = None
 
-    isolation: str | None = option(None, "older spelling of the model's `place`", choices=PLACES, loads=True)
+    isolation: str | None = option(None, "older spelling of the model's `place`", choices=ISOLATION, loads=True)
     max_rss_mb: int | None = option(
         None, "memory of a child process (`place: process`) above which embedpool replaces it", minimum=1
     )
@@ -274,6 +275,20 @@ class QueueSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class Resources:
+    """What a replica of `place: ray` asks of its cluster."""
+
+    num_cpus: float = option(1, "CPUs of a node; whole ones from 1 on", minimum=0.01, loads=True)
+    num_gpus: float = option(0, "GPUs of a node; a part of one, or whole ones", minimum=0, loads=True)
+    memory_mb: int | None = option(
+        None, "memory that Ray counts for it; default: none is counted", minimum=1, loads=True
+    )
+    custom: dict[str, float] = option(
+        {}, "further resources, by the names that the cluster's nodes give them", loads=True
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelSpec:
     """One entry of pool.yml."""
 
@@ -283,9 +298,10 @@ class ModelSpec:
     place: str = option(
         "thread",
         "where a local model runs; thread: in the server's process; process: each replica in a child process, whose "
-        "crash, hang or growth ends nothing else",
+        "crash, hang or growth ends nothing else; ray: each on a node of a Ray cluster, see `ray` in config.yml",
         choices=PLACES,
     )
+    resources: Resources = dataclasses.field(default_factory=Resources)
     enabled: bool = option(True, "whether the model is served")
     scaling: Scaling = dataclasses.field(default_factory=Scaling)
     queue: QueueSpec = dataclasses.field(default_factory=QueueSpec)
@@ -294,11 +310,15 @@ class ModelSpec:
         if self.alias == self.model:
             object.__setattr__(self, "alias", None)
         config = self.driver.config
-        if self.place == "process" and config.is_remote:
+        if self.place != "thread" and config.is_remote:
             raise ma.ValidationError({"place": ["a remote service runs elsewhere already: place is for local models"]})
+        if self.place != "ray" and self.resources != Resources():
+            raise ma.ValidationError({"resources": ["are of place: ray"]})
         if isinstance(config, LocalConfig) and config.isolation is not None:
-            if self.place == "process" and config.isolation == "thread":
-                raise ma.ValidationError({"place": ["contradicts driver.config.isolation, which is thread"]})
+            if self.place not in ("thread", config.isolation):
+                raise ma.ValidationError(
+                    {"place": [f"contradicts driver.config.isolation, which is {config.isolation}"]}
+                )
             object.__setattr__(self, "place", config.isolation)  # two spellings of a spec are equal
             driver = dataclasses.replace(self.driver, config=dataclasses.replace(config, isolation=None))
             object.__setattr__(self, "driver", driver)
@@ -312,7 +332,12 @@ class ModelSpec:
     def load_key(self) -> Hashable:
         """Equal for specs that one loaded model can serve; everything else applies at once."""
         config = self.driver.config
-        values = ((f.name, getattr(config, f.name)) for f in dataclasses.fields(config) if f.metadata["loads"])
+        values = [
+            (field.name, getattr(part, field.name))
+            for part in (config, self.resources)
+            for field in dataclasses.fields(part)
+            if field.metadata["loads"]
+        ]
         loaded = tuple((name, json.dumps(v, sort_keys=True) if isinstance(v, dict) else v) for name, v in values)
         return self.model, self.enabled, self.place, self.driver.type, loaded
 

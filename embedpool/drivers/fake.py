@@ -177,7 +177,7 @@ class FakeDriver(Driver):
 def make_driver(spec: ModelSpec, folders: Folders, shared: dict[str, Any]) -> Driver:
     """Called by the table of drivers, in drivers/__init__.py."""
     assert isinstance(spec.driver.config, FakeConfig)
-    return FakeDriver(spec.driver.config, may_crash=spec.place == "process")
+    return FakeDriver(spec.driver.config, may_crash=spec.place != "thread")
 
 
 def open_tokenizer(spec: ModelSpec, folders: Folders, report: Report) -> Tokenizer:

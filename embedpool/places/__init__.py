@@ -1,12 +1,15 @@
-"""Where a driver runs: in the server's threads or in a child process. To add a place, add a file and a line here."""
+"""Where a driver runs: in the server's threads, in a process, on a cluster. To add a place, add a file and a line."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
+from embedpool.config.settings import Ray
 from embedpool.config.spec import ModelSpec
 from embedpool.places.process import ProcessPlace
+from embedpool.places.ray_place import RayPlace
 from embedpool.tasks.driver import Driver, Place, Report, unheard
 
 
@@ -17,13 +20,18 @@ def open_place(
     prepare_child: Callable[[], None] | None = None,
     longest_batch_s: float = math.inf,
     report: Report = unheard,
+    ray: Ray = Ray(),  # noqa: B008  (it cannot be changed)
+    state_dir: Path = Path(),
 ) -> Place:
     """The place that the spec names, with an open driver in it. Raises whatever opening the driver raises.
 
     `report` is told how far the driver is.
     A process of its own calls `prepare_child` before anything else, and is ended when a batch takes longer than
-    `longest_batch_s`. Both callables must then be picklable.
+    `longest_batch_s`. Both callables must then be picklable. `ray` says which cluster is meant; what is known of one
+    that is started here stands below `state_dir`.
     """
+    if spec.place == "ray":
+        return RayPlace(spec, make_driver, prepare_child, longest_batch_s, report, ray=ray, state_dir=state_dir)
     if spec.place == "process":
         return ProcessPlace(spec, make_driver, prepare_child, longest_batch_s, report)
     return Place(make_driver(), report)

@@ -11,6 +11,14 @@ from pathlib import Path, PurePosixPath
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 
+_most: int | None = None  # that this process was given
+
+
+def limit_cores(most: int) -> None:
+    """This process shares its machine by agreement, not by a quota."""
+    global _most  # noqa: PLW0603  (it is the process that is limited)
+    _most = most
+
 
 def available_cores() -> int:
     """Cores this process may use, by affinity and by the quotas of its cgroup and of those above it, never the host's.
@@ -18,7 +26,7 @@ def available_cores() -> int:
     Reads version 2 of cgroups and version 1, in a container or below a unit of systemd.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(min([cores, *map(math.ceil, _quotas())]), 1)
+    return max(min([cores, _most or cores, *map(math.ceil, _quotas())]), 1)
 
 
 def _quotas() -> Iterator[float]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedpool.errors import EmbedpoolError
-from embedpool.tasks.driver import Driver
+from embedpool.tasks.driver import Driver, Loss, Lost
 from embedpool.tasks.rows import Answer, Rows
 
 ALIGNED_TO_BYTES = 64
@@ -59,8 +59,14 @@ def serve(
     prepare: Callable[[], None] | None,
     connections: Sequence[Connection],
     blocks: Sequence[Any],
+    last_words: Connection,
 ) -> None:
     """The child's life. A pipe and a block of shared memory make a slot, for one batch at a time."""
+
+    def lose(loss: Loss) -> None:
+        last_words.send(loss)
+        os._exit(1)  # the parent sees that this process is gone
+
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the whole group; the parent decides when this one ends
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -69,18 +75,18 @@ def serve(
     driver = make()
     driver.report = connections[0].send
     try:
-        facts = driver.open(lambda reason: os._exit(1))  # the parent sees that this process is gone
+        facts = driver.open(lambda reason: lose(Loss(reason, innocent=True)))
     except BaseException as error:
-        connections[0].send(_portable(error))
+        connections[0].send(portable(error))
         os._exit(1)
     connections[0].send(facts)
     for connection, block in list(zip(connections, blocks, strict=True))[1:]:
-        threading.Thread(target=_run_slot, args=(driver, connection, block), daemon=True).start()
-    _run_slot(driver, connections[0], blocks[0])  # in the thread that opened the model, which matters to torch
+        threading.Thread(target=_run_slot, args=(driver, connection, block, lose), daemon=True).start()
+    _run_slot(driver, connections[0], blocks[0], lose)  # in the thread that opened the model, which matters to torch
     os._exit(0)  # nothing is left worth waiting for
 
 
-def _run_slot(driver: Driver, connection: Connection, block: Any) -> None:
+def _run_slot(driver: Driver, connection: Connection, block: Any, lose: Callable[[Loss], None]) -> None:
     """Answer batches, and probes, which are None, until the parent closes its end."""
     view = np.frombuffer(block, dtype=np.uint8)
     with contextlib.suppress(EOFError, OSError):
@@ -88,13 +94,15 @@ def _run_slot(driver: Driver, connection: Connection, block: Any) -> None:
             batch = connection.recv()
             try:
                 answer = driver.probe() if batch is None else into_block(driver.run(batch), view)
+            except Lost as error:
+                lose(Loss(str(error)))
             except BaseException as error:
-                connection.send(_portable(error))
+                connection.send(portable(error))
             else:
                 connection.send(answer)
 
 
-def _portable(error: BaseException) -> Exception:
+def portable(error: BaseException) -> Exception:
     """The error if the parent can unpickle it without the model's libraries, else a RuntimeError that says the same."""
     if isinstance(error, EmbedpoolError) or (isinstance(error, Exception) and type(error).__module__ == "builtins"):
         with contextlib.suppress(Exception):

@@ -60,7 +60,7 @@ class ProcessPlace(Place):
         report: Report = unheard,
     ) -> None:
         self._longest_batch_s = longest_batch_s
-        self._count = spec.queue.max_inflight_per_replica or available_cores()
+        self._count = self._slot_count(spec)
         self._free = list(range(self._count))  # a heap: a lone batch is always run by the thread that opened the model
         self._began: dict[int, float] = {}  # slots in use, since when
         self._alone: int | None = None  # the thread whose batch is to be the only one
@@ -88,8 +88,19 @@ class ProcessPlace(Place):
                 raise ModelFailed(f"{spec.model!r} did not load: {error}") from None
             raise
         self._opened_bytes = _rss_bytes(self._process.pid)
-        where = {"place": "process", "isolation": "process", "pid": self._process.pid}
-        self.facts = dataclasses.replace(facts, description={**facts.description, **where})
+        self.facts = dataclasses.replace(facts, description={**facts.description, **self._where()})
+
+    def _where(self) -> dict[str, object]:
+        """What is told of it."""
+        return {"place": "process", "isolation": "process", "pid": self._process.pid}
+
+    def _slot_count(self, spec: ModelSpec) -> int:
+        """Batches that may run at once."""
+        return spec.queue.max_inflight_per_replica or available_cores()
+
+    def _is_innocent(self, exit_code: int | None) -> bool:
+        """Whether no item can have caused an end of which the child itself has said nothing."""
+        return exit_code == -signal.SIGKILL and not self._may_have_grown()
 
     @override
     def configure(self, config: LocalConfig) -> None:
@@ -101,8 +112,9 @@ class ProcessPlace(Place):
         pipes = [context.Pipe() for _ in range(self._count)]
         self._connections, theirs = [ours for ours, _ in pipes], [their for _, their in pipes]
         blocks = [context.RawArray("B", BLOCK_BYTES) for _ in pipes]
+        self._last_words, their_last_words = context.Pipe(duplex=False)
         self._blocks = [np.frombuffer(block, dtype=np.uint8) for block in blocks]
-        self._process = context.Process(target=serve, args=(make, prepare, theirs, blocks))
+        self._process = context.Process(target=serve, args=(make, prepare, theirs, blocks, their_last_words))
         watcher = threading.Thread(target=self._watch_child, name=watcher_name, daemon=True)
         self._process.start()
         atexit.register(self._process.kill)
@@ -112,7 +124,7 @@ class ProcessPlace(Place):
             self._watch_child(ending="could not be watched")
             raise
         finally:
-            for connection in theirs:
+            for connection in (*theirs, their_last_words):
                 connection.close()
 
     @override
@@ -150,7 +162,7 @@ class ProcessPlace(Place):
         for connection in self._connections:
             _shut_down(connection)  # which the child takes as the end
         self._ended.wait()
-        for connection in self._connections:
+        for connection in (*self._connections, self._last_words):
             connection.close()
         self._process.close()
         self._blocks = []
@@ -204,9 +216,12 @@ class ProcessPlace(Place):
                 self._process.kill()
         self._process.join()
         atexit.unregister(self._process.kill)
+        with contextlib.suppress(EOFError, OSError):
+            if self.lost is None and self._last_words.poll():
+                self.lost = self._last_words.recv()
         if self.lost is None:
-            innocent = self._process.exitcode == -signal.SIGKILL and not self._may_have_grown()
-            self.lost = Loss(f"its process {_how(self._process.exitcode)}", innocent)
+            exit_code = self._process.exitcode
+            self.lost = Loss(f"its process {_how(exit_code)}", self._is_innocent(exit_code))
         for connection in self._connections:
             _shut_down(connection)  # a process that the child has started may hold the other end
         self._ended.set()

@@ -122,6 +122,10 @@ class Loss:
     innocent: bool = False
 
 
+class Lost(Exception):
+    """Raised by the `run` of a driver that can serve no more, where an item of the batch may be why."""
+
+
 class Place:
     """Runs an open driver in the threads of this process. Its subclasses in places/ run it elsewhere."""
 

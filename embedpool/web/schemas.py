@@ -85,6 +85,7 @@ class RegisterSchema(StrictSchema):
     model = fields.Raw(required=True, metadata={"type": "string"})
     alias = fields.Raw(metadata={"type": "string"})
     place = fields.Raw(metadata={"type": "string", "enum": list(PLACES)})
+    resources = fields.Raw(metadata={"type": "object"})
     enabled = fields.Raw(metadata={"type": "boolean"})
     driver_type = fields.Raw(required=True, metadata={"type": "string", "enum": list(DRIVER_CONFIGS)})
     driver_config = fields.Dict()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedpool.config import edit
-from embedpool.config.spec import ModelSpec, PoolSpec, QueueSpec, Scaling
+from embedpool.config.spec import ModelSpec, PoolSpec, QueueSpec, Resources, Scaling
 from embedpool.errors import AliasConflict, EmbedpoolError, InvalidRequest, ModelExistsDifferently, ModelNotFound
 
 
@@ -26,7 +26,8 @@ def test_a_flat_registration_lands_in_the_right_places() -> None:
     flat = {
         "model": "m",
         "alias": "x",
-        "place": "process",
+        "place": "ray",
+        "resources": {"num_cpus": 2, "custom": {"fast": 1}},
         "enabled": False,
         "driver_type": "fake",
         "driver_config": {"dim": 3},
@@ -45,7 +46,7 @@ def test_a_flat_registration_lands_in_the_right_places() -> None:
         "fake",
         3,
     )
-    assert made.place == "process"
+    assert (made.place, made.resources) == ("ray", Resources(2, custom={"fast": 1}))
     assert made.scaling == Scaling(0, 2, 5)
     assert made.queue == QueueSpec(7, 4)
 

@@ -9,17 +9,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from embedpool.config.config_yml import base_dir_of, find_config_yml, load_settings, parse_settings, unknown_variables
 from embedpool.config.sample import sample_config_yml
-from embedpool.config.settings import (
-    SECTIONS,
-    Client,
-    Settings,
-    base_dir_of,
-    find_config_yml,
-    load_settings,
-    parse_settings,
-    unknown_variables,
-)
+from embedpool.config.settings import SECTIONS, Client, Settings
 from embedpool.errors import ConfigError
 
 CONTRACT = """\

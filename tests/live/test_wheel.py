@@ -1,0 +1,47 @@
+"""The wheel works by itself: everything that the server needs is in it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import requests
+
+from tests.live.conftest import Server, wait_until
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_wheel_serves(tmp_path: Path, server: Server) -> None:
+    """Installed apart from the repository: init, start, embed, the page and the document of the API."""
+    copy = tmp_path / "source"
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, files.split("\0")):
+        if name.startswith(("embedpool/", "setup", "pyproject", "README", "LICENSE", "MANIFEST", "conf/")):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(copy)], check=True)
+    (wheel,) = tmp_path.glob("embedpool-*.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith(("tests", "benchmarks"))]
+    installed = tmp_path / "installed"
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(installed), str(wheel)], check=True)
+    environment = {**server.environment, "PYTHONPATH": str(installed)}
+    embedpool = [sys.executable, "-P", "-m", "embedpool"]
+    where = [sys.executable, "-P", "-c", "import embedpool; print(embedpool.__file__)"]
+    found = subprocess.run(where, env=environment, check=True, capture_output=True, text=True)
+    assert found.stdout.startswith(str(installed))
+    subprocess.run([*embedpool, "init"], cwd=server.folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    register = ["register", "--model", "m", "--type", "fake"]
+    subprocess.run([*embedpool, *register], cwd=server.folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    start = [*embedpool, "pool", "start", "--port", "0"]
+    with subprocess.Popen(start, cwd=server.folder, env=environment, stderr=subprocess.DEVNULL) as process:
+        wait_until(server.pid_file.exists)
+        server.wait_ready()
+        assert len(server.vectors("m", ["a"])[0]) == 384
+        for path in ("/ui", "/ui/app.js", "/ui/vendor/uplot/uPlot.iife.min.js", "/docs", "/openapi.json"):
+            assert requests.get(server.url + path, timeout=60).status_code == 200, path
+        process.terminate()
+        assert process.wait(60) == 0
