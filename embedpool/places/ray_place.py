@@ -85,8 +85,8 @@ class Host:
     """The actor: it opens a driver and runs its batches. Errors are given back, since Ray would wrap them."""
 
     def __init__(self, make: Callable[[], Driver], cores: int) -> None:
-        limit_cores(cores)
         self._make = make
+        self._cores = cores
         self._progress: Progress | None = None
 
     def open(self, version: str) -> Facts | Exception:
@@ -95,6 +95,7 @@ class Host:
 
         if version != __version__:
             return ModelFailed(f"the node has embedpool {__version__}, and the server {version}")
+        limit_cores(self._cores)
         try:
             self._driver = self._make()
             self._driver.report = self._heard

@@ -487,22 +487,31 @@ LINES = st.one_of(
 )  # fmt: skip
 
 
-@hypothesis.given(lines=st.lists(LINES, max_size=5), tail=st.binary(max_size=20))
-@hypothesis.settings(max_examples=60, deadline=None, suppress_health_check=FIXTURES)
-def test_whatever_is_uploaded(web: Web, lines: list[str], tail: bytes) -> None:
-    """The batch ends failed, with the lines that are at fault, or completed."""
-    content = "\n".join(lines).encode(errors="replace") + b"\n" + tail
-    file_id = upload(web, content).json["id"]
-    answer = web.post(
-        "/v1/batches", {"input_file_id": file_id, "endpoint": "/v1/embeddings", "completion_window": "24h"}
-    )
-    runner_of(web).step()
-    found = batch(web, answer.json["id"])
-    assert found["status"] in ("failed", "completed")
-    if found["status"] == "failed":
-        faults = found["errors"]["data"]
-        assert faults
-        assert all(fault["message"] and (fault["line"] or fault["code"] == "empty_file") for fault in faults)
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.long)])
+def test_whatever_is_uploaded(web: Web, count: int, caplog: pytest.LogCaptureFixture) -> None:
+    """The batch ends failed, with the lines that are at fault, or completed; no trace and no file of it is left."""
+
+    @hypothesis.given(lines=st.lists(LINES, max_size=5), tail=st.binary(max_size=20))
+    @hypothesis.settings(max_examples=count, deadline=None)
+    def uploaded(lines: list[str], tail: bytes) -> None:
+        content = "\n".join(lines).encode(errors="replace") + b"\n" + tail
+        file_id = upload(web, content).json["id"]
+        answer = web.post(
+            "/v1/batches", {"input_file_id": file_id, "endpoint": "/v1/embeddings", "completion_window": "24h"}
+        )
+        runner_of(web).step()
+        found = batch(web, answer.json["id"])
+        assert found["status"] in ("failed", "completed")
+        if found["status"] == "failed":
+            faults = found["errors"]["data"]
+            assert faults
+            assert all(fault["message"] and (fault["line"] or fault["code"] == "empty_file") for fault in faults)
+        for name in filter(None, (file_id, found["output_file_id"], found["error_file_id"])):
+            assert web.delete(f"/v1/files/{name}").status_code == 200
+
+    uploaded()
+    assert not [record for record in caplog.records if record.exc_info]
+    assert list((store_of(web).folder / "files").iterdir()) == []
 
 
 # --- whose
