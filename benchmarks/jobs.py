@@ -95,10 +95,14 @@ def _requests(up: Running, given: list[str]) -> float:
 def _file(up: Running, given: list[str]) -> float:
     with tempfile.TemporaryDirectory() as name:
         (Path(name) / "texts.txt").write_text("\n".join(given))
-        where = {"EMBEDPOOL_SERVER__PORT": str(up.port), "PYTHONPATH": str(up.server.checkout)}
+        where = {"EMBEDPOOL_CLIENT__BASE_URL": f"http://127.0.0.1:{up.port}", "PYTHONPATH": str(up.server.checkout)}
         command = [*EMBEDPOOL, "embed", "--model", MODEL, "--in", "texts.txt", "--out", "vectors.npy"]
+        here: dict[str, Any] = {"cwd": name, "env": {**os.environ, **QUIET, **where}, "text": True}
+        subprocess.run([*EMBEDPOOL, "init"], check=True, stdout=subprocess.DEVNULL, **here)
         began_s = time.perf_counter()
-        subprocess.run(command, cwd=name, env={**os.environ, **QUIET, **where}, check=True, stderr=subprocess.DEVNULL)
+        done = subprocess.run(command, check=False, stderr=subprocess.PIPE, **here)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
         return len(given) / (time.perf_counter() - began_s)
 
 
