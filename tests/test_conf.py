@@ -56,7 +56,7 @@ def test_the_service_unit_runs_the_documented_command() -> None:
     unit.optionxform = str  # type: ignore[assignment,method-assign]
     unit.read(CONF / "embedpool.service")
     assert unit["Service"]["ExecStart"].endswith("-c conf/gunicorn.conf.py embedpool.server:wsgi()")
-    assert int(unit["Service"]["TimeoutStopSec"]) > Settings().server.graceful_timeout_s
+    assert int(unit["Service"]["TimeoutStopSec"]) > Settings().server.longest_stop_s
 
 
 @pytest.mark.parametrize(("name", "text"), [("config.yml", "server: {prt: 1}\n"), ("keys.yml", "keys: [\n")])
