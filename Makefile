@@ -49,6 +49,9 @@ bench: $(VENV)/test.installed
 	$(BIN)/python -m benchmarks.run --write
 	$(BIN)/python -m benchmarks.rerank --write
 	$(BIN)/python -m benchmarks.page
+	$(BIN)/python -m benchmarks.jobs --write
+	$(BIN)/python -m benchmarks.front --write
+	$(BIN)/python -m benchmarks.ray_place --write
 
 $(VENV)/run.installed: setup.cfg conf/constraints.txt | $(BIN)/python
 	$(PIP) -e '.[demo,openvino]'

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from embedpool.config.checks import MODEL_SLOT, TEXT_SLOT, TEXTS_SLOT, holds_a_text
 from embedpool.config.spec import HttpConfig
@@ -34,8 +38,9 @@ class Protocol(NamedTuple):
 
 # --- embedpool
 
-# The final form is made here, and a text that fails there takes no other with it.
-RAW = {"normalize": False, "dtype": "float32", "on_error": "partial"}
+# The final form is made here, and a text that fails there takes no other with it. Numbers as base64 cost both sides a
+# fraction of what they do as JSON.
+RAW = {"normalize": False, "dtype": "float32", "on_error": "partial", "encoding": "base64"}
 
 
 def _embedpool_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,7 +50,16 @@ def _embedpool_body(model: str, texts: Sequence[str], options: Mapping[str, Any]
 def _embedpool_read(document: Any) -> Reading:
     meta = document.get("meta") or {}
     truncated = list(meta.get("truncated") or [])
-    return Reading(document["vectors"], meta.get("tokens"), truncated, _embedpool_errors(document))
+    vectors = [_from_base64(found) if isinstance(found, str) else found for found in document["vectors"]]
+    return Reading(vectors, meta.get("tokens"), truncated, _embedpool_errors(document))
+
+
+def _from_base64(given: str) -> NDArray[np.float32] | str:
+    """Its numbers; what holds none stays as it is, and is no vector."""
+    try:
+        return np.frombuffer(base64.b64decode(given, validate=True), dtype="<f4")
+    except ValueError:
+        return given
 
 
 def _embedpool_errors(document: Any) -> dict[int, EmbedpoolError]:
