@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,7 @@ def main() -> None:
     arguments = docopt(__doc__)
     rounds, seconds = int(arguments["--rounds"]), float(arguments["--seconds"])
     measured: list[dict[str, float]] = []
+    os.environ["EMBEDPOOL_BATCHING__MAX_BATCH_MS"] = "500"  # so that 32 texts are one batch in both
     with running(_serving("process")) as process, running(_serving("ray")) as ray:
         for number in range(rounds):
             found: dict[str, dict[str, float]] = {}

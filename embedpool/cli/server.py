@@ -61,6 +61,8 @@ def _write_new(file: Path, text: str) -> None:
 
 def start(arguments: Arguments) -> int:
     """Serve, in the foreground or detached."""
+    if sys.platform == "win32":
+        raise UsageError("the server does not run on Windows: run it in WSL, in a container or on another machine")
     from embedpool.config.config_yml import find_config_yml
     from embedpool.serve.process import PidFile, start_detached
 

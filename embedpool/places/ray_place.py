@@ -65,7 +65,8 @@ class RayPlace(ProcessPlace):
 
     @override
     def _where(self) -> dict[str, object]:
-        return {"place": "ray", "pid": self._process.pid}
+        asked = {name: value for name, value in dataclasses.asdict(self._resources).items() if value}
+        return {"place": "ray", "resources": asked, "pid": self._process.pid}
 
     @override
     def _slot_count(self, spec: ModelSpec) -> int:

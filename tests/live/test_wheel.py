@@ -1,4 +1,4 @@
-"""The wheel works by itself: everything that the server needs is in it."""
+"""The source distribution and the wheel work by themselves: everything that the server needs is in them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def test_a_wheel_serves(tmp_path: Path, server: Server) -> None:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(copy)], check=True)
+    program = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", program], cwd=copy, check=True, stdout=subprocess.DEVNULL)
+    (source,) = tmp_path.glob("embedpool-*.tar.gz")
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(source)], check=True)
     (wheel,) = tmp_path.glob("embedpool-*.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith(("tests", "benchmarks"))]
     installed = tmp_path / "installed"

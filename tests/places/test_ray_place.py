@@ -103,7 +103,7 @@ def test_its_vectors_are_those_of_a_thread(opened: Callable[..., Place]) -> None
         np.testing.assert_array_equal(run(place, TEXTS).rows.values, run(here, TEXTS).rows.values)
         assert place.facts.space == here.facts.space
         place.probe()
-        assert place.facts.description["place"] == "ray"
+        assert (place.facts.description["place"], place.facts.description["resources"]) == ("ray", {"num_cpus": 1})
         assert place.facts.description["node"]
         place.close()
 
