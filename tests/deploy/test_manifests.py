@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from embedpool.config import pool_yml
-from embedpool.config.settings import Settings, parse_settings
+from embedpool.config.config_yml import parse_settings
+from embedpool.config.settings import Settings
 from embedpool.web.metrics import Metrics
 from tests.deploy.conftest import CONF, said, tool
 
