@@ -67,6 +67,7 @@ def test_a_cluster_of_its_own(server: Server) -> None:
     wait_until(lambda: not of_the_cluster(server))
 
 
+@pytest.mark.long
 def test_it_ends_with_a_server_that_is_killed(server: Server) -> None:
     """Whoever watches it sees that."""
     server.write_pool({**fake("m"), "place": "ray"})
@@ -78,6 +79,7 @@ def test_it_ends_with_a_server_that_is_killed(server: Server) -> None:
     wait_until(lambda: not of_the_cluster(server))
 
 
+@pytest.mark.long
 def test_ray_data(server: Server) -> None:
     """The vectors are those of a server, and what has ended early goes on: each row once."""
     pool: dict[str, Any] = fake("m", dim=8, fault="raise", fault_text="text 777")
