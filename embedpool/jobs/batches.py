@@ -1,7 +1,8 @@
 """Runs batches: lines of requests, in windows, whose answers are on the disk before the next window counts as done.
 
 One process of a server runs them (it holds a lock); after any end the next goes on at the last window that was kept.
-Knows no HTTP: `execute` serves a line.
+The batches of an owner run one after the other, those of several owners side by side. Knows no HTTP: `execute` serves a
+line.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ from embedpool.jobs.windows import answered
 
 logger = logging.getLogger(__name__)
 
-LINES_AT_ONCE = 64  # served at the same time
+LINES_AT_ONCE = 64  # served at the same time, of all batches together
+BATCHES_AT_ONCE = 4
 LOOK_EVERY_S = 1.0  # for batches that another process was given
 TELL_EVERY_S = 10.0
 PAUSE_S = 5.0  # where there is no room on the disk
@@ -70,12 +72,13 @@ class Observer:
 
 
 class Runner:
-    """Runs the batches of a store, the oldest first."""
+    """Runs the batches of a store, of each owner the oldest first."""
 
     def __init__(self, store: Store, execute: Execute, observer: Observer | None = None) -> None:
         self._store = store
         self._execute = execute
         self._observer = observer or Observer()
+        self._line_slots = threading.BoundedSemaphore(LINES_AT_ONCE)
         self._told_at = float("-inf")
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -103,11 +106,15 @@ class Runner:
         while not self._stopping.is_set():
             try:
                 self._store.folder.mkdir(parents=True, exist_ok=True)
-                with lock.acquire(timeout=0):
+                with lock.acquire(timeout=0), ThreadPoolExecutor(BATCHES_AT_ONCE, "batch") as threads:
+                    running: dict[str, Future[None]] = {}
                     while not self._stopping.is_set():
                         self._store.has_new.clear()
-                        if not self._tried() and not self._stopping.is_set():
-                            self._store.has_new.wait(LOOK_EVERY_S)
+                        running = {owner: run for owner, run in running.items() if not run.done()}
+                        for known in self._look():
+                            if known["owner"] not in running and len(running) < BATCHES_AT_ONCE:
+                                running[known["owner"]] = threads.submit(self._run_one, known)
+                        self._store.has_new.wait(LOOK_EVERY_S)
             except Timeout:
                 self._stopping.wait(LOOK_EVERY_S)
             except OSError as error:
@@ -115,41 +122,47 @@ class Runner:
                     logger.warning("batches cannot be run: %s", error)
                 self._is_told = True
                 self._stopping.wait(PAUSE_S)
-
-    def _tried(self) -> bool:
-        try:
-            return self.step()
-        except _Stopped:
-            return False
-        except Exception:
-            logger.exception("a batch could not be run; it is tried again")
-            self._stopping.wait(PAUSE_S)
-            return True
+            except Exception:
+                logger.exception("batches could not be run; it is tried again")
+                self._stopping.wait(PAUSE_S)
 
     def step(self) -> bool:
         """Run the oldest batch, to its end if nothing is in the way; whether there was one."""
+        waiting = self._look()
+        if waiting:
+            self._run_one(waiting[0])
+        return bool(waiting)
+
+    def _look(self) -> list[Document]:
+        """The batches that are not finished, the oldest first."""
         now = self._store.clock()
         if now - self._pruned_at >= PRUNE_EVERY_S:
             self._pruned_at = now
             self._store.prune()
         waiting = self._store.to_run()
         self._tell(waiting)
-        if not waiting:
-            return False
+        return waiting
+
+    def _run_one(self, known: Document) -> None:
         try:
-            _Run(self._store, waiting[0], self._execute, self._stopping, self._lines_ran).run()
+            _Run(self._store, known, self._in_turn, self._stopping, self._lines_ran).run()
         except OSError as error:
-            self._pause(waiting[0], error.strerror or str(error))
+            self._pause(known, error.strerror or str(error))
         except StorageError as error:
-            self._pause(waiting[0], error.message)
+            self._pause(known, error.message)
         except _Stopped:
-            raise
+            return
         except Exception as error:
-            logger.exception("batch %s cannot be run", waiting[0]["batch"]["id"])
-            self._give_up(waiting[0], error)
-        if waiting[0]["batch"]["status"] in FINISHED:
-            self._observer.batch_ended(waiting[0]["batch"]["status"])
-        return True
+            logger.exception("batch %s cannot be run", known["batch"]["id"])
+            self._give_up(known, error)
+        finally:
+            self._store.has_new.set()  # the owner's next may run
+        if known["batch"]["status"] in FINISHED:
+            self._observer.batch_ended(known["batch"]["status"])
+
+    def _in_turn(self, url: str, body: bytes, owner: str) -> Executed:
+        with self._line_slots:
+            return self._execute(url, body, owner)
 
     def _lines_ran(self, completed: int, failed: int) -> None:
         self._observer.lines_ran(completed, failed)

@@ -25,54 +25,24 @@ from embedpool.pool.pool import Pool
 from embedpool.pool.settings import PoolSettings
 from embedpool.tasks.driver import Folders, Place, Progress
 from tests.conftest import ask, open_fake, open_fake_tokenizer, run, settle, wait_until
+from tests.places import ray_nodes
+from tests.places.ray_nodes import Nodes
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
 
-STORE_BYTES = 80 << 20
-QUICK = {  # a cluster that notices soon what has gone
-    "RAY_health_check_initial_delay_ms": "500", "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "500", "RAY_health_check_failure_threshold": "2",
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "5", "RAY_USAGE_STATS_ENABLED": "0",
-}  # fmt: skip
 TEXTS = [f"text {i}" for i in range(8)]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """Of a head without CPUs and one node with two; tests may add nodes of their own."""
-    from ray.cluster_utils import Cluster
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in QUICK.items():
-            patch.setenv(name, value)
-        found = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE_BYTES},
-        )
-        found.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
-        try:
-            yield found
-        finally:
-            found.shutdown()
+def cluster() -> Iterator[Nodes]:
+    """Of a head without CPUs and one node with two; tests add nodes of their own, named after them."""
+    with ray_nodes.running() as found:
+        found.add("first", num_cpus=2)
+        yield found
 
 
 @pytest.fixture
-def node(cluster: Any) -> Iterator[Callable[..., Any]]:
-    """Adds nodes that are gone after the test."""
-    added = []
-
-    def add(**resources: float) -> Any:
-        added.append(cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES, resources=resources))
-        return added[-1]
-
-    yield add
-    for one in added:
-        if one in cluster.worker_nodes:
-            cluster.remove_node(one, allow_graceful=False)
-
-
-@pytest.fixture
-def opened(cluster: Any, tmp_path: Path) -> Iterator[Callable[..., Place]]:
+def opened(cluster: Nodes, tmp_path: Path) -> Iterator[Callable[..., Place]]:
     places: list[Place] = []
 
     def open_one(report: Any = None, resources: Resources | None = None, **config: Any) -> Place:
@@ -117,16 +87,14 @@ def test_a_load_that_fails_says_why(opened: Callable[..., Place]) -> None:
     assert "and the server 0.0.1" in found.message
 
 
-def test_no_room_is_told_and_a_node_that_joins_brings_some(
-    opened: Callable[..., Place], node: Callable[..., Any]
-) -> None:
+def test_no_room_is_told_and_a_node_that_joins_brings_some(cluster: Nodes, opened: Callable[..., Place]) -> None:
     """The sentence says what is missing; the next try succeeds by itself."""
     wanted = Resources(num_cpus=1, custom={"fast": 1})
     told: list[Progress] = []
     with pytest.raises(ModelFailed, match="no room for it: it needs 1 fast, and there are 0 fast free"):
         opened(told.append, wanted)
     assert any("waits for room" in progress.step for progress in told)
-    node(fast=1)
+    cluster.add("fast", num_cpus=1, resources={"fast": 1})
     assert len(run(opened(resources=wanted), TEXTS).rows) == len(TEXTS)
 
 
@@ -149,51 +117,39 @@ def test_a_batch_that_hangs_ends_the_actor(opened: Callable[..., Place]) -> None
     assert not place.lost.innocent
 
 
-def test_a_node_that_goes_is_nobodys_fault(
-    cluster: Any, opened: Callable[..., Place], node: Callable[..., Any]
-) -> None:
+def test_a_node_that_goes_is_nobodys_fault(cluster: Nodes, opened: Callable[..., Place]) -> None:
     """The batch that ran there is run again elsewhere, and counts against no text."""
-    gone = node(here=1)
+    cluster.add("gone", num_cpus=1, resources={"here": 1})
     place = opened(resources=Resources(num_cpus=0.5, custom={"here": 1}), delay_ms=60_000)
     with ThreadPoolExecutor(1) as thread:
         asked = thread.submit(run, place, TEXTS)
-        cluster.remove_node(gone, allow_graceful=False)
+        cluster.remove("gone")
         assert isinstance(asked.exception(), ChildProcessError)
     assert place.lost is not None
     assert place.lost.innocent, place.lost
 
 
+@pytest.mark.long
 def test_a_child_whose_cluster_is_gone_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that serves goes on; the loss is nobody's fault."""
-    from ray.cluster_utils import Cluster
-
-    for name, value in QUICK.items():
+    for name, value in ray_nodes.QUICK.items():
         monkeypatch.setenv(name, value)
-    alone = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": STORE_BYTES},
-    )
-    try:
+    with ray_nodes.running(head_cpus=1) as alone:
         place = open_on(alone.address, tmp_path, spec_of(Resources()), report=lambda progress: None)
         lost = threading.Event()
         place.watch(lost.set)
-        alone.head_node.kill_gcs_server()
-        alone.head_node.kill_raylet()
+        alone.end_the_head()
         with contextlib.suppress(ChildProcessError):
             run(place, TEXTS)
         assert lost.wait(60)
         assert place.lost is not None
         assert place.lost.innocent
         place.close()
-    finally:
-        alone.shutdown()
 
 
-def test_a_node_is_killed_and_another_added_under_load(
-    cluster: Any, node: Callable[..., Any], tmp_path: Path, pool_settings: PoolSettings
-) -> None:
+def test_a_node_is_killed_and_another_added_under_load(cluster: Nodes, tmp_path: Path) -> None:
     """A thousand requests of sixteen callers: a thousand answers, no text condemned, and it serves on."""
-    first = node(work=2)
+    cluster.add("dies", num_cpus=1, resources={"work": 2})
     settings = PoolSettings(
         functools.partial(open_on, cluster.address, tmp_path), open_fake_tokenizer, request_timeout_s=60
     )
@@ -213,8 +169,8 @@ def test_a_node_is_killed_and_another_added_under_load(
         with ThreadPoolExecutor(16) as callers:
             asked = [callers.submit(one, number) for number in range(1000)]
             wait_until(lambda: sum(one.done() for one in asked) > 200)
-            cluster.remove_node(first, allow_graceful=False)
-            node(work=2)
+            cluster.remove("dies")
+            cluster.add("joins", num_cpus=1, resources={"work": 2})
             for request in asked:
                 request.result()
         assert pool.find("org/m").state == "ready"

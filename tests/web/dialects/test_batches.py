@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -559,3 +560,37 @@ def test_everybody_sees_their_own(keyed: Keyed) -> None:
     runner_of(web).step()
     (known,) = [one for one in store_of(web)._all("batches", "batch.json") if one["batch"]["id"] == second]
     assert known["batch"]["request_counts"] == {"total": 2, "completed": 0, "failed": 2}
+
+
+def test_nobody_waits_for_the_batches_of_others(keyed: Keyed) -> None:
+    """A key's own run one after the other; those of several keys side by side."""
+    web, key, _ = keyed
+    first, second = ({"Authorization": f"Bearer {key()}"} for _ in range(2))
+    opened, seen = threading.Event(), []
+
+    def made(headers: dict[str, str], *texts: str) -> str:
+        content = "\n".join(line(f"id-{i}", text) for i, text in enumerate(texts))
+        body = {"input_file_id": upload(web, content, headers=headers).json["id"], "endpoint": "/v1/embeddings"}
+        return str(web.post("/v1/batches", body, headers=headers).json["id"])
+
+    def execute(url: str, body: bytes, owner: str) -> Executed:
+        text = json.loads(body)["input"]
+        assert text != "long" or opened.wait(20)
+        seen.append(text)
+        return executed(web.app, url, body, owner, 1)
+
+    long, after_it, other = made(first, "long"), made(first, "next"), made(second, "other")
+    runner = Runner(store_of(web), execute, web.metrics)
+    runner.start()
+    try:
+        wait_until(lambda: web.get(f"/v1/batches/{other}", headers=second).json["status"] == "completed")
+        assert web.get(f"/v1/batches/{after_it}", headers=first).json["status"] == "validating"
+        opened.set()
+        for batch_id in (long, after_it):
+            wait_until(
+                lambda name=batch_id: web.get(f"/v1/batches/{name}", headers=first).json["status"] == "completed"
+            )
+    finally:
+        opened.set()
+        runner.stop()
+    assert seen == ["other", "long", "next"]
