@@ -238,6 +238,7 @@ class Ray:
         30,
         "how long a replica waits for room on the cluster; then it says what is missing, and is tried again",
         minimum=1,
+        maximum=540,
     )
     object_store_mb: int = option(256, "shared memory of a cluster that embedpool starts", minimum=80)
 
