@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 SETUP_CFG = Path(__file__).parents[1] / "setup.cfg"
-EXTRAS = ("demo", "openvino", "files", "otel", "ray")  # of what users install, not of what tests need
+EXTRAS = ("demo", "openvino", "files", "otel")  # of what users install, not of what tests need
 PINNED = ("torch",)  # conf/constraints.txt says which
 FLOOR = re.compile(r"(?P<name>[\w.-]+)>=(?P<floor>[\w.]+)")
 

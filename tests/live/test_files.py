@@ -16,7 +16,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from tests.live.conftest import COMMAND, Server, fake, wait_until
+from benchmarks.texts import mixed, model_folder
+from tests.live.conftest import COMMAND, MINILM, Server, fake, wait_until
 
 AT_MOST_AGAIN = 1000  # texts that a kill costs
 MOST_GROWTH_MB = 300
@@ -49,7 +50,7 @@ def require_all(server: Server, texts: list[str], out: Path) -> None:
         np.testing.assert_allclose(vectors[at : at + 1000], server.vectors("m", texts[at : at + 1000]), atol=1e-6)
 
 
-@pytest.mark.parametrize(("count", "kills"), [(4000, 6), pytest.param(200_000, 20, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("count", "kills"), [(3000, 3), pytest.param(200_000, 20, marks=pytest.mark.long)])
 def test_killed_at_random(server: Server, count: int, kills: int) -> None:
     """The command, a worker and the whole server by turns: complete, each vector once, and equal to a fresh one.
 
@@ -66,17 +67,8 @@ def test_killed_at_random(server: Server, count: int, kills: int) -> None:
     for turn in range(kills):
         further = random.Random(turn).randrange(1, count // (kills + 1))
         until_it_is_further(job, begun, rows_done(job) + further)
-        if turn % 3 == 1:
-            server.process.children()[0].kill()
-        elif turn % 3:
-            family = [server.process, *server.process.children(recursive=True)]
-            for process in family:
-                process.kill()
-            psutil.wait_procs(family, timeout=20)
-            port = str(urlsplit(server.url).port)
-            server.pid_file.unlink(missing_ok=True)
-            server.cli("pool", "start", "--detach", "--port", port)
-        else:
+        kill(server, turn)
+        if turn % 3 == 0:
             begun.kill()
             begun.communicate()
             begun = command(server, *arguments, "--resume")
@@ -87,6 +79,51 @@ def test_killed_at_random(server: Server, count: int, kills: int) -> None:
     require_all(server, texts, server.folder / "out.parquet")
     assert [path.name for path in server.folder.iterdir() if path.name.startswith("out")] == ["out.parquet"]
     server.stop()
+
+
+@pytest.mark.long
+def test_a_real_model_killed(server: Server) -> None:
+    """Texts of mixed lengths with MiniLM, three kills: complete, and rows equal to fresh ones."""
+    texts = [" ".join(text.split()) for text in mixed(20_000)]
+    model = {"model": MINILM, "alias": "m", "driver": {"type": "local_st", "config": {"path": str(model_folder())}}}
+    server.write_pool(model)
+    server.start()
+    server.wait_ready()
+    write(server, texts)
+    arguments = ("--model", "m", "--in", "in.parquet", "--column", "body", "--id-column", "n", "--out", "out.parquet")
+    job = server.folder / "out.parquet.job"
+    begun = command(server, *arguments)
+    for turn in range(3):
+        until_it_is_further(job, begun, rows_done(job) + 3000)
+        kill(server, turn)
+        if turn == 0:
+            begun.kill()
+            begun.communicate()
+            begun = command(server, *arguments, "--resume")
+    begun.communicate(timeout=600)
+    assert begun.returncode == 0
+    table = parquet.read_table(server.folder / "out.parquet")
+    assert table["id"].to_pylist() == list(range(len(texts)))
+    vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(len(texts), -1)
+    chosen = random.Random(21).sample(range(len(texts)), 2000)
+    for at in range(0, len(chosen), 250):
+        some = chosen[at : at + 250]
+        np.testing.assert_allclose(vectors[some], server.vectors("m", [texts[i] for i in some]), atol=1e-4)
+    server.stop()
+
+
+def kill(server: Server, turn: int) -> None:
+    """Nothing of it, a worker, or all of it, which is started again, by turns."""
+    if turn % 3 == 1:
+        server.process.children()[0].kill()
+    elif turn % 3:
+        family = [server.process, *server.process.children(recursive=True)]
+        for process in family:
+            process.kill()
+        psutil.wait_procs(family, timeout=20)
+        port = str(urlsplit(server.url).port)
+        server.pid_file.unlink(missing_ok=True)
+        server.cli("pool", "start", "--detach", "--port", port)
 
 
 def until_it_is_further(job: Path, begun: subprocess.Popen[str], rows: int) -> None:
