@@ -14,17 +14,10 @@ from tests.chaos.commands import DONE, UNANSWERED, Command, any_command, registr
 from tests.chaos.conftest import Figures, foreground, kill
 from tests.live.conftest import COMMAND, Server, fake
 
-LASTING = {
-    "config.yml",
-    "pool.yml",
-    "pool.yml.lock",
-    "state",
-    "logs",
-    "logs/embedpool.log",
-    "cache",
-    "state/runner.lock",
+LASTING = {"config.yml", "pool.yml", "pool.yml.lock", "state", "logs", "logs/embedpool.log", "cache"}
+LASTING |= {
+    f"state/{name}" for name in ("pool.pid", "pool.pid.lock", "last-pool.yml", "last-pool.yml.lock", "runner.lock")
 }
-LASTING |= {f"state/{name}" for name in ("pool.pid", "pool.pid.lock", "last-pool.yml", "last-pool.yml.lock")}
 MOST_LEFTOVERS = 1
 
 
