@@ -46,19 +46,26 @@ class Addresses:
         return self.are_names or len(self._urls) > 1
 
     def refresh(self) -> bool:
-        """Look the names up again; whether an address has come or gone. Raises UpstreamError if there is none."""
+        """Look the names up again; whether an address has come or gone. Raises UpstreamError if there is none.
+
+        One that has gone is asked until one that is there serves: all may be exchanged at once.
+        """
         found = dict.fromkeys(address for url in self._urls for address in self._behind(url))
         if not found:
             raise UpstreamError(f"no address is known of {', '.join(sorted(map(_host, self._unknown)))}")
         self._leaving = [upstream for upstream in self._leaving if not _closed_if_idle(upstream)]
         if found.keys() == self._known.keys():
             return False
-        gone = [upstream for address, upstream in self._known.items() if address not in found]
-        self._known = {address: self._known.get(address) or self._make(address) for address in found}
+        there = {address: self._known.get(address) or self._make(address) for address in found}
+        gone = {address: upstream for address, upstream in self._known.items() if address not in found}
+        if all(upstream.fault for upstream in there.values()):
+            self._known = there | gone
+        else:
+            self._known = there
+            self._leaving += gone.values()  # somebody may have chosen it just now: it is closed later
+            for upstream in gone.values():
+                logger.info("%s is gone from its name, and is asked no more", upstream.name)
         self.current = tuple(self._known.values())
-        self._leaving += gone  # somebody may have chosen it just now: it is closed later
-        for upstream in gone:
-            logger.info("%s is gone from its name, and is asked no more", upstream.name)
         return True
 
     def _behind(self, url: str) -> list[Address]:

@@ -7,6 +7,7 @@ import logging
 import shutil
 import ssl
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from embedpool.drivers.http import HttpDriver
 from embedpool.errors import EmbedpoolError, UpstreamError
 from embedpool.pool.settings import PoolSettings
 from tests.conftest import run, wait_until
-from tests.drivers.remote import Crowd, Reply, at_once, remote_pool, serving, vector
+from tests.drivers.remote import Crowd, Reply, Seen, at_once, good, remote_pool, serving, vector
 
 NAME = "embedpools.test"
 
@@ -92,6 +93,30 @@ def test_all_addresses_of_a_name_are_asked(names: Names, opened: Callable[..., H
             np.testing.assert_array_equal(run(driver, ["abc"]).rows.values, [vector("abc")])
         assert not first.seen
         assert third.seen
+        assert not driver.reasons
+
+
+def test_all_addresses_may_be_exchanged_at_once(names: Names, opened: Callable[..., HttpDriver]) -> None:
+    """As when the only machine behind a name is replaced: the old one is asked until the new one has proved itself."""
+    with machines(2) as (first, second):
+        may_answer = threading.Event()
+
+        def slow_to_begin(seen: Seen) -> Reply:
+            assert may_answer.wait(20)
+            return good(seen)
+
+        second.answer = slow_to_begin
+        names.ips = ["127.0.0.1"]
+        driver = opened(base_url=f"dns+http://{NAME}:{first.server_port}")
+        names.ips = ["127.0.0.2"]
+        wait_until(lambda: bool(second.seen))  # it is asked for its proof
+        for _ in range(20):
+            np.testing.assert_array_equal(run(driver, ["abc"]).rows.values, [vector("abc")])
+        may_answer.set()
+        wait_until(all_serve(driver, "127.0.0.2"))
+        first.seen.clear()
+        run(driver, ["abc"])
+        assert not first.seen
         assert not driver.reasons
 
 
@@ -165,6 +190,7 @@ def test_whatever_a_name_becomes(monkeypatch: pytest.MonkeyPatch, turns: list[se
     class One:
         def __init__(self, address: Address) -> None:
             self.address, self.outstanding, self.name = address, 0, str(address.ip)
+            self.fault = None
             made.append(self)
 
         def close(self) -> None:
