@@ -46,36 +46,22 @@ class _Http(urllib3.connection.HTTPConnection):
     ip: str | None = None  # where it goes; else where its host's name leads
 
     def _new_conn(self) -> socket.socket:
-        with _at(self, self.ip):
-            return _allowed(super()._new_conn())
+        name = self.host  # which goes on to stand in the Host header, and in what a certificate must be of
+        self.host = self.ip or name
+        try:
+            connected = super()._new_conn()
+        finally:
+            self.host = name
+        try:
+            guard.check_peer(connected.getpeername()[0])
+        except Forbidden as error:
+            connected.close()
+            raise UpstreamError(error.message) from None
+        return connected
 
 
-class _Https(urllib3.connection.HTTPSConnection):
-    ip: str | None = None
-
-    def _new_conn(self) -> socket.socket:
-        with _at(self, self.ip):
-            return _allowed(super()._new_conn())
-
-
-@contextlib.contextmanager
-def _at(connection: urllib3.connection.HTTPConnection, ip: str | None) -> Iterator[None]:
-    """While it connects: the name goes on to stand in the Host header, and in what a certificate must be of."""
-    name = connection.host
-    connection.host = ip or name
-    try:
-        yield
-    finally:
-        connection.host = name
-
-
-def _allowed(connected: socket.socket) -> socket.socket:
-    try:
-        guard.check_peer(connected.getpeername()[0])
-    except Forbidden as error:
-        connected.close()
-        raise UpstreamError(error.message) from None
-    return connected
+class _Https(_Http, urllib3.connection.HTTPSConnection):
+    pass
 
 
 def _pools(ip: str | None) -> dict[str, type[urllib3.HTTPConnectionPool]]:
