@@ -71,7 +71,8 @@ class HttpDriver(Driver):
         self._protocol = protocol_of(config)
         self._state_dir = state_dir
         self._shared = shared
-        self._addresses = Addresses((), lambda address: Upstream(address.url, "", {}))
+        self._headers: dict[str, str] = {}
+        self._addresses = Addresses(config.addresses, self._upstream_at)
         self._budget = CallBudget(RETRY_SHARE, RETRY_RESERVE)
         self._over = threading.Event()  # closed or lost
         self._wake = threading.Event()  # there is something to prove
@@ -80,15 +81,9 @@ class HttpDriver(Driver):
     @override
     def open(self, on_lost: Callable[[str], None]) -> Facts:
         self._on_lost = on_lost
-        headers = {name: secret(variable) for name, variable in self._config.headers.items()}
+        self._headers = {name: secret(variable) for name, variable in self._config.headers.items()}
         if self._config.api_key:
-            headers["Authorization"] = f"Bearer {secret(self._config.api_key)}"
-        path, proxy = self._protocol.path, self._config.proxy
-
-        def make(address: Address) -> Upstream:
-            return Upstream(address.url, path, headers, proxy, self._notify, ip=address.ip)
-
-        self._addresses = Addresses(self._config.addresses, make)
+            self._headers["Authorization"] = f"Bearer {secret(self._config.api_key)}"
         try:
             self._addresses.refresh()
             self._find_one()
@@ -202,6 +197,10 @@ class HttpDriver(Driver):
 
         with self._call_ended:
             return self._call_ended.wait_for(has_turn, min(within_s, self.rest_s() or within_s))
+
+    def _upstream_at(self, address: Address) -> Upstream:
+        path, proxy = self._protocol.path, self._config.proxy
+        return Upstream(address.url, path, self._headers, proxy, self._notify, ip=address.ip)
 
     @property
     def _upstreams(self) -> tuple[Upstream, ...]:
