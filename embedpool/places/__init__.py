@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from embedpool.config.settings import Ray
 from embedpool.config.spec import ModelSpec
 from embedpool.places.process import ProcessPlace
-from embedpool.places.ray_place import RayPlace
+from embedpool.places.ray_place import RayDriver, RayPlace
 from embedpool.tasks.driver import Driver, Place, Report, unheard
 
 
@@ -31,7 +32,8 @@ def open_place(
     that is started here stands below `state_dir`.
     """
     if spec.place == "ray":
-        return RayPlace(spec, make_driver, prepare_child, longest_batch_s, report, ray=ray, state_dir=state_dir)
+        make_ray_driver = functools.partial(RayDriver, spec, make_driver, ray, state_dir)
+        return RayPlace(spec, make_ray_driver, prepare_child, longest_batch_s, report)
     if spec.place == "process":
         return ProcessPlace(spec, make_driver, prepare_child, longest_batch_s, report)
     return Place(make_driver(), report)

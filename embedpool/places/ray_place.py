@@ -7,7 +7,6 @@ Queue, batching, back-off and idle times stay where they are: Ray places the act
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import logging
 import math
@@ -29,7 +28,7 @@ from embedpool.places.cores import limit_cores
 from embedpool.places.in_child import portable
 from embedpool.places.process import MB, ProcessPlace
 from embedpool.places.ray_cluster import local_cluster
-from embedpool.tasks.driver import Driver, Facts, Lost, Progress, Report, unheard
+from embedpool.tasks.driver import Driver, Facts, Lost, Progress
 from embedpool.tasks.item import Batch
 from embedpool.tasks.rows import Answer
 
@@ -41,22 +40,7 @@ LOOK_S = 0.5
 
 
 class RayPlace(ProcessPlace):
-    """What may end the child is the cluster, and no item."""
-
-    def __init__(
-        self,
-        spec: ModelSpec,
-        make: Callable[[], Driver],
-        prepare: Callable[[], None] | None,
-        longest_batch_s: float,
-        report: Report = unheard,
-        *,
-        ray: Ray,
-        state_dir: Path,
-    ) -> None:
-        self._resources = spec.resources
-        make_here = functools.partial(RayDriver, spec, make, ray, state_dir)
-        super().__init__(spec, make_here, prepare, longest_batch_s, report)
+    """The child of its own runs a RayDriver. What may end that is the cluster, and no item."""
 
     @override
     def configure(self, config: Any) -> None:
@@ -65,8 +49,7 @@ class RayPlace(ProcessPlace):
 
     @override
     def _where(self) -> dict[str, object]:
-        asked = {name: value for name, value in dataclasses.asdict(self._resources).items() if value}
-        return {"place": "ray", "resources": asked, "pid": self._process.pid}
+        return {"place": "ray", "pid": self._process.pid}
 
     @override
     def _slot_count(self, spec: ModelSpec) -> int:
@@ -153,7 +136,8 @@ class RayDriver(Driver):
         ).remote(self._make, math.ceil(wanted.num_cpus))  # fmt: skip
         facts = self._opened()
         self._node = facts.description["node"]
-        return facts
+        asked = {name: value for name, value in dataclasses.asdict(wanted).items() if value}
+        return dataclasses.replace(facts, description={**facts.description, "resources": asked})
 
     def _connect(self, address: str) -> None:
         """Raises ModelFailed."""
