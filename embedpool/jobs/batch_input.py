@@ -35,9 +35,9 @@ class Fault(NamedTuple):
 
 
 class Checked:
-    """What a file is found to hold. `is_over` is asked at each line, and may raise."""
+    """What a file is found to hold. `before_each` is called before each line, and may raise."""
 
-    def __init__(self, path: Path, endpoint: str, is_over: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, path: Path, endpoint: str, before_each: Callable[[], None] = lambda: None) -> None:
         self.faults: list[Fault] = []
         self.requests = 0
         self.models: set[Any] = set()  # two at most
@@ -45,7 +45,7 @@ class Checked:
         self._seen: set[int] = set()  # hashes of ids, which take less than the ids
         try:
             with path.open("rb") as file:
-                self._check(file, is_over)
+                self._check(file, before_each)
         except FileNotFoundError:
             self.faults.append(Fault("invalid_input_file", "the input file is gone"))
             return
@@ -54,9 +54,9 @@ class Checked:
         if self.requests > MOST_LINES:
             self.faults.append(Fault("too_many_tasks", f"the input file holds more than {MOST_LINES} requests"))
 
-    def _check(self, file: Any, is_over: Callable[[], None]) -> None:
+    def _check(self, file: Any, before_each: Callable[[], None]) -> None:
         for number, raw in enumerate(_raw_lines(file), 1):
-            is_over()
+            before_each()
             if not raw.strip():
                 continue
             self.requests += 1

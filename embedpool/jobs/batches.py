@@ -42,7 +42,7 @@ BUSY = (429, 503, 504, 507)
 
 
 class Executed(NamedTuple):
-    """What became of a line: the answer's status, body and request id, and when to ask again where it says so."""
+    """What became of a line: the answer's status, body, id and tokens, and when to ask again where it says so."""
 
     status: int
     body: bytes
@@ -110,10 +110,7 @@ class Runner:
                     running: dict[str, Future[None]] = {}
                     while not self._stopping.is_set():
                         self._store.has_new.clear()
-                        running = {owner: run for owner, run in running.items() if not run.done()}
-                        for known in self._look():
-                            if known["owner"] not in running and len(running) < BATCHES_AT_ONCE:
-                                running[known["owner"]] = threads.submit(self._run_one, known)
+                        self._begin_some(running, threads)
                         self._store.has_new.wait(LOOK_EVERY_S)
             except Timeout:
                 self._stopping.wait(LOOK_EVERY_S)
@@ -122,9 +119,18 @@ class Runner:
                     logger.warning("batches cannot be run: %s", error)
                 self._is_told = True
                 self._stopping.wait(PAUSE_S)
-            except Exception:
-                logger.exception("batches could not be run; it is tried again")
-                self._stopping.wait(PAUSE_S)
+
+    def _begin_some(self, running: dict[str, Future[None]], threads: ThreadPoolExecutor) -> None:
+        """Of each owner that has none `running` the oldest. A look that fails ends none of those."""
+        try:
+            for owner in [owner for owner, run in running.items() if run.done()]:
+                del running[owner]
+            for known in self._look():
+                if known["owner"] not in running and len(running) < BATCHES_AT_ONCE:
+                    running[known["owner"]] = threads.submit(self._run_one, known)
+        except Exception:
+            logger.exception("no batch could be looked for; it is tried again")
+            self._stopping.wait(PAUSE_S)
 
     def step(self) -> bool:
         """Run the oldest batch, to its end if nothing is in the way; whether there was one."""
@@ -232,7 +238,7 @@ class _Run:
         if self._store.cancelled_at(self._batch["id"]):
             self._become("cancelled", "cancelled_at")
             return
-        found = Checked(self._input, self._batch["endpoint"], self._go_on_or_stop)
+        found = Checked(self._input, self._batch["endpoint"], self._raise_if_stopping)
         if found.faults:
             self._batch["errors"] = {"object": "list", "data": [fault._asdict() for fault in found.faults]}
             self._become("failed", "failed_at")
@@ -267,13 +273,13 @@ class _Run:
             self._errors.close()
         self._become("finalizing", "finalizing_at")
 
-    def _go_on_or_stop(self) -> None:
+    def _raise_if_stopping(self) -> None:
         if self._stopping.is_set():
             raise _Stopped
 
     def _until_it_ends(self, given: Iterator[list[Line]]) -> Iterator[list[Line]]:
         for lines in given:
-            self._go_on_or_stop()
+            self._raise_if_stopping()
             if self._ended() is not None:
                 return
             yield lines
@@ -292,7 +298,7 @@ class _Run:
     def _serve(self, line: Line) -> Executed | Fault:
         """A busy pool is asked again, until the batch ends."""
         while True:
-            self._go_on_or_stop()
+            self._raise_if_stopping()
             if (ended := self._ended()) is not None:
                 return ended
             found = self._execute(self._batch["endpoint"], line.body, self._known["owner"])
@@ -332,9 +338,9 @@ class _Run:
     def _finalize(self) -> None:
         """Its results become files; it may have been cut off here before."""
         expires_at, batch_id = self._known["forget_at"], self._batch["id"]
-        for growing, which, name in ((self._output, "output", "output"), (self._errors, "errors", "error")):
-            if self._known["at"].get(which, 0):
-                file_id = self._known[f"{which}_id"]
+        for growing, results, name in ((self._output, "output", "output"), (self._errors, "errors", "error")):
+            if self._known["at"].get(results, 0):
+                file_id = self._known[f"{results}_id"]
                 self._store.adopt(
                     growing.path, file_id, self._known["owner"], filename=f"{batch_id}_{name}.jsonl",
                     purpose="batch_output", expires_at=expires_at,

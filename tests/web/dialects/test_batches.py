@@ -562,11 +562,20 @@ def test_everybody_sees_their_own(keyed: Keyed) -> None:
     assert known["batch"]["request_counts"] == {"total": 2, "completed": 0, "failed": 2}
 
 
-def test_nobody_waits_for_the_batches_of_others(keyed: Keyed) -> None:
-    """A key's own run one after the other; those of several keys side by side."""
+def test_nobody_waits_for_the_batches_of_others(keyed: Keyed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key's own run one after the other; those of several keys side by side, also where a look has failed between."""
+    monkeypatch.setattr(engine, "PAUSE_S", 0.0)
     web, key, _ = keyed
     first, second = ({"Authorization": f"Bearer {key()}"} for _ in range(2))
-    opened, seen = threading.Event(), []
+    opened, reached, failing, seen = threading.Event(), threading.Event(), [1, 2], []
+    real = Store.to_run
+
+    def to_run(store: Store) -> Any:
+        if reached.is_set() and failing:
+            raise RuntimeError(f"cannot look, {failing.pop()}")
+        return real(store)
+
+    monkeypatch.setattr(Store, "to_run", to_run)
 
     def made(headers: dict[str, str], *texts: str) -> str:
         content = "\n".join(line(f"id-{i}", text) for i, text in enumerate(texts))
@@ -575,14 +584,18 @@ def test_nobody_waits_for_the_batches_of_others(keyed: Keyed) -> None:
 
     def execute(url: str, body: bytes, owner: str) -> Executed:
         text = json.loads(body)["input"]
-        assert text != "long" or opened.wait(20)
+        if text == "long":
+            reached.set()
+            assert opened.wait(20)
         seen.append(text)
         return executed(web.app, url, body, owner, 1)
 
-    long, after_it, other = made(first, "long"), made(first, "next"), made(second, "other")
+    long, after_it = made(first, "long"), made(first, "next")
     runner = Runner(store_of(web), execute, web.metrics)
     runner.start()
     try:
+        wait_until(lambda: reached.is_set() and not failing)
+        other = made(second, "other")
         wait_until(lambda: web.get(f"/v1/batches/{other}", headers=second).json["status"] == "completed")
         assert web.get(f"/v1/batches/{after_it}", headers=first).json["status"] == "validating"
         opened.set()
