@@ -130,19 +130,23 @@ def _shown(job: FileJob) -> Iterator[Callable[[Progress], None]]:
         return
     from tqdm import tqdm
 
-    bar = tqdm(total=job.total_bytes, unit="B", unit_scale=True, file=sys.stderr, leave=False,
-               bar_format="{percentage:3.0f}% |{bar}| {desc}, {remaining} left")  # fmt: skip
-    begin = None
+    from embedpool.jobs.speed import Speed
+
+    bar = tqdm(total=job.total_bytes, file=sys.stderr, leave=False, bar_format="{percentage:3.0f}% |{bar}| {desc}")
+    speed: Speed | None = None
+    rows = 0
 
     def tell(progress: Progress) -> None:
-        nonlocal begin
-        if begin is None:  # what an earlier run has done is not of this rate
-            begin = (progress.rows, time.monotonic())
-            bar.initial = progress.bytes
-        seconds = max(time.monotonic() - begin[1], 1e-9)
-        rate = (progress.rows - begin[0]) / seconds
-        failed = f", {progress.failed:,} failed" if progress.failed else ""
-        bar.set_description_str(f"{progress.rows:,} inputs, {rate:,.0f}/s{failed}", refresh=False)
+        nonlocal speed, rows
+        says = f"{progress.rows:,} inputs"
+        if speed is None:  # what an earlier run has done is not of this speed
+            speed = Speed(progress.bytes, job.total_bytes)
+        else:
+            speed.add(progress.bytes, progress.rows - rows)
+            says += f", {speed.requests_s:,.0f}/s, {bar.format_interval(speed.seconds_left)} left"
+        rows = progress.rows
+        says += f", {progress.failed:,} failed" if progress.failed else ""
+        bar.set_description_str(says, refresh=False)
         bar.n = progress.bytes
         bar.refresh()
 
