@@ -21,6 +21,9 @@ from tests.live.conftest import COMMAND, MINILM, Server, fake, wait_until
 
 AT_MOST_AGAIN = 1000  # texts that a kill costs
 MOST_GROWTH_MB = 300
+FROM_PARQUET = (
+    "--model", "m", "--in", "in.parquet", "--column", "body", "--id-column", "n", "--out", "out.parquet",
+)  # fmt: skip
 
 
 def texts_of(count: int) -> list[str]:
@@ -61,9 +64,8 @@ def test_killed_at_random(server: Server, count: int, kills: int) -> None:
     server.start()
     server.wait_ready()
     write(server, texts)
-    arguments = ("--model", "m", "--in", "in.parquet", "--column", "body", "--id-column", "n", "--out", "out.parquet")
     job = server.folder / "out.parquet.job"
-    begun = command(server, *arguments)
+    begun = command(server, *FROM_PARQUET)
     for turn in range(kills):
         further = random.Random(turn).randrange(1, count // (kills + 1))
         until_it_is_further(job, begun, rows_done(job) + further)
@@ -71,7 +73,7 @@ def test_killed_at_random(server: Server, count: int, kills: int) -> None:
         if turn % 3 == 0:
             begun.kill()
             begun.communicate()
-            begun = command(server, *arguments, "--resume")
+            begun = command(server, *FROM_PARQUET, "--resume")
     said = begun.communicate(timeout=120)[1]
     assert begun.returncode == 0 or "its job is done" in said
     server.wait_ready()
@@ -90,16 +92,15 @@ def test_a_real_model_killed(server: Server) -> None:
     server.start()
     server.wait_ready()
     write(server, texts)
-    arguments = ("--model", "m", "--in", "in.parquet", "--column", "body", "--id-column", "n", "--out", "out.parquet")
     job = server.folder / "out.parquet.job"
-    begun = command(server, *arguments)
+    begun = command(server, *FROM_PARQUET)
     for turn in range(3):
         until_it_is_further(job, begun, rows_done(job) + 3000)
         kill(server, turn)
         if turn == 0:
             begun.kill()
             begun.communicate()
-            begun = command(server, *arguments, "--resume")
+            begun = command(server, *FROM_PARQUET, "--resume")
     begun.communicate(timeout=600)
     assert begun.returncode == 0
     table = parquet.read_table(server.folder / "out.parquet")
