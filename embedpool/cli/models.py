@@ -134,13 +134,21 @@ OTHER_OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--alias": ("alias", str),
     "--type": ("driver_type", str),
     "--place": ("place", str),
-    "--resources": ("resources", json.loads),
+    "--resources": ("resources", lambda given: _from_json("--resources", given)),
     "--min": ("min", int),
     "--max": ("max", int),
     "--idle-ttl-s": ("idle_ttl_s", float),
     "--queue-max": ("queue_max_size", int),
     "--inflight": ("max_inflight_per_replica", int),
 }
+
+
+def _from_json(option: str, given: str) -> Any:
+    """Raises UsageError."""
+    try:
+        return json.loads(given)
+    except ValueError:
+        raise UsageError(f"{option} must be JSON, not {given!r}") from None
 
 
 def _registration(arguments: Arguments) -> dict[str, Any]:
