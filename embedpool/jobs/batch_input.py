@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from embedpool.jobs.windows import in_windows
+
 WINDOW_LINES, WINDOW_BYTES = 128, 2_000_000  # two of them are under way
 MOST_LINES = 1_000_000
 LONGEST_LINE_BYTES = 64 << 20
@@ -92,18 +94,10 @@ class Checked:
 
 
 def windows(file: Any, start: int) -> Iterator[list[Line]]:
-    """Of a file that was found to be valid, from a place on; bounded in number and in bytes."""
+    """Of a file that was found to be valid, from a place on."""
     file.seek(start)
-    window: list[Line] = []
-    size = 0
-    for line in _lines(file, start):
-        if window and (len(window) == WINDOW_LINES or size + len(line.body) > WINDOW_BYTES):
-            yield window
-            window, size = [], 0
-        window.append(line)
-        size += len(line.body)
-    if window:
-        yield window
+    lines = _lines(file, start)
+    return in_windows(lines, lambda line: len(line.body), most=WINDOW_LINES, most_size=WINDOW_BYTES)
 
 
 def _lines(file: Any, start: int) -> Iterator[Line]:

@@ -20,7 +20,7 @@ from embedpool.errors import InvalidRequest, ModelChanged
 from embedpool.jobs.durable import GrowingFile, write_json
 from embedpool.jobs.sinks import Sink
 from embedpool.jobs.sources import Files, Row
-from embedpool.jobs.windows import answered
+from embedpool.jobs.windows import answered, in_windows
 
 WINDOW_ROWS, WINDOW_CHARS = 500, 2_000_000  # two of them are under way
 JOB, FAILED = ".job", ".failed.jsonl"
@@ -169,15 +169,4 @@ def _of_good(rows: Sequence[Row], compute: Compute) -> Computed | None:
 
 
 def _windows(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    """Bounded in number and in characters."""
-    window: list[Row] = []
-    chars = 0
-    for row in rows:
-        size = sum(map(len, row.parts))
-        if window and (len(window) == WINDOW_ROWS or chars + size > WINDOW_CHARS):
-            yield window
-            window, chars = [], 0
-        window.append(row)
-        chars += size
-    if window:
-        yield window
+    return in_windows(rows, lambda row: sum(map(len, row.parts)), most=WINDOW_ROWS, most_size=WINDOW_CHARS)

@@ -7,14 +7,31 @@ from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 AT_ONCE = 2
 
+Input = TypeVar("Input")
 Window = TypeVar("Window")
 Answer = TypeVar("Answer")
+
+
+def in_windows(
+    inputs: Iterable[Input], size_of: Callable[[Input], int], *, most: int, most_size: int
+) -> Iterator[list[Input]]:
+    """The inputs, some at a time: bounded in number and in size. One that is larger goes alone."""
+    window: list[Input] = []
+    size = 0
+    for one in inputs:
+        if window and (len(window) == most or size + size_of(one) > most_size):
+            yield window
+            window, size = [], 0
+        window.append(one)
+        size += size_of(one)
+    if window:
+        yield window
 
 
 def answered(

@@ -10,6 +10,7 @@ import orjson
 
 from embedpool.config.settings import Limits
 from embedpool.errors import BadJson, EmbedpoolError, InvalidRequest
+from embedpool.jobs.windows import in_windows
 from embedpool.web.schemas import check_texts
 
 CHUNK_TEXTS = 256
@@ -43,16 +44,7 @@ class Line:
 
 def chunks(body: IO[bytes], limits: Limits) -> Iterator[list[Line]]:
     """The lines, some at a time: bounded in number and in characters."""
-    chunk: list[Line] = []
-    chars = 0
-    for line in _lines(body, limits):
-        if chunk and (len(chunk) == CHUNK_TEXTS or chars + len(line.text) > CHUNK_CHARS):
-            yield chunk
-            chunk, chars = [], 0
-        chunk.append(line)
-        chars += len(line.text)
-    if chunk:
-        yield chunk
+    return in_windows(_lines(body, limits), lambda line: len(line.text), most=CHUNK_TEXTS, most_size=CHUNK_CHARS)
 
 
 def _lines(body: IO[bytes], limits: Limits) -> Iterator[Line]:
