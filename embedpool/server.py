@@ -154,9 +154,9 @@ class EmbedpoolApp:
         serving = sum(served.is_serving for served in self.pool.models)
         return f"{serving} of {len(states)} models serve" + (f"; failed: {', '.join(failed)}" if failed else "")
 
-    def begin_to_stop(self) -> None:
-        """Stop watching pool.yml and let /ready fail. Requests are still served."""
-        self.pool.draining = True
+    def begin_to_stop(self, *, replaced: bool = False) -> None:
+        """Stop watching pool.yml, and let /ready fail unless another worker serves on. Requests are still served."""
+        self.pool.draining = not replaced
         self._batches.begin_to_stop()
         if self._watch:
             self._watch.stop()

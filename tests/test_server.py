@@ -49,6 +49,23 @@ def test_without_hot_reload_nobody_who_asks_for_a_name_changes_the_pool(tmp_path
         app.stop()
 
 
+def test_a_worker_that_another_one_replaces_stays_ready_to_the_end(tmp_path: Path) -> None:
+    """Whoever asks it by then asks about the server. A server that stops is not ready."""
+    config = tmp_path / "config.yml"
+    config.write_text("paths: {pool_yml: pool.yml, state_dir: state}\nhot_reload: {enabled: false}\n")
+    (tmp_path / "pool.yml").write_text(fake_pool_yml("model: m"))
+    app = EmbedpoolApp(load_settings(config, {}))
+    app.start()
+    try:
+        settle(app.pool)
+        app.begin_to_stop(replaced=True)
+        assert app.flask.test_client().get("/ready").status_code == 200
+        app.begin_to_stop()
+        assert app.flask.test_client().get("/ready").status_code == 503
+    finally:
+        app.stop()
+
+
 def test_a_start_tells_of_a_variable_that_is_nearly_a_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

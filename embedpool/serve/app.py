@@ -29,8 +29,8 @@ class App(Protocol):
     def refusal(self, method: str, path: str, headers: Mapping[str, str]) -> tuple[int, bytes] | None:
         """Status and body of the answer to a caller who may not send this; None if he may. Headers as CONTENT_TYPE."""
 
-    def begin_to_stop(self) -> None:
-        """Let nothing change the pool any more, and let /ready fail. Requests are still served."""
+    def begin_to_stop(self, *, replaced: bool = False) -> None:
+        """Let nothing change the pool any more, and let /ready fail unless replaced. Requests are still served."""
 
     def stop(self) -> int:
         """Give up the requests that are still being served, on a thread of its own. Returns how many."""

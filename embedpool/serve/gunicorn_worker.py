@@ -81,14 +81,14 @@ class WaitressWorker(Worker):  # type: ignore[misc]
     def handle_exit(self, sig: int, frame: Any) -> None:
         """Drain, on SIGTERM: after a delay if the whole server ends."""
         self._interrupted |= sig != signal.SIGQUIT
-        self._end(delay=self._shared[1] > 0)
+        self._end(delay=self._shared[1] > 0, replaced=not self._shared[1])
 
-    def _end(self, *, delay: bool) -> None:
+    def _end(self, *, delay: bool = False, replaced: bool = False) -> None:
         # Signal handlers run on the main thread, which is the loop's, between two of its instructions: they set flags
         # and wake the loop, and take no lock.
         self.alive = False
         if self._loop is not None:
-            self._loop.stop(delay=delay)
+            self._loop.stop(delay=delay, replaced=replaced)
 
     @override
     def handle_quit(self, sig: int, frame: Any) -> None:
@@ -100,4 +100,4 @@ class WaitressWorker(Worker):  # type: ignore[misc]
         if self._interrupted and sig == signal.SIGINT:
             sys.exit(1)
         self._interrupted |= sig != signal.SIGQUIT
-        self._end(delay=False)
+        self._end()

@@ -63,6 +63,7 @@ class Loop:
         self._app = app
         self._stopping = False
         self._delay_s = 0
+        self._replaced = False
         self._next_beat = 0.0
         self._look_every_s = min(settings.server.idle_connection_s, 30) / 2
         self._most = connections_that_fit(settings.server.connection_limit, settings.threads)
@@ -78,11 +79,15 @@ class Loop:
             accepted_at_once=1 if shared else MOST_ACCEPTED_AT_ONCE,
         )
 
-    def stop(self, *, delay: bool = False) -> None:
-        """Let `run` drain and return; with a delay it goes on accepting for a while, and says that it is not ready."""
+    def stop(self, *, delay: bool = False, replaced: bool = False) -> None:
+        """Let `run` drain and return; with a delay it goes on accepting for a while, and says that it is not ready.
+
+        `replaced`: another process serves on at the same sockets, so that who asks is still told that it is ready.
+        """
         # A signal handler calls this, in the middle of whatever the main thread does: it takes no lock. It sets a flag
         # that `run` reads after each turn, and writes a byte to the pipe that ends the turn at once.
         self._delay_s = self._app.settings.server.drain_delay_s if delay else 0
+        self._replaced = replaced
         self._stopping = True
         self._listeners[0].wake()
 
@@ -155,7 +160,7 @@ class Loop:
     def _drain(self, heartbeat: Callable[[], bool]) -> None:
         """Stop the watch, the listeners, the requests, the pool and the threads, in this order and in bounded time."""
         grace_s = self._app.settings.server.graceful_timeout_s
-        self._app.begin_to_stop()
+        self._app.begin_to_stop(replaced=self._replaced)
         began_at = time.monotonic()
         while (rest_s := began_at + self._delay_s - time.monotonic()) > 0:  # another signal may end it
             heartbeat()
