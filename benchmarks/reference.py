@@ -65,25 +65,25 @@ def _openvino(dtype: str, cache_dir: Path) -> dict[str, Any]:
     from embedpool.config.spec import LocalStConfig
     from embedpool.drivers import openvino_graph
     from embedpool.drivers.layout import read_layout
-    from embedpool.drivers.library import Library
-    from embedpool.drivers.tokenizer import pad, tokenizer_of
+    from embedpool.drivers.packing import pack
+    from embedpool.drivers.tokenizer import tokenizer_of
     from embedpool.places.cores import available_cores
 
     cores, config = available_cores(), LocalStConfig()
     layout = read_layout(texts.model_folder(), config)
     tokenizer = tokenizer_of(layout)
-    graphs = openvino_graph.exported(
-        layout, {"": tokenizer}, cache_dir, lambda: Library(layout, config, "float32", "torch")
-    )
+    graphs = openvino_graph.exported(layout.folder, config, cache_dir, lambda: None)
+
+    step = openvino_graph.LONG_ROW_STEP[dtype]
 
     def encode(streams: int, batch_size: int) -> Encode:
-        run = openvino_graph.compiled(graphs / "model.xml", dtype, threads=cores, streams=streams)
+        run = openvino_graph.Compiled(graphs / "model.xml", dtype, threads=cores, streams=streams)
         threads = ThreadPoolExecutor(streams)
 
         def call(given: list[str]) -> Any:
             ids = sorted((i[: MAX_TOKENS - 1] + i[-1:] for i in tokenizer.encode(given)), key=len, reverse=True)
             batches = [ids[at : at + batch_size] for at in range(0, len(ids), batch_size)]
-            return np.concatenate(list(threads.map(lambda batch: run(pad(batch, tokenizer.pad_id)), batches)))
+            return np.concatenate(list(threads.map(lambda batch: run(pack(batch, tokenizer.pad_id, step)), batches)))
 
         return call
 

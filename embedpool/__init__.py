@@ -21,7 +21,8 @@ What they hand on: tasks/item.py (items and batches), tasks/rows.py, pool/reques
 What all tasks have: tasks/task.py.
 A dialect in web/dialects/ takes the place of web/native.py; web/ndjson.py serves bodies of lines.
 
-What a model's folder holds: drivers/layout.py. What computes: drivers/static.py, drivers/openvino_graph.py,
+What a model's folder holds: drivers/layout.py. What computes: drivers/static.py, drivers/openvino_graph.py
+(whose graphs drivers/openvino_export.py makes, and for which drivers/packing.py lets texts share rows),
 drivers/torch_run.py, and drivers/library.py, with which drivers/fidelity.py compares the others.
 
 Around the road: web/app.py puts web/ together, with web/http_request.py, web/access.py (keys), web/intake.py (bodies),

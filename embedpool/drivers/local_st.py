@@ -94,6 +94,7 @@ class LocalStDriver(Driver):
             routes=sorted(tokenizers) if len(tokenizers) > 1 else None,
             commit=commit_of(folder),
         )
+        bounds.give_back_memory()  # what loading took
         keep_commit(self._model, self._config, self._folders.state, folder)
         logger.info("%s runs on %s (%s)", self._model, backend, why)
         return Facts(
@@ -119,8 +120,8 @@ class LocalStDriver(Driver):
         return pipeline.run(probe_batch(ids=pipeline.tokenizer.encode([PROBE_TEXT])))
 
     def _fit_cost(self) -> Cost | None:
-        """That of the route that costs most; None where nothing is padded."""
-        costs = [_cost_of(pipeline) for pipeline in self._pipelines.values() if pipeline.pads]
+        """That of the route that costs most; None where nothing is computed."""
+        costs = [_cost_of(pipeline) for pipeline in self._pipelines.values() if pipeline.computes]
         return max(costs, key=lambda cost: cost.token_s, default=None)
 
     @override
@@ -171,12 +172,10 @@ class LocalStDriver(Driver):
             raise ImportError("openvino is not installed; `pip install embedpool[openvino]`")
         from embedpool.drivers import openvino_graph
 
-        def to_be_exported() -> Library:
+        def on_export() -> None:
             self.report(Progress("export"))
-            return self._library(layout, "torch", "float32")  # every dtype is computed from the same graph
 
-        graphs = openvino_graph.exported(layout, tokenizers, self._folders.cache, to_be_exported)
-        gc.collect()  # an export leaves a torch model behind
+        graphs = openvino_graph.exported(layout.folder, self._config, self._folders.cache, on_export)
         self.report(Progress("load"))
 
         def compiled(dtype: str) -> Mapping[str, openvino_graph.GraphPipeline]:
@@ -272,7 +271,7 @@ def _seconds(pipeline: Pipeline, batch: Batch) -> float:
 
 
 def _cost_of(pipeline: Pipeline) -> Cost:
-    """Least squares of relative errors over a few padded batches, the better of two runs each."""
+    """Least squares of relative errors over a few batches of equal texts, the better of two runs each."""
     padded, seconds = [], []
     most = pipeline.tokenizer.max_tokens or max(tokens for _, tokens in WARM_UP_SHAPES)
     for texts, tokens in WARM_UP_SHAPES:

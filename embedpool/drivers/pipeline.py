@@ -21,7 +21,8 @@ Run = Callable[[dict[str, Array]], Array]  # padded inputs of shape (texts, toke
 class Pipeline(abc.ABC):
     """Computes the batches of one route."""
 
-    pads = True  # whether a batch costs what its longest text times their number costs
+    pads = True  # whether a batch costs what its longest text times their number costs, else what its tokens cost
+    computes = True  # whether tokens cost anything to speak of
     by_ids = True  # what it is given; if not, it reads texts
 
     def __init__(self, tokenizer: FolderTokenizer) -> None:
@@ -61,30 +62,34 @@ class PaddedPipeline(Pipeline):
     def _vectors(self, run: Run, batch: Batch) -> Array:
         ids = self._ids(batch)
         if all(map(len, ids)):
-            return run(self._padded(ids, batch, range(len(ids))))
+            return run(self._inputs(ids, batch, range(len(ids))))
         some = [i for i, row in enumerate(ids) if len(row)]
         nothing = np.float32(np.nan) if self._of_nothing is None else self._of_nothing
         if not some:
             if self._of_nothing is None:
                 raise ValueError("the model gives no vector for a text without tokens")
             return np.tile(self._of_nothing, (len(ids), 1))
-        found = run(self._padded([ids[i] for i in some], batch, some))
+        found = run(self._inputs([ids[i] for i in some], batch, some))
         vectors = np.empty((len(ids), found.shape[1]), np.float32)
         vectors[:] = nothing
         vectors[some] = found
         return vectors
 
-    def _padded(self, ids: Sequence[Ids], batch: Batch, which: Sequence[int]) -> dict[str, Array]:
+    def _inputs(self, ids: Sequence[Ids], batch: Batch, which: Sequence[int]) -> dict[str, Array]:
         """The inputs of these items, whose numbers in the batch are `which`."""
         seconds = [batch.items[i].second for i in which] if self.tokenizer.second_type else ()
         inputs = pad(ids, self.tokenizer.pad_id, seconds, left=self.tokenizer.pads_left)
         if self.tokenizer.excludes_prompt:
-            pooled = inputs["attention_mask"].copy()
-            if prompt := batch.options.get("prompt"):
-                shortest = min(map(len, ids)) - self.tokenizer.ends_specially  # that of a text cut within its prompt
-                pooled[:, : min(self.tokenizer.prompt_tokens(prompt), shortest)] = 0
-            inputs["pooled_mask"] = pooled
+            inputs["pooled_mask"] = self._pooled_mask(inputs["attention_mask"], ids, batch)
         return inputs
+
+    def _pooled_mask(self, mask: Array, ids: Sequence[Ids], batch: Batch) -> Array:
+        """The mask for a pooling that leaves the prompt out, of one with a row of each text's tokens."""
+        pooled = mask.astype(np.int64)
+        if prompt := batch.options.get("prompt"):
+            shortest = min(map(len, ids)) - self.tokenizer.ends_specially  # that of a text cut within its prompt
+            pooled[:, : min(self.tokenizer.prompt_tokens(prompt), shortest)] = 0
+        return pooled
 
 
 class EncodePipeline(Pipeline):

@@ -34,7 +34,7 @@ class StaticPipeline(Pipeline):
     that stand for what is in no vocabulary. It also cuts texts at 512 tokens; here they are cut where the folder says.
     """
 
-    pads = False
+    pads = computes = False
 
     def __init__(self, tokenizer: FolderTokenizer, steps: Sequence[Module]) -> None:
         super().__init__(tokenizer)

@@ -108,7 +108,7 @@ class Planner:
 
     def predicted_s(self, lengths: Sequence[int]) -> float:
         """Run time of a batch of items of these lengths, in seconds; 0 if the driver's cost is not known."""
-        return self.cost.call_s(max(lengths) * len(lengths)) if self.cost else 0.0
+        return self.cost.call_s(max(lengths) * len(lengths) if self.pads else sum(lengths)) if self.cost else 0.0
 
     def choose(self, window: Sequence[Item], busy_s: float = 0.0, slots: int = 1) -> list[int]:
         """Which items of the window, which is in the order of service, make the next batch: places in it, ascending.
@@ -119,7 +119,8 @@ class Planner:
         """
         group = window[0].group
         if not self.pads:
-            return self._filled([place for place, item in enumerate(window) if item.group == group], window)
+            most = self.largest_tokens(busy_s, slots)
+            return self._filled([place for place, item in enumerate(window) if item.group == group], window, most)
         window = window[: self._reach(window)]
         order = sorted((item.tokens, place) for place, item in enumerate(window) if item.group == group)
         longest = order[-1][0]
@@ -135,15 +136,14 @@ class Planner:
             start = end
         raise AssertionError("a plan covers every item")
 
-    def _filled(self, places: Sequence[int], window: Sequence[Item]) -> list[int]:
+    def _filled(self, places: Sequence[int], window: Sequence[Item], max_tokens: int) -> list[int]:
         """As many of the first of these places as a call may hold, and one at least."""
-        if self.max_chars is None:
-            return list(places[: self.max_items])
         taken: list[int] = []
-        chars = 0
+        chars = tokens = 0
         for place in places[: self.max_items]:
-            chars += sum(map(len, window[place].parts))
-            if taken and chars > self.max_chars:
+            chars += sum(map(len, window[place].parts)) if self.max_chars else 0
+            tokens += window[place].tokens if self.cost else 0
+            if taken and (tokens > max_tokens or chars > (self.max_chars or chars)):
                 break
             taken.append(place)
         return taken

@@ -289,7 +289,8 @@ class Runner:
             raise ValueError(f"the driver gave {fault}")
         lengths = [item.tokens for item in items]
         self._note(items, answer, sum(lengths), started, elapsed_s)
-        self.stats.batch(len(items), sum(lengths), max(lengths) * len(items), elapsed_s)
+        padded = max(lengths) * len(items) if facts.pads else sum(lengths)
+        self.stats.batch(len(items), sum(lengths), padded, elapsed_s)
         return answer
 
     def _note(self, items: list[Item], answer: Answer, tokens: int, started: float, elapsed_s: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from embedpool.config.spec import DriverSpec, HttpConfig, LocalStConfig, ModelSpec, PoolSpec
-from embedpool.drivers import http, make_driver, open_tokenizer, pace
+from embedpool.drivers import http, make_driver, open_tokenizer, openvino_graph, pace
 from embedpool.drivers.http import HttpDriver
 from embedpool.drivers.layout import Layout, read_layout
 from embedpool.drivers.local_st import LocalStDriver
@@ -123,6 +124,24 @@ def openvino_driver(folder: Path, cache_dir: Path) -> Iterator[LocalStDriver]:
     open_here(driver)
     yield driver
     driver.close()
+
+
+@pytest.fixture(autouse=True)
+def _exports_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are made in this process, which has torch anyway: a process for each of the zoo's would take minutes."""
+
+    def export(*arguments: Any) -> None:
+        from embedpool.drivers import openvino_export
+
+        root = logging.getLogger()
+        level, filters = root.level, [*root.filters]
+        try:
+            openvino_export.export(*arguments)
+        finally:  # OpenVINO raises the level of all logging
+            root.setLevel(level)
+            root.filters[:] = filters
+
+    monkeypatch.setattr(openvino_graph, "export", export)
 
 
 @pytest.fixture(scope="session", params=["torch", "openvino"])

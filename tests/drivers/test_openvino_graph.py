@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ import pytest
 
 from embedpool.config.spec import LocalStConfig
 from embedpool.drivers import fidelity, openvino_graph
-from embedpool.drivers.layout import read_layout
 from embedpool.drivers.library import Library
 from embedpool.drivers.local_st import LocalStDriver
-from embedpool.drivers.openvino_graph import Graph, compiled, exported
-from embedpool.drivers.tokenizer import pad, tokenizer_of
+from embedpool.drivers.openvino_graph import Compiled, Graph, exported, graph_of
+from embedpool.drivers.packing import pack
 from embedpool.errors import ModelFailed
 from tests.zoo import make
 
@@ -31,18 +30,20 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-class Loaded(Exception):
-    """The model was loaded, so the graph was not in the cache."""
+REAL_EXPORT = openvino_graph.export
 
 
-def load_library() -> Any:
-    raise Loaded
+class Exporting(Exception):
+    """The graph was not in the cache."""
 
 
-def graphs_of(folder: Path, cache_dir: Path, load: Any = load_library) -> Path:
+def refuse_to_export() -> None:
+    raise Exporting
+
+
+def graphs_of(folder: Path, cache_dir: Path, on_export: Callable[[], None] = refuse_to_export) -> Path:
     """The folder with the graphs of a model."""
-    layout = read_layout(folder, LocalStConfig())
-    return exported(layout, {"": tokenizer_of(layout)}, cache_dir, load)
+    return exported(folder, LocalStConfig(), cache_dir, on_export)
 
 
 @pytest.mark.usefixtures("openvino_driver")
@@ -103,7 +104,7 @@ def test_a_changed_model_is_exported_anew(copied_folder: Path, cache_dir: Path, 
         (copied_folder / "1_Pooling" / "more.json").write_text("{}")
     else:
         (copied_folder / "data_config.json").unlink()
-    with pytest.raises(Loaded):
+    with pytest.raises(Exporting):
         graphs_of(copied_folder, cache_dir)
 
 
@@ -112,14 +113,14 @@ def test_another_version_of_a_library_exports_anew(
 ) -> None:
     """A graph made by other versions of the libraries is not used."""
     monkeypatch.setattr(openvino_graph, "version", lambda name: "99")
-    with pytest.raises(Loaded):
+    with pytest.raises(Exporting):
         graphs_of(folder, cache_dir)
 
 
 def test_openvino_reports_nothing_over_the_network() -> None:
     """OpenVINO's telemetry, which would report each import, is never loaded; its converter works without it."""
     code = (
-        "import sys; from embedpool.drivers import openvino_graph as graph; graph._openvino().convert_model;"
+        "import sys; from embedpool.drivers import openvino_graph as graph; graph.import_openvino().convert_model;"
         " sys.exit(sys.modules.get('openvino_telemetry') is not None)"
     )
     assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=False).returncode == 0
@@ -134,53 +135,91 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def export(small: Path, cache: Path) -> Path:
-    layout = read_layout(small, LocalStConfig())
-    return graphs_of(small, cache, lambda: Library(layout, LocalStConfig(), "float32", "torch"))
+    return graphs_of(small, cache, lambda: None)
 
 
 def test_a_graph_is_kept_and_computes(small: Path, tmp_path: Path) -> None:
     """What was exported gives float32 vectors, a row a text; one that was given out outlives the next run."""
-    run = compiled(export(small, tmp_path) / "model.xml", "float32", threads=1, streams=1)
-    vectors = run(pad([[2, 7, 3], [2, 3]], 0))
+    run = Compiled(export(small, tmp_path) / "model.xml", "float32", threads=1, streams=1)
+    vectors = run(pack([[2, 7, 3], [2, 3]], 0))
     assert (vectors.dtype, vectors.shape) == (np.float32, (2, 32))
     before = vectors.copy()
-    run(pad([[2, 9, 3]], 0))
+    run(pack([[2, 9, 3]], 0))
     np.testing.assert_array_equal(vectors, before)
 
 
-def test_logging_stays_as_it_was(tmp_path: Path) -> None:
-    """Also where a model cannot be traced, and is exported in another way."""
-    root = logging.getLogger()
-    before = (root.level, [*root.filters], [*root.handlers])
-    export(make("gemma 3, both ways", tmp_path), tmp_path / "cache")
-    assert (root.level, root.filters, root.handlers) == before
+class FakeCompiled:
+    """In the place of Compiled: gives the cores of a batch, and calls what is to happen meanwhile."""
+
+    def __init__(self, graph: Path, dtype: str, *, threads: int, streams: int) -> None:
+        self.cores = threads // streams
+        self.inputs = ["input_ids"]
+        self.gave_back = 0
+
+    def __call__(self, inputs: dict[str, Any]) -> int:
+        if "meanwhile" in inputs:
+            inputs["meanwhile"]()
+        return self.cores
+
+    def give_back(self) -> None:
+        self.gave_back += 1
 
 
-def test_a_batch_that_runs_alone_has_all_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lone batch runs on all cores; one beside it on its own. Of a large model, whose copy costs, each on its own."""
-    seen: list[int] = []
-
-    def fake(graph: Path, dtype: str, *, threads: int, streams: int) -> Any:
-        def run(inputs: dict[str, Any]) -> None:
-            seen.append(threads // streams)
-            for inner in inputs.values():  # a batch that begins meanwhile
-                made(inner)
-
-        return run
-
-    monkeypatch.setattr(openvino_graph, "compiled", fake)
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The graph of five bytes of weights, which FakeCompiled runs."""
+    monkeypatch.setattr(openvino_graph, "Compiled", FakeCompiled)
     graph = tmp_path / "model.xml"
     graph.with_suffix(".bin").write_bytes(b"12345")
-    made = Graph(graph, "float32", 4)
-    made({"meanwhile": {}})
-    made({})
-    assert seen == [4, 1, 4]
-    assert made.cores_alone == "all"
-    monkeypatch.setattr(openvino_graph, "COMPILED_TWICE_BYTES", 4)
-    seen.clear()
-    large = Graph(graph, "float32", 4)
-    large({})
-    assert (seen, large.cores_alone) == ([1], "one")
+    return graph
+
+
+def batch_of(tokens: int, **more: Any) -> dict[str, Any]:
+    return {"input_ids": np.ones((1, tokens)), **more}
+
+
+def test_a_batch_that_runs_alone_has_all_cores(weights: Path) -> None:
+    """One beside it has its own. Of a large model, whose copy costs, each has its own."""
+    graph = Graph(weights, "float32", 4)
+    beside: list[int] = []
+    assert graph(batch_of(1, meanwhile=lambda: beside.append(graph(batch_of(1))))) == 4
+    assert (beside, graph(batch_of(1)), graph.cores_alone) == ([1], 4, "all")
+    large = Graph(weights, "float32", 4, most_twice_bytes=4)
+    assert (large(batch_of(1)), large.cores_alone) == (1, "one")
+
+
+def test_what_is_compiled_twice_is_bounded_in_all(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two models of five bytes finds no room for its copy, until the first is gone."""
+    others = sum(each.twice_bytes for each in openvino_graph._GRAPHS.values())
+    monkeypatch.setattr(openvino_graph, "COMPILED_TWICE_BYTES", others + 9)
+    first, second = graph_of(weights, "float32", 2), graph_of(weights, "bfloat16", 2)
+    assert (first.cores_alone, second.cores_alone) == ("all", "one")
+    del first, second
+    assert graph_of(weights, "bfloat16", 2).cores_alone == "all"
+
+
+def test_models_of_one_folder_share_what_is_compiled(weights: Path) -> None:
+    """In the same type and on as many cores."""
+    graph = graph_of(weights, "float32", 2)
+    assert graph_of(weights, "float32", 2) is graph
+    assert graph_of(weights, "bfloat16", 2) is not graph
+    assert graph_of(weights, "float32", 1) is not graph
+
+
+def test_what_a_burst_took_is_given_back_after_it(weights: Path) -> None:
+    """Once no batch of many tokens has run for a while, and not while one runs."""
+    graph = Graph(weights, "float32", 2)
+    graph(batch_of(10))
+    later_s = time.monotonic() + 2 * openvino_graph.REST_S
+    assert not graph.give_back(later_s)
+    graph(batch_of(openvino_graph.MANY_TOKENS))
+    assert not graph.give_back(time.monotonic())
+    early: list[bool] = []
+    graph(batch_of(1, meanwhile=lambda: early.append(graph.give_back(later_s))))
+    assert early == [False]
+    assert graph.give_back(later_s)
+    assert graph.beside_others.gave_back == 1
+    assert not graph.give_back(later_s)
 
 
 def test_a_graph_that_cannot_be_written_is_told_of_in_so_many_words(
@@ -189,12 +228,34 @@ def test_a_graph_that_cannot_be_written_is_told_of_in_so_many_words(
     """OpenVINO's own words for a full disk tell nobody where it is; nothing is left there."""
 
     def refuse(model: Any, file: Path, **options: Any) -> None:
-        file.parent.mkdir()
+        file.parent.mkdir(exist_ok=True)
         file.write_text("a part")
         raise RuntimeError("basic_ios::clear: iostream error")
 
     monkeypatch.setattr("openvino.save_model", refuse)
     with pytest.raises(ModelFailed, match=f"the graph cannot be written to {tmp_path}"):
+        export(small, tmp_path)
+    assert list((tmp_path / "openvino").iterdir()) == []
+
+
+def test_exporting_loads_no_torch_here(small: Path, tmp_path: Path) -> None:
+    """It happens in a process of its own: the server stays as small as if the graph had been there."""
+    code = (
+        "import sys; from pathlib import Path; from embedpool.config.spec import LocalStConfig;"
+        " from embedpool.drivers.openvino_graph import exported;"
+        " print(exported(Path(sys.argv[1]), LocalStConfig(), Path(sys.argv[2]), lambda: None));"
+        " sys.exit('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(small), str(tmp_path)]
+    found = subprocess.run(command, env=dict(os.environ), check=True, capture_output=True, text=True).stdout
+    assert openvino_graph.is_whole(Path(found.strip()))
+
+
+def test_an_export_that_dies_is_told_of(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the system has no memory for it; nothing is left."""
+    monkeypatch.setattr(openvino_graph, "export", REAL_EXPORT)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(ModelFailed, match="the process that exports it ended with exit code 1"):
         export(small, tmp_path)
     assert list((tmp_path / "openvino").iterdir()) == []
 
@@ -252,6 +313,6 @@ def test_a_damaged_graph_is_made_anew(folder: Path, cache_dir: Path, tmp_path: P
         weights.unlink()
     else:
         (copied / openvino_graph.HASHES).unlink()
-    with pytest.raises(Loaded):
+    with pytest.raises(Exporting):
         graphs_of(folder, tmp_path)
     assert not copied.exists()

@@ -143,6 +143,14 @@ def test_where_nothing_pads_a_batch_is_filled_in_the_order_of_service() -> None:
     assert chosen(Planner(4, 100, pads=False), *lengths, groups=groups) == [0, 1, 3, 4]
 
 
+def test_where_texts_share_rows_a_batch_costs_its_tokens() -> None:
+    """Long and short ones go together, in the order of service, until the batch would run longer than it may."""
+    planner = Planner(64, 16_384, max_s=0.05, cost=Cost(0.002, 0.0001), pads=False)
+    assert chosen(planner, 3, 300, 5, 150, 7, 100, 1) == [0, 1, 2, 3, 4]
+    assert chosen(planner, 600, 1) == [0]
+    assert planner.predicted_s([3, 300, 5]) == pytest.approx(0.002 + 308 * 0.0001)
+
+
 @pytest.mark.parametrize(("max_chars", "places"), [(None, [0, 1, 2, 3]), (31, [0, 1, 2, 3]), (30, [0, 1, 2]), (1, [0])])
 def test_a_call_may_have_a_bound_in_characters(max_chars: int | None, places: list[int]) -> None:
     """Nobody is passed over for it, and a text that is longer goes alone."""
