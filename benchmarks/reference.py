@@ -63,7 +63,7 @@ def _torch() -> dict[str, Any]:
 def _openvino(dtype: str, cache_dir: Path) -> dict[str, Any]:
     """The graph embedpool compiles: one stream on all cores, or a stream for each core with a thread of its own."""
     from embedpool.config.spec import LocalStConfig
-    from embedpool.drivers import openvino_graph
+    from embedpool.drivers import openvino_cache, openvino_graph
     from embedpool.drivers.layout import read_layout
     from embedpool.drivers.packing import pack
     from embedpool.drivers.tokenizer import tokenizer_of
@@ -72,7 +72,7 @@ def _openvino(dtype: str, cache_dir: Path) -> dict[str, Any]:
     cores, config = available_cores(), LocalStConfig()
     layout = read_layout(texts.model_folder(), config)
     tokenizer = tokenizer_of(layout)
-    graphs = openvino_graph.exported(layout.folder, config, cache_dir, lambda: None)
+    graphs = openvino_cache.exported(layout.folder, config, cache_dir, lambda: None)
 
     step = openvino_graph.LONG_ROW_STEP[dtype]
 

@@ -21,9 +21,9 @@ What they hand on: tasks/item.py (items and batches), tasks/rows.py, pool/reques
 What all tasks have: tasks/task.py.
 A dialect in web/dialects/ takes the place of web/native.py; web/ndjson.py serves bodies of lines.
 
-What a model's folder holds: drivers/layout.py. What computes: drivers/static.py, drivers/openvino_graph.py
-(whose graphs drivers/openvino_export.py makes, and for which drivers/packing.py lets texts share rows),
-drivers/torch_run.py, and drivers/library.py, with which drivers/fidelity.py compares the others.
+What a model's folder holds: drivers/layout.py. What computes: drivers/static.py, drivers/openvino_graph.py,
+drivers/torch_run.py, and drivers/library.py, with which drivers/fidelity.py compares the others. Graphs are made by
+drivers/openvino_export.py and kept by drivers/openvino_cache.py; drivers/packing.py lets texts share their rows.
 
 Around the road: web/app.py puts web/ together, with web/http_request.py, web/access.py (keys), web/intake.py (bodies),
 web/rate_limit.py, web/metrics.py, web/request_log.py, web/error_response.py, web/compat.py (what the APIs of others

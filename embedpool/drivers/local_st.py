@@ -1,12 +1,13 @@
 """A local model: the driver that opens its folder, chooses what runs each of its routes, and runs batches.
 
-The request's thread makes the token ids; here they are only padded and sent through the model's own modules: the same
-numbers as `SentenceTransformer.encode` without tokenising twice. At load they are compared with what `encode` gives,
-which also serves models that cannot be fed ids.
+The request's thread makes the token ids; here they are only padded, or packed, and sent through the model's own
+modules: the same numbers as `SentenceTransformer.encode` without tokenising twice. At load they are compared with what
+`encode` gives, which also serves models that cannot be fed ids.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import logging
@@ -170,12 +171,10 @@ class LocalStDriver(Driver):
     def _on_openvino(self, layout: Layout, tokenizers: Mapping[str, FolderTokenizer]) -> Mapping[str, Pipeline]:
         if importlib.util.find_spec("openvino") is None:
             raise ImportError("openvino is not installed; `pip install embedpool[openvino]`")
-        from embedpool.drivers import openvino_graph
+        from embedpool.drivers import openvino_cache, openvino_graph
 
-        def on_export() -> None:
-            self.report(Progress("export"))
-
-        graphs = openvino_graph.exported(layout.folder, self._config, self._folders.cache, on_export)
+        on_export = functools.partial(self.report, Progress("export"))
+        graphs = openvino_cache.exported(layout.folder, self._config, self._folders.cache, on_export)
         self.report(Progress("load"))
 
         def compiled(dtype: str) -> Mapping[str, openvino_graph.GraphPipeline]:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from embedpool.config.spec import DriverSpec, HttpConfig, LocalStConfig, ModelSpec, PoolSpec
-from embedpool.drivers import http, make_driver, open_tokenizer, openvino_graph, pace
+from embedpool.drivers import http, make_driver, open_tokenizer, openvino_cache, pace
 from embedpool.drivers.http import HttpDriver
 from embedpool.drivers.layout import Layout, read_layout
 from embedpool.drivers.local_st import LocalStDriver
@@ -141,7 +141,7 @@ def _exports_here(monkeypatch: pytest.MonkeyPatch) -> None:
             root.setLevel(level)
             root.filters[:] = filters
 
-    monkeypatch.setattr(openvino_graph, "export", export)
+    monkeypatch.setattr(openvino_cache, "export", export)
 
 
 @pytest.fixture(scope="session", params=["torch", "openvino"])

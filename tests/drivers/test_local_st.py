@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from embedpool.config.spec import DriverSpec, LocalStConfig, ModelSpec, Scaling
-from embedpool.drivers import local_st, make_driver, open_tokenizer, openvino_graph, torch_run
+from embedpool.drivers import local_st, make_driver, open_tokenizer, openvino_cache, torch_run
 from embedpool.drivers.layout import Layout
 from embedpool.drivers.library import Library
 from embedpool.drivers.local_st import LocalStDriver
@@ -217,7 +217,7 @@ def test_auto_falls_back_to_torch_and_says_why(
     def exported(*arguments: Any) -> Path:
         raise error
 
-    monkeypatch.setattr(openvino_graph, "exported", exported)
+    monkeypatch.setattr(openvino_cache, "exported", exported)
     monkeypatch.setattr(local_st.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(local_st, "find_model_folder", lambda *_: folder)
     monkeypatch.setattr(LocalStDriver, "_on_torch", on_torch())
