@@ -178,7 +178,11 @@ class LocalStDriver(Driver):
         self.report(Progress("load"))
 
         def compiled(dtype: str) -> Mapping[str, openvino_graph.GraphPipeline]:
-            return {r: openvino_graph.pipeline_of(graphs, t, dtype, self._cores) for r, t in tokenizers.items()}
+            graph_of = functools.partial(openvino_graph.graph_of, dtype=dtype, threads=self._cores)
+            return {
+                route: openvino_graph.pipeline_of(tokenizer, graph_of(openvino_graph.graph_file(graphs, route)))
+                for route, tokenizer in tokenizers.items()
+            }
 
         pipelines = compiled(self._dtype)
         if self._config.profile == "fast" and self._config.compute_dtype == "auto":

@@ -65,7 +65,7 @@ def export(folder: Path, config: LocalStConfig, new: Path) -> None:
     That one loads torch, and ends with this one.
     """
     command = [sys.executable, "-P", "-m", "embedpool.drivers.openvino_export"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     with (
         tempfile.TemporaryFile() as said,
         subprocess.Popen(  # noqa: S603  (of this program's own words)

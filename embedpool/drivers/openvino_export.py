@@ -23,9 +23,9 @@ from embedpool.config.spec import LocalStConfig
 from embedpool.drivers import fidelity
 from embedpool.drivers.layout import EMBED, read_layout
 from embedpool.drivers.library import Library
-from embedpool.drivers.openvino_graph import import_openvino, name_of_route, pipeline_of
+from embedpool.drivers.openvino_graph import Graph, graph_file, import_openvino, pipeline_of
 from embedpool.drivers.static import is_static
-from embedpool.drivers.tokenizer import FolderTokenizer, tokenizers_of
+from embedpool.drivers.tokenizer import OFFSET_POSITIONS, FolderTokenizer, tokenizers_of
 from embedpool.errors import ModelFailed
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,7 @@ logger = logging.getLogger(__name__)
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 PACKED_INPUTS = ("input_ids", "position_ids", "text_ids", "token_places")
 # Models whose texts can share a row: they take any mask, and the place of a token is added to it, and nothing else.
-# What is the first place, by type; None: behind the padding index.
-FIRST_POSITION = {"bert": 0, "roberta": None, "xlm-roberta": None, "camembert": None}
+TEXTS_SHARE_ROWS = ("bert", "roberta", "xlm-roberta", "camembert")
 
 
 def _main() -> None:
@@ -85,22 +84,23 @@ def export(folder: Path, config: LocalStConfig, new: Path) -> None:
             raise ModelFailed(f"the exported graph{f' of route {route}' if route else ''}: {fault}")
 
 
-Convert = Callable[[Library, FolderTokenizer], Any]
-
-
 def _try(
-    library: Library, tokenizer: FolderTokenizer, new: Path, probes: Sequence[fidelity.Probe], convert: Convert
+    library: Library,
+    tokenizer: FolderTokenizer,
+    new: Path,
+    probes: Sequence[fidelity.Probe],
+    convert: Callable[[Library, FolderTokenizer], Any],
 ) -> str | None:
     """Write a route's graph, and the vector of a text without tokens; what differs from the library, if anything."""
-    graph = new / f"{name_of_route(tokenizer.route)}.xml"
+    file, converted = graph_file(new, tokenizer.route), convert(library, tokenizer)
     try:
-        import_openvino().save_model(convert(library, tokenizer), graph, compress_to_fp16=False)
+        import_openvino().save_model(converted, file, compress_to_fp16=False)
     except RuntimeError as error:  # of a full disk it says no more than that a stream has failed
         raise ModelFailed(f"the graph cannot be written to {new.parent.parent}: {error}") from None
     of_nothing = fidelity.vector_of_nothing(library, tokenizer)
     if of_nothing is not None:
-        np.save(graph.with_suffix(".npy"), of_nothing, allow_pickle=False)
-    return fidelity.difference(probes, pipeline_of(new, tokenizer, "float32", threads=1), "float32")
+        np.save(file.with_suffix(".npy"), of_nothing, allow_pickle=False)
+    return fidelity.difference(probes, pipeline_of(tokenizer, Graph(file, "float32", threads=1)), "float32")
 
 
 def _can_be_packed(library: Library, tokenizer: FolderTokenizer) -> bool:
@@ -109,9 +109,8 @@ def _can_be_packed(library: Library, tokenizer: FolderTokenizer) -> bool:
     return (
         library.layout.kind == EMBED
         and type(first).__name__ == "Transformer"
-        and getattr(first.model.config, "model_type", None) in FIRST_POSITION
+        and getattr(first.model.config, "model_type", None) in TEXTS_SHARE_ROWS
         and getattr(first.model.config, "position_embedding_type", "absolute") in ("absolute", None)
-        and not tokenizer.pads_left
     )
 
 
@@ -174,9 +173,8 @@ def packed(library: Library, tokenizer: FolderTokenizer) -> Any:
     """A route whose texts share rows, as an OpenVINO model. Raises whatever the conversion raises."""
     modules = library.modules(tokenizer.route)
     config = modules[0].model.config
-    first_position = FIRST_POSITION[config.model_type]
-    steps = Packed(modules, library.output, config.pad_token_id + 1 if first_position is None else first_position)
-    return _traced(steps, _named(PACKED_INPUTS, modules, tokenizer))
+    first_position = config.pad_token_id + 1 if config.model_type in OFFSET_POSITIONS else 0
+    return _traced(Packed(modules, library.output, first_position), _named(PACKED_INPUTS, modules, tokenizer))
 
 
 def padded(library: Library, tokenizer: FolderTokenizer) -> Any:

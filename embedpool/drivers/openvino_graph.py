@@ -10,16 +10,19 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+from typing_extensions import override
 
 from embedpool import bounds
-from embedpool.drivers.packing import PackedPipeline
+from embedpool.drivers.packing import pack
 from embedpool.drivers.pipeline import Array, PaddedPipeline
 from embedpool.drivers.tokenizer import FolderTokenizer
+from embedpool.tasks.item import Batch, Ids
 
 PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 COMPILED_TWICE_BYTES = 256_000_000  # of weights, of all graphs that are; each compiled one has a copy of its own
@@ -28,19 +31,17 @@ REST_S = 10.0  # for which what a batch of many tokens took is kept for the next
 MANY_TOKENS = 1024
 
 
-def pipeline_of(graphs: Path, tokenizer: FolderTokenizer, dtype: str, threads: int) -> GraphPipeline:
-    """A route's graph, compiled to run in up to `threads` threads at once."""
-    graph = graphs / f"{name_of_route(tokenizer.route)}.xml"
-    file = graph.with_suffix(".npy")
-    of_nothing = np.load(file) if file.exists() else None
-    compiled = graph_of(graph, dtype, threads)
-    kind = PackedGraphPipeline if "text_ids" in compiled.inputs else GraphPipeline
-    return kind(tokenizer, compiled, of_nothing)
+def pipeline_of(tokenizer: FolderTokenizer, graph: Graph) -> GraphPipeline:
+    """A route that runs as this graph."""
+    vector = graph.file.with_suffix(".npy")
+    of_nothing = np.load(vector) if vector.exists() else None
+    kind = PackedPipeline if "text_ids" in graph.beside_others.inputs else GraphPipeline
+    return kind(tokenizer, graph, of_nothing)
 
 
-def name_of_route(route: str) -> str:
-    """Of its files; a route's name may hold anything."""
-    return f"route-{quote(route, safe='')}" if route else "model"
+def graph_file(graphs: Path, route: str) -> Path:
+    """Where a route's graph is kept; a route's name may hold anything."""
+    return graphs / (f"route-{quote(route, safe='')}.xml" if route else "model.xml")
 
 
 class GraphPipeline(PaddedPipeline):
@@ -51,25 +52,36 @@ class GraphPipeline(PaddedPipeline):
         self.cores_alone = graph.cores_alone
 
 
-class PackedGraphPipeline(PackedPipeline, GraphPipeline):
+class PackedPipeline(GraphPipeline):
     """The same of a model whose texts may share rows."""
+
+    pads = False
 
     def __init__(self, tokenizer: FolderTokenizer, graph: Graph, of_nothing: Array | None) -> None:
         super().__init__(tokenizer, graph, of_nothing)
-        self.step = LONG_ROW_STEP[graph.dtype]
+        self._step = LONG_ROW_STEP[graph.dtype]
+
+    @override
+    def _inputs(self, ids: Sequence[Ids], batch: Batch, which: Sequence[int]) -> dict[str, Array]:
+        inputs = pack(ids, self.tokenizer.pad_id, self._step)
+        if self.tokenizer.excludes_prompt:
+            inputs["pooled_mask"] = self._pooled_mask(inputs["token_places"] >= 0, ids, batch)
+        return inputs
 
 
 _GRAPHS: weakref.WeakValueDictionary[tuple[Path, str, int], Graph] = weakref.WeakValueDictionary()
 _OPENING = threading.Lock()
 
 
-def graph_of(graph: Path, dtype: str, threads: int) -> Graph:
+def graph_of(file: Path, dtype: str, threads: int) -> Graph:
     """The graph as it is compiled already, by another model with the same files, or compiled now."""
     with _OPENING:
-        found = _GRAPHS.get((graph, dtype, threads))
+        found = _GRAPHS.get((file, dtype, threads))
         if found is None:
-            twice_bytes = sum(each.twice_bytes for each in _GRAPHS.values())
-            found = _GRAPHS[graph, dtype, threads] = Graph(graph, dtype, threads, COMPILED_TWICE_BYTES - twice_bytes)
+            # A model may be compiled in two types while it is tried which is faster: one of them stays.
+            others = {each.file: each.twice_bytes for each in _GRAPHS.values() if each.file != file}
+            room = COMPILED_TWICE_BYTES - sum(others.values())
+            found = _GRAPHS[file, dtype, threads] = Graph(file, dtype, threads, room)
             _start_to_give_back()
         return found
 
@@ -81,17 +93,16 @@ class Graph:
     always has one core.
     """
 
-    def __init__(self, graph: Path, dtype: str, threads: int, most_twice_bytes: int = COMPILED_TWICE_BYTES) -> None:
-        self.dtype = dtype
-        self._weights = graph.with_suffix(".bin")
-        self.beside_others = Compiled(graph, dtype, threads=threads, streams=threads)
+    def __init__(self, file: Path, dtype: str, threads: int, most_twice_bytes: int = COMPILED_TWICE_BYTES) -> None:
+        self.file, self.dtype = file, dtype
+        self._weights = file.with_suffix(".bin")
+        self.beside_others = Compiled(file, dtype, threads=threads, streams=threads)
         self._alone = self.beside_others
         self.twice_bytes = 0  # of weights that it has twice
         size_bytes = self._weights.stat().st_size
         if threads > 1 and size_bytes <= most_twice_bytes:
-            self._alone = Compiled(graph, dtype, threads=threads, streams=1)
+            self._alone = Compiled(file, dtype, threads=threads, streams=1)
             self.twice_bytes = size_bytes
-        self.inputs = self.beside_others.inputs
         _drop_mapped(self._weights)
         self._running = 0
         self._large_at: float | None = None  # when a batch of many tokens ran, on the monotonic clock
@@ -178,9 +189,10 @@ def _give_back() -> None:
 def _drop_mapped(file: Path) -> None:
     """Let go of a mapped file's pages, which compiling has read; those that are needed come back one by one."""
     with contextlib.suppress(OSError):  # a system without /proc keeps them
+        mapped = str(file.resolve())
         for line in Path("/proc/self/maps").read_text().splitlines():
             fields = line.split(maxsplit=5)
-            if fields[-1] == str(file) and fields[1].startswith("r-"):  # nobody can have written to them
+            if fields[-1] == mapped and fields[1].startswith("r-"):  # nobody can have written to them
                 begin, end = (int(address, 16) for address in fields[0].split("-"))
                 ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 

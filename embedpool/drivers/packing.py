@@ -11,30 +11,14 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import override
 
-from embedpool.drivers.pipeline import PaddedPipeline
-from embedpool.tasks.item import Batch, Ids
+from embedpool.tasks.item import Ids
 
 ROW_TOKENS = 48  # about as long as rows are where no text is longer
 ATTENTION_TOKENS = 2300.0  # in rows of so many tokens attention costs as much as all else (six times the width, 384)
 SHORT_ROW_TOKENS, SHORT_STEP = 64, 4  # lengths of rows are multiples of a step, so that few shapes occur
 
 Inputs = dict[str, NDArray[np.int64]]
-
-
-class PackedPipeline(PaddedPipeline):
-    """Packs token ids into rows and gives them to `run`."""
-
-    pads = False
-    step = SHORT_STEP  # of the length of long rows
-
-    @override
-    def _inputs(self, ids: Sequence[Ids], batch: Batch, which: Sequence[int]) -> Inputs:
-        inputs = pack(ids, self.tokenizer.pad_id, self.step)
-        if self.tokenizer.excludes_prompt:
-            inputs["pooled_mask"] = self._pooled_mask(inputs["token_places"] >= 0, ids, batch)
-        return inputs
 
 
 def rows_of(lengths: Sequence[int], step: int = SHORT_STEP) -> tuple[list[list[int]], int]:
