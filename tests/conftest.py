@@ -28,8 +28,8 @@ from embedpool.tasks.tokenizer import Tokenizer
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-# Threads that libraries keep for good once used.
-OF_LIBRARIES = ("tqdm", "TMonitor", "OpenVINO", "pytest_timeout")
+# Threads that live as long as the process: of libraries, and one that looks whether any compiled graph rests.
+FOR_GOOD = ("tqdm", "TMonitor", "OpenVINO", "pytest_timeout", "give-back-memory")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -49,7 +49,7 @@ def _no_leaked_threads() -> Iterator[None]:
     yield
     leaked = []
     for thread in set(threading.enumerate()) - before:
-        if type(thread).__name__ in OF_LIBRARIES or thread.name.startswith(OF_LIBRARIES):
+        if type(thread).__name__ in FOR_GOOD or thread.name.startswith(FOR_GOOD):
             continue
         thread.join(10)
         if thread.is_alive():
