@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 
-from embedpool.tasks.driver import Cost
+from embedpool.tasks.driver import Cost, call_tokens
 from embedpool.tasks.item import Item
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class Planner:
 
     def predicted_s(self, lengths: Sequence[int]) -> float:
         """Run time of a batch of items of these lengths, in seconds; 0 if the driver's cost is not known."""
-        return self.cost.call_s(max(lengths) * len(lengths) if self.pads else sum(lengths)) if self.cost else 0.0
+        return self.cost.call_s(call_tokens(lengths, pads=self.pads)) if self.cost else 0.0
 
     def choose(self, window: Sequence[Item], busy_s: float = 0.0, slots: int = 1) -> list[int]:
         """Which items of the window, which is in the order of service, make the next batch: places in it, ascending.
@@ -119,7 +120,7 @@ class Planner:
         """
         group = window[0].group
         if not self.pads:
-            most = self.largest_tokens(busy_s, slots)
+            most = self.largest_tokens(busy_s, slots) if self.cost else math.inf
             return self._filled([place for place, item in enumerate(window) if item.group == group], window, most)
         window = window[: self._reach(window)]
         order = sorted((item.tokens, place) for place, item in enumerate(window) if item.group == group)
@@ -136,14 +137,15 @@ class Planner:
             start = end
         raise AssertionError("a plan covers every item")
 
-    def _filled(self, places: Sequence[int], window: Sequence[Item], max_tokens: int) -> list[int]:
+    def _filled(self, places: Sequence[int], window: Sequence[Item], max_tokens: float) -> list[int]:
         """As many of the first of these places as a call may hold, and one at least."""
+        max_chars = math.inf if self.max_chars is None else self.max_chars
         taken: list[int] = []
         chars = tokens = 0
         for place in places[: self.max_items]:
-            chars += sum(map(len, window[place].parts)) if self.max_chars else 0
-            tokens += window[place].tokens if self.cost else 0
-            if taken and (tokens > max_tokens or chars > (self.max_chars or chars)):
+            chars += sum(map(len, window[place].parts))
+            tokens += window[place].tokens
+            if taken and (tokens > max_tokens or chars > max_chars):
                 break
             taken.append(place)
         return taken

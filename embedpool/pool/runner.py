@@ -17,7 +17,7 @@ from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.quarantine import Quarantine
 from embedpool.pool.request import blame, fail, for_callers_of, give
 from embedpool.pool.stats import ModelStats
-from embedpool.tasks.driver import PROBE_TEXT, Loss, Place
+from embedpool.tasks.driver import PROBE_TEXT, Loss, Place, call_tokens
 from embedpool.tasks.item import Batch, Group, Item
 from embedpool.tasks.rows import Answer
 
@@ -289,8 +289,7 @@ class Runner:
             raise ValueError(f"the driver gave {fault}")
         lengths = [item.tokens for item in items]
         self._note(items, answer, sum(lengths), started, elapsed_s)
-        padded = max(lengths) * len(items) if facts.pads else sum(lengths)
-        self.stats.batch(len(items), sum(lengths), padded, elapsed_s)
+        self.stats.batch(len(items), sum(lengths), call_tokens(lengths, pads=facts.pads), elapsed_s)
         return answer
 
     def _note(self, items: list[Item], answer: Answer, tokens: int, started: float, elapsed_s: float) -> None:

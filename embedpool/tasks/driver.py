@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +46,11 @@ class Facts:
     pads: bool = True
     paces: bool = False
     description: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+
+def call_tokens(lengths: Sequence[int], *, pads: bool) -> int:
+    """Tokens that a call with items of these lengths runs, padding included."""
+    return max(lengths) * len(lengths) if pads else sum(lengths)
 
 
 class Progress(NamedTuple):

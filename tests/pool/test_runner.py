@@ -120,6 +120,13 @@ def test_requests_share_a_batch_and_each_gets_its_own() -> None:
     assert bench.stats.snapshot()["padded_tokens"] == 20
 
 
+def test_where_nothing_pads_no_padding_is_counted() -> None:
+    """Neither for a remote service nor for texts that share rows."""
+    bench = Bench(Scripted(facts=Facts(pads=False)))
+    bench.serve(Asked("ccc", "a"), Asked("bb"))
+    assert bench.stats.snapshot()["padded_tokens"] == 6
+
+
 def test_no_work_no_call() -> None:
     """A step without work says so and touches nothing; one with work says so before it runs."""
     bench = Bench(Scripted())
