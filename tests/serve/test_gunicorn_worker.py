@@ -73,14 +73,17 @@ def test_ctrl_c_ends_a_worker_that_drains_after_sigterm() -> None:
 
 @pytest.mark.parametrize("server_ends", [True, False])
 def test_a_worker_that_is_replaced_does_not_delay(server_ends: bool) -> None:
-    """Balancers are told of the end of a server, not of a reload; nor is anybody who presses Ctrl-C kept waiting."""
-    stops: list[bool] = []
+    """Balancers are told of the end of a server, not of a reload, during which every worker is ready to its end.
+
+    Nor is anybody who presses Ctrl-C kept waiting.
+    """
+    stops: list[tuple[bool, bool]] = []
     worker = WaitressWorker.__new__(WaitressWorker)
     worker._shared = bytearray(2)
-    worker._loop = SimpleNamespace(stop=lambda delay: stops.append(delay))  # noqa: PLW0108  (by its name)
+    worker._loop = SimpleNamespace(stop=lambda *, delay, replaced: stops.append((delay, replaced)))
     if server_ends:
         worker.tell_that_the_server_ends()
     worker.handle_exit(signal.SIGTERM, None)
     worker._interrupted = False
     worker.handle_quit(signal.SIGINT, None)
-    assert stops == [server_ends, False]
+    assert stops == [(server_ends, not server_ends), (False, False)]
