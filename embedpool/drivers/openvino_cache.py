@@ -69,14 +69,13 @@ def export(folder: Path, config: LocalStConfig, new: Path) -> None:
     with (
         tempfile.TemporaryFile() as said,
         subprocess.Popen(  # noqa: S603  (of this program's own words)
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, env=environment
+            command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, env=environment
         ) as process,
     ):
         assert process.stdin is not None
         assert process.stdout is not None
         with contextlib.suppress(OSError):  # it has ended: told below
-            pickle.dump((folder, config, new), process.stdin)
-            process.stdin.flush()
+            process.stdin.write(pickle.dumps((folder, config, new)))
         answer = process.stdout.read()
         exit_code = process.wait()
         said.seek(0)
