@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -73,8 +74,13 @@ def served(server: Server) -> Iterator[Server]:
     server.stop()
 
 
-def client_of(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+@pytest.fixture
+def client_of() -> Iterator[Callable[[Server], openai.OpenAI]]:
+    """Makes a client of a server as it runs now; all are closed at the end."""
+    with contextlib.ExitStack() as opened:
+        yield lambda server: opened.enter_context(
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        )
 
 
 def begun(client: openai.OpenAI, content: bytes) -> str:
@@ -94,7 +100,7 @@ def require_whole(client: openai.OpenAI, server: Server, batch_id: str, count: i
     np.testing.assert_allclose(vectors, server.vectors("m", [f"text {i}" for i in range(count)]), atol=1e-6)
 
 
-def test_openais_sdk(served: Server) -> None:
+def test_openais_sdk(served: Server, client_of: Callable[[Server], openai.OpenAI]) -> None:
     """Unmodified: upload, create, poll, list with paging, content, cancel, and errors of each kind."""
     client = client_of(served)
     batches = [begun(client, lines(20)) for _ in range(3)]
@@ -119,7 +125,7 @@ def test_openais_sdk(served: Server) -> None:
         assert client.files.delete(file.id).deleted
 
 
-def test_killed_and_started_again(server: Server) -> None:
+def test_killed_and_started_again(server: Server, client_of: Callable[[Server], openai.OpenAI]) -> None:
     """By turns: it goes on, and every line is answered once."""
     server.write_pool(fake("m", delay_ms_per_text=2))
     server.start()
@@ -149,7 +155,7 @@ def test_killed_and_started_again(server: Server) -> None:
 
 
 @pytest.mark.long
-def test_one_of_several_workers_runs_them(server: Server) -> None:
+def test_one_of_several_workers_runs_them(server: Server, client_of: Callable[[Server], openai.OpenAI]) -> None:
     """Whichever is asked; a stop does not wait for the end of a batch."""
     server.write_pool(fake("m", delay_ms_per_text=5))
     server.start(EMBEDPOOL_SERVER__WORKERS="2")
@@ -167,7 +173,7 @@ def test_one_of_several_workers_runs_them(server: Server) -> None:
     server.stop()
 
 
-def test_a_large_upload_costs_no_memory(served: Server) -> None:
+def test_a_large_upload_costs_no_memory(served: Server, client_of: Callable[[Server], openai.OpenAI]) -> None:
     """It goes to the disk as it comes; also one that is larger than any other body may be."""
     client = client_of(served)
     worker = served.process.children()[0]
