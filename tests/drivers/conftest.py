@@ -126,8 +126,8 @@ def openvino_driver(folder: Path, cache_dir: Path) -> Iterator[LocalStDriver]:
     driver.close()
 
 
-@pytest.fixture(autouse=True)
-def _exports_here(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _exports_here() -> Iterator[None]:
     """Graphs are made in this process, which has torch anyway: a process for each of the zoo's would take minutes."""
 
     def export(*arguments: Any) -> None:
@@ -141,7 +141,9 @@ def _exports_here(monkeypatch: pytest.MonkeyPatch) -> None:
             root.setLevel(level)
             root.filters[:] = filters
 
-    monkeypatch.setattr(openvino_cache, "export", export)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openvino_cache, "export", export)
+        yield
 
 
 @pytest.fixture(scope="session", params=["torch", "openvino"])
