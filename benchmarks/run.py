@@ -34,6 +34,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -53,6 +54,8 @@ FIXED_TEXTS_PER_S = 200  # fixed work: as many texts as a server of this rate an
 OPEN_SIZES = {16: 9, 1: 6, 256: 1}  # texts of a request: how often, of 16
 OPEN_LOAD, OPEN_TIMES = 0.6, 8  # of what a server can, for so many times --seconds
 MEASURED_CAPACITY: list[float] = []
+REST_S = 60.0  # after which a server should have given back what it took
+REST_S = 60.0  # after which a server should have given back what it took
 INTERACTIVE_CLIENTS, THOUGHT_S, LEAST_BULK_ANSWERS = 8, 0.05, 4
 Result = dict[str, Any]
 
@@ -182,7 +185,7 @@ def main() -> None:
             for server in reversed(group) if number % 2 else group:
                 if server.name not in results["absent"]:
                     try:
-                        measured = _server(server, workloads, seconds, expected if number == 0 else None)
+                        measured = _server(server, workloads, seconds, expected, first_round=number == 0)
                     except (Absent, OSError) as error:  # the other rounds go on without it
                         print(f"{server.name}: ABSENT: {error}", flush=True)
                         results["absent"][server.name] = plain(str(error))
@@ -211,15 +214,23 @@ def _add_baseline(groups: list[list[Server]], checkout: Path) -> None:
                     pass
 
 
-def _server(server: Server, workloads: list[str], seconds: float, expected: Any) -> Result:
-    """All workloads of one server, from its start to its stop. A workload that fails is reported by its reason."""
+def _server(server: Server, workloads: list[str], seconds: float, expected: Any, *, first_round: bool) -> Result:
+    """All workloads of one server, from its start to its stop. A workload that fails is reported by its reason.
+
+    Only the first round measures cosines, a start that is the first, and the memory after a rest, which take time.
+    """
     print(server.name, flush=True)
+    result: Result = {"workloads": {}}
+    if first_round and server.first_start:
+        with running(server, first_start=True) as up:
+            result["first_startup_s"] = up.startup_s
     with running(server) as up:
-        result: Result = {"startup_s": up.startup_s, "workloads": {}}
+        result["startup_s"] = up.startup_s
         warm = texts.mixed(MIXED_TEXTS)[-64:]
         with ThreadPoolExecutor(4) as threads:
             list(threads.map(up.ask, [warm[:1], warm[:16], warm[16:32], *[[t] for t in warm]]))
-        if expected is not None:
+        result["pss_started_mb"] = up.pss_mb()
+        if first_round and expected is not None:
             result["cosine"] = _cosine(up, expected)
             print(f"  cosine to torch fp32: least {result['cosine']:.7f} of {len(expected)}", flush=True)
         if "open" in workloads:
@@ -236,6 +247,9 @@ def _server(server: Server, workloads: list[str], seconds: float, expected: Any)
             result["workloads"][workload] = measured
             print(f"  {workload}: " + ", ".join(f"{k} {v:.4g}" for k, v in measured.items()), flush=True)
         result |= {"peak_mb": up.peak_mb(), "pss_mb": up.pss_mb()}
+        if first_round:
+            time.sleep(REST_S)
+            result["pss_rested_mb"] = up.pss_mb()
     return result
 
 

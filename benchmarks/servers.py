@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -15,26 +13,22 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from benchmarks.environments import CACHE, HERE, Absent, install, plain
+from benchmarks.llama_cpp import llama_cpp
 from benchmarks.texts import model_folder
 
-HERE = Path(__file__).parent
-CACHE = Path(os.environ.get("EMBEDPOOL_BENCH_CACHE", Path.home() / ".cache" / "embedpool-bench"))
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 GRAPHS = CACHE / "graphs"  # embedpool's exports, shared with reference.py
 BASELINE = "@baseline"  # ends the name of a server of another checkout
 STARTS_WITHIN_S, STOPS_WITHIN_S = 240, 40
 EMBEDPOOL = [sys.executable, "-P", "-m", "embedpool"]  # PYTHONPATH says whose; an installed one comes after it
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(CACHE / "hf"), "DO_NOT_TRACK": "1", "PYTHONWARNINGS": "ignore"}
-
-
-class Absent(Exception):
-    """A server that cannot be installed or started here, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +46,8 @@ class Server:
     path: str = "/embed"
     texts_key: str = "texts"
     model_folder: Callable[[], Path] = model_folder
+    environment: dict[str, str] = field(default_factory=dict)  # beside what all get
+    first_start: str | None = None  # the variable that names the folder in which a first start keeps work for the next
 
     def body(self, texts: list[str]) -> bytes:
         """A request for the vectors of `texts`, on one line."""
@@ -98,15 +94,17 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(server: Server) -> Iterator[Running]:
-    """The server from its start to its stop. Raises Absent with the reason."""
+def running(server: Server, *, first_start: bool = False) -> Iterator[Running]:
+    """The server from its start to its stop, if need be as one that has never started here. Raises Absent."""
     if server.venv:
         install(server.venv)
     with tempfile.TemporaryDirectory() as name:
         folder, port = Path(name), _free_port()
         environment = {**os.environ, **QUIET, "MODEL_FOLDER": str(server.model_folder()), "PORT": str(port)}
         environment |= {"PYTHONPATH": str(server.checkout or HERE / "apps"), "EMBEDPOOL_SERVER__PORT": str(port)}
-        environment |= {"EMBEDPOOL_PATHS__CACHE_DIR": str(GRAPHS)}
+        environment |= {"EMBEDPOOL_PATHS__CACHE_DIR": str(GRAPHS), **server.environment}
+        if first_start and server.first_start:
+            environment[server.first_start] = str(folder / "first_start")
         if server.checkout:
             init = [*EMBEDPOOL, "init"]
             subprocess.run(init, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
@@ -123,34 +121,6 @@ def running(server: Server) -> Iterator[Running]:
             yield up
         finally:
             _stop(process)
-
-
-def install(name: str) -> Path:
-    """The python of the environment that requirements/<name>.txt describes, made if need be. Raises Absent."""
-    requirements, folder = HERE / "requirements" / f"{name}.txt", CACHE / name
-    python, stamp = folder / "bin" / "python", folder / "installed"
-    digest = hashlib.sha256(requirements.read_bytes()).hexdigest()
-    if stamp.exists() and stamp.read_text() == digest:
-        return python
-    print(f"installing {name}, once", file=sys.stderr, flush=True)
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    torch = next(line for line in requirements.read_text().splitlines() if line.startswith("torch=="))
-    for command in (
-        [sys.executable, "-m", "venv", "--clear", str(folder)],
-        [*pip, torch],  # alone and first, so that the build of the default find-links is taken
-        [*pip, "-r", str(requirements)],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["installing failed"]
-            raise Absent(plain(" ".join(errors)))
-    stamp.write_text(digest)
-    return python
-
-
-def plain(message: str) -> str:
-    """A message without addresses and folders, to be shown elsewhere."""
-    return re.sub(r"(\w+://)?/?[\w.+-]*/[\w./+-]+", "…", message)[-500:]
 
 
 def of_baseline(server: Server, checkout: Path) -> Server:
@@ -193,6 +163,18 @@ def infinity(engine: str, folder_of: Callable[[], Path] = model_folder) -> Calla
     return command
 
 
+def vllm(dtype: str) -> Callable[[Path, int], list[str]]:
+    """vLLM's server; its command cannot be used, which looks for a package of another name than that for CPUs."""
+
+    def command(folder: Path, port: int) -> list[str]:
+        program = [str(CACHE / "vllm" / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"]
+        options = f"--model {model_folder()} --served-model-name {MODEL} --runner pooling --dtype {dtype}"
+        options += f" --gpu-memory-utilization 0.3 --host 127.0.0.1 --port {port}"  # the share of the machine's memory
+        return [*program, *options.split()]
+
+    return command
+
+
 def onnx_folder() -> Path:
     """The model as an ONNX graph with fused layers, exported once for infinity's optimum engine. Raises Absent."""
     folder = CACHE / "onnx"
@@ -210,8 +192,16 @@ def _app(name: str) -> Callable[[Path, int], list[str]]:
     return lambda folder, port: program
 
 
-OURS: dict[str, Any] = {"checkout": HERE.parent}
+OURS: dict[str, Any] = {"checkout": HERE.parent, "first_start": "EMBEDPOOL_PATHS__CACHE_DIR"}
 OPENAI: dict[str, Any] = {"path": "/embeddings", "texts_key": "input"}
+V1: dict[str, Any] = {**OPENAI, "path": "/v1/embeddings"}
+# vLLM leaves a core to others if it is not told, and takes 4 GB and more for a cache that these models do not use.
+VLLM: dict[str, Any] = {
+    **V1,
+    "venv": "vllm",
+    "first_start": "VLLM_CACHE_ROOT",
+    "environment": {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
+}
 
 _ALL = (
     Server("embedpool-default", "exact fp32, backend auto", _embedpool(), **OURS),
@@ -221,6 +211,10 @@ _ALL = (
     Server("naive", "Flask on gunicorn gthread, encode per request", naive()),
     Server("infinity-torch", "infinity 0.0.78, BetterTransformer", infinity("torch"), "infinity-torch", **OPENAI),
     Server("infinity-optimum", "infinity 0.0.78, ONNX Runtime", infinity("optimum"), "infinity-optimum", **OPENAI),
+    Server("llama-f32", "llama.cpp's server, F32", llama_cpp("f32"), "llama-cpp", **V1),
+    Server("llama-q8", "llama.cpp's server, Q8_0, which loses", llama_cpp("q8_0"), "llama-cpp", **V1),
+    Server("vllm-fp32", "vLLM 0.32, float32", vllm("float32"), **VLLM),
+    Server("vllm-bf16", "vLLM 0.32, bfloat16", vllm("bfloat16"), **VLLM),
     Server("mosec", "mosec 0.9.8, 32 requests a batch", _app("mosec"), "mosec", path="/inference"),
     Server("litserve", "LitServe 0.2.19, 32 requests a batch", _app("litserve"), "litserve", path="/predict"),
 )

@@ -108,7 +108,8 @@ class Graph:
             self.twice_bytes = size_bytes
         _drop_mapped(self._weights)
         self._running = 0
-        self._large_at: float | None = None  # when a batch of many tokens ran, on the monotonic clock
+        self._ran_at: float | None = None  # when a batch ran last, on the monotonic clock; None after a rest
+        self._large_at: float | None = None  # likewise one of many tokens
         self._lock = threading.Lock()
 
     @property
@@ -126,19 +127,29 @@ class Graph:
         finally:
             with self._lock:
                 self._running -= 1
+                self._ran_at = time.monotonic()
                 if inputs["input_ids"].size >= MANY_TOKENS:
-                    self._large_at = time.monotonic()
+                    self._large_at = self._ran_at
 
     def give_back(self, now_s: float) -> bool:
-        """Give back what large batches have taken, if none runs and none has run for a while; whether there was any."""
+        """After a rest let go of the weights' file, and after one from large batches of what those took, if none runs.
+
+        Gives whether there was any of the latter.
+        """
         with self._lock:
-            if self._running or self._large_at is None or now_s - self._large_at < REST_S:
+            if self._has_rested(self._ran_at, now_s):
+                self._ran_at = None
+                _drop_mapped(self._weights)
+            if self._running or not self._has_rested(self._large_at, now_s):
                 return False
             self._large_at = None
             for each in {self._alone, self.beside_others}:
                 each.give_back()
-        _drop_mapped(self._weights)
         return True
+
+    @staticmethod
+    def _has_rested(last_s: float | None, now_s: float) -> bool:
+        return last_s is not None and now_s - last_s >= REST_S
 
 
 class Compiled:

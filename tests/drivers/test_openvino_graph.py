@@ -96,17 +96,32 @@ def test_a_mapped_file_is_let_go_of(tmp_path: Path) -> None:
     file = tmp_path / "real" / "model.bin"
     file.write_bytes(b"x" * 1_000_000)
     with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-
-        def resident_kb() -> int:
-            of_file = Path("/proc/self/smaps").read_text().partition(f" {file.resolve()}\n")[2]
-            return int(of_file.partition("\nRss:")[2].split()[0])
-
         assert mapped.read().count(b"x") == 1_000_000
-        assert resident_kb() > 900
+        assert resident_kb(file) > 900
         openvino_graph._drop_mapped(tmp_path / "link" / "model.bin")
-        assert resident_kb() == 0
+        assert resident_kb(file) == 0
         mapped.seek(0)
         assert mapped.read().count(b"x") == 1_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc")
+def test_the_mapped_file_is_let_go_of_after_a_rest(weights: Path) -> None:
+    """What batches of any size have read of it again."""
+    file = weights.with_suffix(".bin")
+    file.write_bytes(b"x" * 1_000_000)
+    graph = Graph(weights, "float32", 2)
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        graph(batch_of(1, meanwhile=mapped.read))
+        graph.give_back(time.monotonic())
+        assert resident_kb(file) > 900
+        graph.give_back(time.monotonic() + openvino_graph.REST_S)
+        assert resident_kb(file) == 0
+
+
+def resident_kb(file: Path) -> int:
+    """How much of a mapped file counts as this process's."""
+    of_file = Path("/proc/self/smaps").read_text().partition(f" {file.resolve()}\n")[2]
+    return int(of_file.partition("\nRss:")[2].split()[0])
 
 
 def test_models_of_one_folder_share_what_is_compiled(weights: Path) -> None:

@@ -1,0 +1,97 @@
+"""What models take of a server's memory, and what stays when they are gone: PSS in MB over that of an empty server.
+
+Usage:
+  benchmarks.memory [--rounds N] [--write]
+
+Options:
+  --rounds N   Each round starts a server for each number type [default: 3].
+  --write      Write the table of README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from docopt import docopt
+
+from benchmarks import texts
+from benchmarks.report import between_markers, table
+from benchmarks.run import REST_S
+from benchmarks.servers import EMBEDPOOL, MODEL, OURS, Server, running
+from embedpool.client import Client
+
+TYPES = ("float32", "bfloat16")
+ASKED_MB = {
+    "the first model, exported anew": 330,
+    "a further model of other files": 200,
+    "a further model of the same files": None,
+    "when all are gone": 60,
+}
+
+
+def _empty(folder: Path, port: int) -> list[str]:
+    models = [{"model": MODEL, "driver": {"type": "fake"}}]  # to answer that it is there
+    (folder / ".config" / "pool.yml").write_text(json.dumps({"version": 1, "models": models}))
+    return [*EMBEDPOOL, "pool", "start"]
+
+
+EMPTY = Server("embedpool", "without a real model", _empty, **OURS)
+
+
+def main() -> None:
+    """Measure, print, and write."""
+    arguments = docopt(__doc__)
+    rounds = int(arguments["--rounds"])
+    found: dict[tuple[str, str], list[float]] = {}
+    for _ in range(rounds):
+        for dtype in TYPES:
+            for what, mb in _measured(dtype):
+                print(f"{dtype}: {what}: {mb:.0f} MB", flush=True)
+                found.setdefault((what, dtype), []).append(mb)
+    rows = []
+    for (what, dtype), values in found.items():
+        asked, middle = ASKED_MB[what], statistics.median(values)
+        met = "-" if asked is None else "yes" if middle <= asked else "**no**"
+        measured = f"{middle:.0f} ({min(values):.0f}, {max(values):.0f})"
+        rows.append([what, dtype, f"<= {asked}" if asked else "-", measured, met])
+    told = table(["what is there", "type", "asked, MB", "measured, MB", "met"], rows)
+    print(told)
+    if arguments["--write"]:
+        between_markers("memory", f"Median, least and most of {rounds} rounds.\n\n{told}")
+
+
+def _measured(dtype: str) -> Iterator[tuple[str, float]]:
+    """What each step has taken, the last one over the empty server."""
+    with (
+        running(EMPTY, first_start=True) as up,
+        tempfile.TemporaryDirectory() as name,
+        Client(f"http://127.0.0.1:{up.port}") as client,
+    ):
+        folders = [Path(name) / number for number in ("first", "further")]
+        for number, folder in enumerate(folders):
+            shutil.copytree(texts.model_folder(), folder)
+            (folder / "README.md").write_text(str(number))
+        before_mb = empty_mb = up.pss_mb()
+        models = []
+        for what, folder in zip(ASKED_MB, [*folders, folders[1]], strict=False):
+            models.append(f"m{len(models)}")
+            config = {"path": str(folder), "compute_dtype": dtype}
+            client.register({"model": models[-1], "driver_type": "local_st", "driver_config": config})
+            client.embed(texts.mixed(64), model=models[-1])
+            time.sleep(REST_S)
+            yield what, up.pss_mb() - before_mb
+            before_mb = up.pss_mb()
+        for model in models:
+            client.unregister(model)
+        time.sleep(REST_S)
+        yield "when all are gone", up.pss_mb() - empty_mb
+
+
+if __name__ == "__main__":
+    main()
