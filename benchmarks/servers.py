@@ -200,7 +200,12 @@ VLLM: dict[str, Any] = {
     **V1,
     "venv": "vllm",
     "first_start": "VLLM_CACHE_ROOT",
-    "environment": {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
+    "environment": {
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120",  # its 5 s end connections that a client is just about to use
+    },
 }
 
 _ALL = (

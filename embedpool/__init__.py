@@ -10,6 +10,7 @@ The road of a request, each file entered once on the way in and once on the way 
     pool/pool.py          a permit admits the request, a name or an alias finds its model
     pool/admission.py     the request is measured, put into the queue, waited for and finished
     pool/model_queue.py   items wait, bounded in number
+    pool/cache.py         but for those whose rows are known from before
     pool/fair_order.py    the order of service among requests and callers
     pool/planner.py       a replica's thread takes the items that make the best batch now
     pool/runner.py        every item of the batch gets its row or its error
@@ -31,7 +32,8 @@ have in common), web/cors.py (pages in a browser) and web/root.py. The page is w
 data are web/live.py and web/history.py (the last ten minutes). pool/served_model.py is the life of a
 model, pool/replica_set.py says how many replicas it has and runs their threads, pool/replica.py is the life of one,
 pool/backoff.py says when to open it again, pool/quarantine.py holds items that are not run again, pool/stats.py counts,
-pool/settings.py holds the settings that all models share. tasks/ defines the contracts of tasks, drivers, places and
+pool/settings.py holds the settings that all models share,
+cache_disk.py the rows that outlive the server. tasks/ defines the contracts of tasks, drivers, places and
 tokenizers; places/ and drivers/ fulfil them.
 
 Work that outlives a request: jobs/windows.py, the engine, which web/ndjson.py uses too. jobs/file_job.py goes from

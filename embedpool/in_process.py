@@ -13,6 +13,7 @@ from embedpool.config.spec import PoolSpec
 from embedpool.errors import ModelNotFound
 from embedpool.jobs.file_job import Compute, Computed
 from embedpool.jobs.sources import Row
+from embedpool.pool.cache import Cache
 from embedpool.pool.request import Call
 from embedpool.server import make_pool
 from embedpool.tasks.embed import Embed
@@ -41,7 +42,7 @@ def computing(settings: Settings, name: str, options: Mapping[str, Any], *, pair
         loaded.pop("raw_scores", None)
     else:
         loaded = load(OptionsSchema, given)
-    pool = make_pool(settings, Metrics())
+    pool = make_pool(settings, Metrics(), Cache())
 
     def compute(rows: Sequence[Row]) -> Computed:
         task: Task

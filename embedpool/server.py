@@ -22,6 +22,7 @@ from embedpool.drivers import make_driver, open_tokenizer
 from embedpool.jobs.batches import LINES_AT_ONCE, Runner
 from embedpool.logs import configure_logging
 from embedpool.places import open_place
+from embedpool.pool.cache import Cache
 from embedpool.pool.pool import Pool
 from embedpool.pool.settings import PoolSettings
 from embedpool.pool.stats import Observer
@@ -36,10 +37,25 @@ from embedpool.web.history import HISTORY
 
 logger = logging.getLogger(__name__)
 
+CACHE_CLEARED = "cache_cleared"  # a file of state_dir, touched when the cache is cleared
 SPANS_WAIT_S = 3.0  # for a collector that does not answer
 
 
-def make_pool(settings: Settings, observer: Observer) -> Pool:
+def make_cache(settings: Settings) -> Cache:
+    """Of rows that were computed before. Raises ConfigError."""
+    of = settings.cache
+    if not of.enabled:
+        return Cache()
+    disk = None
+    if of.disk_mb:
+        from embedpool.cache_disk import LmdbDisk
+
+        disk = LmdbDisk(settings.file(of.path), of.disk_mb << 20)
+    cleared_file = settings.file(settings.paths.state_dir) / CACHE_CLEARED
+    return Cache(of.memory_mb << 20, disk, shared=of.share == "all", cleared_file=cleared_file)
+
+
+def make_pool(settings: Settings, observer: Observer, cache: Cache) -> Pool:
     """A pool without a model, as the settings say; it opens what they allow."""
     folders = Folders(settings.file(settings.paths.cache_dir), settings.file(settings.paths.state_dir))
 
@@ -71,6 +87,7 @@ def make_pool(settings: Settings, observer: Observer) -> Pool:
         max_wait_s=batching.max_wait_ms / 1000,
         probe_idle_s=settings.defaults.probe_idle_s or None,
         observer=observer,
+        cache=cache,
     )
     return Pool(pool_settings, max_inflight_global=settings.defaults.max_inflight_global)
 
@@ -83,7 +100,7 @@ class EmbedpoolApp:
         for variable, near in unknown_variables().items():
             logger.warning("the environment variable %s is none of embedpool's; did you mean %s?", variable, near)
         self.metrics = metrics.Metrics()
-        self.pool = make_pool(settings, self.metrics)
+        self.pool = make_pool(settings, self.metrics, make_cache(settings))
         self.reconciler = Reconciler(
             PoolFile(settings.file(settings.paths.pool_yml)),
             self.pool,

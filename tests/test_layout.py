@@ -21,6 +21,7 @@ PACKAGE = ROOT / "embedpool"
 MAY_IMPORT = {
     "web": {"reconcile", "jobs", "pool", "tasks", "config", "bounds", "tracing", "errors"},
     "jobs": {"errors"},
+    "cache_disk": {"pool.cache", "tasks", "errors"},
     "in_process": {"server", "web", "jobs", "pool", "tasks", "config", "errors"},
     "embedder": {"in_process", "jobs.sources", "places.cores", "config", "errors"},
     "pool": {"tasks", "config.spec", "bounds", "tracing", "errors"},
@@ -37,6 +38,7 @@ MAY_IMPORT = {
     "each": {"errors"},
     "server": {
         "web", "jobs", "pool", "places", "drivers", "tasks", "config", "reconcile", "logs", "tracing", "errors",
+        "cache_disk",
         "serve.service_manager", "serve.gunicorn_settings",
     },
     "logs": {"config"},

@@ -169,6 +169,22 @@ class Batching:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cache:
+    """Vectors and scores that were computed before. Texts are never kept, only hashes of them."""
+
+    enabled: bool = option(True, "keep and use them; a model's own `cache` in pool.yml overrides what is kept of it")
+    memory_mb: int = option(32, "memory for them, of each worker; 0: none", minimum=0)
+    disk_mb: int = option(0, "disk for them, of all workers together; 0: none; needs the extra `cache`", minimum=0)
+    path: str = option(".config/cache/rows", "folder on the disk, for servers with this pool.yml alone")
+    share: str = option(
+        "key",
+        "who finds an entry; key: requests with the API key whose request made it; all: everybody, who can then tell "
+        "by the time of an answer what others have asked",
+        choices=("key", "all"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Limits:
     """Limits of a request."""
 
@@ -266,6 +282,7 @@ class Settings:
     defaults: Defaults = dataclasses.field(default_factory=Defaults)
     hot_reload: HotReload = dataclasses.field(default_factory=HotReload)
     batching: Batching = dataclasses.field(default_factory=Batching)
+    cache: Cache = dataclasses.field(default_factory=Cache)
     limits: Limits = dataclasses.field(default_factory=Limits)
     security: Security = dataclasses.field(default_factory=Security)
     ray: Ray = dataclasses.field(default_factory=Ray)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from typing_extensions import override
 
-from embedpool import bounds
+from embedpool import __version__, bounds
 from embedpool.config.spec import LocalStConfig, ModelSpec
 from embedpool.drivers.layout import EMBED, Layout, read_layout
 from embedpool.drivers.measure import cosine, fastest_s, probe_batch
@@ -104,6 +105,8 @@ class LocalStDriver(Driver):
             slots=self._slots,
             cost=cost,
             pads=any(pipeline.pads for pipeline in self._pipelines.values()),
+            runtime=_runtime(backend, self._config.device, self._dtype),
+            cacheable=any(pipeline.computes for pipeline in self._pipelines.values()),
             description=description,
         )
 
@@ -297,3 +300,13 @@ def open_tokenizer(spec: ModelSpec, folders: Folders, report: Report) -> Tokeniz
     assert isinstance(spec.driver.config, LocalStConfig)
     folder = find_model_folder(spec.model, spec.driver.config, folders.state, report)
     return tokenizer_of(read_layout(folder, spec.driver.config))
+
+
+def _runtime(backend: str, device: str, dtype: str) -> str:
+    """What decides the last digits of the numbers."""
+    package = {"onnx": "onnxruntime"}.get(backend, backend)
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        version = ""  # numpy's, of a table of vectors
+    return f"embedpool {__version__}, {backend} {version}, {device}, {dtype}"

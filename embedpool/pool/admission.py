@@ -1,4 +1,5 @@
-"""The road of a request through one model: it is measured, admitted to the queue, waited for, and finished."""
+"""The road of a request through one model: it is measured, what is known is taken from the cache, the rest
+waits in the queue, and all of it is finished."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from embedpool.errors import (
     UnsupportedTask,
     UpstreamError,
 )
+from embedpool.pool.cache import ModelCache
 from embedpool.pool.model_queue import ModelQueue, QueueClosed
 from embedpool.pool.replica_set import ReplicaSet
 from embedpool.pool.request import Call, Request, Result
@@ -39,6 +41,7 @@ class Admission:
     replicas: ReplicaSet
     tokenizer: Callable[[float], Tokenizer]
     stats: ModelStats
+    cache: ModelCache
     settings: PoolSettings
 
     def __post_init__(self) -> None:
@@ -99,7 +102,7 @@ class Admission:
         measured_at = clock()
         request.expect(measured)
         try:
-            self._enqueue(request, measured.items)
+            self._enqueue(request, self.cache.find(request, measured.items))
             self._wait(request)
         except (TimeoutError, queue.Full):
             raise DeadlineExceeded(f"no answer within {call.timeout_s:g} s") from None
@@ -120,6 +123,7 @@ class Admission:
             compute_ms=1000 * request.compute_s,
             total_ms=1000 * (clock() - call.arrived_at),
             replicas=sorted(request.replicas),
+            cached=request.cached,
             errors=errors,
         )
 

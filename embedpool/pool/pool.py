@@ -29,6 +29,7 @@ class Pool:
         self.max_inflight_global = max_inflight_global
         self.request_timeout_s = settings.request_timeout_s
         self.clock = settings.clock
+        self.cache = settings.cache
         self.draining = False  # set by the server when it begins to stop: not ready any more, but serving
         self.stopping = False
         self.catch_up: Callable[[str], bool] = lambda name: False  # set by the server: see Reconciler
@@ -86,6 +87,13 @@ class Pool:
         finally:
             self._permits.release()
 
+    def clear_cache(self, model: str | None = None) -> None:
+        """Forget what is known of a model's rows, or of all. Raises ModelNotFound."""
+        if model is None:
+            self.cache.clear()
+        else:
+            self.find(model).cache.clear()
+
     def find(self, name: str) -> ServedModel:
         """The model of this name or alias. Raises ModelNotFound."""
         served = self._routes.get(name)
@@ -141,6 +149,11 @@ class Pool:
             leaving += self._hold_aliases()
             self._route()
             self._let_go(leaving)
+            self._prune_cache()
+
+    def _prune_cache(self) -> None:
+        """Forget the rows of what no model is any more."""
+        self.cache.keep_only({name: served.cache.scope for name, served in self._served.items()})
 
     def _hold_aliases(self) -> list[ServedModel]:
         """An alias that moves to a model which has not loaded yet stays where it is until then; gives who held one."""
@@ -169,6 +182,7 @@ class Pool:
                 self._route()
                 self._let_go([before])
                 logger.info("%s: the model is loaded, and %s is its alias from now on", served.spec.model, alias)
+            self._prune_cache()
 
     def _change(self, model: ModelSpec) -> list[ServedModel]:
         """Bring one served model to its new spec; gives what leaves."""
@@ -209,6 +223,7 @@ class Pool:
             self._served[name], old.successor = successor, None
             self._route()
             self._drain_in_background(old)
+            self._prune_cache()
         logger.info("%s: the changed model is loaded and takes over", name)
 
     def _route(self) -> None:
@@ -247,6 +262,7 @@ class Pool:
             threads[-1].start()
         for thread in threads:
             thread.join(grace_s + STOP_TIMEOUT_S)
+        self.cache.close()
         return sum(given_up)
 
     # --- what can be seen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 from embedpool.config.spec import ModelSpec
 from embedpool.errors import ModelFailed
 from embedpool.pool.backoff import Backoff
+from embedpool.pool.cache import Cache, ModelCache
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.planner import Planner, Slots
 from embedpool.pool.quarantine import Quarantine
@@ -41,6 +43,7 @@ class ReplicaSet:
     settings: PoolSettings
     queue: ModelQueue
     stats: ModelStats
+    cache: ModelCache = dataclasses.field(default_factory=lambda: ModelCache(Cache()))
     before_load: Callable[[], object] = lambda: None
     on_ready: Callable[[], None] = lambda: None
     on_failed: Callable[[str], None] = lambda reason: None
@@ -311,7 +314,9 @@ class ReplicaSet:
             says = "its files have changed since it was loaded first; to serve them as they are, switch it off and on"
             raise ModelFailed(says)
         self.widths = place.facts.tasks
-        return Runner(name, place, self.queue, self._quarantine, self.stats, self.settings.clock)
+        self.cache.opened(place.facts)
+        keep = functools.partial(self.cache.keep, place.facts)
+        return Runner(name, place, self.queue, self._quarantine, self.stats, self.settings.clock, keep)
 
     def _adjust(self, replica: Replica) -> None:
         """Make an open replica follow the spec as it is now: its driver's settings, its planner, its threads."""

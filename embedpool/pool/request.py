@@ -45,6 +45,8 @@ class Call:
     require_room: Callable[[int], None] = lambda width: None  # raises AnswerTooLarge for vectors of this width
     is_patient: bool = False  # when the queue is full it will ask again, so it has not been refused
     hops: int = 0  # servers of this kind that it has come through
+    reads_cache: bool = True
+    writes_cache: bool = True
     trace: Trace = dataclasses.field(default_factory=dict)
 
     @property
@@ -72,6 +74,7 @@ class Result:
     compute_ms: float
     total_ms: float
     replicas: list[str]
+    cached: int = 0  # items whose rows had been computed before
     errors: Mapping[int, EmbedpoolError] = dataclasses.field(default_factory=dict)
 
     @property
@@ -87,8 +90,8 @@ class Request:
     """
 
     __slots__ = (
-        "_done", "_items_of", "_lock", "_missing", "_rows", "abandoned", "call", "compute_s", "counted", "error",
-        "errors", "is_done", "left", "replicas", "started_at", "task", "tokens", "truncated", "waiting",
+        "_done", "_items_of", "_lock", "_missing", "_rows", "abandoned", "cached", "call", "compute_s", "counted",
+        "error", "errors", "is_done", "left", "replicas", "started_at", "task", "tokens", "truncated", "waiting",
     )  # fmt: skip
 
     def __init__(self, task: Task, call: Call) -> None:
@@ -104,7 +107,8 @@ class Request:
         self.truncated: list[int] = []  # inputs cut before the queue, or by a remote service
         self.waiting = 0  # items in the queue
         self.left = 0.0  # tokens of its items that have not left the queue
-        self.tokens = 0  # of all its items
+        self.tokens = 0  # of all its items that are to be computed
+        self.cached = 0  # items whose rows had been computed before
         self._rows: list[Rows | None] = [None] * len(task)  # each alone
         self._items_of: dict[int, int] = {}  # that are missing of inputs with several items
         self._missing = 0
@@ -129,6 +133,12 @@ class Request:
             self.tokens = sum(item.tokens or 1 for item in measured.items)
             if not self._missing and not self.is_done:
                 self._finish()
+
+    def recall(self, item: Item, row: Rows) -> None:
+        """The row of one of its items is known, which then is not queued."""
+        self.cached += 1
+        self.tokens -= item.tokens or 1
+        self.fill(item.index, row)
 
     def wait(self, timeout_s: float) -> None:
         """Until it is done. Raises its error, and TimeoutError."""
@@ -215,8 +225,9 @@ class Request:
 # --- what becomes of the items of a batch, and of their duplicates
 
 
-def give(items: list[Item], answer: Answer) -> None:
-    """Each gets its row, unless it has an error of its own or a row that is not finite."""
+def give(items: list[Item], answer: Answer) -> list[tuple[Item, Rows]]:
+    """Each gets its row, unless it has an error of its own or a row that is not finite; gives those that got one."""
+    given: list[tuple[Item, Rows]] = []
     for i, (item, finite) in enumerate(zip(items, answer.rows.finite().tolist(), strict=True)):
         if error := answer.errors.get(i):
             blame(item, for_callers_of(items, error))
@@ -227,6 +238,8 @@ def give(items: list[Item], answer: Answer) -> None:
         row = answer.rows.row(i)
         for equal in item.equals:
             equal.request.fill(equal.index, row)
+        given.append((item, row))
+    return given
 
 
 def fail(items: list[Item], error: EmbedpoolError) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from embedpool import tracing
@@ -19,7 +19,7 @@ from embedpool.pool.request import blame, fail, for_callers_of, give
 from embedpool.pool.stats import ModelStats
 from embedpool.tasks.driver import PROBE_TEXT, Loss, Place, call_tokens
 from embedpool.tasks.item import Batch, Group, Item
-from embedpool.tasks.rows import Answer
+from embedpool.tasks.rows import Answer, Rows
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,7 @@ class Runner:
     quarantine: Quarantine
     stats: ModelStats
     clock: Callable[[], float]
+    keep: Callable[[Sequence[tuple[Item, Rows]]], None] = lambda given: None  # rows that may be asked for again
 
     def __post_init__(self) -> None:
         self._searches = CallBudget(SEARCH_SHARE, SEARCH_RESERVE)
@@ -111,7 +112,7 @@ class Runner:
             return self._after_failure(items, error)
         else:
             self._answered += 1
-            give(items, answer)
+            self.keep(give(items, answer))
             return True
         return False
 

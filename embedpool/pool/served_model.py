@@ -19,6 +19,7 @@ from embedpool.errors import (
     UnsupportedOption,
 )
 from embedpool.pool.admission import Admission
+from embedpool.pool.cache import ModelCache
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.replica_set import ReplicaSet
 from embedpool.pool.settings import PoolSettings
@@ -45,6 +46,8 @@ class ServedModel:
         self.successor: ServedModel | None = None  # of another spec, while it loads; guarded by the pool's lock
         self.stats = ModelStats(spec.model, settings.observer)
         bound = spec.queue.max_size or settings.max_queue_per_model
+        self.cache = ModelCache(settings.cache)
+        self.cache.follow(spec.cache)
         self.queue = ModelQueue(bound, settings.clock, settings.max_batch_texts, settings.max_inflight_global)
         self._settings = settings
         self._on_ready = on_ready
@@ -60,11 +63,12 @@ class ServedModel:
             settings,
             self.queue,
             self.stats,
+            cache=self.cache,
             before_load=self._open_tokenizer,  # so that the first request does not pay for it
             on_ready=lambda: self._on_ready(self),
             on_failed=lambda reason: self.admission.fail_waiting(ModelFailed(f"{spec.model!r} failed: {reason}")),
         )
-        self.admission = Admission(self.queue, self.replicas, self._open_tokenizer, self.stats, settings)
+        self.admission = Admission(self.queue, self.replicas, self._open_tokenizer, self.stats, self.cache, settings)
 
     @property
     def spec(self) -> ModelSpec:
@@ -109,6 +113,7 @@ class ServedModel:
             "queue_max": self.queue.maxsize,
             "scaling": dataclasses.asdict(self.spec.scaling),
             "counters": self.stats.snapshot(),
+            "cache": self.cache.counts(),
             "last_error": self.replicas.trouble or self._not_followed,
         }
         if successor := self.successor:
@@ -223,6 +228,7 @@ class ServedModel:
             driver = dataclasses.replace(spec.driver, config=self.spec.driver.config)
             spec = dataclasses.replace(spec, driver=driver)
         self.queue.resize(spec.queue.max_size or self._settings.max_queue_per_model)
+        self.cache.follow(spec.cache)
         self.replicas.update(spec)
 
     def check(self, spec: ModelSpec) -> None:

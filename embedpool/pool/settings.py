@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from embedpool.config.spec import ModelSpec
+from embedpool.pool.cache import Cache
 from embedpool.pool.stats import Observer
 from embedpool.tasks.driver import Place, Report
 from embedpool.tasks.tokenizer import Tokenizer
@@ -32,3 +33,4 @@ class PoolSettings:
     probe_idle_s: float | None = None
     clock: Callable[[], float] = time.monotonic
     observer: Observer = Observer()
+    cache: Cache = dataclasses.field(default_factory=Cache)

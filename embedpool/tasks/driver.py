@@ -35,8 +35,9 @@ class Facts:
     `tasks` are those that it can do, with the number of values of a vector of each; None where that varies. `space`
     identifies whose numbers these are: vectors of two spaces are never comparable. `slots` is how many batches at once
     serve it well, `cost` what a call takes, as far as it is known. Where nothing `pads`, texts of any lengths share a
-    batch for nothing. One that `paces` itself is asked whether it takes a batch. `description` is what runs where, for
-    /status: the driver may replace entries of it.
+    batch for nothing. One that `paces` itself is asked whether it takes a batch. `runtime` is what computes, with its
+    version, and in which type: it decides the last digits of a row. Rows of a `cacheable` one are worth keeping, and
+    equal whenever they are computed. `description` is what runs where, for /status: the driver may replace entries.
     """
 
     tasks: Mapping[str, int | None] = dataclasses.field(default_factory=lambda: {"embed": None})
@@ -45,6 +46,8 @@ class Facts:
     cost: Cost | None = None
     pads: bool = True
     paces: bool = False
+    runtime: str = ""
+    cacheable: bool = False
     description: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 

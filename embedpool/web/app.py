@@ -14,6 +14,7 @@ from embedpool.config.settings import Settings
 from embedpool.errors import EmbedpoolError
 from embedpool.jobs.store import Store
 from embedpool.pool.pool import Pool
+from embedpool.pool.request import Result
 from embedpool.reconcile import Reconciler
 from embedpool.web import cors, live, manage, native, observe, openapi, root, score, ui
 from embedpool.web.access import Access
@@ -143,9 +144,7 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
         if http.ignored:
             response.headers[IGNORED_HEADER] = named(http.ignored)
         if http.result is not None:
-            response.headers["X-Embedpool-Space"] = http.result.space
-            if http.result.truncated and not response.is_streamed:
-                report_truncation(response, http.result.truncated)
+            _tell_of(http.result, http.cached, response)
 
         status = response.status_code  # a note that held the response, which holds it, would keep both for long
 
@@ -161,3 +160,12 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
         return response
 
     return app
+
+
+def _tell_of(result: Result, cached: int, response: Response) -> None:
+    """In headers, as far as they are known when these are sent."""
+    response.headers["X-Embedpool-Space"] = result.space
+    if not response.is_streamed:
+        response.headers["X-Embedpool-Cached"] = str(cached)
+        if result.truncated:
+            report_truncation(response, result.truncated)

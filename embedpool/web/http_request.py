@@ -26,13 +26,15 @@ def environ_key(header: str) -> str:
     return f"HTTP_{header.upper().replace('-', '_')}"
 
 
-TRACEPARENT, REQUEST_ID_GIVEN, HOPS = map(environ_key, ("traceparent", "X-Request-Id", tracing.HOPS_HEADER))
+TRACEPARENT, REQUEST_ID_GIVEN, HOPS, CACHE_CONTROL = map(
+    environ_key, ("traceparent", "X-Request-Id", tracing.HOPS_HEADER, "Cache-Control")
+)
 
 
 class HttpRequest(Request):
     """`model`, `task` and `texts` are what it asks for, `result` what it got last, `error_code` why it was refused.
 
-    `tokens`, `truncated`, `queue_ms` and `compute_ms` are sums over all it got.
+    `tokens`, `truncated`, `cached`, `queue_ms` and `compute_ms` are sums over all it got.
     """
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -44,7 +46,7 @@ class HttpRequest(Request):
         self.max_answer_bytes: float = math.inf
         self.held_bytes = 0  # of its body, see intake.py
         self.result: Result | None = None
-        self.tokens = self.truncated = 0
+        self.tokens = self.truncated = self.cached = 0
         self.queue_ms = self.compute_ms = 0.0
         self.error_code = ""
         self.shape: Any = None  # of an error, where the path does not tell it
@@ -64,6 +66,7 @@ class HttpRequest(Request):
         self.result = result
         self.tokens += result.tokens
         self.truncated += len(result.truncated)
+        self.cached += result.cached
         self.compute_ms += result.compute_ms
 
     @property
@@ -71,6 +74,12 @@ class HttpRequest(Request):
         """Seconds since its first byte came, as far as the server tells."""
         now = time.monotonic()
         return now - float(self.environ.get(BEGAN_AT, now))
+
+    @property
+    def says_of_caches(self) -> frozenset[str]:
+        """What the caller says of caches, in small letters."""
+        told = self.environ.get(CACHE_CONTROL)
+        return frozenset(word.strip() for word in told.lower().split(",")) if told else frozenset()
 
     @property
     def hops(self) -> int:

@@ -77,6 +77,7 @@ def _fields(request: HttpRequest, status: int) -> dict[str, Any]:
             model=request.result.model,
             tokens=request.tokens,
             truncated=request.truncated,
+            cached=request.cached,
             queue_ms=round(request.queue_ms, 1),
             compute_ms=round(request.compute_ms, 1),
         )

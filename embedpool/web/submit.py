@@ -70,6 +70,7 @@ def call_of(
 
     A deadline `within_s` is counted from now, the others from the request's first byte.
     """
+    says = http.says_of_caches
     return Call(
         arrived_at=pool.clock(),
         age_s=0.0 if math.isfinite(within_s) else http.age_s,
@@ -82,5 +83,7 @@ def call_of(
         is_patient=is_patient,
         require_room=require_room,
         hops=http.hops,
+        reads_cache=not says & {"no-store", "no-cache", "max-age=0"},
+        writes_cache="no-store" not in says,
         trace=http.trace,
     )

@@ -663,7 +663,7 @@ def test_credentials_in_a_url_are_not_shown(base_url: str, shown: str) -> None:
 def test_a_spec_from_the_file_can_be_shown_as_json(inside: str) -> None:
     """However a value is written, /models and /status can answer with it; every key is there, defaults included."""
     shown = orjson.loads(orjson.dumps(as_document(fake_spec(f"model: a, {inside}").models[0])))
-    assert list(shown) == ["model", "driver", "alias", "place", "resources", "enabled", "scaling", "queue"]
+    assert list(shown) == ["model", "driver", "alias", "place", "resources", "enabled", "cache", "scaling", "queue"]
     assert list(shown["scaling"]) == ["min", "max", "idle_ttl_s"]
 
 

@@ -27,7 +27,7 @@ def test_a_request_leaves_a_line(web: Web, lines: Callable[[], list[dict[str, An
     (line,) = lines()
     assert {key: line[key] for key in line if not key.endswith("_ms")} == {
         "request_id": "r1", "method": "POST", "path": "/embed", "status": 200, "model": NAME, "task": "embed",
-        "texts": 2, "tokens": 4 + 3, "truncated": 1,
+        "texts": 2, "tokens": 4 + 3, "truncated": 1, "cached": 0,
     }  # fmt: skip
     assert {"queue_ms", "compute_ms", "total_ms"} < set(line)
     assert "secret" not in str(line)
