@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 from benchmarks.environments import CACHE, HERE, Absent, install, plain
 from benchmarks.llama_cpp import llama_cpp
@@ -47,6 +48,7 @@ class Server:
     texts_key: str = "texts"
     model_folder: Callable[[], Path] = model_folder
     environment: dict[str, str] = field(default_factory=dict)  # beside what all get
+    cache: dict[str, Any] = field(default_factory=lambda: {"enabled": False})  # config.yml: the texts come again
     first_start: str | None = None  # the variable that names the folder in which a first start keeps work for the next
 
     def body(self, texts: list[str]) -> bytes:
@@ -108,6 +110,7 @@ def running(server: Server, *, first_start: bool = False) -> Iterator[Running]:
         if server.checkout:
             init = [*EMBEDPOOL, "init"]
             subprocess.run(init, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+            _set_cache(folder / ".config" / "config.yml", server.cache)
         command = server.command(folder, port)
         with open(folder / "log", "wb") as log:
             start_s = time.perf_counter()
@@ -121,6 +124,14 @@ def running(server: Server, *, first_start: bool = False) -> Iterator[Running]:
             yield up
         finally:
             _stop(process)
+
+
+def _set_cache(file: Path, cache: dict[str, Any]) -> None:
+    """Of a checkout that has a cache."""
+    config = yaml.safe_load(file.read_text())
+    if "cache" in config:
+        config["cache"] |= cache
+        file.write_text(yaml.safe_dump(config))
 
 
 def of_baseline(server: Server, checkout: Path) -> Server:

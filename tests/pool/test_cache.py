@@ -25,11 +25,13 @@ from embedpool.tasks.driver import Facts
 from embedpool.tasks.embed import Embed
 from embedpool.tasks.item import KEY_BYTES, Batch, Item
 from embedpool.tasks.rows import Answer, Rows
-from embedpool.tasks.score import Classify, ScoreOptions
+from embedpool.tasks.score import Classify, Rerank, ScoreOptions
+from embedpool.tasks.task import Task
 from tests.conftest import settle
 from tests.pool.scripted import PATIENCE_S, Gate, Opener, Scripted, ask, in_thread, model_spec, settings_of
 
 DIM = 4
+TASKS = ("embed", "rerank", "classify")
 MEMORY = 1_000_000
 
 
@@ -56,26 +58,26 @@ def row_of(seed: object, batch: Batch, item: Item) -> np.ndarray:
 
 
 def facts_of(space: str, runtime: str = "numpy 2", **more: Any) -> Facts:
-    return Facts({"embed": DIM, "classify": DIM}, space, runtime=runtime, cacheable=True, **more)
+    return Facts(dict.fromkeys(TASKS, DIM), space, runtime=runtime, cacheable=True, **more)
 
 
 def seeded(space: str, runtime: str = "numpy 2", **more: Any) -> Seeded:
     return Seeded((space, runtime), facts_of(space, runtime), **more)
 
 
-class Told(FakeTokenizer):
-    """Of a model that does both, and is told the prompt and the limit as one that pools without its prompt is."""
+class Versatile(FakeTokenizer):
+    """Of a model that can do everything."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.tasks = ("embed", "classify")
+        self.tasks = TASKS
 
 
 def pool_of(*script: Any, cache: Cache | None = None, **given: Any) -> tuple[Pool, Opener]:
     opener = Opener(*script)
     made = Pool(
         settings_of(
-            opener, cache=Cache(MEMORY) if cache is None else cache, open_tokenizer=lambda s, r: Told(), **given
+            opener, cache=Cache(MEMORY) if cache is None else cache, open_tokenizer=lambda s, r: Versatile(), **given
         )
     )
     return made, opener
@@ -155,13 +157,15 @@ def test_what_decides_a_row_decides_its_key(cached: tuple[Pool, Seeded], name: s
 
 
 def test_the_task_decides(cached: tuple[Pool, Seeded]) -> None:
-    """A text that was embedded has not been classified."""
+    """A pair that was reranked has not been classified."""
     pool, place = cached
-    ask(pool, "a")
-    options = ScoreOptions()
-    result = pool.submit("m", Classify([("a",)], options), Call(pool.clock(), PATIENCE_S))
-    assert (result.cached, place.computed) == (0, 2)
-    assert pool.submit("m", Classify([("a",)], options), Call(pool.clock(), PATIENCE_S)).cached == 1
+
+    def hits(task: Task) -> int:
+        return pool.submit("m", task, Call(pool.clock(), PATIENCE_S)).cached
+
+    pair, options = [("a", "b")], ScoreOptions()
+    assert [hits(Rerank(pair, options)), hits(Classify(pair, options)), place.computed] == [0, 0, 2]
+    assert [hits(Rerank(pair, options)), hits(Classify(pair, options)), place.computed] == [1, 1, 2]
 
 
 @pytest.mark.parametrize("change", ["space", "runtime"])
@@ -398,7 +402,7 @@ class AgainstNone(RuleBasedStateMachine):
             return self.places[-1]
 
         self.pool = Pool(
-            settings_of(open_place, cache=Cache(memory, shared=shared), open_tokenizer=lambda spec, report: Told())
+            settings_of(open_place, cache=Cache(memory, shared=shared), open_tokenizer=lambda spec, report: Versatile())
         )
         self.files = dict.fromkeys(["m", "n"], 2)
         self._apply()
@@ -451,7 +455,7 @@ class AgainstNone(RuleBasedStateMachine):
 
     def _computed(self, name: str, texts: list[str], options: dict[str, Any]) -> np.ndarray:
         """By the task and the driver alone."""
-        config, tokenizer = FakeConfig(labels=self.files[name], normalize=False), Told()
+        config, tokenizer = FakeConfig(labels=self.files[name], normalize=False), Versatile()
         task = Embed(texts, dataclasses.replace(Embed([]).options, **options))
         items = task.measure(config, tokenizer).items
         rows = [row_of((f"files {self.files[name]}", "numpy 2"), Batch("embed", [item]), item) for item in items]
