@@ -67,7 +67,7 @@ $(VENV)/lowest.installed: setup.cfg conf/constraints.txt tests/lowest.py | $(BIN
 	$(PYTHON) -m venv $(LOWEST)
 	$(PYTHON) tests/lowest.py > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check -c conf/constraints.txt -c $(LOWEST)/constraints.txt \
-		-e '.[demo,openvino,files,otel]' brotli hypothesis mkdocs-material pytest pytest-randomly pytest-timeout zstandard
+		-e '.[demo,openvino,files,otel,cache]' brotli hypothesis mkdocs-material pytest pytest-randomly pytest-timeout zstandard
 	@touch $@
 
 # Clients of other APIs that the tests drive; some need other versions of what embedpool needs, so they live apart.

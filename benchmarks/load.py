@@ -138,13 +138,18 @@ class _Client:
 
     def __init__(self, port: int, group: Group) -> None:
         self.group = group
-        self.socket = socket.create_connection(("127.0.0.1", port))
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.setblocking(False)
+        self._port = port
+        self.connect()
         self.unsent = memoryview(b"")
         self.got = bytearray()
         self.expected: int | None = None  # bytes of the whole answer, once its head is here
         self.began_s = 0.0
+
+    def connect(self) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", self._port))
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setblocking(False)
+        self.closes = False  # the server closes the connection after the answer
 
     def begin(self, request: bytes) -> None:
         self.unsent, self.expected, self.began_s = memoryview(request), None, time.perf_counter()
@@ -171,6 +176,7 @@ class _Client:
             head = bytes(self.got[:end]).lower()
             if not head.startswith((b"http/1.1 200", b"http/1.0 200")):
                 raise LoadError(bytes(self.got[:500]).decode(errors="replace"))
+            self.closes = b"\r\nconnection: close" in head
             self.expected = end + 4 + int(head.split(b"content-length:")[1].split(b"\r\n")[0])
         return self.expected is not None and len(self.got) >= self.expected
 
@@ -207,7 +213,7 @@ def _arrive(port: int, path: str, rounds: list[list[Arrival]]) -> dict[str, dict
             now_s = time.perf_counter() - start_s
             while coming and coming[0].at_s <= now_s:
                 arrival = coming.popleft()
-                client = idle.pop() if idle else _Client(port, groups[arrival.kind])
+                client = idle.pop() if idle and not idle[-1].closes else _Client(port, groups[arrival.kind])
                 client.group = groups[arrival.kind]
                 client.begin(_head(port, path, arrival.body))
                 client.began_s = start_s + arrival.at_s
@@ -247,6 +253,11 @@ def _drive(port: int, path: str, groups: list[Group], seconds: float | None) -> 
             client = heapq.heappop(waiting)[2]
             group = client.group
             if group.requests is None or group.sent < group.requests:
+                if client.closes:
+                    poll.unregister(client.socket)
+                    client.socket.close()
+                    client.connect()
+                    poll.register(client.socket, selectors.EVENT_READ, client)
                 client.begin(requests[group.name][group.sent % len(group.bodies)])
                 group.sent += 1
                 under_way += 1

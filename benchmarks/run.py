@@ -2,7 +2,7 @@
 
 Usage:
   benchmarks.run [--rounds N] [--servers NAMES] [--workloads NAMES] [--seconds S] [--cosine N]
-                 [--write] [--baseline CHECKOUT]
+                 [--no-references] [--write] [--baseline CHECKOUT]
 
 Options:
   --rounds N         Each round measures every reference, server and workload once [default: 3].
@@ -10,6 +10,7 @@ Options:
   --workloads NAMES  Comma-separated, of those below [default: all].
   --seconds S        Length of a timed measurement; fixed work is sized by it too [default: 8].
   --cosine N         Texts compared with torch fp32 encode in the first round, up to 2,000; 0: none [default: 200].
+  --no-references    Leave out the references in process, which take minutes.
   --write            Write results.json, chart.svg and the tables of README.md.
   --baseline CHECKOUT
                      Measure each embedpool server also with the code of this other checkout of embedpool, in the same
@@ -177,7 +178,7 @@ def main() -> None:
     expected = _expected(cosine_texts) if cosine_texts else None
     for number in range(rounds):
         print(f"round {number + 1} of {rounds}", flush=True)
-        if not arguments["--baseline"]:
+        if not (arguments["--baseline"] or arguments["--no-references"]):
             print("in process", flush=True)
             _append(results["references"], _references())
         at = number % len(groups)

@@ -323,7 +323,7 @@ class LmdbDisk(Disk):
     @override
     def state(self) -> dict[str, Any]:
         found: dict[str, Any] = {"max_bytes": self._max_bytes, "evicted": self._evicted, "dropped": self._dropped}
-        found |= {"entries": 0, "bytes": 0, "oldest_s": 0.0, "off": self._trouble}
+        found |= {"entries": 0, "bytes": 0, "oldest_seconds": 0.0, "off": self._trouble}
         with self._reading() as env:
             if env is not None:
                 try:
@@ -333,7 +333,7 @@ class LmdbDisk(Disk):
                         cursor = transaction.cursor(self._tables["ages"])
                         if cursor.first():
                             (stamp,) = STAMP.unpack(bytes(cursor.key())[: STAMP.size])
-                            found["oldest_s"] = round(max(self._clock() - stamp / 1000, 0.0), 1)
+                            found["oldest_seconds"] = round(max(self._clock() - stamp / 1000, 0.0), 1)
                 except self._lmdb.Error as error:
                     found["off"] = str(error)
         return found

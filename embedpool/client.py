@@ -269,6 +269,10 @@ class Client:
         """DELETE /models/<name or alias>."""
         return self._call("DELETE", f"/models/{quote(model, safe='')}")
 
+    def clear_cache(self, model: str | None = None) -> dict[str, Any]:
+        """POST /cache/clear: what is known of a model's rows is forgotten, or of all."""
+        return self._call("POST", "/cache/clear", {"model": model} if model else {})
+
     def _call(
         self, method: str, path: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None
     ) -> dict[str, Any]:

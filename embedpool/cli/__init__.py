@@ -28,6 +28,8 @@ Usage:
   embedpool batch show ID [--json] [--config FILE]
   embedpool batch cancel ID [--json] [--config FILE]
   embedpool batch fetch ID [--out FILE] [--json] [--config FILE]
+  embedpool cache show [--json] [--config FILE]
+  embedpool cache clear [--model M] [--json] [--config FILE]
   embedpool key create [--name NAME] [--scopes NAMES] [--models NAMES] [--weight W] [--requests-per-s N]
                        [--texts-per-s N] [--concurrent N] [--json] [--config FILE]
   embedpool key list [--json] [--config FILE]
@@ -60,6 +62,8 @@ Commands:
   batch show    Show how far a batch is, and what is wrong with it.
   batch cancel  End a batch; what is finished is kept.
   batch fetch   Write the results of a batch to a file, and its failures beside it.
+  cache show    Show what the cache holds, and of each model how often it had a row that was asked for.
+  cache clear   Forget the rows of a model, or all of them.
 
   Without a running server, register, set-alias, enable, disable and unregister edit pool.yml.
 
@@ -136,7 +140,7 @@ from collections.abc import Callable
 from docopt import DocoptExit, docopt
 
 from embedpool import __version__
-from embedpool.cli import batches, embed, keys, models, pull, rerank, server
+from embedpool.cli import batches, cache, embed, keys, models, pull, rerank, server
 from embedpool.cli.common import FAILED, NO_SUCH_MODEL, OK, USAGE, Arguments, UsageError
 from embedpool.errors import EmbedpoolError, near_names
 
@@ -169,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
 def _command_of(arguments: Arguments) -> Callable[[Arguments], int]:
     commands: dict[str, Callable[[Arguments], int]] = {
         "batch": batches.batch,
+        "cache": cache.cache,
         "init": server.init,
         "start": server.start,
         "stop": server.stop,
@@ -193,13 +198,13 @@ def _wrong_usage(argv: list[str]) -> str:
     """What is wrong with a command line that docopt refused, in a sentence, and the usage it should have had."""
     usage = __doc__.split("Usage:\n")[1].split("\n\n")[0]
     commands = [entry.strip() for entry in re.split(r"\n  (?=embedpool )", "\n" + usage) if entry.strip()]
-    names = [re.match(r"embedpool ((?:pool |key |batch )?\w[\w-]*)", entry) for entry in commands]
+    names = [re.match(r"embedpool ((?:pool |key |batch |cache )?\w[\w-]*)", entry) for entry in commands]
     known: dict[str, str] = {}
     for match, entry in zip(names, commands, strict=True):
         if match:  # some are used in several ways
             known[match[1]] = f"{known[match[1]]}\n  {entry}" if match[1] in known else entry
     words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    name = " ".join(words[:2] if words[:1] in (["pool"], ["key"], ["batch"]) else words[:1])
+    name = " ".join(words[:2] if words[:1] in (["pool"], ["key"], ["batch"], ["cache"]) else words[:1])
     if name not in known:
         near = near_names(name, known) or [k for k in known if name and k.endswith(f" {name}")]
         hint = f"did you mean {' or '.join(near)}?" if near else f"commands: {', '.join(known)}"

@@ -208,7 +208,7 @@ class Cache:
                 "bytes": self._bytes,
                 "max_bytes": self.memory_bytes,
                 "evicted": self._evicted,
-                "oldest_s": round(self._clock() - oldest.made_at, 1) if oldest else 0.0,
+                "oldest_seconds": round(self._clock() - oldest.made_at, 1) if oldest else 0.0,
             }
         return {"memory": memory, "disk": self.disk.state() if self.disk is not None else None}
 
@@ -221,13 +221,13 @@ class Cache:
 class ModelCache:
     """What one model asks of the cache. `scope` is that of its open drivers, None before the first is open."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, looked_up: Callable[[int, int], None] = lambda hits, misses: None) -> None:
+        """`looked_up` is told how many rows of a request were known, and how many were not."""
         self._cache = cache
+        self._looked_up = looked_up
         self.scope: bytes | None = None
         self._wanted: bool | None = None
         self._default = False
-        self._lock = threading.Lock()
-        self._hits = self._misses = 0
 
     @property
     def is_on(self) -> bool:
@@ -250,10 +250,8 @@ class ModelCache:
             return list(items)
         keys = [self._cache.key(scope, call.caller, item) for item in items]
         found = self._cache.get(keys)
-        with self._lock:
-            hits = sum(key in found for key in keys) if found else 0
-            self._hits += hits
-            self._misses += len(keys) - hits
+        hits = sum(key in found for key in keys) if found else 0
+        self._looked_up(hits, len(keys) - hits)
         if not found:
             return list(items)
         left = []
@@ -281,8 +279,3 @@ class ModelCache:
     def clear(self) -> int:
         """Forget this model's entries."""
         return self._cache.clear([self.scope] if self.scope else [])
-
-    def counts(self) -> dict[str, object]:
-        """For /status."""
-        with self._lock:
-            return {"on": self.is_on, "hits": self._hits, "misses": self._misses}

@@ -46,7 +46,7 @@ class ServedModel:
         self.successor: ServedModel | None = None  # of another spec, while it loads; guarded by the pool's lock
         self.stats = ModelStats(spec.model, settings.observer)
         bound = spec.queue.max_size or settings.max_queue_per_model
-        self.cache = ModelCache(settings.cache)
+        self.cache = ModelCache(settings.cache, self.stats.looked_up)
         self.cache.follow(spec.cache)
         self.queue = ModelQueue(bound, settings.clock, settings.max_batch_texts, settings.max_inflight_global)
         self._settings = settings
@@ -113,7 +113,7 @@ class ServedModel:
             "queue_max": self.queue.maxsize,
             "scaling": dataclasses.asdict(self.spec.scaling),
             "counters": self.stats.snapshot(),
-            "cache": self.cache.counts(),
+            "cached": self.cache.is_on,
             "last_error": self.replicas.trouble or self._not_followed,
         }
         if successor := self.successor:

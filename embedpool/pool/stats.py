@@ -11,7 +11,10 @@ from typing import Any
 from embedpool.pool.request import Result
 
 RATE_MEMORY_S = 30.0  # compute time after which an observation counts for 1/e
-COUNTS = ("requests", "texts", "tokens", "truncated", "batches", "rows", "batch_tokens", "padded_tokens")
+COUNTS = (
+    "requests", "texts", "tokens", "truncated", "batches", "rows", "batch_tokens", "padded_tokens",
+    "cache_hits", "cache_misses",
+)  # fmt: skip
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)  # bounds of buckets
 TIMES = ("request", "queue", "batch")  # of each a count for every bucket, and one for what is longer
 
@@ -27,6 +30,9 @@ class Observer:
 
     def batch(self, model: str, items: int, tokens: int, padded_tokens: int, compute_s: float) -> None:
         """A driver call succeeded."""
+
+    def looked_up(self, model: str, hits: int, misses: int) -> None:
+        """So many rows of a request were known from before, and so many were not."""
 
 
 class ModelStats:
@@ -74,6 +80,12 @@ class ModelStats:
             self._recent_texts = self._recent_texts * keep + items
             self._recent_s = self._recent_s * keep + compute_s
         self._observer.batch(self._model, items, tokens, padded_tokens, compute_s)
+
+    def looked_up(self, hits: int, misses: int) -> None:
+        """So many rows of a request were known from before, and so many were not."""
+        with self._lock:
+            self._counts.update(cache_hits=hits, cache_misses=misses)
+        self._observer.looked_up(self._model, hits, misses)
 
     def texts_per_busy_s(self) -> float:
         """Recent texts per second of one busy worker; 0 before the first batch."""

@@ -16,7 +16,7 @@ from embedpool.web.access import Access
 from embedpool.web.body import OWN_HOSTS, host_of, read_json
 from embedpool.web.encoding import json_response
 from embedpool.web.http_request import here
-from embedpool.web.schemas import AliasSchema, EnableSchema, RegisterSchema, ReloadSchema
+from embedpool.web.schemas import AliasSchema, ClearCacheSchema, EnableSchema, RegisterSchema, ReloadSchema
 
 PROXY_HEADERS = ("Forwarded", "X-Forwarded-For", "X-Forwarded-Host", "X-Forwarded-Proto", "X-Real-Ip", "Via")
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -28,7 +28,7 @@ def own_hosts(settings: Settings) -> set[str]:
 
 
 def blueprint(pool: Pool, reconciler: Reconciler, settings: Settings, access: Access) -> Blueprint:
-    """The routes that change the pool. Each answers with the model's entry of /status."""
+    """The routes that change the pool. Those of models answer with the model's entry of /status."""
     routes = Blueprint("manage", __name__)
 
     def read(schema: type[Any]) -> dict[str, Any]:
@@ -71,6 +71,12 @@ def blueprint(pool: Pool, reconciler: Reconciler, settings: Settings, access: Ac
         body = read(ReloadSchema)
         reconciler.reload(body["reason"])
         return json_response({"ok": True, "last_reload": reconciler.last_reload})
+
+    @routes.post("/cache/clear")
+    def clear_cache() -> Response:
+        body = read(ClearCacheSchema)
+        pool.clear_cache(body.get("model"))
+        return json_response({"ok": True, "cache": pool.cache.state()})
 
     def answer(model: str, status: int = 200) -> Response:
         try:

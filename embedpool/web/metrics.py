@@ -42,6 +42,12 @@ UNTIL_0_2 = {  # older names of metrics, under which they are shown too
 }
 STATES = ("idle", "loading", "ready", "failed", "disabled", "draining")
 BATCH_STATES = ("validating", "in_progress", "paused", "finalizing")
+CACHE_SAYS = {  # gauges of each of the cache's layers
+    "bytes": "What the cache's rows take there.",
+    "max_bytes": "What they may take.",
+    "entries": "Rows there.",
+    "oldest_seconds": "Age of the row that leaves next.",
+}
 ITEMS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -54,7 +60,7 @@ class Metrics(Observer, batches.Observer):
         values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]  # files or memory, as the environment says by now
         self._series = functools.cache(lambda metric, *labels: metric.labels(*labels))  # found faster than by labels()
         self._lock = threading.Lock()
-        self._counted: Counts[str] = Counts()  # reloads
+        self._counted: Counts[str] = Counts()  # reloads, and evictions by layer
         self._own = registry = CollectorRegistry(auto_describe=False)
 
         def counter(name: str, doc: str, *labels: str) -> Counter:
@@ -80,6 +86,8 @@ class Metrics(Observer, batches.Observer):
         self.errors = counter("errors", "Requests to the model refused, or texts of them, by code.", *asked, "code")
         self.batch_tokens = counter("batch_tokens", "Tokens in driver calls.", "model")
         self.padded_tokens = counter("padded_tokens", "Tokens in driver calls, padding included.", "model")
+        self.cache_hits = counter("cache_hits", "Items whose rows had been computed before.", "model")
+        self.cache_misses = counter("cache_misses", "Items whose rows had not.", "model")
         self.reloads = counter("reloads", "Reloads of pool.yml, by outcome.", "outcome")
         self.request_seconds = histogram("request_seconds", "From a request's arrival to its numbers.", SECONDS, *asked)
         self.queue_seconds = histogram("queue_seconds", "Wait of a request until its first batch.", SECONDS, "model")
@@ -95,9 +103,17 @@ class Metrics(Observer, batches.Observer):
         self.jobs = gauge("batch_jobs", "Batches that are not over, by status.", "status")
         self.files_bytes = gauge("files_bytes", "What uploaded files and the results of batches take.")
         self.files_max_bytes = gauge("files_max_bytes", "What they may take.")
+        self.cache_evictions = counter("cache_evictions", "Rows that left the cache for want of room.", "layer")
+        self.cache: dict[str, dict[str, Gauge]] = {}
+        for layer, mode in (("memory", "livesum"), ("disk", "livemax")):  # all workers share the disk's
+            self.cache[layer] = {
+                name: Gauge(f"embedpool_cache_{layer}_{name}", doc, registry=registry, multiprocess_mode=mode)
+                for name, doc in CACHE_SAYS.items()
+            }
         self._per_task = (self.requests, self.items, self.tokens, self.truncated, self.request_seconds)
         self._per_model = (
             self.batch_tokens, self.padded_tokens, self.queue_seconds, self.batch_seconds, self.batch_items,
+            self.cache_hits, self.cache_misses,
         )  # fmt: skip
 
     def http_answer(self, route: str, status: int, code: str) -> None:
@@ -133,6 +149,11 @@ class Metrics(Observer, batches.Observer):
         self._series(self.padded_tokens, model).inc(padded_tokens)
         self._series(self.batch_seconds, model).observe(compute_s)
         self._series(self.batch_items, model).observe(items)
+
+    @override
+    def looked_up(self, model: str, hits: int, misses: int) -> None:
+        self._series(self.cache_hits, model).inc(hits)
+        self._series(self.cache_misses, model).inc(misses)
 
     # --- what the runner of batches tells, in one of the processes
 
@@ -178,6 +199,13 @@ class Metrics(Observer, batches.Observer):
                 not_ready = entry["replicas"] - idle - busy
                 for state, count in (("idle", idle), ("busy", busy), ("not_ready", not_ready)):
                     self._series(self.replicas, model, state).set(count)
+            for layer, state in pool.cache.state().items():
+                state = state or {}  # noqa: PLW2901
+                for name, series in self.cache[layer].items():
+                    series.set(state.get(name, 0))
+                evicted = state.get("evicted", 0)
+                self._series(self.cache_evictions, layer).inc(evicted - self._counted[layer])
+                self._counted[layer] = evicted
             for outcome, count in dict(reconciler.reloads).items():
                 self._series(self.reloads, outcome).inc(count - self._counted[outcome])
                 self._counted[outcome] = count

@@ -57,6 +57,7 @@ def blueprint(pool: Pool, reconciler: Reconciler, metrics: Metrics, access: Acce
                 "pool_file": str(reconciler.pool_file.path),
                 "last_reload": reconciler.last_reload,
                 "keys": {"asked_for": not access.is_open, "fault": access.fault},
+                "cache": None if here().caller.is_limited else pool.cache.state(),
                 "models": [served.snapshot() for served in here().caller.visible(pool)],
                 "candidates": [
                     {"model": served.spec.model, "alias": served.spec.alias, **served.outlook()}

@@ -24,6 +24,7 @@ from embedpool.web.openapi_schemas import ref
 from embedpool.web.schemas import (
     TIMEOUT_HEADER,
     AliasSchema,
+    ClearCacheSchema,
     EmbedSchema,
     EnableSchema,
     RegisterSchema,
@@ -283,6 +284,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("post", "/models/alias"): operation("Management", "Give or clear an alias", "Managed", AliasSchema),
     ("post", "/models/enable"): operation("Management", "Switch a model on or off", "Managed", EnableSchema),
     ("delete", "/models/{name}"): operation("Management", "Remove a model", "Removed", parameters=(MODEL,)),
+    ("post", "/cache/clear"): operation(
+        "Management", "Forget rows that were computed before, of a model or of all", "Cleared", ClearCacheSchema
+    ),
     ("post", "/reload"): operation("Management", "Read pool.yml now", "Reloaded", ReloadSchema),
     ("get", "/openapi.json"): operation("Documentation", "This document", {"application/json": {}}),
     ("get", "/ui"): operation("Documentation", "The page for people", {"text/html": {}}),

@@ -67,8 +67,10 @@ MODEL_STATUS = {
     "kinds": listed(STRING), "progress": PROGRESS, "replicas": COUNT, "replicas_idle": COUNT, "replicas_busy": COUNT,
     "replicas_stuck": COUNT, "rest_s": NUMBER, "space": STRING, "runs_on": {"type": "object"},
     "queue_len": COUNT, "queue_max": COUNT, "scaling": {"type": "object"}, "counters": {"type": "object"},
-    "last_error": or_null(STRING),
+    "last_error": or_null(STRING), "cached": BOOLEAN,
 }  # fmt: skip
+LAYER = open_(entries=COUNT, bytes=COUNT, max_bytes=COUNT, evicted=COUNT, oldest_seconds=NUMBER)
+CACHE = closed(memory=LAYER, disk=or_null(LAYER))
 
 FILE = open_(id=STRING, object=STRING, bytes=COUNT, created_at=COUNT, filename=STRING, purpose=STRING)
 BATCH = open_(
@@ -173,9 +175,11 @@ SCHEMAS: dict[str, Schema] = {
     "Status": closed(
         version=STRING, pid=COUNT, stopping=BOOLEAN, pool_file=STRING, last_reload=LAST_RELOAD,
         keys=closed(asked_for=BOOLEAN, fault={"type": ["string", "null"]}), models=listed(open_(**MODEL_STATUS)),
+        cache=or_null(CACHE),
         candidates=listed(closed(model=STRING, alias=or_null(STRING), **OUTLOOK)),
     ),
     "Managed": {"anyOf": [open_(ok=BOOLEAN, **MODEL_STATUS), ref("Removed")]},  # by another, at once
     "Removed": closed(ok=BOOLEAN, model=STRING, removed=BOOLEAN),
+    "Cleared": closed(ok=BOOLEAN, cache=CACHE),
     "Reloaded": closed(ok=BOOLEAN, last_reload=LAST_RELOAD),
 }  # fmt: skip

@@ -79,6 +79,12 @@ class ReloadSchema(StrictSchema):
     reason = fields.String(load_default="asked over HTTP")
 
 
+class ClearCacheSchema(StrictSchema):
+    """Body of POST /cache/clear; without a model all is forgotten."""
+
+    model = fields.String()
+
+
 class RegisterSchema(StrictSchema):
     """Body of POST /models/register; edit.parse_registration checks the values, with the schemas of pool.yml."""
 

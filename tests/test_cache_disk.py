@@ -1,0 +1,324 @@
+"""Rows on the disk: several processes use one file, and whatever happens to it, no wrong row ever comes back."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+lmdb = pytest.importorskip("lmdb")
+
+from embedpool import cache_disk
+from embedpool.cache_disk import FILE, LmdbDisk, decoded, encoded
+from embedpool.pool.cache import Cache
+from embedpool.tasks.item import KEY_BYTES
+from embedpool.tasks.rows import Rows
+
+MB = 1 << 20
+PATIENCE_S = 10.0
+
+
+def key_of(number: int, scope: int = 1) -> bytes:
+    return scope.to_bytes(KEY_BYTES, "big") + bytes(KEY_BYTES) + number.to_bytes(KEY_BYTES, "big")
+
+
+def row_of(number: int, width: int = 8) -> Rows:
+    return Rows(np.full((1, width), number, np.float32))
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_disk, "WRITES_EVERY_S", 0.0)
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Callable[..., LmdbDisk]]:
+    """Opens the disk, which is closed at the end, and before it is opened again."""
+    disks: list[LmdbDisk] = []
+
+    def open_(max_mb: int = 16, **given: Any) -> LmdbDisk:
+        for disk in disks:
+            disk.close()
+        disks[:] = [LmdbDisk(tmp_path / "rows", max_mb * MB, **given)]
+        return disks[0]
+
+    yield open_
+    for disk in disks:
+        disk.close()
+
+
+def written(disk: LmdbDisk) -> None:
+    """Wait until everything is that was to be."""
+    done = threading.Event()
+    disk._later(lambda transaction: done.set())
+    assert done.wait(PATIENCE_S)
+    wait_until(lambda: not disk._waiting_bytes)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    pause = threading.Event()
+    for _ in range(1000):
+        if is_so():
+            return
+        pause.wait(PATIENCE_S / 1000)
+    raise AssertionError("it never was")
+
+
+RAGGED = Rows(np.arange(12, dtype=np.float32).reshape(3, 4), np.array([0, 3], np.int64))
+SPARSE = Rows(np.array([0.5, 2], np.float32), np.array([0, 2], np.int64), np.array([3, 70_000], np.int32))
+NOTHING = Rows(np.zeros((0, 0), np.float32), np.array([0, 0], np.int64))
+
+
+@pytest.mark.parametrize("row", [row_of(1), RAGGED, SPARSE, NOTHING], ids=["dense", "ragged", "sparse", "empty"])
+def test_a_row_of_any_kind_comes_back_as_it_was(row: Rows) -> None:
+    """A byte that has changed, or another key, makes it no row."""
+    key, value = key_of(1), encoded(key_of(1), row)
+    found = decoded(key, memoryview(value))
+    assert found is not None
+    for name, array in row.arrays().items():
+        assert np.array_equal(found.arrays()[name], array)
+    assert decoded(key_of(2), value) is None
+    assert decoded(key, value[:5]) is None
+    if len(value) > cache_disk.HEAD.size:
+        assert decoded(key, value[:-1] + bytes([value[-1] ^ 1])) is None
+
+
+def test_rows_outlive_the_process(opened: Callable[..., LmdbDisk], tmp_path: Path) -> None:
+    """Nobody else may read the file."""
+    disk = opened()
+    disk.put([(key_of(i), row_of(i)) for i in range(50)])
+    again = opened()
+    found = again.get([key_of(i) for i in range(60)])
+    assert {key: row.values[0, 0] for key, row in found.items()} == {key_of(i): i for i in range(50)}
+    assert again.state()["entries"] == 50
+    assert (tmp_path / "rows" / FILE).stat().st_mode & 0o077 == 0
+
+
+def test_those_longest_not_asked_for_leave(opened: Callable[..., LmdbDisk]) -> None:
+    """The file keeps to its bound; what is asked for stays."""
+    now = itertools.count(1000.0, 0.001)
+    disk = opened(4, clock=lambda: next(now))
+    hot = key_of(0)
+    for at in range(0, 6000, 200):
+        disk.put([(key_of(i), row_of(i, 384)) for i in range(at, at + 200)])
+        written(disk)
+        disk.touch([hot])
+    written(disk)
+    state = disk.state()
+    assert state["evicted"] > 2000
+    assert state["bytes"] <= 4 * MB
+    assert disk._file.stat().st_size <= 4 * MB
+    assert set(disk.get([hot, key_of(1), key_of(5999)])) == {hot, key_of(5999)}
+
+
+def test_what_no_model_is_any_more_is_forgotten(opened: Callable[..., LmdbDisk]) -> None:
+    """A model that has not been opened yet keeps what it had; one that has changed does not."""
+    disk = opened()
+    scopes = [key_of(0, scope)[:KEY_BYTES] for scope in range(5)]
+
+    def kept() -> list[int]:
+        written(disk)
+        return [scope for scope in range(5) if disk.get([key_of(7, scope)])]
+
+    disk.put([(key_of(7, scope), row_of(scope)) for scope in range(4)])
+    disk.keep_only({"a": scopes[0], "b": scopes[1], "c": scopes[2], "same as a": scopes[0]})
+    assert kept() == [0, 1, 2]
+    disk.keep_only({"a": None, "b": None, "c": scopes[2]})
+    assert kept() == [0, 1, 2]
+    disk.put([(key_of(7, 4), row_of(4))])
+    disk.keep_only({"a": None, "b": scopes[4], "c": scopes[2]})
+    assert kept() == [0, 2, 4]
+    disk.keep_only({"same as a": None})
+    assert kept() == [0]
+    disk.clear([scopes[0]])
+    assert kept() == []
+    disk.put([(key_of(7, 1), row_of(1))])
+    disk.clear(None)
+    assert kept() == []
+    assert disk.state()["entries"] == 0
+
+
+@pytest.mark.parametrize("damage", ["garbage", "cut off", "empty", "other version"])
+def test_a_damaged_file_is_set_aside(
+    opened: Callable[..., LmdbDisk], damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a word in the log; a new one takes its place."""
+    disk = opened()
+    disk.put([(key_of(i), row_of(i, 384)) for i in range(1000)])
+    disk.close()
+    file = disk._file
+    whole = file.read_bytes()
+    broken = {
+        "garbage": b"x" * len(whole),
+        "cut off": whole[: len(whole) // 2],
+        "empty": b"",
+        "other version": whole[:20] + bytes(4) + whole[24:4096] + whole[:20] + bytes(4) + whole[24:],
+    }[damage]
+    file.write_bytes(broken)
+    again = LmdbDisk(file.parent, 16 * MB)
+    try:
+        assert not again.get([key_of(1)])
+        again.put([(key_of(1), row_of(1))])
+        written(again)
+        assert again.get([key_of(1)])
+        aside = list(file.parent.glob(f"{FILE}.damaged-*"))
+        if damage != "empty":  # which LMDB takes for a new one
+            assert aside
+            assert aside[0].name in caplog.text
+    finally:
+        again.close()
+
+
+def test_rows_that_were_changed_on_the_disk_are_no_rows(opened: Callable[..., LmdbDisk]) -> None:
+    """Whichever byte of a page of rows was."""
+    disk = opened()
+    disk.put([(key_of(i), row_of(i, 384)) for i in range(200)])
+    disk.close()
+    content = bytearray(disk._file.read_bytes())
+    chance = random.Random(3)
+    wanted = np.full(100, 7, np.float32).tobytes()
+    at = content.find(wanted)
+    assert at > 0
+    content[at + chance.randrange(400)] ^= 1 << chance.randrange(8)
+    disk._file.write_bytes(content)
+    found = opened().get([key_of(i) for i in range(200)])
+    assert set(found) == {key_of(i) for i in range(200) if i != 7}
+    assert all(row.values[0, 0] == int.from_bytes(key[-4:], "big") for key, row in found.items())
+
+
+def test_a_full_disk_turns_it_off_and_on_again(
+    opened: Callable[..., LmdbDisk], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Requests go on meanwhile; the log says so once."""
+    now = [1000.0]
+    disk = opened(clock=lambda: now[0])
+    disk.put([(key_of(1), row_of(1))])
+    written(disk)
+
+    def full(transaction: Any) -> None:
+        raise lmdb.Error("mdb_txn_commit: No space left on device")
+
+    for _ in range(2):
+        disk._later(full)
+        wait_until(lambda: disk.state()["off"] == "the disk is full")
+        assert not disk.get([key_of(1)])
+        disk.put([(key_of(2), row_of(2))])
+    assert caplog.text.count("off for a while: the disk is full") == 1
+    now[0] += cache_disk.OFF_S + 1
+    disk.touch([key_of(1)])  # anything
+    wait_until(lambda: disk.state()["off"] is None)
+    assert disk.get([key_of(1)])
+
+
+def test_a_disk_that_takes_nothing_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server starts without it."""
+    opens = [OSError(errno.ENOSPC, "No space left on device")]
+    original = LmdbDisk._open
+
+    def open_(disk: LmdbDisk) -> None:
+        if opens:
+            raise opens.pop()
+        original(disk)
+
+    monkeypatch.setattr(LmdbDisk, "_open", open_)
+    now = [0.0]
+    disk = LmdbDisk(tmp_path, 16 * MB, clock=lambda: now[0])
+    assert disk.state()["off"] == "the disk is full"
+    now[0] += cache_disk.OFF_S + 1
+    disk.touch([])
+    wait_until(lambda: disk.state()["off"] is None)
+    disk.close()
+
+
+def test_a_slow_disk_makes_nobody_wait(opened: Callable[..., LmdbDisk], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be written in time is dropped."""
+    monkeypatch.setattr(cache_disk, "MOST_WAITING_BYTES", 10_000)
+    disk = opened()
+    entered, on = threading.Event(), threading.Event()
+
+    def slow(transaction: Any) -> None:
+        entered.set()
+        assert on.wait(PATIENCE_S)
+
+    disk._later(slow)
+    assert entered.wait(PATIENCE_S)
+    for i in range(20):
+        disk.put([(key_of(i), row_of(i, 384))])
+    on.set()
+    written(disk)
+    state = disk.state()
+    assert 0 < state["entries"] < 10
+    assert state["entries"] + state["dropped"] == 20
+
+
+def test_memory_in_front_of_it(opened: Callable[..., LmdbDisk]) -> None:
+    """What the memory has lost comes from the disk, and into the memory again."""
+    disk = opened()
+    cache = Cache(2000, disk)
+    cache.put([(key_of(i), row_of(i)) for i in range(10)])
+    written(disk)
+    assert cache.state()["memory"]["entries"] < 10
+    assert len(cache.get([key_of(i) for i in range(10)])) == 10
+    assert key_of(9) in cache._kept
+    cache.clear()
+    written(disk)
+    assert not cache.get([key_of(i) for i in range(10)])
+
+
+WRITER = """
+import sys, itertools, numpy as np
+from pathlib import Path
+from embedpool import cache_disk
+from embedpool.cache_disk import LmdbDisk
+from tests.test_cache_disk import key_of, row_of
+cache_disk.WRITES_EVERY_S = 0.0
+disk = LmdbDisk(Path(sys.argv[1]), 4 << 20)
+print("on", flush=True)
+for at in itertools.cycle(range(0, 20_000, 50)):
+    disk.put([(key_of(i), row_of(i, 384)) for i in range(at, at + 50)])
+    for key, row in disk.get([key_of(i) for i in range(at, at + 50, 7)]).items():
+        assert (row.values == int.from_bytes(key[-4:], "big")).all()
+"""
+
+
+def test_it_is_whole_after_a_kill_at_any_moment(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Two processes write and read at once; one is killed. A hundred times with --long."""
+    chance = random.Random(5)
+    pause = threading.Event()
+    for _ in range(100 if request.config.getoption("--long") else 4):
+        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        both = [subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) for _ in range(2)]
+        try:
+            for process in both:
+                assert process.stdout is not None
+                assert process.stdout.readline() == b"on\n"
+            pause.wait(chance.random())
+            os.kill(both[0].pid, signal.SIGKILL)
+            both[0].wait(PATIENCE_S)
+            pause.wait(0.2)
+            assert both[1].poll() is None
+        finally:
+            for process in both:
+                process.kill()
+                process.communicate()
+        disk = LmdbDisk(tmp_path, 4 * MB)
+        found = disk.get([key_of(i) for i in range(20_000)])
+        assert disk.state()["off"] is None
+        disk.put([(key_of(20_001), row_of(20_001))])
+        written(disk)
+        assert disk.get([key_of(20_001)])
+        disk.close()
+        assert found
+        assert all((row.values == int.from_bytes(key[-4:], "big")).all() for key, row in found.items())
+    assert not list(tmp_path.glob("*.damaged-*"))
