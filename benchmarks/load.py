@@ -253,11 +253,6 @@ def _drive(port: int, path: str, groups: list[Group], seconds: float | None) -> 
             client = heapq.heappop(waiting)[2]
             group = client.group
             if group.requests is None or group.sent < group.requests:
-                if client.closes:
-                    poll.unregister(client.socket)
-                    client.socket.close()
-                    client.connect()
-                    poll.register(client.socket, selectors.EVENT_READ, client)
                 client.begin(requests[group.name][group.sent % len(group.bodies)])
                 group.sent += 1
                 under_way += 1
@@ -271,6 +266,11 @@ def _drive(port: int, path: str, groups: list[Group], seconds: float | None) -> 
         for client in _answered(poll, until_s):
             client.note(start_s)
             under_way -= 1
+            if client.closes:
+                poll.unregister(client.socket)
+                client.socket.close()
+                client.connect()
+                poll.register(client.socket, selectors.EVENT_READ, client)
             heapq.heappush(waiting, (time.perf_counter() + client.group.think_s, id(client), client))
     for key in list(poll.get_map().values()):
         key.data.socket.close()

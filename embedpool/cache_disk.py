@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import queue
@@ -34,7 +35,8 @@ FILE = "rows.lmdb"
 HEAD = struct.Struct("<BII")  # the kind of the row, its width, and a checksum
 DENSE, RAGGED, SPARSE = range(3)
 STAMP = struct.Struct(">Q")  # ms; its bytes sort as it does
-MOST_FULL = 0.85  # of the file: a transaction needs free pages for what it changes
+MOST_FULL = 0.75  # of the file: a transaction needs free pages for what it changes
+LARGEST_WRITE = 1 / 32  # of the file, in one transaction
 WRITES_EVERY_S = 0.25
 MOST_WAITING_BYTES = 32 << 20  # rows that wait to be written; further ones are dropped
 AT_ONCE = 512  # entries that leave in one transaction
@@ -151,7 +153,7 @@ class LmdbDisk(Disk):
                 if left:
                     transaction.put(scope, json.dumps(sorted(left)).encode(), db=self._tables["scopes"])
                 else:
-                    self._forget(transaction, scope)
+                    self._forget(scope, transaction)
                     transaction.delete(scope, db=self._tables["scopes"])
 
         self._later(prune)
@@ -167,21 +169,29 @@ class LmdbDisk(Disk):
 
     @override
     def clear(self, scopes: Iterable[bytes] | None) -> None:
-        def forget(transaction: Any) -> None:
-            for scope in list(scopes) if scopes is not None else [b""]:
-                self._forget(transaction, scope)
+        if scopes is None:
+            self._later(self._forget_all)
+            return
+        for scope in scopes:
+            self._later(functools.partial(self._forget, scope))
 
-        self._later(forget)
+    def _forget_all(self, transaction: Any) -> None:
+        for name in ("rows", "stamps", "ages"):
+            transaction.drop(self._tables[name], delete=False)
 
-    def _forget(self, transaction: Any, scope: bytes) -> None:
-        """Every entry whose key begins so."""
+    def _forget(self, scope: bytes, transaction: Any) -> None:
+        """Every entry of a scope; of many the rest in a later transaction."""
         cursor = transaction.cursor(self._tables["stamps"])
-        there = cursor.set_range(scope)
-        while there and bytes(cursor.key()).startswith(scope):
-            key, stamp = bytes(cursor.key()), bytes(cursor.value())
-            transaction.delete(key, db=self._tables["rows"])
-            transaction.delete(stamp + key, db=self._tables["ages"])
-            there = cursor.delete()
+        for _ in range(AT_ONCE):
+            if not cursor.set_range(scope) or not bytes(cursor.key()).startswith(scope):
+                return
+            self._delete(transaction, bytes(cursor.key()), bytes(cursor.value()))
+        self._later(functools.partial(self._forget, scope))
+
+    def _delete(self, transaction: Any, key: bytes, stamp: bytes) -> None:
+        transaction.delete(key, db=self._tables["rows"])
+        transaction.delete(key, db=self._tables["stamps"])
+        transaction.delete(stamp + key, db=self._tables["ages"])
 
     def _later(self, task: Task, size_bytes: int = 0) -> None:
         with self._lock:
@@ -204,13 +214,26 @@ class LmdbDisk(Disk):
         try:
             if self._env is None and self._clock() >= self._off_until:
                 self._open_again()
-            if self._env is not None:
-                self._in_transaction([task for task, _ in tasks])
+            for some in self._portions(tasks):
+                if self._env is not None:
+                    self._in_transaction(some)
         except Exception as error:
             self._fault(error)
         finally:
             with self._lock:
                 self._waiting_bytes -= sum(size_bytes for _, size_bytes in tasks)
+
+    def _portions(self, tasks: Sequence[tuple[Task, int]]) -> Iterator[list[Task]]:
+        """As many of them at once as are no large part of the file."""
+        portion: list[Task] = []
+        portion_bytes = 0
+        for task, size_bytes in tasks:
+            if portion and portion_bytes + size_bytes > LARGEST_WRITE * self._max_bytes:
+                yield portion
+                portion, portion_bytes = [], 0
+            portion.append(task)
+            portion_bytes += size_bytes
+        yield portion
 
     def _in_transaction(self, tasks: Sequence[Task]) -> None:
         """All of these, and as many old entries leave as must; what finds no room is tried once more after that."""
@@ -234,16 +257,13 @@ class LmdbDisk(Disk):
         """Let the oldest entries go; whether there were any."""
         with self._env.begin(write=True) as transaction:
             cursor = transaction.cursor(self._tables["ages"])
-            found = there = cursor.first()
-            for _ in range(AT_ONCE):
-                if not there:
-                    break
-                key = bytes(cursor.key())[STAMP.size :]
-                transaction.delete(key, db=self._tables["rows"])
-                transaction.delete(key, db=self._tables["stamps"])
-                there = cursor.delete()
+            for count in range(AT_ONCE):
+                if not cursor.first():
+                    return count > 0
+                oldest = bytes(cursor.key())
+                self._delete(transaction, oldest[STAMP.size :], oldest[: STAMP.size])
                 self._evicted += 1
-        return bool(found)
+        return True
 
     def _used_bytes(self) -> int:
         """Of pages that hold anything."""

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import numpy as np
 import pytest
-
-lmdb = pytest.importorskip("lmdb")
 
 from embedpool import cache_disk
 from embedpool.cache_disk import FILE, LmdbDisk, decoded, encoded
@@ -59,11 +58,11 @@ def opened(tmp_path: Path) -> Iterator[Callable[..., LmdbDisk]]:
 
 
 def written(disk: LmdbDisk) -> None:
-    """Wait until everything is that was to be."""
-    done = threading.Event()
-    disk._later(lambda transaction: done.set())
-    assert done.wait(PATIENCE_S)
-    wait_until(lambda: not disk._waiting_bytes)
+    """Wait until everything is that was to be: when the second begins, the first is on the disk."""
+    for _ in range(2):
+        begun = threading.Event()
+        disk._later(lambda transaction, begun=begun: begun.set())
+        assert begun.wait(PATIENCE_S)
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
@@ -134,10 +133,10 @@ def test_what_no_model_is_any_more_is_forgotten(opened: Callable[..., LmdbDisk])
     disk.put([(key_of(7, scope), row_of(scope)) for scope in range(4)])
     disk.keep_only({"a": scopes[0], "b": scopes[1], "c": scopes[2], "same as a": scopes[0]})
     assert kept() == [0, 1, 2]
-    disk.keep_only({"a": None, "b": None, "c": scopes[2]})
+    disk.keep_only({"a": None, "b": None, "c": scopes[2], "same as a": None})
     assert kept() == [0, 1, 2]
     disk.put([(key_of(7, 4), row_of(4))])
-    disk.keep_only({"a": None, "b": scopes[4], "c": scopes[2]})
+    disk.keep_only({"a": None, "b": scopes[4], "c": scopes[2], "same as a": None})
     assert kept() == [0, 2, 4]
     disk.keep_only({"same as a": None})
     assert kept() == [0]
@@ -172,7 +171,7 @@ def test_a_damaged_file_is_set_aside(
         again.put([(key_of(1), row_of(1))])
         written(again)
         assert again.get([key_of(1)])
-        aside = list(file.parent.glob(f"{FILE}.damaged-*"))
+        aside = [path for path in file.parent.glob(f"{FILE}.damaged-*") if not path.name.endswith("-lock")]
         if damage != "empty":  # which LMDB takes for a new one
             assert aside
             assert aside[0].name in caplog.text
@@ -190,7 +189,9 @@ def test_rows_that_were_changed_on_the_disk_are_no_rows(opened: Callable[..., Lm
     wanted = np.full(100, 7, np.float32).tobytes()
     at = content.find(wanted)
     assert at > 0
-    content[at + chance.randrange(400)] ^= 1 << chance.randrange(8)
+    while at > 0:  # older copies of its page, too
+        content[at + chance.randrange(400)] ^= 1 << chance.randrange(8)
+        at = content.find(wanted)
     disk._file.write_bytes(content)
     found = opened().get([key_of(i) for i in range(200)])
     assert set(found) == {key_of(i) for i in range(200) if i != 7}
@@ -209,9 +210,9 @@ def test_a_full_disk_turns_it_off_and_on_again(
     def full(transaction: Any) -> None:
         raise lmdb.Error("mdb_txn_commit: No space left on device")
 
+    disk._later(full)
+    wait_until(lambda: disk.state()["off"] == "the disk is full")
     for _ in range(2):
-        disk._later(full)
-        wait_until(lambda: disk.state()["off"] == "the disk is full")
         assert not disk.get([key_of(1)])
         disk.put([(key_of(2), row_of(2))])
     assert caplog.text.count("off for a while: the disk is full") == 1
@@ -270,7 +271,8 @@ def test_memory_in_front_of_it(opened: Callable[..., LmdbDisk]) -> None:
     written(disk)
     assert cache.state()["memory"]["entries"] < 10
     assert len(cache.get([key_of(i) for i in range(10)])) == 10
-    assert key_of(9) in cache._kept
+    assert cache.get([key_of(0)])
+    assert key_of(0) in cache._kept
     cache.clear()
     written(disk)
     assert not cache.get([key_of(i) for i in range(10)])

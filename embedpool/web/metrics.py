@@ -105,9 +105,14 @@ class Metrics(Observer, batches.Observer):
         self.files_max_bytes = gauge("files_max_bytes", "What they may take.")
         self.cache_evictions = counter("cache_evictions", "Rows that left the cache for want of room.", "layer")
         self.cache: dict[str, dict[str, Gauge]] = {}
-        for layer, mode in (("memory", "livesum"), ("disk", "livemax")):  # all workers share the disk's
+        for layer in ("memory", "disk"):
             self.cache[layer] = {
-                name: Gauge(f"embedpool_cache_{layer}_{name}", doc, registry=registry, multiprocess_mode=mode)
+                name: Gauge(
+                    f"embedpool_cache_{layer}_{name}",
+                    doc,
+                    registry=registry,
+                    multiprocess_mode="livesum" if layer == "memory" else "livemax",  # all workers share the disk's
+                )
                 for name, doc in CACHE_SAYS.items()
             }
         self._per_task = (self.requests, self.items, self.tokens, self.truncated, self.request_seconds)
@@ -199,11 +204,11 @@ class Metrics(Observer, batches.Observer):
                 not_ready = entry["replicas"] - idle - busy
                 for state, count in (("idle", idle), ("busy", busy), ("not_ready", not_ready)):
                     self._series(self.replicas, model, state).set(count)
-            for layer, state in pool.cache.state().items():
-                state = state or {}  # noqa: PLW2901
+            for layer, found in pool.cache.state().items():
+                now = found or {}
                 for name, series in self.cache[layer].items():
-                    series.set(state.get(name, 0))
-                evicted = state.get("evicted", 0)
+                    series.set(now.get(name, 0))
+                evicted = now.get("evicted", 0)
                 self._series(self.cache_evictions, layer).inc(evicted - self._counted[layer])
                 self._counted[layer] = evicted
             for outcome, count in dict(reconciler.reloads).items():

@@ -23,9 +23,11 @@ def test_counters_tell_requests_batches_and_errors_apart() -> None:
     stats.refused("embed", "overloaded")
     stats.refused("embed", "deadline_exceeded")
     stats.batch(4, 35, 60, 0.5)
+    stats.looked_up(2, 1)
     assert stats.snapshot() == {
         "requests": 5, "texts": 4, "tokens": 35, "truncated": 1, "batches": 1, "rows": 4, "batch_tokens": 35,
-        "padded_tokens": 60, "compute_s": 0.5, "errors": {"overloaded": 2, "deadline_exceeded": 1},
+        "padded_tokens": 60, "cache_hits": 2, "cache_misses": 1, "compute_s": 0.5,
+        "errors": {"overloaded": 2, "deadline_exceeded": 1},
     }  # fmt: skip
 
 
