@@ -32,9 +32,9 @@ have in common), web/cors.py (pages in a browser) and web/root.py. The page is w
 data are web/live.py and web/history.py (the last ten minutes). pool/served_model.py is the life of a
 model, pool/replica_set.py says how many replicas it has and runs their threads, pool/replica.py is the life of one,
 pool/backoff.py says when to open it again, pool/quarantine.py holds items that are not run again, pool/stats.py counts,
-pool/settings.py holds the settings that all models share,
-cache_disk.py the rows that outlive the server. tasks/ defines the contracts of tasks, drivers, places and
-tokenizers; places/ and drivers/ fulfil them.
+pool/settings.py holds the settings that all models share, cache/disk.py the rows that outlive the server, by
+cache/row_bytes.py. tasks/ defines the contracts of tasks, drivers, places and tokenizers; places/ and drivers/ fulfil
+them.
 
 Work that outlives a request: jobs/windows.py, the engine, which web/ndjson.py uses too. jobs/file_job.py goes from
 jobs/sources.py to jobs/sinks.py, for cli/files.py, on a server or by in_process.py. jobs/batches.py runs the batches

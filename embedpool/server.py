@@ -48,7 +48,7 @@ def make_cache(settings: Settings) -> Cache:
         return Cache()
     disk = None
     if of.disk_mb:
-        from embedpool.cache_disk import LmdbDisk
+        from embedpool.cache.disk import LmdbDisk
 
         disk = LmdbDisk(settings.file(of.path), of.disk_mb << 20)
     cleared_file = settings.file(settings.paths.state_dir) / CACHE_CLEARED

@@ -70,7 +70,7 @@ def test_every_dependency_has_a_reason() -> None:
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
     wanted = {re.split(r"[><=\[]", line)[0] for line in parser["options"]["install_requires"].split()}
-    for extra in ("demo", "openvino", "files", "otel", "ray"):
+    for extra in ("demo", "openvino", "files", "otel", "ray", "cache"):
         wanted |= {re.split(r"[><=\[]", line)[0] for line in parser["options.extras_require"][extra].split()}
     text = DOCS["contributing.md"]
     named = set(re.findall(r"^\| `([\w.-]+)`", text[text.index("## Dependencies") :], flags=re.MULTILINE))

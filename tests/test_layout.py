@@ -21,7 +21,7 @@ PACKAGE = ROOT / "embedpool"
 MAY_IMPORT = {
     "web": {"reconcile", "jobs", "pool", "tasks", "config", "bounds", "tracing", "errors"},
     "jobs": {"errors"},
-    "cache_disk": {"pool.cache", "tasks", "errors"},
+    "cache": {"pool.cache", "tasks", "errors"},
     "in_process": {"server", "web", "jobs", "pool", "tasks", "config", "errors"},
     "embedder": {"in_process", "jobs.sources", "places.cores", "config", "errors"},
     "pool": {"tasks", "config.spec", "bounds", "tracing", "errors"},
@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "each": {"errors"},
     "server": {
         "web", "jobs", "pool", "places", "drivers", "tasks", "config", "reconcile", "logs", "tracing", "errors",
-        "cache_disk",
+        "cache",
         "serve.service_manager", "serve.gunicorn_settings",
     },
     "logs": {"config"},
@@ -57,6 +57,7 @@ MAY_IMPORT_THIRD_PARTY = {
         "flask", "werkzeug", "marshmallow", "orjson", "numpy", "prometheus_client", "apispec",
         "typing_extensions", "tiktoken", "zstandard", "brotli",
     },
+    "cache": {"lmdb", "numpy", "typing_extensions"},
     "errors": set(),
     "reconcile": set(),
     "jobs": {"filelock", "numpy", "orjson", "pyarrow", "typing_extensions"},

@@ -303,10 +303,11 @@ class ModelSpec:
     )
     resources: Resources = dataclasses.field(default_factory=Resources)
     enabled: bool = option(True, "whether the model is served")
-    cache: bool | None = option(
-        None,
-        "whether its rows are kept in the cache (`cache` in config.yml); default: those of local models that compute, "
-        "but not of a remote one, which may change unseen",
+    cache: str = option(
+        "auto",
+        "whether its rows are kept in the cache (`cache` in config.yml); auto: those of a local model that computes, "
+        "not those of a remote one, which may change unseen",
+        choices=("auto", "on", "off"),
     )
     scaling: Scaling = dataclasses.field(default_factory=Scaling)
     queue: QueueSpec = dataclasses.field(default_factory=QueueSpec)

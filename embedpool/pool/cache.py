@@ -226,21 +226,21 @@ class ModelCache:
         self._cache = cache
         self._looked_up = looked_up
         self.scope: bytes | None = None
-        self._wanted: bool | None = None
-        self._default = False
+        self._wanted = "auto"
+        self._is_cacheable = False
 
     @property
     def is_on(self) -> bool:
-        """Whether this model's rows are kept: as its spec says, else if it computes here."""
-        return self._cache.is_on and (self._default if self._wanted is None else self._wanted)
+        """Whether this model's rows are kept: as its spec says, or its driver."""
+        return self._cache.is_on and (self._is_cacheable if self._wanted == "auto" else self._wanted == "on")
 
-    def follow(self, wanted: bool | None) -> None:
-        """What the model's spec says: None leaves it to the driver."""
+    def follow(self, wanted: str) -> None:
+        """What the model's spec says: on, off, or auto, which leaves it to the driver."""
         self._wanted = wanted
 
     def opened(self, facts: Facts) -> None:
         """A driver of the model is open."""
-        self._default = facts.cacheable
+        self._is_cacheable = facts.cacheable
         self.scope = scope_of(facts)
 
     def find(self, request: Request, items: Sequence[Item]) -> list[Item]:

@@ -275,9 +275,9 @@ def test_an_error_is_not_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "cacheable", "hits"), [(None, True, 1), (None, False, 0), (True, False, 1), (False, True, 0)]
+    ("wanted", "cacheable", "hits"), [("auto", True, 1), ("auto", False, 0), ("on", False, 1), ("off", True, 0)]
 )
-def test_a_model_is_cached_as_its_spec_says(wanted: bool | None, cacheable: bool, hits: int) -> None:
+def test_a_model_is_cached_as_its_spec_says(wanted: str, cacheable: bool, hits: int) -> None:
     """Else if its driver computes here. A changed spec applies at once."""
     place = Seeded("a", Facts({"embed": DIM}, "a", cacheable=cacheable))
     pool, opener = pool_of(place)
@@ -286,7 +286,7 @@ def test_a_model_is_cached_as_its_spec_says(wanted: bool | None, cacheable: bool
     settle(pool)
     ask(pool, "a")
     assert ask(pool, "a").cached == hits
-    pool.apply(PoolSpec((dataclasses.replace(spec, cache=False),)))
+    pool.apply(PoolSpec((dataclasses.replace(spec, cache="off"),)))
     assert ask(pool, "a").cached == 0
     assert len(opener.specs) == 1
     pool.stop()

@@ -63,6 +63,7 @@ MANAGE_PATHS = {
     "/models/alias": {"model": "new", "alias": "n"},
     "/models/enable": {"model": "new", "enabled": True},
     "/reload": {},
+    "/cache/clear": {},
     "/models/{name}": None,
 }
 ODD = {("get", "/models/{name}"): "embed", ("get", "/log"): "manage", ("get", "/"): "open"}

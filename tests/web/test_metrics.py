@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from embedpool.web.metrics import SHARED_DIR, UNTIL_0_2, forget_worker, share, unshare
+from embedpool.web.metrics import CACHE_SAYS, SHARED_DIR, UNTIL_0_2, forget_worker, share, unshare
 from tests.web.conftest import MODEL, NAME, MakeWeb, Web
 
 EMBED = "embed"
@@ -20,7 +20,8 @@ OF_NO_MODEL = {
     f"embedpool_{name}"
     for name in (
         "reloads", "http_requests", "worker", "batch_job_requests", "batch_jobs_ended", "batch_jobs", "files_bytes",
-        "files_max_bytes",
+        "files_max_bytes", "cache_evictions",
+        *(f"cache_{layer}_{name}" for layer in ("memory", "disk") for name in CACHE_SAYS),
     )
 }  # fmt: skip
 CONF = Path(__file__).parents[2] / "conf"
@@ -126,6 +127,8 @@ def test_an_empty_pool_has_metrics(make_web: MakeWeb) -> None:
         ("embedpool_worker", str(os.getpid())): 1,
         ("embedpool_files_bytes",): 0,
         ("embedpool_files_max_bytes",): 0,
+        **{("embedpool_cache_evictions_total", layer): 0 for layer in ("memory", "disk")},
+        **{(f"embedpool_cache_{layer}_{name}",): 0 for layer in ("memory", "disk") for name in CACHE_SAYS},
     }
 
 

@@ -18,8 +18,9 @@ import lmdb
 import numpy as np
 import pytest
 
-from embedpool import cache_disk
-from embedpool.cache_disk import FILE, LmdbDisk, decoded, encoded
+from embedpool.cache import disk as disk_module
+from embedpool.cache.disk import FILE, LmdbDisk
+from embedpool.cache.row_bytes import HEAD, decoded, encoded
 from embedpool.pool.cache import Cache
 from embedpool.tasks.item import KEY_BYTES
 from embedpool.tasks.rows import Rows
@@ -38,7 +39,7 @@ def row_of(number: int, width: int = 8) -> Rows:
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_disk, "WRITES_EVERY_S", 0.0)
+    monkeypatch.setattr(disk_module, "WRITES_EVERY_S", 0.0)
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_a_row_of_any_kind_comes_back_as_it_was(row: Rows) -> None:
         assert np.array_equal(found.arrays()[name], array)
     assert decoded(key_of(2), value) is None
     assert decoded(key, value[:5]) is None
-    if len(value) > cache_disk.HEAD.size:
+    if len(value) > HEAD.size:
         assert decoded(key, value[:-1] + bytes([value[-1] ^ 1])) is None
 
 
@@ -216,7 +217,7 @@ def test_a_full_disk_turns_it_off_and_on_again(
         assert not disk.get([key_of(1)])
         disk.put([(key_of(2), row_of(2))])
     assert caplog.text.count("off for a while: the disk is full") == 1
-    now[0] += cache_disk.OFF_S + 1
+    now[0] += disk_module.OFF_S + 1
     disk.touch([key_of(1)])  # anything
     wait_until(lambda: disk.state()["off"] is None)
     assert disk.get([key_of(1)])
@@ -236,7 +237,7 @@ def test_a_disk_that_takes_nothing_at_first(tmp_path: Path, monkeypatch: pytest.
     now = [0.0]
     disk = LmdbDisk(tmp_path, 16 * MB, clock=lambda: now[0])
     assert disk.state()["off"] == "the disk is full"
-    now[0] += cache_disk.OFF_S + 1
+    now[0] += disk_module.OFF_S + 1
     disk.touch([])
     wait_until(lambda: disk.state()["off"] is None)
     disk.close()
@@ -244,7 +245,7 @@ def test_a_disk_that_takes_nothing_at_first(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_slow_disk_makes_nobody_wait(opened: Callable[..., LmdbDisk], monkeypatch: pytest.MonkeyPatch) -> None:
     """What cannot be written in time is dropped."""
-    monkeypatch.setattr(cache_disk, "MOST_WAITING_BYTES", 10_000)
+    monkeypatch.setattr(disk_module, "MOST_WAITING_BYTES", 10_000)
     disk = opened()
     entered, on = threading.Event(), threading.Event()
 
@@ -281,10 +282,10 @@ def test_memory_in_front_of_it(opened: Callable[..., LmdbDisk]) -> None:
 WRITER = """
 import sys, itertools, numpy as np
 from pathlib import Path
-from embedpool import cache_disk
-from embedpool.cache_disk import LmdbDisk
-from tests.test_cache_disk import key_of, row_of
-cache_disk.WRITES_EVERY_S = 0.0
+from embedpool.cache import disk as disk_module
+from embedpool.cache.disk import LmdbDisk
+from tests.test_cache_on_disk import key_of, row_of
+disk_module.WRITES_EVERY_S = 0.0
 disk = LmdbDisk(Path(sys.argv[1]), 4 << 20)
 print("on", flush=True)
 for at in itertools.cycle(range(0, 20_000, 50)):
