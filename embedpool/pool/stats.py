@@ -84,7 +84,8 @@ class ModelStats:
     def looked_up(self, hits: int, misses: int) -> None:
         """So many rows of a request were known from before, and so many were not."""
         with self._lock:
-            self._counts.update(cache_hits=hits, cache_misses=misses)
+            self._counts["cache_hits"] += hits
+            self._counts["cache_misses"] += misses
         self._observer.looked_up(self._model, hits, misses)
 
     def texts_per_busy_s(self) -> float:

@@ -157,8 +157,10 @@ class Metrics(Observer, batches.Observer):
 
     @override
     def looked_up(self, model: str, hits: int, misses: int) -> None:
-        self._series(self.cache_hits, model).inc(hits)
-        self._series(self.cache_misses, model).inc(misses)
+        if hits:
+            self._series(self.cache_hits, model).inc(hits)
+        if misses:
+            self._series(self.cache_misses, model).inc(misses)
 
     # --- what the runner of batches tells, in one of the processes
 
