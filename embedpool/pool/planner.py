@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 SHORT_BATCH_S = 0.05  # how long a query waits for the running batch, where the operator says nothing
 LEAST_FIXED_COSTS = 10  # but no batch is cut shorter than so many fixed costs: they would take more of the machine
+BESIDE_QUERIES = 0.5  # of both, while queries wait beside other work
+QUERIES_ABOUT_S = 2.0  # so long after one did the next is expected
 FIXED_COSTS_BETWEEN_OTHERS = 2  # likewise for a batch that is cut to end between the others
 REACH_BATCHES = 12  # see Planner._reach
 UNKNOWN_FIXED_TOKENS = 150.0  # where a driver's cost is not known: a call costs as much as so many padded tokens
@@ -59,11 +61,18 @@ class Slots:
         self._clock = clock
         self._lock = threading.Lock()
         self._ends: dict[int, float] = {}  # by thread, on the clock
+        self._queries_at = -math.inf  # when a query waited beside other work, on the clock
 
     def busy_s(self) -> float:
         """How long until the last of them has ended."""
         with self._lock:
             return max([end - self._clock() for end in self._ends.values()] + [0.0])
+
+    def queries_are_about(self, window: Sequence[Item]) -> bool:
+        """Whether a request with one input, which is to pass others, waits beside other work, or did lately."""
+        if len({len(item.request.task) == 1 for item in window}) > 1:
+            self._queries_at = self._clock()
+        return self._clock() - self._queries_at < QUERIES_ABOUT_S
 
     def begin(self, seconds: float) -> None:
         """In this thread a batch begins that should take so long."""
@@ -81,7 +90,9 @@ class Planner:
     """Limits of a batch and the cost of a driver call, where it is known. Pure.
 
     A batch is never planned to run longer than `max_s`, because a running one cannot be interrupted: that bounds how
-    long an arriving query waits for it. Without `max_s` the bound is 50 ms, or ten fixed costs where these are more.
+    long an arriving query waits for it. Without `max_s` the bound is 50 ms, or ten fixed costs where these are more,
+    and half of that while `queries` are about.
+
     With several `slots`, which run a batch each at once, a batch is sized to end at most bound ÷ slots after the last
     running one, where possible: so a query that finds all slots busy waits no longer than that until one is free.
     """
@@ -98,12 +109,13 @@ class Planner:
         """The fixed cost of a call, in padded tokens."""
         return self.cost.fixed_s / self.cost.token_s if self.cost else UNKNOWN_FIXED_TOKENS
 
-    def largest_tokens(self, busy_s: float = 0.0, slots: int = 1) -> int:
+    def largest_tokens(self, busy_s: float = 0.0, slots: int = 1, *, queries: bool = False) -> int:
         """Padded tokens of the longest batch that begins now, while other slots are busy for `busy_s` more seconds."""
         if not self.cost:
             return self.max_tokens
         fixed_s = self.cost.fixed_s
-        longest_s = self.max_s or max(SHORT_BATCH_S, LEAST_FIXED_COSTS * fixed_s)
+        bound_s = max(SHORT_BATCH_S, LEAST_FIXED_COSTS * fixed_s)
+        longest_s = self.max_s or (bound_s * BESIDE_QUERIES if queries else bound_s)
         within_s = min(longest_s, busy_s + max(longest_s / slots, FIXED_COSTS_BETWEEN_OTHERS * fixed_s))
         return max(min(self.max_tokens, int((within_s - fixed_s) / self.cost.token_s)), 1)
 
@@ -111,7 +123,9 @@ class Planner:
         """Run time of a batch of items of these lengths, in seconds; 0 if the driver's cost is not known."""
         return self.cost.call_s(call_tokens(lengths, pads=self.pads)) if self.cost else 0.0
 
-    def choose(self, window: Sequence[Item], busy_s: float = 0.0, slots: int = 1) -> list[int]:
+    def choose(
+        self, window: Sequence[Item], busy_s: float = 0.0, slots: int = 1, *, queries: bool = False
+    ) -> list[int]:
         """Which items of the window, which is in the order of service, make the next batch: places in it, ascending.
 
         Where nothing pads, it is filled in the order of service. Else it is the planned batch that holds the first
@@ -120,13 +134,13 @@ class Planner:
         """
         group = window[0].group
         if not self.pads:
-            most = self.largest_tokens(busy_s, slots) if self.cost else math.inf
+            most = self.largest_tokens(busy_s, slots, queries=queries) if self.cost else math.inf
             return self._filled([place for place, item in enumerate(window) if item.group == group], window, most)
         window = window[: self._reach(window)]
         order = sorted((item.tokens, place) for place, item in enumerate(window) if item.group == group)
         longest = order[-1][0]
         total = sum(tokens for tokens, _ in order)
-        most = self.largest_tokens(busy_s, slots)
+        most = self.largest_tokens(busy_s, slots, queries=queries)
         if len(order) <= self.max_items and len(order) * longest <= min(most, total + self.fixed_tokens):
             return sorted(place for _, place in order)  # padding all of them costs less than a second call
         first = next(i for i, (_, place) in enumerate(order) if place == 0)
@@ -170,7 +184,8 @@ class Planner:
         Called with the queue's lock held: what is chosen for one slot decides what is left for the next.
         """
         try:
-            places = self.choose(window, slots.busy_s(), slots.count)
+            queries = slots.queries_are_about(window)
+            places = self.choose(window, slots.busy_s(), slots.count, queries=queries)
             slots.begin(self.predicted_s([window[place].tokens for place in places]))
             return places
         except Exception:

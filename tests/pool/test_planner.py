@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from embedpool.pool.planner import UNKNOWN_FIXED_TOKENS, Planner, cuts
+from embedpool.pool.planner import QUERIES_ABOUT_S, UNKNOWN_FIXED_TOKENS, Planner, Slots, cuts
 from embedpool.tasks.driver import Cost
 from embedpool.tasks.item import Group
 from tests.pool.scripted import Asked
@@ -128,6 +130,23 @@ def test_slots_come_free_in_turns(slots: int, data: st.DataObject) -> None:
         waits.append(ends[0] - now)
     assert max(waits[2 * slots :]) <= longest_s / slots + 0.001
     assert sum(waits[2 * slots :]) >= 2 * longest_s - 0.001 * slots, "batches are as long as they may be"
+
+
+def test_batches_are_shorter_while_queries_wait_beside_other_work() -> None:
+    """And a while after that. Queries alone, or other work alone, do not count; where a bound is set, it holds."""
+    now = [100.0]
+    slots, planner = Slots(lambda: now[0]), Planner(64, 16_384, cost=Cost(0.002, 0.0001))
+    query, others = Asked("a").items, Asked("b", "c").items
+    assert not any(map(slots.queries_are_about, ([*query, *query], others)))
+    assert slots.queries_are_about([*others, *query])
+    now[0] += QUERIES_ABOUT_S - 0.1
+    assert slots.queries_are_about(others)
+    now[0] += 0.2
+    assert not slots.queries_are_about(others)
+    half = dataclasses.replace(planner, max_s=0.025)
+    assert planner.largest_tokens(queries=True) == half.largest_tokens() < planner.largest_tokens() == 480
+    bounded = dataclasses.replace(planner, max_s=0.05)
+    assert bounded.largest_tokens(queries=True) == bounded.largest_tokens() == 480
 
 
 def test_many_slots_do_not_make_a_batch_of_nothing() -> None:
