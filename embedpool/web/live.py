@@ -28,7 +28,7 @@ from embedpool.web.request_log import Recent
 
 TOLD = (  # of a model's entry in /status, to every key
     "model", "alias", "enabled", "state", "kinds", "queue_len", "queue_max", "progress", "space", "replicas",
-    "replicas_idle", "replicas_busy", "scaling", "counters",
+    "replicas_idle", "replicas_busy", "scaling", "counters", "cached",
 )  # fmt: skip
 STILL_KNOWN = 5  # samples that a page may be behind, and be told what is new alone
 FACTS = ("kind", "dim", "device", "backend", "compute_dtype", "labels", "routes", "protocol")  # told to every key
@@ -108,6 +108,7 @@ class _Made:
         }
         if is_admin:
             found |= {"pid": os.getpid(), "host": platform.node(), "reload": reload}
+            found["cache"] = self._pool.cache.state()
             found["candidates"] = [
                 {"model": served.spec.model, "alias": served.spec.alias, **served.outlook()}
                 for served in self._pool.candidates

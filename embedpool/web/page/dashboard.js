@@ -2,7 +2,7 @@
 import { html, nothing } from "./vendor/lit-html/lit-html.js";
 import { repeat } from "./vendor/lit-html/directives/repeat.js";
 import { bar, compact, draw, sparkline, time } from "./charts.js";
-import { actions, registration, reload } from "./manage.js";
+import { actions, clearCache, registration, reload } from "./manage.js";
 
 const STATES = { // what a state looks like, and what it means
   ready: ["●", "ready", "Serves requests"],
@@ -53,10 +53,21 @@ export function dashboard(app) {
         <pre>embedpool register --model sentence-transformers/all-MiniLM-L6-v2 --type local_st --alias minilm</pre></section>`}
     ${live.admin && live.candidates?.length ? html`<section class="card"><h2>Being registered</h2>${live.candidates.map((one) => html`
       <p><b>${one.model}</b> <span class="quiet">${one.state}</span> ${progress(one.progress)}</p>`)}</section>` : nothing}
-    ${live.admin ? html`<div class="bar">${registration(app)} ${reload(app)}</div>`
+    ${live.admin ? html`<div class="bar">${registration(app)} ${reload(app)}</div>${cache(app)}`
     : html`<p class="quiet">To register, switch off or remove models enter a key of scope admin, or use the command line.</p>`}`;
 }
 
+function cache(app) {
+  const { memory, disk } = app.live.cache;
+  if (!memory.max_bytes && !disk) return nothing;
+  const layer = (name, found) => html`<div><dt>${name}</dt><dd>${found.off ? html`<span class="bad">off: ${found.off}</span>` : html`
+    ${compact(found.entries)} rows, ${megabytes(found.bytes)} of ${megabytes(found.max_bytes)} MB ${bar(found.bytes / found.max_bytes)}`}</dd></div>`;
+  return html`<section class="card"><h2>Cache</h2>
+    <dl class="known">${memory.max_bytes ? layer("In memory", memory) : nothing}${disk ? layer("On the disk", disk) : nothing}</dl>
+    ${clearCache(app)}</section>`;
+}
+
+const megabytes = (bytes) => (bytes < 1e7 ? (bytes / 1e6).toFixed(1) : Math.round(bytes / 1e6));
 const compare = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
 
 function tiles(app) {
@@ -133,6 +144,7 @@ function details(app, model) {
     ["Space", html`<code>${model.space || "–"}</code>`, "Whose vectors these are: those of one space may be compared"],
     ["Since it was registered", `${compact(counters.requests)} requests, ${compact(counters.texts)} texts, ${compact(counters.tokens)} tokens`],
     ["Truncated", compact(counters.truncated)],
+    ["Known from before", model.cached ? known_of(counters) : "not cached", "Texts whose rows came from the cache"],
     ["Queue, p95", time(minute.queue_p95_ms), "Wait of a request until its first batch"],
     ["Batch, p95", time(minute.batch_p95_ms), "Compute time of a batch"],
     ["Replicas", `${model.scaling.min} to ${model.scaling.max}`],
@@ -145,6 +157,11 @@ function details(app, model) {
       <figure><figcaption>Texts in the queue</figcaption><div class="chart" data-model=${model.model} data-sync=${model.model} data-chart="queue"></div></figure></div>
     <dl class="known">${known.map(([title, value, says]) => html`<div><dt title=${says ?? nothing}>${title}</dt><dd>${value}</dd></div>`)}</dl>
     ${app.live.admin ? actions(app, model) : nothing}`;
+}
+
+function known_of({ cache_hits: hits, cache_misses: misses }) {
+  const asked = hits + misses;
+  return asked ? `${compact(hits)} of ${compact(asked)} texts, ${Math.round((100 * hits) / asked)}%` : "nothing yet";
 }
 
 const show = (value) => (typeof value === "object" ? JSON.stringify(value) : String(value));

@@ -54,6 +54,10 @@ export function reload(app) {
   return html`<button @click=${() => act(app, "Reload pool.yml", "reload", { reason: "asked on the page" })}>Reload pool.yml</button>`;
 }
 
+export function clearCache(app) {
+  return html`<button @click=${() => act(app, "Clear the cache", "cache/clear", {})}>Clear</button>`;
+}
+
 // --- registering, in a form made from the API's document
 
 export function registration(app) {
