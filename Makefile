@@ -51,6 +51,8 @@ bench: $(VENV)/test.installed
 	$(BIN)/python -m benchmarks.run --write
 	$(BIN)/python -m benchmarks.rerank --write
 	$(BIN)/python -m benchmarks.page
+	$(BIN)/python -m benchmarks.memory --write
+	$(BIN)/python -m benchmarks.cache --write
 	$(BIN)/python -m benchmarks.jobs --write
 	$(BIN)/python -m benchmarks.front --write
 	$(BIN)/python -m benchmarks.ray_place --write

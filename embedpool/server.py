@@ -50,7 +50,7 @@ def make_cache(settings: Settings) -> Cache:
     if of.disk_mb:
         from embedpool.cache.disk import LmdbDisk
 
-        disk = LmdbDisk(settings.file(of.path), of.disk_mb << 20)
+        disk = LmdbDisk(settings.file(of.path or f"{settings.paths.cache_dir}/rows"), of.disk_mb << 20)
     cleared_file = settings.file(settings.paths.state_dir) / CACHE_CLEARED
     return Cache(of.memory_mb << 20, disk, shared=of.share == "all", cleared_file=cleared_file)
 

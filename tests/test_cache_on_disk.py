@@ -20,8 +20,9 @@ import pytest
 
 from embedpool.cache import disk as disk_module
 from embedpool.cache.disk import FILE, LmdbDisk
-from embedpool.cache.row_bytes import HEAD, decoded, encoded
+from embedpool.cache.row_bytes import decoded, encoded
 from embedpool.pool.cache import Cache
+from embedpool.pool.request import Known
 from embedpool.tasks.item import KEY_BYTES
 from embedpool.tasks.rows import Rows
 
@@ -33,8 +34,8 @@ def key_of(number: int, scope: int = 1) -> bytes:
     return scope.to_bytes(KEY_BYTES, "big") + bytes(KEY_BYTES) + number.to_bytes(KEY_BYTES, "big")
 
 
-def row_of(number: int, width: int = 8) -> Rows:
-    return Rows(np.full((1, width), number, np.float32))
+def row_of(number: int, width: int = 8) -> Known:
+    return Known(Rows(np.full((1, width), number, np.float32)))
 
 
 @pytest.fixture(autouse=True)
@@ -80,18 +81,20 @@ SPARSE = Rows(np.array([0.5, 2], np.float32), np.array([0, 2], np.int64), np.arr
 NOTHING = Rows(np.zeros((0, 0), np.float32), np.array([0, 0], np.int64))
 
 
-@pytest.mark.parametrize("row", [row_of(1), RAGGED, SPARSE, NOTHING], ids=["dense", "ragged", "sparse", "empty"])
+@pytest.mark.parametrize("row", [row_of(1).row, RAGGED, SPARSE, NOTHING], ids=["dense", "ragged", "sparse", "empty"])
 def test_a_row_of_any_kind_comes_back_as_it_was(row: Rows) -> None:
-    """A byte that has changed, or another key, makes it no row."""
-    key, value = key_of(1), encoded(key_of(1), row)
+    """With what was told of its input. A byte that has changed, or another key, makes it none."""
+    key = key_of(1)
+    value = encoded(key, Known(row, 2.5, True))
     found = decoded(key, memoryview(value))
     assert found is not None
+    assert (found.tokens, found.is_truncated) == (2.5, True)
     for name, array in row.arrays().items():
-        assert np.array_equal(found.arrays()[name], array)
+        assert np.array_equal(found.row.arrays()[name], array)
     assert decoded(key_of(2), value) is None
-    assert decoded(key, value[:5]) is None
-    if len(value) > HEAD.size:
-        assert decoded(key, value[:-1] + bytes([value[-1] ^ 1])) is None
+    for i in range(len(value)):
+        assert decoded(key, value[:i]) is None
+        assert decoded(key, value[:i] + bytes([value[i] ^ 1]) + value[i + 1 :]) is None
 
 
 def test_rows_outlive_the_process(opened: Callable[..., LmdbDisk], tmp_path: Path) -> None:
@@ -100,7 +103,7 @@ def test_rows_outlive_the_process(opened: Callable[..., LmdbDisk], tmp_path: Pat
     disk.put([(key_of(i), row_of(i)) for i in range(50)])
     again = opened()
     found = again.get([key_of(i) for i in range(60)])
-    assert {key: row.values[0, 0] for key, row in found.items()} == {key_of(i): i for i in range(50)}
+    assert {key: known.row.values[0, 0] for key, known in found.items()} == {key_of(i): i for i in range(50)}
     assert again.state()["entries"] == 50
     assert (tmp_path / "rows" / FILE).stat().st_mode & 0o077 == 0
 
@@ -196,7 +199,7 @@ def test_rows_that_were_changed_on_the_disk_are_no_rows(opened: Callable[..., Lm
     disk._file.write_bytes(content)
     found = opened().get([key_of(i) for i in range(200)])
     assert set(found) == {key_of(i) for i in range(200) if i != 7}
-    assert all(row.values[0, 0] == int.from_bytes(key[-4:], "big") for key, row in found.items())
+    assert all(known.row.values[0, 0] == int.from_bytes(key[-4:], "big") for key, known in found.items())
 
 
 def test_a_full_disk_turns_it_off_and_on_again(
@@ -290,8 +293,8 @@ disk = LmdbDisk(Path(sys.argv[1]), 4 << 20)
 print("on", flush=True)
 for at in itertools.cycle(range(0, 20_000, 50)):
     disk.put([(key_of(i), row_of(i, 384)) for i in range(at, at + 50)])
-    for key, row in disk.get([key_of(i) for i in range(at, at + 50, 7)]).items():
-        assert (row.values == int.from_bytes(key[-4:], "big")).all()
+    for key, known in disk.get([key_of(i) for i in range(at, at + 50, 7)]).items():
+        assert (known.row.values == int.from_bytes(key[-4:], "big")).all()
 """
 
 
@@ -323,5 +326,5 @@ def test_it_is_whole_after_a_kill_at_any_moment(tmp_path: Path, request: pytest.
         assert disk.get([key_of(20_001)])
         disk.close()
         assert found
-        assert all((row.values == int.from_bytes(key[-4:], "big")).all() for key, row in found.items())
+        assert all((known.row.values == int.from_bytes(key[-4:], "big")).all() for key, known in found.items())
     assert not list(tmp_path.glob("*.damaged-*"))

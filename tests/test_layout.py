@@ -21,7 +21,7 @@ PACKAGE = ROOT / "embedpool"
 MAY_IMPORT = {
     "web": {"reconcile", "jobs", "pool", "tasks", "config", "bounds", "tracing", "errors"},
     "jobs": {"errors"},
-    "cache": {"pool.cache", "tasks", "errors"},
+    "cache": {"pool.cache", "pool.request", "tasks", "errors"},
     "in_process": {"server", "web", "jobs", "pool", "tasks", "config", "errors"},
     "embedder": {"in_process", "jobs.sources", "places.cores", "config", "errors"},
     "pool": {"tasks", "config.spec", "bounds", "tracing", "errors"},

@@ -25,8 +25,8 @@ from typing_extensions import override
 from embedpool.cache.row_bytes import decoded, encoded
 from embedpool.errors import ConfigError
 from embedpool.pool.cache import Disk, Entry
+from embedpool.pool.request import Known
 from embedpool.tasks.item import KEY_BYTES
-from embedpool.tasks.rows import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +74,8 @@ class LmdbDisk(Disk):
     # --- reading, on requests' threads
 
     @override
-    def get(self, keys: Sequence[bytes]) -> dict[bytes, Rows]:
-        found: dict[bytes, Rows] = {}
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, Known]:
+        found: dict[bytes, Known] = {}
         with self._reading() as env:
             if env is None:
                 return found
@@ -83,8 +83,8 @@ class LmdbDisk(Disk):
                 with env.begin(db=self._tables["rows"], buffers=True) as transaction:
                     for key in keys:
                         value = transaction.get(key)
-                        if value is not None and (row := decoded(key, value)) is not None:
-                            found[key] = row
+                        if value is not None and (known := decoded(key, value)):
+                            found[key] = known
             except self._lmdb.Error as error:
                 self._later(_raising(error))
         return found
@@ -106,7 +106,7 @@ class LmdbDisk(Disk):
 
     @override
     def put(self, entries: Sequence[Entry]) -> None:
-        written = [(key, encoded(key, row)) for key, row in entries]
+        written = [(key, encoded(key, known)) for key, known in entries]
         size_bytes = sum(len(key) + len(value) for key, value in written)
         with self._lock:
             if self._env is None or self._waiting_bytes + size_bytes > MOST_WAITING_BYTES:

@@ -1,4 +1,4 @@
-"""A row as bytes, with a checksum."""
+"""An entry of the cache as bytes, with a checksum."""
 
 from __future__ import annotations
 
@@ -8,32 +8,37 @@ from typing import Any
 
 import numpy as np
 
+from embedpool.pool.request import Known
 from embedpool.tasks.rows import Rows
 
-HEAD = struct.Struct("<BII")  # the kind of the row, its width, and a checksum
+CHECKSUM = struct.Struct("<I")  # of the key and all that follows, so that an entry counts for no other key
+HEAD = struct.Struct("<B?dI")  # the kind of the row, whether the input was truncated, its tokens, the row's width
 DENSE, RAGGED, SPARSE = range(3)
 
 
-def encoded(key: bytes, row: Rows) -> bytes:
-    """One row; its checksum is that of its key, too, so that it counts for no other."""
+def encoded(key: bytes, known: Known) -> bytes:
+    """One entry."""
+    row = known.row
     kind = DENSE if row.splits is None else RAGGED if row.indices is None else SPARSE
-    body = np.ascontiguousarray(row.values, np.float32).tobytes()
+    body = HEAD.pack(kind, known.is_truncated, known.tokens, row.width)
+    body += np.ascontiguousarray(row.values, np.float32).tobytes()
     if row.indices is not None:
         body += np.ascontiguousarray(row.indices, np.int32).tobytes()
-    return HEAD.pack(kind, row.width, zlib.crc32(body, zlib.crc32(key))) + body
+    return CHECKSUM.pack(zlib.crc32(body, zlib.crc32(key))) + body
 
 
-def decoded(key: bytes, value: Any) -> Rows | None:
-    """The row in these bytes; None if they are not what was written under this key."""
-    if len(value) < HEAD.size:
+def decoded(key: bytes, value: Any) -> Known | None:
+    """The entry in these bytes; None if they are not what was written under this key."""
+    body = bytes(value[CHECKSUM.size :])
+    if len(body) < HEAD.size or CHECKSUM.unpack(value[: CHECKSUM.size]) != (zlib.crc32(body, zlib.crc32(key)),):
         return None
-    kind, width, checksum = HEAD.unpack(value[: HEAD.size])
-    body = bytes(value[HEAD.size :])
-    if zlib.crc32(body, zlib.crc32(key)) != checksum:
-        return None
+    kind, is_truncated, tokens, width = HEAD.unpack(body[: HEAD.size])
+    numbers = body[HEAD.size :]
     if kind == SPARSE:
-        half = len(body) // 2
-        values, indices = np.frombuffer(body[:half], np.float32), np.frombuffer(body[half:], np.int32)
-        return Rows(values, np.array([0, len(values)], np.int64), indices)
-    values = np.frombuffer(body, np.float32).reshape(-1, width) if width else np.zeros((0, 0), np.float32)
-    return Rows(values, None if kind == DENSE else np.array([0, len(values)], np.int64))
+        half = len(numbers) // 2
+        values, indices = np.frombuffer(numbers[:half], np.float32), np.frombuffer(numbers[half:], np.int32)
+        row = Rows(values, np.array([0, len(values)], np.int64), indices)
+    else:
+        values = np.frombuffer(numbers, np.float32).reshape(-1, width) if width else np.zeros((0, 0), np.float32)
+        row = Rows(values, None if kind == DENSE else np.array([0, len(values)], np.int64))
+    return Known(row, tokens, is_truncated)

@@ -84,7 +84,7 @@ class Paths:
     config_yml: str = option(DEFAULT_CONFIG_YML, "this file")
     state_dir: str = option(".config/state", "pid file and other state of a running server")
     logs_dir: str = option(".config/logs", "log of a detached server")
-    cache_dir: str = option(".config/cache", "exported model graphs")
+    cache_dir: str = option(".config/cache", "exported model graphs, and the rows of `cache`")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +176,9 @@ class Cache:
     enabled: bool = option(True, "keep and use them; a model's own `cache` in pool.yml overrides what is kept of it")
     memory_mb: int = option(32, "memory for them, of each worker; 0: none", minimum=0)
     disk_mb: int = option(0, "disk for them, of all workers together; 0: none; needs the extra `cache`", minimum=0)
-    path: str = option(".config/cache/rows", "folder on the disk, for servers with this pool.yml alone")
+    path: str | None = option(
+        None, "folder on the disk, for servers with this pool.yml alone; default: `rows` in paths.cache_dir"
+    )
     share: str = option(
         "key",
         "who finds an entry; key: requests with the API key whose request made it; all: everybody, who can then tell "

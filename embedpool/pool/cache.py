@@ -18,10 +18,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from embedpool.pool.request import Request
+from embedpool.pool.request import Known, Request
 from embedpool.tasks.driver import Facts
 from embedpool.tasks.item import KEY_BYTES, Item
-from embedpool.tasks.rows import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ LOOK_EVERY_S = 1.0  # whether another process has cleared the cache
 TOUCH_EVERY_S = 600.0  # how often the disk hears of an entry that is asked for again and again
 NOBODY = bytes(KEY_BYTES)
 
-Entry = tuple[bytes, Rows]  # a key and its row
+Entry = tuple[bytes, Known]
 
 
 def scope_of(facts: Facts) -> bytes:
@@ -41,7 +40,7 @@ def scope_of(facts: Facts) -> bytes:
 class Disk(Protocol):
     """Keeps entries on a disk. None of its methods raises, and `put` waits for nothing."""
 
-    def get(self, keys: Sequence[bytes]) -> dict[bytes, Rows]:
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, Known]:
         """The entries that are there."""
 
     def put(self, entries: Sequence[Entry]) -> None:
@@ -65,7 +64,7 @@ class Disk(Protocol):
 
 @dataclasses.dataclass(slots=True)
 class _Kept:
-    row: Rows
+    known: Known
     size_bytes: int
     made_at: float  # on the clock
     touched_at: float  # when the disk heard last that it is asked for
@@ -107,17 +106,17 @@ class Cache:
             owner = hashlib.blake2b(caller.encode(), digest_size=KEY_BYTES).digest()
         return scope + owner + item.key
 
-    def get(self, keys: Sequence[bytes]) -> dict[bytes, Rows]:
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, Known]:
         """The entries that are there."""
         self._follow_others()
-        found: dict[bytes, Rows] = {}
+        found: dict[bytes, Known] = {}
         touched: list[bytes] = []
         now = self._clock()
         with self._lock:
             for key in keys:
                 if kept := self._kept.get(key):
                     self._kept.move_to_end(key)
-                    found[key] = kept.row
+                    found[key] = kept.known
                     if self.disk is not None and now - kept.touched_at > TOUCH_EVERY_S:
                         kept.touched_at = now
                         touched.append(key)
@@ -142,13 +141,16 @@ class Cache:
     def _put(self, entries: Sequence[Entry]) -> None:
         now = self._clock()
         with self._lock:
-            for key, row in entries:
-                size_bytes = ENTRY_BYTES + sum(array.nbytes for array in row.arrays().values())
+            for key, known in entries:
+                arrays = known.row.arrays().values()
+                size_bytes = ENTRY_BYTES + sum(array.nbytes for array in arrays)
                 if size_bytes > self.memory_bytes:
                     continue
+                for array in arrays:
+                    array.flags.writeable = False  # from now on several requests may read it
                 if before := self._kept.pop(key, None):
                     self._bytes -= before.size_bytes
-                self._kept[key] = _Kept(row, size_bytes, now, now)
+                self._kept[key] = _Kept(known, size_bytes, now, now)
                 self._bytes += size_bytes
             while self._bytes > self.memory_bytes:
                 _, oldest = self._kept.popitem(last=False)
@@ -256,23 +258,23 @@ class ModelCache:
             return list(items)
         left = []
         for item, key in zip(items, keys, strict=True):
-            if (row := found.get(key)) is not None:
-                request.recall(item, row)
+            if known := found.get(key):
+                request.recall(item, known)
             else:
                 left.append(item)
         return left
 
-    def keep(self, facts: Facts, computed: Sequence[tuple[Item, Rows]]) -> None:
+    def keep(self, facts: Facts, computed: Sequence[tuple[Item, Known]]) -> None:
         """Keep rows that a driver with these facts has given, for each caller who waited for one."""
         if not self.is_on:
             return
         scope = scope_of(facts)
-        entries: dict[bytes, Rows] = {}
-        for item, row in computed:
+        entries: dict[bytes, Known] = {}
+        for item, known in computed:
             for equal in item.equals:
                 call = equal.request.call
                 if call.writes_cache:
-                    entries[self._cache.key(scope, call.caller, equal)] = row
+                    entries[self._cache.key(scope, call.caller, equal)] = known
         if entries:
             self._cache.put(list(entries.items()))
 

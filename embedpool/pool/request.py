@@ -7,7 +7,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from embedpool.config.spec import ModelSpec
 from embedpool.errors import (
@@ -83,6 +83,14 @@ class Result:
         return self.rows.values
 
 
+class Known(NamedTuple):
+    """A row, and what a remote service said of its input: about how many tokens it has, and whether it truncated it."""
+
+    row: Rows
+    tokens: float = 0.0
+    is_truncated: bool = False
+
+
 class Request:
     """A task on its way. It is done once: with a row or an error for every item, or with an error for all of them.
 
@@ -134,11 +142,13 @@ class Request:
             if not self._missing and not self.is_done:
                 self._finish()
 
-    def recall(self, item: Item, row: Rows) -> None:
-        """The row of one of its items is known, which then is not queued."""
+    def recall(self, item: Item, known: Known) -> None:
+        """One of its items is known, which then is not queued."""
         self.cached += 1
         self.tokens -= item.tokens or 1
-        self.fill(item.index, row)
+        if known.tokens or known.is_truncated:
+            self.note(item.index, known.tokens, is_truncated=known.is_truncated)
+        self.fill(item.index, known.row)
 
     def wait(self, timeout_s: float) -> None:
         """Until it is done. Raises its error, and TimeoutError."""
@@ -225,9 +235,21 @@ class Request:
 # --- what becomes of the items of a batch, and of their duplicates
 
 
-def give(items: list[Item], answer: Answer) -> list[tuple[Item, Rows]]:
+def told_of_each(items: list[Item], answer: Answer) -> list[tuple[float, bool]]:
+    """What a remote service says of each: its token count, shared out by length, and whether it truncated the input.
+
+    Nothing where it says nothing.
+    """
+    if answer.tokens is None and not answer.truncated:
+        return []
+    each = (answer.tokens or 0) / (sum(item.tokens for item in items) or 1)
+    return [(each * item.tokens, i in answer.truncated) for i, item in enumerate(items)]
+
+
+def give(items: list[Item], answer: Answer) -> list[tuple[Item, Known]]:
     """Each gets its row, unless it has an error of its own or a row that is not finite; gives those that got one."""
-    given: list[tuple[Item, Rows]] = []
+    given: list[tuple[Item, Known]] = []
+    told = told_of_each(items, answer)
     for i, (item, finite) in enumerate(zip(items, answer.rows.finite().tolist(), strict=True)):
         if error := answer.errors.get(i):
             blame(item, for_callers_of(items, error))
@@ -238,7 +260,7 @@ def give(items: list[Item], answer: Answer) -> list[tuple[Item, Rows]]:
         row = answer.rows.row(i)
         for equal in item.equals:
             equal.request.fill(equal.index, row)
-        given.append((item, row))
+        given.append((item, Known(row, *told[i]) if told else Known(row)))
     return given
 
 

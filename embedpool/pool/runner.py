@@ -15,11 +15,11 @@ from embedpool.bounds import CallBudget
 from embedpool.errors import EmbedpoolError, InferenceFailed, UnsupportedTask, UpstreamError, for_the_log
 from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.quarantine import Quarantine
-from embedpool.pool.request import blame, fail, for_callers_of, give
+from embedpool.pool.request import Known, blame, fail, for_callers_of, give, told_of_each
 from embedpool.pool.stats import ModelStats
 from embedpool.tasks.driver import PROBE_TEXT, Loss, Place, call_tokens
 from embedpool.tasks.item import Batch, Group, Item
-from embedpool.tasks.rows import Answer, Rows
+from embedpool.tasks.rows import Answer
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Runner:
     quarantine: Quarantine
     stats: ModelStats
     clock: Callable[[], float]
-    keep: Callable[[Sequence[tuple[Item, Rows]]], None] = lambda given: None  # rows that may be asked for again
+    keep: Callable[[Sequence[tuple[Item, Known]]], None] = lambda given: None  # rows that may be asked for again
 
     def __post_init__(self) -> None:
         self._searches = CallBudget(SEARCH_SHARE, SEARCH_RESERVE)
@@ -289,20 +289,17 @@ class Runner:
         if fault := answer.rows.fault(len(items), facts.tasks[group.task]):
             raise ValueError(f"the driver gave {fault}")
         lengths = [item.tokens for item in items]
-        self._note(items, answer, sum(lengths), started, elapsed_s)
+        self._note(items, answer, started, elapsed_s)
         self.stats.batch(len(items), sum(lengths), call_tokens(lengths, pads=facts.pads), elapsed_s)
         return answer
 
-    def _note(self, items: list[Item], answer: Answer, tokens: int, started: float, elapsed_s: float) -> None:
-        """Tell the requests of the batch, and what a remote service says: its token count is shared out by length."""
+    def _note(self, items: list[Item], answer: Answer, started: float, elapsed_s: float) -> None:
+        """Tell the requests of the batch, and what a remote service says."""
         for request in {equal.request for item in items for equal in item.equals}:
             request.ran(self.name, started, elapsed_s)
-        if answer.tokens is None and not answer.truncated:
-            return
-        for row, item in enumerate(items):
-            share = (answer.tokens or 0) * item.tokens / (tokens or 1)
+        for item, (tokens, is_truncated) in zip(items, told_of_each(items, answer), strict=False):
             for equal in item.equals:
-                equal.request.note(equal.index, share, is_truncated=row in answer.truncated)
+                equal.request.note(equal.index, tokens, is_truncated=is_truncated)
 
     @contextlib.contextmanager
     def _alone(self, items: list[Item]) -> Iterator[None]:

@@ -20,7 +20,7 @@ from embedpool.drivers.fake import FakeTokenizer
 from embedpool.errors import InferenceFailed
 from embedpool.pool.cache import ENTRY_BYTES, Cache, scope_of
 from embedpool.pool.pool import Pool
-from embedpool.pool.request import Call, Result
+from embedpool.pool.request import Call, Known, Result
 from embedpool.tasks.driver import Facts
 from embedpool.tasks.embed import Embed
 from embedpool.tasks.item import KEY_BYTES, Batch, Item
@@ -28,7 +28,7 @@ from embedpool.tasks.rows import Answer, Rows
 from embedpool.tasks.score import Classify, Rerank, ScoreOptions
 from embedpool.tasks.task import Task
 from tests.conftest import settle
-from tests.pool.scripted import PATIENCE_S, Gate, Opener, Scripted, ask, in_thread, model_spec, settings_of
+from tests.pool.scripted import PATIENCE_S, Gate, Opener, Scripted, ask, in_thread, model_spec, settings_of, vectors_of
 
 DIM = 4
 TASKS = ("embed", "rerank", "classify")
@@ -274,6 +274,22 @@ def test_an_error_is_not_kept() -> None:
     pool.stop()
 
 
+def test_what_a_remote_service_said_is_told_again() -> None:
+    """Tokens and truncation count as if the text had been computed, also beside one that is."""
+
+    def answer(texts: list[str]) -> Answer:
+        return Answer(Rows(vectors_of(texts)), 10 * len(texts), [i for i, text in enumerate(texts) if len(text) > 3])
+
+    pool, _ = pool_of(Scripted(answer, facts=Facts({"embed": 8}, "a")))
+    pool.apply(PoolSpec((dataclasses.replace(model_spec(), cache="on"),)))
+    settle(pool)
+    assert [(r.tokens, r.truncated, r.cached) for r in (ask(pool, "long", "b"), ask(pool, "c", "long"))] == [
+        (20, [0], 0),
+        (20, [1], 1),
+    ]
+    pool.stop()
+
+
 @pytest.mark.parametrize(
     ("wanted", "cacheable", "hits"), [("auto", True, 1), ("auto", False, 0), ("on", False, 1), ("off", True, 0)]
 )
@@ -320,8 +336,8 @@ def key_of(number: int) -> bytes:
     return number.to_bytes(3 * KEY_BYTES, "big")
 
 
-def row(*values: float) -> Rows:
-    return Rows(np.array([values], np.float32))
+def row(*values: float) -> Known:
+    return Known(Rows(np.array([values], np.float32)))
 
 
 def test_the_least_recently_used_entries_leave() -> None:
@@ -332,7 +348,7 @@ def test_the_least_recently_used_entries_leave() -> None:
     assert set(cache.get([key_of(0)])) == {key_of(0)}
     cache.put([(key_of(3), row(3, 0))])
     assert set(cache.get([key_of(i) for i in range(4)])) == {key_of(0), key_of(2), key_of(3)}
-    cache.put([(key_of(4), Rows(np.zeros((1, 1000), np.float32)))])
+    cache.put([(key_of(4), Known(Rows(np.zeros((1, 1000), np.float32))))])
     state = cache.state()["memory"]
     assert (state["entries"], state["bytes"], state["evicted"]) == (3, 3 * (ENTRY_BYTES + 8), 1)
     cache.put([(key_of(3), row(7, 7))])  # again
