@@ -23,6 +23,7 @@ Trace = Mapping[str, str]  # traceparent and tracestate, or nothing
 TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?\Z")
 LONGEST_TRACESTATE = 512
 HOPS_HEADER = "X-Embedpool-Hops"
+NO_STORE = {"Cache-Control": "no-store"}
 
 _tracer: Tracer | None = None
 _outgoing: contextvars.ContextVar[Trace] = contextvars.ContextVar("outgoing", default={})  # noqa: B039  (never changed)
@@ -51,12 +52,17 @@ def outgoing() -> Trace:
 
 
 @contextlib.contextmanager
-def batch(name: str, traces: Sequence[Trace], attributes: Mapping[str, Any], *, hops: int = 0) -> Iterator[None]:
-    """While a batch of these requests runs, the farthest of which has come over `hops` servers like this one."""
+def batch(
+    name: str, traces: Sequence[Trace], attributes: Mapping[str, Any], *, hops: int = 0, no_store: bool = False
+) -> Iterator[None]:
+    """While a batch of these requests runs, the farthest of which has come over `hops` servers like this one.
+
+    With `no_store` no other server is to keep what one of them asks for.
+    """
     known = [trace for trace in traces if trace]
     first = known[0] if known else {}
     with _batch_span(name, known, attributes) if _tracer else contextlib.nullcontext(first) as trace:
-        token = _outgoing.set({**trace, HOPS_HEADER: str(hops + 1)})
+        token = _outgoing.set({**trace, HOPS_HEADER: str(hops + 1), **(NO_STORE if no_store else {})})
         try:
             yield
         finally:

@@ -54,6 +54,8 @@ def test_a_batch_belongs_to_the_first_trace() -> None:
     assert outgoing() == {}
     with tracing.batch("batch", [{}, {}], {}, hops=2):
         assert outgoing() == {HOPS_HEADER: "3"}
+    with tracing.batch("batch", [{}], {}, no_store=True):
+        assert outgoing()["Cache-Control"] == "no-store"
 
 
 @pytest.fixture

@@ -279,11 +279,14 @@ class Runner:
             self._searches.earn()
         calls = [request.call for request in {item.request: None for item in items}]
         seen = {"embedpool.replica": self.name, "embedpool.texts": len(items)}
-        with (
-            self._alone(items),
-            self.queue.joinable(items),
-            tracing.batch("batch", [call.trace for call in calls], seen, hops=max(call.hops for call in calls)),
-        ):
+        passed_on = tracing.batch(
+            "batch",
+            [call.trace for call in calls],
+            seen,
+            hops=max(call.hops for call in calls),
+            no_store=not all(call.writes_cache for call in calls),
+        )
+        with self._alone(items), self.queue.joinable(items), passed_on:
             answer = self.place.run(batch)
         elapsed_s = self.clock() - started
         if fault := answer.rows.fault(len(items), facts.tasks[group.task]):

@@ -15,6 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from embedpool import tracing
 from embedpool.config.spec import DriverSpec, FakeConfig, ModelSpec, PoolSpec
 from embedpool.drivers.fake import FakeTokenizer
 from embedpool.errors import InferenceFailed
@@ -257,6 +258,18 @@ def test_a_row_that_several_callers_waited_for_is_kept_for_each() -> None:
         future.result(PATIENCE_S)
     assert place.calls == [["a"]]
     assert [ask(pool, "a", call={"caller": key}).cached for key in ("k1", "k2", "k3")] == [1, 1, 0]
+    pool.stop()
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_what_is_not_to_be_kept_here_is_not_to_be_kept_elsewhere(writes: bool) -> None:
+    """A remote service is told."""
+    told: list[str | None] = []
+    pool, _ = pool_of(Scripted(lambda texts: told.append(tracing.outgoing().get("Cache-Control"))))
+    pool.apply(PoolSpec((model_spec(),)))
+    settle(pool)
+    ask(pool, "a", call={"writes_cache": writes})
+    assert told == [None if writes else "no-store"]
     pool.stop()
 
 
