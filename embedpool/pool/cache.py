@@ -203,6 +203,7 @@ class Cache:
 
     def state(self) -> dict[str, Any]:
         """Of each layer: what it holds and may hold, what has left it for want of room, how old the oldest entry is."""
+        self._follow_others()
         with self._lock:
             oldest = next(iter(self._kept.values()), None)
             memory: dict[str, Any] = {
