@@ -15,7 +15,7 @@ import requests
 from tests.live.conftest import MINILM, WAIT_S, Server, fake, wait_until
 
 MakeServer = Callable[..., Server]
-DISK = {"EMBEDPOOL_CACHE__DISK_MB": "64"}
+DISK = {"EMBEDPOOL_CACHE__DISK_MB": "64", "EMBEDPOOL_CACHE__PATH": ".config/rows"}
 TEXTS = [f"text {i} of those that come again" for i in range(400)]
 
 
@@ -63,7 +63,7 @@ def test_workers_share_what_is_on_the_disk_and_hear_that_it_is_cleared(make_serv
         return sorted(entries().values())
 
     wait_until(lambda: asked() == [1, 1])
-    assert server.get("/status").json()["cache"]["disk"]["entries"] == 1
+    wait_until(lambda: server.get("/status").json()["cache"]["disk"]["entries"] == 1)
     assert server.cli("cache", "clear", "--model", "m").strip() == "cleared"
     wait_until(lambda: sorted(entries().values()) == [0, 0])
     wait_until(lambda: server.get("/status").json()["cache"]["disk"]["entries"] == 0)
