@@ -25,6 +25,7 @@ from embedpool.pool.cache import Cache
 from embedpool.pool.request import Known
 from embedpool.tasks.item import KEY_BYTES
 from embedpool.tasks.rows import Rows
+from tests.conftest import wait_until
 
 MB = 1 << 20
 PATIENCE_S = 10.0
@@ -65,15 +66,6 @@ def written(disk: LmdbDisk) -> None:
         begun = threading.Event()
         disk._later(lambda transaction, begun=begun: begun.set())
         assert begun.wait(PATIENCE_S)
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    pause = threading.Event()
-    for _ in range(1000):
-        if is_so():
-            return
-        pause.wait(PATIENCE_S / 1000)
-    raise AssertionError("it never was")
 
 
 RAGGED = Rows(np.arange(12, dtype=np.float32).reshape(3, 4), np.array([0, 3], np.int64))

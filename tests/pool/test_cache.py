@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from embedpool.tasks.item import KEY_BYTES, Batch, Item
 from embedpool.tasks.rows import Answer, Rows
 from embedpool.tasks.score import Classify, Rerank, ScoreOptions
 from embedpool.tasks.task import Task
-from tests.conftest import settle
+from tests.conftest import settle, wait_until
 from tests.pool.scripted import PATIENCE_S, Gate, Opener, Scripted, ask, in_thread, model_spec, settings_of, vectors_of
 
 DIM = 4
@@ -116,9 +115,7 @@ def test_a_hit_waits_for_no_replica(cached: tuple[Pool, Seeded]) -> None:
     before = ask(pool, "a")
     served = pool.models[0]
     settle(pool)
-    deadline = threading.Event()
-    while served.state != "idle":
-        assert not deadline.wait(0.01)
+    wait_until(lambda: served.state == "idle")
     assert ask(pool, "a").vectors.tobytes() == before.vectors.tobytes()
     assert served.state == "idle"
     pool.stop()
@@ -186,7 +183,6 @@ def test_a_changed_model_finds_nothing_of_the_old_one(change: str) -> None:
 
 
 def test_two_names_of_the_same_files_share_entries_and_two_models_do_not() -> None:
-    pool, _ = pool_of()
     places = {"one": seeded("a"), "same": seeded("a"), "other": seeded("b")}
     pool, _ = pool_of(cache=Cache(MEMORY))
     pool._settings = dataclasses.replace(pool._settings, open_place=lambda spec, memory, report: places[spec.model])
@@ -387,15 +383,6 @@ def test_scopes_are_of_whose_numbers_and_what_computed_them() -> None:
     scopes = [scope_of(facts_of(*of)) for of in (("a", "b"), ("ab", ""), ("", "ab"), ("a", "c"), ("b", "b"))]
     assert len(set(scopes)) == len(scopes)
     assert scope_of(facts_of("a", "b", description={"x": 1})) == scopes[0]
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    pause = threading.Event()
-    for _ in range(1000):
-        if is_so():
-            return
-        pause.wait(PATIENCE_S / 1000)
-    raise AssertionError("it never was")
 
 
 # --- whatever happens, against a pool that knows nothing from before
