@@ -175,6 +175,19 @@ def test_a_damaged_file_is_set_aside(
         again.close()
 
 
+def test_a_smaller_bound_begins_a_new_file(opened: Callable[..., LmdbDisk]) -> None:
+    """A larger one does not."""
+    disk = opened(16)
+    disk.put([(key_of(i), row_of(i, 384)) for i in range(1500)])
+    written(disk)
+    assert opened(32).state()["entries"] == 1500
+    smaller = opened(2)
+    assert smaller.state()["entries"] == 0
+    smaller.put([(key_of(1), row_of(1))])
+    written(smaller)
+    assert smaller.get([key_of(1)])
+
+
 def test_rows_that_were_changed_on_the_disk_are_no_rows(opened: Callable[..., LmdbDisk]) -> None:
     """Whichever byte of a page of rows was."""
     disk = opened()

@@ -296,6 +296,10 @@ class LmdbDisk(Disk):
 
     def _open(self) -> None:
         self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._file.exists() and self._file.stat().st_size > self._max_bytes:  # a file of LMDB's never shrinks
+            logger.warning("the cache's file is larger than cache.disk_mb by now: it is begun anew")
+            self._file.unlink()
+            self._file.with_name(f"{FILE}-lock").unlink(missing_ok=True)
         env = self._lmdb.open(
             str(self._file), subdir=False, map_size=self._max_bytes, max_dbs=4, max_readers=MOST_READERS, mode=0o600
         )
@@ -332,6 +336,10 @@ class LmdbDisk(Disk):
             self._off_until = self._clock() + OFF_S
         if is_news:
             logger.warning("the cache on the disk is off for a while: %s", reason)
+        self._end(env)
+
+    def _end(self, env: Any) -> None:
+        """Close what is nobody's any more, when the last reader has left it."""
         if env is not None:
             while self._readers:
                 time.sleep(0.01)
@@ -359,9 +367,9 @@ class LmdbDisk(Disk):
     def close(self) -> None:
         self._waiting.put(None)
         self._writer.join()
-        env, self._env = self._env, None
-        if env is not None:
-            env.close()
+        with self._lock:
+            env, self._env = self._env, None
+        self._end(env)
 
 
 def _raising(error: Exception) -> Task:
