@@ -295,6 +295,9 @@ from embedpool.cache.disk import LmdbDisk
 from tests.test_cache_on_disk import key_of, row_of
 disk_module.WRITES_EVERY_S = 0.0
 disk = LmdbDisk(Path(sys.argv[1]), 4 << 20)
+disk.put([(key_of(0), row_of(0, 384))])
+while not disk.get([key_of(0)]):
+    pass
 print("on", flush=True)
 for at in itertools.cycle(range(0, 20_000, 50)):
     disk.put([(key_of(i), row_of(i, 384)) for i in range(at, at + 50)])

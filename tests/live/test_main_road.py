@@ -38,7 +38,8 @@ def test_a_users_day(make_server: Callable[..., Server], kind: str) -> None:
     assert document["dim"] == 384
     assert document["meta"]["count"] == 2
     assert document["meta"]["tokens"] == 14
-    assert document["meta"]["replicas"] == [f"{MINILM}#1"]
+    assert by_name.json()["meta"]["replicas"] == [f"{MINILM}#1"]
+    assert (document["meta"]["replicas"], by_alias.headers["X-Embedpool-Cached"]) == ([], "2")
     assert cosines(by_name.json()["vectors"], document["vectors"]).min() > 0.999999
     cut = np.asarray(server.vectors("minilm-l6", TEXTS, dimensions=64))
     assert cut.shape == (2, 64)
