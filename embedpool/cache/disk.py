@@ -36,7 +36,8 @@ MOST_FULL = 0.75  # of the file: a transaction needs free pages for what it chan
 LARGEST_WRITE = 1 / 32  # of the file, in one transaction
 WRITES_EVERY_S = 0.25
 MOST_WAITING_BYTES = 32 << 20  # rows that wait to be written; further ones are dropped
-AT_ONCE = 512  # entries that leave in one transaction
+AT_ONCE = 512  # entries that leave in one transaction at most
+EVICTED_AT_ONCE = 1 / 64  # of all, for want of room
 OFF_S = 30.0  # after a fault of the disk
 MOST_READERS = 1024
 
@@ -254,7 +255,8 @@ class LmdbDisk(Disk):
         """Let the oldest entries go; whether there were any."""
         with self._env.begin(write=True) as transaction:
             cursor = transaction.cursor(self._tables["ages"])
-            for count in range(AT_ONCE):
+            entries = transaction.stat(self._tables["ages"])["entries"]
+            for count in range(min(max(int(entries * EVICTED_AT_ONCE), 16), AT_ONCE)):
                 if not cursor.first():
                     return count > 0
                 oldest = bytes(cursor.key())
