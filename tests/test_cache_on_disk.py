@@ -136,7 +136,9 @@ def test_what_no_model_is_any_more_is_forgotten(opened: Callable[..., LmdbDisk])
     assert kept() == [0, 2, 4]
     disk.keep_only({"same as a": None})
     assert kept() == [0]
-    disk.clear([scopes[0]])
+    disk.clear("another")
+    assert kept() == [0]
+    disk.clear("same as a")  # which has not been opened yet
     assert kept() == []
     disk.put([(key_of(7, 1), row_of(1))])
     disk.clear(None)
@@ -208,7 +210,7 @@ def test_rows_that_were_changed_on_the_disk_are_no_rows(opened: Callable[..., Lm
 
 
 def test_a_full_disk_turns_it_off_and_on_again(
-    opened: Callable[..., LmdbDisk], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    opened: Callable[..., LmdbDisk], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Requests go on meanwhile; the log says so once."""
     now = [1000.0]

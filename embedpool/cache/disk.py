@@ -16,7 +16,7 @@ import queue
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,12 +166,13 @@ class LmdbDisk(Disk):
             there = cursor.set_range(scope + b"\xff" * (2 * KEY_BYTES + 1))
 
     @override
-    def clear(self, scopes: Iterable[bytes] | None) -> None:
-        if scopes is None:
-            self._later(self._forget_all)
-            return
-        for scope in scopes:
-            self._later(functools.partial(self._forget, scope))
+    def clear(self, model: str | None) -> None:
+        def forget(transaction: Any) -> None:
+            for scope, names in list(transaction.cursor(self._tables["scopes"])):
+                if model in json.loads(names):
+                    self._forget(bytes(scope), transaction)
+
+        self._later(self._forget_all if model is None else forget)
 
     def _forget_all(self, transaction: Any) -> None:
         for name in ("rows", "stamps", "ages"):

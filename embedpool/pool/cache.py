@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,8 +52,8 @@ class Disk(Protocol):
     def keep_only(self, models: Mapping[str, bytes | None]) -> None:
         """Forget the scopes that none of these models has; one whose scope is not known yet keeps those it had."""
 
-    def clear(self, scopes: Iterable[bytes] | None) -> None:
-        """Forget the entries of these scopes; None: of all."""
+    def clear(self, model: str | None) -> None:
+        """Forget the entries of the scopes that a model has or had, open or not; None: of all."""
 
     def state(self) -> dict[str, Any]:
         """For /status."""
@@ -164,12 +164,11 @@ class Cache:
         if self.disk is not None:
             self.disk.keep_only(models)
 
-    def clear(self, scopes: Iterable[bytes] | None = None) -> int:
-        """Forget the entries of these scopes; None: of all. How many there were in this process's memory."""
-        wanted = None if scopes is None else set(scopes)
-        count = self._forget(lambda key: wanted is None or key[:KEY_BYTES] in wanted)
+    def clear(self, model: str | None = None, scope: bytes | None = None) -> None:
+        """Forget the entries of a model, whose open drivers have this scope, if any are; without a model all."""
+        self._forget(lambda key: model is None or key[:KEY_BYTES] == scope)
         if self.disk is not None:
-            self.disk.clear(wanted)
+            self.disk.clear(model)
         if self._cleared_file is not None:
             try:
                 self._cleared_file.parent.mkdir(parents=True, exist_ok=True)
@@ -177,14 +176,12 @@ class Cache:
                 self._cleared_ns = self._cleared_at_ns()
             except OSError as error:
                 logger.warning("other workers do not hear that the cache was cleared: %s", error)
-        return count
 
-    def _forget(self, is_meant: Callable[[bytes], bool]) -> int:
+    def _forget(self, is_meant: Callable[[bytes], bool]) -> None:
         with self._lock:
             gone = [key for key in self._kept if is_meant(key)]
             for key in gone:
                 self._bytes -= self._kept.pop(key).size_bytes
-            return len(gone)
 
     def _follow_others(self) -> None:
         """Forget all if another process has cleared the cache."""
@@ -278,7 +275,3 @@ class ModelCache:
                     entries[self._cache.key(scope, call.caller, equal)] = known
         if entries:
             self._cache.put(list(entries.items()))
-
-    def clear(self) -> int:
-        """Forget this model's entries."""
-        return self._cache.clear([self.scope] if self.scope else [])

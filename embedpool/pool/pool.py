@@ -92,7 +92,8 @@ class Pool:
         if model is None:
             self.cache.clear()
         else:
-            self.find(model).cache.clear()
+            served = self.find(model)
+            self.cache.clear(served.spec.model, served.cache.scope)
 
     def find(self, name: str) -> ServedModel:
         """The model of this name or alias. Raises ModelNotFound."""

@@ -108,7 +108,7 @@ def test_a_text_is_computed_once(cached: tuple[Pool, Seeded]) -> None:
     assert (counters["cache_hits"], counters["cache_misses"], counters["texts"], counters["tokens"]) == (2, 4, 6, 20)
 
 
-def test_a_hit_waits_for_no_replica(cached: tuple[Pool, Seeded]) -> None:
+def test_a_hit_waits_for_no_replica() -> None:
     """Not even for one that must be loaded first."""
     pool, _ = pool_of(seeded("a"), seeded("a"))
     pool.apply(PoolSpec((model_spec(min=0, idle_ttl_s=0.02),)))
