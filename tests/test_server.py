@@ -9,7 +9,8 @@ import pytest
 
 from embedpool.config.config_yml import load_settings
 from embedpool.errors import ModelNotFound
-from embedpool.server import EmbedpoolApp
+from embedpool.server import EmbedpoolApp, make_cache
+from embedpool.tasks.item import Item
 from tests.conftest import fake_pool_yml, settle
 
 
@@ -75,3 +76,30 @@ def test_a_start_tells_of_a_variable_that_is_nearly_a_setting(
     monkeypatch.setenv("EMBEDPOOL_SERVER_PORT", "1")
     EmbedpoolApp(load_settings(config, {}))
     assert "EMBEDPOOL_SERVER_PORT is none of embedpool's; did you mean EMBEDPOOL_SERVER__PORT?" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("says", "is_on", "layers", "is_shared"),
+    [
+        ("{}", True, (32 << 20, None), False),
+        ("{memory_mb: 1, disk_mb: 8, share: all}", True, (1 << 20, 8 << 20), True),
+        ("{memory_mb: 0}", False, (0, None), False),
+        ("{enabled: false, disk_mb: 8}", False, (0, None), False),
+    ],
+)
+def test_the_cache_is_as_the_settings_say(
+    tmp_path: Path, says: str, is_on: bool, layers: tuple[int, int | None], is_shared: bool
+) -> None:
+    """Its file is below paths.cache_dir, and there is none where the disk is not used."""
+    config = tmp_path / "config.yml"
+    config.write_text(f"paths: {{cache_dir: kept, state_dir: state}}\ncache: {says}\n")
+    cache = make_cache(load_settings(config, {}))
+    try:
+        state = cache.state()
+        assert cache.is_on == is_on
+        assert (state["memory"]["max_bytes"], state["disk"] and state["disk"]["max_bytes"]) == layers
+        item = Item(("a",), 1, key=b"k")
+        assert (cache.key(b"s", "one", item) == cache.key(b"s", "other", item)) == is_shared
+        assert (tmp_path / "kept" / "rows").exists() == (layers[1] is not None)
+    finally:
+        cache.close()
