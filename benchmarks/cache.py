@@ -15,34 +15,22 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from docopt import docopt
 
 from benchmarks import texts
 from benchmarks.load import closed_loop
 from benchmarks.report import between_markers, table
-from benchmarks.servers import EMBEDPOOL, MODEL, OURS, Running, Server, running
+from benchmarks.servers import Running, running, serving
 
 MANY, AT_ONCE = 256, 4  # texts a request, and requests
 ENTRY_BYTES = 2200  # of 384 numbers, about
 LOCAL = {"type": "local_st"}
 FREE = {"type": "fake", "config": {"dim": 384}}
-
-
-def _serving(driver: dict[str, Any], cache: dict[str, Any]) -> Server:
-    def command(folder: Path, port: int) -> list[str]:
-        pool = {"version": 1, "models": [{"model": MODEL, "driver": driver}]}
-        (folder / ".config" / "pool.yml").write_text(json.dumps(pool))
-        return [*EMBEDPOOL, "pool", "start"]
-
-    return Server("embedpool", "", command, cache=cache, **OURS)
 
 
 def main() -> None:
@@ -55,9 +43,9 @@ def main() -> None:
     found: dict[str, list[float]] = {}
     with contextlib.ExitStack() as stack:
         servers = {
-            "cached": _serving(LOCAL, {"enabled": True, **kept}),
-            "plain": _serving(LOCAL, {"enabled": False}),
-            "free": _serving(FREE, {"enabled": False}),
+            "cached": serving({"driver": LOCAL}, cache={"enabled": True, **kept}),
+            "plain": serving({"driver": LOCAL}, cache={"enabled": False}),
+            "free": serving({"driver": FREE}, cache={"enabled": False}),
         }
         ups = {name: stack.enter_context(running(server)) for name, server in servers.items()}
         _fill(ups["cached"], known)

@@ -14,30 +14,19 @@ Options:
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from docopt import docopt
 
 from benchmarks import texts
 from benchmarks.load import Group, drive
 from benchmarks.report import between_markers, table
-from benchmarks.servers import EMBEDPOOL, MODEL, OURS, Running, Server, running
+from benchmarks.servers import Running, running, serving
 
 MACHINES, CLIENTS_A_MACHINE, TEXTS_A_REQUEST = 3, 8, 16
 FAKE = {"type": "fake", "config": {"delay_ms": 50, "dim": 384}}
 ASKED = 0.9
-
-
-def _serving(driver: dict[str, object]) -> Server:
-    def command(folder: Path, port: int) -> list[str]:
-        pool = {"version": 1, "models": [{"model": MODEL, "driver": driver}]}
-        (folder / ".config" / "pool.yml").write_text(json.dumps(pool))
-        return [*EMBEDPOOL, "pool", "start"]
-
-    return Server("embedpool", "", command, **OURS)
 
 
 def main() -> None:
@@ -47,10 +36,10 @@ def main() -> None:
     given = texts.short(1500)
     ratios = []
     with contextlib.ExitStack() as stack:
-        behind = [stack.enter_context(running(_serving(FAKE))) for _ in range(MACHINES)]
+        behind = [stack.enter_context(running(serving({"driver": FAKE}))) for _ in range(MACHINES)]
         urls = [f"http://127.0.0.1:{up.port}/embed" for up in behind]
         config = {"base_url": urls[0], "base_urls": urls[1:]}
-        front = stack.enter_context(running(_serving({"type": "http", "config": config})))
+        front = stack.enter_context(running(serving({"driver": {"type": "http", "config": config}})))
         for number in range(rounds):
             found = {}
             for name in ("direct", "front") if number % 2 else ("front", "direct"):

@@ -10,7 +10,6 @@ Options:
 
 from __future__ import annotations
 
-import json
 import shutil
 import statistics
 import tempfile
@@ -23,7 +22,7 @@ from docopt import docopt
 from benchmarks import texts
 from benchmarks.report import between_markers, table
 from benchmarks.run import REST_S
-from benchmarks.servers import EMBEDPOOL, MODEL, OURS, Server, running
+from benchmarks.servers import running, serving
 from embedpool.client import Client
 
 TYPES = ("float32", "bfloat16")
@@ -35,13 +34,7 @@ ASKED_MB = {
 }
 
 
-def _empty(folder: Path, port: int) -> list[str]:
-    models = [{"model": MODEL, "driver": {"type": "fake"}}]  # to answer that it is there
-    (folder / ".config" / "pool.yml").write_text(json.dumps({"version": 1, "models": models}))
-    return [*EMBEDPOOL, "pool", "start"]
-
-
-EMPTY = Server("embedpool", "without a real model", _empty, **OURS)
+EMPTY = serving({"driver": {"type": "fake"}})  # to answer that it is there
 
 
 def main() -> None:

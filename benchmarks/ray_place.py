@@ -14,12 +14,9 @@ The cluster is the one that embedpool starts for itself, the model the packaged 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import psutil
 from docopt import docopt
@@ -27,22 +24,16 @@ from docopt import docopt
 from benchmarks import texts
 from benchmarks.load import Group, drive
 from benchmarks.report import between_markers, table
-from benchmarks.servers import EMBEDPOOL, MODEL, OURS, Running, Server, running
+from benchmarks.servers import Running, Server, running, serving
 
 TEXTS_A_BATCH, CLIENTS = 32, 32
 MOST_MS, LEAST_RATIO = 5.0, 0.9
 
 
 def _serving(place: str) -> Server:
-    def command(folder: Path, port: int) -> list[str]:
-        driver = {"type": "local_st", "config": {"path": str(texts.model_folder())}}
-        entry: dict[str, Any] = {"model": MODEL, "place": place, "driver": driver}
-        if place == "ray":
-            entry["resources"] = {"num_cpus": 2}
-        (folder / ".config" / "pool.yml").write_text(json.dumps({"version": 1, "models": [entry]}))
-        return [*EMBEDPOOL, "pool", "start"]
-
-    return Server(place, "", command, **OURS)
+    driver = {"type": "local_st", "config": {"path": str(texts.model_folder())}}
+    resources = {"resources": {"num_cpus": 2}} if place == "ray" else {}
+    return serving({"place": place, "driver": driver, **resources})
 
 
 def main() -> None:

@@ -219,6 +219,18 @@ VLLM: dict[str, Any] = {
     },
 }
 
+
+def serving(entry: dict[str, Any], **more: Any) -> Server:
+    """This checkout's embedpool with one model: MODEL, with the rest of its entry of pool.yml."""
+
+    def command(folder: Path, port: int) -> list[str]:
+        pool = {"version": 1, "models": [{"model": MODEL, **entry}]}
+        (folder / ".config" / "pool.yml").write_text(json.dumps(pool))
+        return [*EMBEDPOOL, "pool", "start"]
+
+    return Server("embedpool", "", command, **OURS, **more)
+
+
 _ALL = (
     Server("embedpool-default", "exact fp32, backend auto", _embedpool(), **OURS),
     Server("embedpool-fast", "compute_dtype bfloat16", _embedpool("compute_dtype: bfloat16"), **OURS),
