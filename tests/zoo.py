@@ -47,6 +47,7 @@ class Animal:
     has_default: bool = True  # whether it takes texts without being told what they are for
     kind: str = "embed"
     causal: bool = False  # a language model that scores pairs in a chat template
+    outputs: tuple[str, ...] = ()  # of a model that gives several
 
 
 ZOO: dict[str, Animal] = {}
@@ -550,3 +551,210 @@ animal("reranker, causal", kind="rerank", causal=True)(causal)
 animal("reranker, causal, one token and a prompt", kind="rerank", causal=True)(
     lambda folder: causal(folder, false_token=False, prompts={"web": "find: "}, default_prompt_name="web")
 )
+
+
+# --- sparse
+
+
+def sparse(folder: Path, *modules_of_it: Any, **settings: Any) -> None:
+    """A SparseEncoder of these modules, saved by the library."""
+    from sentence_transformers import SparseEncoder
+
+    SparseEncoder(modules=list(modules_of_it), device="cpu", **settings).save_pretrained(
+        str(folder), create_model_card=False
+    )
+
+
+def masked_lm(folder: Path, architecture: str = "Bert", words: Any = None, **config: Any) -> Any:
+    """A Transformer that gives a value for each entry of the vocabulary, most of them below zero."""
+    import torch
+
+    base = folder.parent / f"{folder.name}-base"
+    words = words or WORDPIECE()
+    encoder(base, architecture, words, model_class=f"{architecture}ForMaskedLM", **config)
+    found = modules().Transformer(str(base), transformer_task="fill-mask")
+    with torch.no_grad():
+        layer = found.model.get_output_embeddings()
+        assert layer.bias is not None
+        layer.bias -= 2.0
+    return found
+
+
+def splade(folder: Path, architecture: str = "Bert", words: Any = None, **settings: Any) -> None:
+    """A SPLADE: its values are pooled over a text's tokens."""
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
+
+    of_pooling = {k: settings.pop(k) for k in ("pooling_strategy", "activation_function") if k in settings}
+    of_model = {k: settings.pop(k) for k in ("prompts", "max_active_dims") if k in settings}
+    sparse(folder, masked_lm(folder, architecture, words, **settings), SpladePooling(**of_pooling), **of_model)
+
+
+animal("splade", kind="sparse")(splade)
+animal("splade, sum", kind="sparse")(functools.partial(splade, pooling_strategy="sum"))
+animal("splade, two logarithms", kind="sparse")(
+    functools.partial(splade, activation_function="log1p_relu", prompts=PROMPTS, max_active_dims=7)
+)
+animal("splade, distilbert", kind="sparse")(
+    lambda folder: splade(folder, "DistilBert", dim=WIDTH, n_layers=2, n_heads=2)
+)
+animal("splade, xlm-roberta", kind="sparse")(
+    lambda folder: splade(folder, "XLMRoberta", XLM_R(), max_position_embeddings=514)
+)
+animal("splade, modernbert", kind="sparse")(
+    lambda folder: splade(folder, "ModernBert", cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3)
+)
+
+
+@animal("csr", kind="sparse")
+def csr(folder: Path) -> None:
+    import torch
+    from sentence_transformers.sparse_encoder.modules import SparseAutoEncoder
+
+    base = folder.parent / f"{folder.name}-base"
+    encoder(base, "Bert", WORDPIECE())
+    last = spread(SparseAutoEncoder(WIDTH, 4 * WIDTH, k=9, normalize=True))
+    with torch.no_grad():
+        last.pre_bias.fill_(0.1)
+    sparse(folder, modules().Transformer(str(base)), modules().Pooling(WIDTH, pooling_mode="mean"), last)
+
+
+def weights_of_tokens() -> Any:
+    """A table of weights, some of them zero."""
+    import torch
+    from sentence_transformers.sparse_encoder.modules import SparseStaticEmbedding
+
+    words = WORDPIECE()
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.rand(len(words), generator=generator)
+    weight[:20] = 0
+    return SparseStaticEmbedding(words, weight=weight)
+
+
+animal("sparse, static", kind="sparse", static=True)(lambda folder: sparse(folder, weights_of_tokens()))
+
+
+@animal("sparse, queries cost nothing", kind="sparse")
+def inference_free(folder: Path) -> None:
+    from sentence_transformers.sentence_transformer.modules import Router
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
+
+    documents = [masked_lm(folder), SpladePooling()]
+    router = Router.for_query_document(query_modules=[weights_of_tokens()], document_modules=documents)
+    sparse(folder, router)
+
+
+@animal("sparse, of code that embedpool does not know", kind="sparse", by_encode=True)
+def sparse_and_weighed(folder: Path) -> None:
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
+
+    sparse(folder, masked_lm(folder), SpladePooling(), weights_of_tokens())
+
+
+# --- a vector for each token
+
+EXPANSION = {"strategy": "fixed", "attend": False, "length": 16}
+
+
+def multivector(
+    folder: Path,
+    words: Any = None,
+    *,
+    expansion: Any = None,
+    skipped: Any = (",", ".", "?"),
+    last: Any = None,
+    pools: bool = False,
+    **settings: Any,
+) -> None:
+    """A ColBERT as sentence-transformers saves it."""
+    import torch
+    from sentence_transformers import MultiVectorEncoder
+    from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling, MultiVectorMask
+
+    lengths = {k: settings.pop(k) for k in ("query_length", "document_length") if k in settings}
+    base = folder.parent / f"{folder.name}-base"
+    encoder(base, "Bert", words or WORDPIECE())
+    found = modules()
+    first = found.Transformer(str(base), query_expansion=expansion, **lengths)
+    layer = found.Dense(
+        WIDTH, 24, bias=False, activation_function=torch.nn.Identity(), module_input_name="token_embeddings"
+    )
+    steps = [first, spread(layer, 1), MultiVectorMask(list(skipped)), found.Normalize("token_embeddings")]
+    if pools:
+        steps.append(HierarchicalTokenPooling(2))
+    MultiVectorEncoder(modules=steps, device="cpu", **settings).save_pretrained(str(folder), create_model_card=False)
+
+
+animal("colbert", kind="multivector")(
+    lambda folder: multivector(folder, expansion=EXPANSION, prompts={"query": "query: ", "document": "passage: "})
+)
+animal("colbert, queries at least so long", kind="multivector")(
+    lambda folder: multivector(
+        folder, expansion={**EXPANSION, "strategy": "min", "attend": True}, query_length=24, document_length=20
+    )
+)
+animal("colbert, no expansion", kind="multivector")(
+    lambda folder: multivector(folder, skipped=(), query_length=12, similarity_fn_name="meanmaxsim")
+)
+animal("colbert, tokens pooled", kind="multivector", by_encode=True)(lambda folder: multivector(folder, pools=True))
+
+
+@animal("colbert of pylate", kind="multivector")
+def colbert_of_pylate(folder: Path) -> None:
+    """Transformer and Dense alone; the rest stands in the configuration."""
+    words = WORDPIECE()
+    words.add_tokens(["[Q] ", "[D] "])
+    multivector(folder, words)
+    modules_file, config_file = folder / "modules.json", folder / "config_sentence_transformers.json"
+    entries = json.loads(modules_file.read_text())[:2]
+    entries[0]["type"] = "sentence_transformers.models.Transformer"
+    entries[1]["type"] = "pylate.models.Dense.Dense"
+    modules_file.write_text(json.dumps(entries))
+    dense_file = folder / entries[1]["path"] / "config.json"
+    kept = json.loads(dense_file.read_text())
+    dense_file.write_text(json.dumps({k: v for k, v in kept.items() if not k.startswith("module_")}))
+    config = {
+        "model_type": "ColBERT", "query_prefix": "[Q] ", "document_prefix": "[D] ", "query_length": 16,
+        "document_length": 24, "attend_to_expansion_tokens": False, "skiplist_words": None,
+    }  # fmt: skip
+    config_file.write_text(json.dumps(config))
+    for name in ("sentence_bert_config.json",):
+        settings = json.loads((folder / name).read_text())
+        plain = {k: v for k, v in settings.items() if k not in ("query_length", "document_length", "query_expansion")}
+        (folder / name).write_text(json.dumps(plain))
+
+
+@animal("colbert of stanford", kind="multivector")
+def colbert_of_stanford(folder: Path) -> None:
+    """One folder of transformers, the projection among its weights, and a file of metadata."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    words = tokenizer("wordpiece", "[CLS] $A [SEP]")
+    words.add_tokens(["[unused0]", "[unused1]"])
+    encoder(folder, "Bert", words)
+    weights = {f"bert.{name}": value for name, value in load_file(folder / "model.safetensors").items()}
+    generator = torch.Generator().manual_seed(4)
+    weights["linear.weight"] = torch.randn((24, WIDTH), generator=generator)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["HF_ColBERT"]}))
+    metadata = {"query_maxlen": 16, "doc_maxlen": 24, "attend_to_mask_tokens": False, "mask_punctuation": True}
+    (folder / "artifact.metadata").write_text(json.dumps(metadata))
+
+
+# --- several outputs
+
+
+@animal("bge-m3", outputs=("embed", "multivector", "sparse"))
+def bge_m3(folder: Path) -> None:
+    """A dense model whose folder has the layers of the other two outputs, as `embedpool pull --convert` writes them."""
+    from safetensors.numpy import save_file
+
+    sentence_transformer(
+        folder, normalize, architecture="XLMRoberta", words=XLM_R(cls_token="<s>", unk_token="<unk>"), pooling="cls",
+        max_position_embeddings=514,
+    )  # fmt: skip
+    random = np.random.default_rng(9)
+    for name, width in (("sparse", 1), ("colbert", WIDTH)):
+        layer = {"weight": random.standard_normal((width, WIDTH)), "bias": random.standard_normal(width)}
+        save_file({k: v.astype(np.float32) for k, v in layer.items()}, folder / f"{name}_linear.safetensors")

@@ -7,38 +7,46 @@ import zlib
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from embedpool.pool.request import Known
 from embedpool.tasks.rows import Rows
 
-CHECKSUM = struct.Struct("<I")  # of the key and all that follows, so that an entry counts for no other key
-HEAD = struct.Struct("<B?dI")  # the kind of the row, whether the input was truncated, its tokens, the row's width
-DENSE, RAGGED, SPARSE = range(3)
+FORM = 2  # of an entry; those of another one are none
+CHECKSUM = struct.Struct("<I")  # of form, key and all that follows, so that an entry counts for no other key
+HEAD = struct.Struct("<?dB")  # whether the input was truncated, its tokens, how many arrays the row has
+ARRAY = struct.Struct("<B3sBII")  # characters of its name, its type, its dimensions, and its shape, if it has so many
 
 
 def encoded(key: bytes, known: Known) -> bytes:
     """One entry."""
-    row = known.row
-    kind = DENSE if row.splits is None else RAGGED if row.indices is None else SPARSE
-    body = HEAD.pack(kind, known.is_truncated, known.tokens, row.width)
-    body += np.ascontiguousarray(row.values, np.float32).tobytes()
-    if row.indices is not None:
-        body += np.ascontiguousarray(row.indices, np.int32).tobytes()
-    return CHECKSUM.pack(zlib.crc32(body, zlib.crc32(key))) + body
+    arrays = known.row.arrays()
+    parts = [HEAD.pack(known.is_truncated, known.tokens, len(arrays))]
+    for name, array in arrays.items():
+        rows, width = (*array.shape, 0)[:2]
+        parts += [ARRAY.pack(len(name), array.dtype.str.encode(), array.ndim, rows, width), name.encode()]
+        parts.append(np.ascontiguousarray(array).tobytes())
+    body = b"".join(parts)
+    return CHECKSUM.pack(_checksum(key, body)) + body
 
 
 def decoded(key: bytes, value: Any) -> Known | None:
     """The entry in these bytes; None if they are not what was written under this key."""
     body = bytes(value[CHECKSUM.size :])
-    if len(body) < HEAD.size or CHECKSUM.unpack(value[: CHECKSUM.size]) != (zlib.crc32(body, zlib.crc32(key)),):
+    if len(body) < HEAD.size or CHECKSUM.unpack(value[: CHECKSUM.size]) != (_checksum(key, body),):
         return None
-    kind, is_truncated, tokens, width = HEAD.unpack(body[: HEAD.size])
-    numbers = body[HEAD.size :]
-    if kind == SPARSE:
-        half = len(numbers) // 2
-        values, indices = np.frombuffer(numbers[:half], np.float32), np.frombuffer(numbers[half:], np.int32)
-        row = Rows(values, np.array([0, len(values)], np.int64), indices)
-    else:
-        values = np.frombuffer(numbers, np.float32).reshape(-1, width) if width else np.zeros((0, 0), np.float32)
-        row = Rows(values, None if kind == DENSE else np.array([0, len(values)], np.int64))
-    return Known(row, tokens, is_truncated)
+    is_truncated, tokens, count = HEAD.unpack_from(body)
+    arrays: dict[str, NDArray[Any]] = {}
+    at = HEAD.size
+    for _ in range(count):
+        name_length, dtype, dimensions, *shape = ARRAY.unpack_from(body, at)
+        at += ARRAY.size + name_length
+        numbers = int(np.prod(shape[:dimensions]))
+        array = np.frombuffer(body, dtype.decode(), numbers, at).reshape(shape[:dimensions])
+        arrays[body[at - name_length : at].decode()] = array
+        at += array.nbytes
+    return Known(Rows.of_arrays(arrays), tokens, is_truncated)
+
+
+def _checksum(key: bytes, body: bytes) -> int:
+    return zlib.crc32(body, zlib.crc32(key, FORM))

@@ -13,20 +13,31 @@ from pathlib import Path
 from typing import Any
 
 from embedpool.config.spec import LocalStConfig
-from embedpool.drivers.model_files import is_model2vec, labels_of, read_json, transformer_settings, weight_names
+from embedpool.drivers import late_interaction
+from embedpool.drivers.late_interaction import DOCUMENT, MASK, QUERY, LateInteraction, read_late_interaction
+from embedpool.drivers.model_files import (
+    idf_file,
+    is_model2vec,
+    labels_of,
+    read_json,
+    transformer_settings,
+    weight_names,
+)
 from embedpool.errors import ModelFailed
 
-EMBED, RERANK, CLASSIFY = "embed", "rerank", "classify"
-SERVED = (EMBED, RERANK, CLASSIFY)
+EMBED, RERANK, CLASSIFY, SPARSE, MULTIVECTOR = "embed", "rerank", "classify", "sparse", "multivector"
+SERVED = (EMBED, RERANK, CLASSIFY, SPARSE, MULTIVECTOR)
+SCORING = (RERANK, CLASSIFY)
 KINDS = {
     EMBED: "an embedder",
     RERANK: "a reranker",
     CLASSIFY: "a classifier",
-    "sparse": "a sparse encoder",
-    "multivector": "a multi-vector model",
+    SPARSE: "a sparse encoder",
+    MULTIVECTOR: "a multi-vector model",
 }
+STANFORD = "HF_ColBERT"  # the architecture of a ColBERT that Stanford's library has saved
 OTHER_HEADS = {
-    "HF_ColBERT": "multivector",
+    STANFORD: MULTIVECTOR,
     "ForRetrieval": "a model of images",
     "ForTokenClassification": "a classifier of tokens",
     "ForQuestionAnswering": "a finder of answers",
@@ -37,30 +48,34 @@ OTHER_HEADS = {
 CROSS_ENCODER = "CrossEncoder"  # a reranker or a classifier, by the number of its labels
 # model_type in config_sentence_transformers.json → kind; what has none is an embedder.
 ARCHETYPES = {
-    "SparseEncoder": "sparse",
-    "MultiVectorEncoder": "multivector",
-    "ColBERT": "multivector",
+    "SparseEncoder": SPARSE,
+    "MultiVectorEncoder": MULTIVECTOR,
+    late_interaction.PYLATE: MULTIVECTOR,
 }
 LOGIT_SCORE = "LogitScore"
 # Class of a module → kind. Classes have moved between packages, so their last names count.
 TELLING_MODULES = {
-    "SpladePooling": "sparse",
-    "MLMTransformer": "sparse",
-    "SparseStaticEmbedding": "sparse",
-    "SparseAutoEncoder": "sparse",
-    "CSRSparsity": "sparse",
-    "IDF": "sparse",
+    "SpladePooling": SPARSE,
+    "MLMTransformer": SPARSE,
+    "SparseStaticEmbedding": SPARSE,
+    "SparseAutoEncoder": SPARSE,
+    "CSRSparsity": SPARSE,
+    "IDF": SPARSE,
     LOGIT_SCORE: RERANK,
-    "MultiVectorMask": "multivector",
+    MASK: MULTIVECTOR,
 }
 ROUTERS = ("Router", "Asym")
-TRANSFORMER, STATIC = "Transformer", "StaticEmbedding"
+TRANSFORMER, STATIC, SPARSE_STATIC = "Transformer", "StaticEmbedding", "SparseStaticEmbedding"
+TRANSFORMERS = (TRANSFORMER, "MLMTransformer")
 NOT_FROM_TEXT_IDS = {
     "CLIPModel": "reads images beside texts",
     "WordEmbeddings": "splits texts into words by itself",
     "BoW": "splits texts into words by itself",
 }
-WITH_WEIGHTS = (TRANSFORMER, STATIC, "Dense", "LSTM", "CNN", "LayerNorm", "WeightedLayerPooling")
+WITH_WEIGHTS = (
+    *TRANSFORMERS, STATIC, SPARSE_STATIC, "SparseAutoEncoder", "Dense", "LSTM", "CNN", "LayerNorm",
+    "WeightedLayerPooling",
+)  # fmt: skip
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "sparse_linear", "colbert_linear", "scaler")
@@ -70,7 +85,8 @@ CONVERT = (
 )
 TRUSTED = "if you trust its authors and have read it, set driver.config.trust_remote_code to true in pool.yml"
 
-NOT_HONOURED = ("query_length", "document_length", "query_expansion")
+NOT_HONOURED = ("query_length", "document_length", "query_expansion")  # of models that are not multi-vector
+PYLATE_DENSE = "pylate.models.Dense.Dense"  # which sentence-transformers reads as its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +99,7 @@ class Module:
     @property
     def is_known(self) -> bool:
         """Whether it is the library's own, not code that comes with a model."""
-        return "." not in self.type or self.type.startswith("sentence_transformers.")
+        return "." not in self.type or self.type.startswith("sentence_transformers.") or self.type == PYLATE_DENSE
 
     @property
     def kind(self) -> str:
@@ -97,8 +113,9 @@ class Layout:
 
     `routes` are the ways through the model by name: one that is called "" where it treats all texts alike. `by_task`
     names the route for what texts are for (query, document, …), and at "" where nothing is said, if the model allows
-    it. `dimensions` are how many numbers of a vector it gives by default, None for all. `assumed` says what no file
-    says, `activation` what the files of a model that scores name.
+    it. `dimensions` are how many numbers of a vector it gives by default, None for all, `most_active` how many values
+    of a sparse row. `assumed` says what no file says, `activation` what the files of a model that scores name,
+    `interaction` how a multi-vector model treats texts.
     """
 
     folder: Path
@@ -110,6 +127,8 @@ class Layout:
     dimensions: int | None
     assumed: str | None
     activation: str | None
+    most_active: int | None = None
+    interaction: LateInteraction | None = None
 
     @property
     def is_causal(self) -> bool:
@@ -128,19 +147,36 @@ def read_layout(folder: Path, config: LocalStConfig) -> Layout:
     steps = [module for route in routes.values() for module in route]
     if not config.trust_remote_code:
         _require_known_code(steps)
-    _require_served(steps)
+    _require_served(steps, kind)
     _require_safetensors(folder, steps, config)
     prompts = {k: v for k, v in (settings.get("prompts") or {}).items() if isinstance(v, str)}
+    default_prompt = settings.get("default_prompt_name") or ""
+    interaction = None
+    if kind == MULTIVECTOR:
+        mask = next((step.folder for step in steps if step.kind == MASK), None)
+        of_stanford = _architecture(folder) == STANFORD and not _modules(folder)
+        interaction = read_late_interaction(folder, settings, steps[0].folder, mask, of_stanford=of_stanford)
+        prompts = dict(interaction.prompts)
+        if list(routes) == [""]:
+            routes, by_task = (
+                {DOCUMENT: routes[""], QUERY: routes[""]},
+                {"": DOCUMENT, DOCUMENT: DOCUMENT, QUERY: QUERY},
+            )
+        default_prompt = next((name for name in (DOCUMENT, "passage", "corpus") if name in prompts), "")
+    if "corpus" in prompts and not prompts.keys() & {DOCUMENT, "passage"}:
+        prompts[DOCUMENT] = prompts["corpus"]  # what encode_document takes then
     return Layout(
         folder,
         kind,
         routes,
         by_task,
         {} if assumed else prompts,  # those of another kind of model would be another's
-        "" if assumed else settings.get("default_prompt_name") or "",
+        "" if assumed else default_prompt,
         None if assumed else settings.get("truncate_dim"),
         assumed,
-        _activation(settings, folder) if kind != EMBED else None,
+        _activation(settings, folder) if kind in SCORING else None,
+        settings.get("max_active_dims") if kind == SPARSE else None,
+        interaction,
     )
 
 
@@ -306,11 +342,11 @@ def _require_known_code(steps: Iterable[Module]) -> None:
             raise ModelFailed(f"its module {module.type} is code that comes with the model: {TRUSTED}")
 
 
-def _require_served(steps: Iterable[Module]) -> None:
+def _require_served(steps: Iterable[Module], kind: str) -> None:
     for module in steps:
         if reason := NOT_FROM_TEXT_IDS.get(module.kind):
             raise ModelFailed(f"its module {module.kind} {reason}, which embedpool does not serve")
-        if module.kind != TRANSFORMER:
+        if module.kind not in TRANSFORMERS or kind == MULTIVECTOR:
             continue
         settings = transformer_settings(module.folder)
         if unserved := [name for name in NOT_HONOURED if settings.get(name)]:
@@ -321,6 +357,8 @@ def _require_safetensors(folder: Path, steps: Iterable[Module], config: LocalStC
     """One rule for each module, be it from the hub or a folder."""
     for module in steps:
         if module.kind not in WITH_WEIGHTS or (module.kind == TRANSFORMER and config.backend == "onnx"):
+            continue
+        if module.kind == SPARSE_STATIC and idf_file(module.folder) is not None:
             continue
         where = module.folder.relative_to(folder).as_posix()
         of_it = f"the module {where} of {folder}" if where != "." else str(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,23 +12,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedpool.config.spec import LocalStConfig
-from embedpool.drivers.layout import EMBED, ROUTERS, TRUSTED, Layout
+from embedpool.drivers.body import AUTO_ENCODER, Body, body_of
+from embedpool.drivers.heads import sparse_of
+from embedpool.drivers.late_interaction import QUERY
+from embedpool.drivers.layout import EMBED, MULTIVECTOR, ROUTERS, SCORING, SPARSE, TRUSTED, Layout
 from embedpool.errors import ModelFailed
+from embedpool.tasks.rows import Rows
 
 Array = NDArray[Any]
 
 
 class Library:
-    """A SentenceTransformer or a CrossEncoder. Vectors are whole, whatever `truncate_dim` says; scores are logits."""
+    """A model of sentence-transformers. Rows are whole, whatever `truncate_dim` says; scores are logits."""
 
     def __init__(self, layout: Layout, config: LocalStConfig, dtype: str, backend: str) -> None:
         self.layout = layout
         self.model = _loaded(layout, config, dtype, backend)
-        self.output = "sentence_embedding" if layout.kind == EMBED else "scores"  # where its last step puts the rows
         # What its steps want to know beside the inputs.
         self.constants = {"modality": "message", "logits_to_keep": 1} if layout.is_causal else {}
         if layout.kind == EMBED:
             self.model.truncate_dim = None
+        if layout.kind == SPARSE and type(self.model[-1]).__name__ != AUTO_ENCODER:
+            self.model.max_active_dims = None
         first = self.model[0]
         self._router = first if type(first).__name__ in ROUTERS else None
         self._lock = threading.Lock()  # of the limit, which is the model's and not the call's
@@ -43,6 +49,16 @@ class Library:
             return list(self.model)
         return [*self._router.sub_modules[route], *list(self.model)[1:]]
 
+    def body(self, route: str) -> tuple[Body, list[Any]]:
+        """The body of a route, and its steps. Raises ModelFailed for one that only the library can compute."""
+        body = body_of(self.layout, route)
+        if body is None:
+            raise ModelFailed(f"its modules are none that embedpool computes: {self._kinds(route)}")
+        return body, [module for module in self.modules(route) if type(module).__name__ not in body.left_out]
+
+    def _kinds(self, route: str) -> str:
+        return ", ".join(type(module).__name__ for module in self.modules(route))
+
     def compute(
         self,
         inputs: Sequence[tuple[str, ...]],
@@ -51,17 +67,23 @@ class Library:
         route: str = "",
         limit: int | None = None,
         side: str = "right",
-    ) -> Array:
-        """float32 rows of shape (inputs, width), each of up to `limit` tokens, the model's own limit by default.
+    ) -> Rows:
+        """Rows of inputs, each of up to `limit` tokens, the model's own limit by default.
 
-        An embedder's are vectors of texts, those of a model that scores logits of pairs, or of texts.
+        Those of a model that scores are logits of pairs, or of texts.
         """
         with self._limited(route, limit, side):
-            if self.layout.kind != EMBED:
-                return self._logits(inputs, prompt)
-            task = {"task": route} if self._router is not None else {}
+            if self.layout.kind in SCORING:
+                return Rows(self._logits(inputs, prompt))
             texts = [parts[0] for parts in inputs]
-            return _as_rows(self.model.encode(texts, prompt=prompt, show_progress_bar=False, **task))
+            task = {"task": route} if route else {}
+            encode = functools.partial(self.model.encode, texts, prompt=prompt, show_progress_bar=False, **task)
+            if self.layout.kind == EMBED:
+                return Rows(_as_rows(encode()))
+            if self.layout.kind == SPARSE:  # a text at a time: its rows are as wide as the vocabulary, and dense
+                return sparse_of(np.asarray(encode(convert_to_sparse_tensor=False, batch_size=1), np.float32))
+            found = [np.asarray(row, np.float32) for row in encode(convert_to_numpy=True)]
+            return Rows(np.concatenate(found), np.cumsum([0, *map(len, found)]).astype(np.int64))
 
     def _logits(self, inputs: Sequence[tuple[str, ...]], prompt: str) -> Array:
         import torch
@@ -85,13 +107,18 @@ class Library:
         if limit is None or not hasattr(tokenizer, "truncation_side"):
             yield
             return
+        name = "max_seq_length"
+        if self.layout.kind == MULTIVECTOR:
+            name = "query_length" if route == QUERY else "document_length"
         with self._lock:
-            before = first.max_seq_length, tokenizer.truncation_side
-            first.max_seq_length, tokenizer.truncation_side = limit, side
+            before = getattr(first, name), tokenizer.truncation_side
+            setattr(first, name, limit)
+            tokenizer.truncation_side = side
             try:
                 yield
             finally:
-                first.max_seq_length, tokenizer.truncation_side = before
+                setattr(first, name, before[0])
+                tokenizer.truncation_side = before[1]
 
 
 def _as_rows(values: Any) -> Array:
@@ -99,8 +126,20 @@ def _as_rows(values: Any) -> Array:
     return rows if rows.ndim == 2 else rows[:, None]
 
 
+def _class_for(kind: str) -> Any:
+    """The library's class for models of this kind. Raises ModelFailed where its version has none."""
+    import sentence_transformers
+
+    name = {EMBED: "SentenceTransformer", SPARSE: "SparseEncoder", MULTIVECTOR: "MultiVectorEncoder"}.get(
+        kind, "CrossEncoder"
+    )
+    found = getattr(sentence_transformers, name, None)
+    if found is None:
+        raise ModelFailed(f"sentence-transformers {sentence_transformers.__version__} has no {name}: a newer one has")
+    return found
+
+
 def _loaded(layout: Layout, config: LocalStConfig, dtype: str, backend: str) -> Any:
-    from sentence_transformers import CrossEncoder, SentenceTransformer
     from tqdm import tqdm
     from transformers.utils import logging as transformers_logging
 
@@ -108,7 +147,7 @@ def _loaded(layout: Layout, config: LocalStConfig, dtype: str, backend: str) -> 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     try:
-        model = (SentenceTransformer if layout.kind == EMBED else CrossEncoder)(
+        model = _class_for(layout.kind)(
             str(layout.folder),
             device=config.device,
             trust_remote_code=config.trust_remote_code,

@@ -22,11 +22,12 @@ from typing_extensions import override
 
 from embedpool import __version__, bounds
 from embedpool.config.spec import LocalStConfig, ModelSpec
-from embedpool.drivers.layout import EMBED, Layout, read_layout
-from embedpool.drivers.measure import cosine, fastest_s, probe_batch
+from embedpool.drivers.body import TOKENS, heads_of, shared_route, tasks_of, tokens_are_read
+from embedpool.drivers.layout import SCORING, Layout, read_layout
+from embedpool.drivers.measure import fastest_s, nearness, probe_batch
 from embedpool.drivers.model_folder import commit_of, find_model_folder, keep_commit
 from embedpool.drivers.space import of_files
-from embedpool.drivers.static import StaticPipeline, is_static
+from embedpool.drivers.static import is_static, static_pipeline
 from embedpool.drivers.tokenizer import FolderTokenizer, tokenizer_of, tokenizers_of
 from embedpool.errors import ModelFailed
 from embedpool.places.cores import available_cores
@@ -34,9 +35,11 @@ from embedpool.tasks.driver import PROBE_TEXT, Cost, Driver, Facts, Folders, Pro
 from embedpool.tasks.embed import limit_fault
 from embedpool.tasks.item import Batch
 from embedpool.tasks.rows import Answer, Rows
+from embedpool.tasks.task import OF_EMBEDDERS
 from embedpool.tasks.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from embedpool.drivers.fidelity import Probe
     from embedpool.drivers.library import Library
     from embedpool.drivers.pipeline import Pipeline
 
@@ -77,8 +80,8 @@ class LocalStDriver(Driver):
         backend, why = self._load(layout, tokenizers)
         self.report(Progress("warm up"))
         self.probe()
-        widths = {self._probed(pipeline).shape[1] for pipeline in self._pipelines.values()}
-        width = widths.pop() if len(widths) == 1 else None
+        tasks = {task: self._width(task) for task in tasks_of(layout)}
+        width = tasks[layout.kind]
         cost = self._fit_cost()
         description = describe(
             kind=layout.kind,
@@ -91,7 +94,7 @@ class LocalStDriver(Driver):
             fixed_ms=round(cost.fixed_s * 1000, 3) if cost else None,
             ms_per_1000_tokens=round(cost.token_s * 1e6, 3) if cost else None,
             **self._says,
-            dim=min(layout.dimensions or width, width) if width and layout.kind == EMBED else None,
+            dim=min(layout.dimensions or width, width) if width and layout.kind not in SCORING else None,
             labels=list(tokenizer.labels) or None,
             routes=sorted(tokenizers) if len(tokenizers) > 1 else None,
             commit=commit_of(folder),
@@ -100,7 +103,7 @@ class LocalStDriver(Driver):
         keep_commit(self._model, self._config, self._folders.state, folder)
         logger.info("%s runs on %s (%s)", self._model, backend, why)
         return Facts(
-            {layout.kind: width},
+            tasks,
             of_files(folder, layout.kind),
             slots=self._slots,
             cost=cost,
@@ -112,16 +115,20 @@ class LocalStDriver(Driver):
 
     @override
     def run(self, batch: Batch) -> Answer:
-        return Answer(Rows(self._pipelines[batch.options.get("route", "")].run(batch)))
+        return Answer(self._pipelines[batch.options.get("route", "")].run(batch))
 
     @override
     def probe(self) -> None:
         for pipeline in self._pipelines.values():
-            if not np.isfinite(self._probed(pipeline)).all():
+            if not _probed(pipeline).finite().all():
                 raise ModelFailed(f"{self._model!r} gives vectors that are not finite")
 
-    def _probed(self, pipeline: Pipeline) -> Any:
-        return pipeline.run(probe_batch(ids=pipeline.tokenizer.encode([PROBE_TEXT])))
+    def _width(self, task: str) -> int | None:
+        """Numbers of a vector, if all routes have as many."""
+        if task in OF_EMBEDDERS:
+            return None
+        widths = {_probed(pipeline, task).width for pipeline in self._pipelines.values()}
+        return (widths.pop() or None) if len(widths) == 1 else None
 
     def _fit_cost(self) -> Cost | None:
         """That of the route that costs most; None where nothing is computed."""
@@ -138,7 +145,11 @@ class LocalStDriver(Driver):
 
     def _load(self, layout: Layout, tokenizers: Mapping[str, FolderTokenizer]) -> tuple[str, str]:
         """Make the pipelines; gives the backend and why it was chosen."""
-        static = {r: StaticPipeline(t, layout.routes[r]) for r, t in tokenizers.items() if is_static(layout.routes[r])}
+        static = {
+            route: static_pipeline(tokenizer, layout.routes[route])
+            for route, tokenizer in tokenizers.items()
+            if is_static(layout.routes[route])
+        }
         rest = {route: tokenizer for route, tokenizer in tokenizers.items() if route not in static}
         self._pipelines = static
         if not rest:
@@ -183,7 +194,9 @@ class LocalStDriver(Driver):
         def compiled(dtype: str) -> Mapping[str, openvino_graph.GraphPipeline]:
             graph_of = functools.partial(openvino_graph.graph_of, dtype=dtype, threads=self._cores)
             return {
-                route: openvino_graph.pipeline_of(tokenizer, graph_of(openvino_graph.graph_file(graphs, route)))
+                route: openvino_graph.pipeline_of(
+                    layout, tokenizer, graph_of(openvino_graph.graph_file(graphs, shared_route(layout, route)))
+                )
                 for route, tokenizer in tokenizers.items()
             }
 
@@ -201,8 +214,8 @@ class LocalStDriver(Driver):
         for route, pipeline in exact.items():
             tokenizer = pipeline.tokenizer
             for ids in tokenizer.encode(texts):
-                batch = probe_batch(ids=[ids])
-                worst = min(worst, cosine(pipeline.run(batch)[0], lossy[route].run(batch)[0]))
+                batch = probe_batch(ids=[ids], task=tokenizer.tasks[0])
+                worst = min(worst, nearness(pipeline.run(batch), lossy[route].run(batch)))
             batch = _batch_of(tokenizer, 8, 32)
             exact_s, lossy_s = (_seconds(of_it, batch) for of_it in (pipeline, lossy[route]))
             gain = min(gain, exact_s / lossy_s)
@@ -221,40 +234,56 @@ class LocalStDriver(Driver):
         # On the replica's own thread, which is also the one that runs: OpenMP keeps the number by thread.
         torch.set_num_threads(self._cores)
         library = self._library(layout, backend, self._dtype)
-        pipelines = {route: self._by_ids(library, tokenizer) for route, tokenizer in tokenizers.items()}
+        expected: dict[str, list[Probe]] = {}
+        pipelines = {r: self._by_ids(library, tokenizer, expected) for r, tokenizer in tokenizers.items()}
         if backend == "torch" and all(pipeline.by_ids for pipeline in pipelines.values()):
-            self._prepack(library, tokenizers, pipelines)
+            self._prepack(library, expected, pipelines)
         return pipelines
 
-    def _by_ids(self, library: Library, tokenizer: FolderTokenizer) -> Pipeline:
-        """A pipeline that takes token ids, if it gives encode's vectors, else one that is given texts."""
+    def _by_ids(self, library: Library, tokenizer: FolderTokenizer, expected: dict[str, list[Probe]]) -> Pipeline:
+        """A pipeline that takes token ids, if it gives what encode does, else one that is given texts.
+
+        `expected` is told what its library gives, which is asked before its last layer is taken off.
+        """
         from embedpool.drivers import fidelity, torch_run
         from embedpool.drivers.pipeline import EncodePipeline, PaddedPipeline
 
+        layout, headless = library.layout, None
         try:
-            run = torch_run.torch_run(
-                library.modules(tokenizer.route), library.device, library.output, library.constants
+            probes, of_nothing = (
+                list(fidelity.probes(library, tokenizer)),
+                fidelity.vector_of_nothing(library, tokenizer),
             )
-            pipeline = PaddedPipeline(tokenizer, run, fidelity.vector_of_nothing(library, tokenizer))
-            found = fidelity.difference(fidelity.probes(library, tokenizer), pipeline, self._dtype)
+            body, modules = library.body(tokenizer.route)
+            run = functools.partial(torch_run.torch_run, device=library.device, constants=library.constants)
+            if not body.vocabulary:
+                headless = torch_run.Headless(modules[0].model)
+            heads = heads_of(layout, tokenizer, headless.vocabulary if headless else None)
+            tokens = None
+            if tokens_are_read(layout, tokenizer.route):
+                tokens = run(torch_run.up_to_pooling(modules), output=TOKENS)
+            pipeline = PaddedPipeline(tokenizer, run(modules, output=body.output), heads, of_nothing, tokens=tokens)
+            expected[tokenizer.route] = probes
+            found = fidelity.difference(probes, pipeline, self._dtype)
+        except ModelFailed as error:
+            found = error.message
         except Exception as error:
             found = f"it cannot be fed token ids: {type(error).__name__}: {error}"
         if found is None:
             return pipeline
+        if headless:
+            headless.restore()
         logger.warning("%s is run by encode(), which tokenises anew: %s", self._model, found)
         self._says["by_encode"] = found
         return EncodePipeline(tokenizer, library)
 
-    def _prepack(
-        self, library: Library, tokenizers: Mapping[str, FolderTokenizer], pipelines: dict[str, Pipeline]
-    ) -> None:
+    def _prepack(self, library: Library, expected: dict[str, list[Probe]], pipelines: dict[str, Pipeline]) -> None:
         """Lay the weights out for oneDNN where that gains; a model that does not bear it is loaded anew."""
         from embedpool.drivers import fidelity, torch_run
 
         gain = torch_run.prepacking_gain(list(library.model))
         if gain < torch_run.PREPACKED_LEAST_GAIN:
             return
-        expected = {route: list(fidelity.probes(library, tokenizer)) for route, tokenizer in tokenizers.items()}
         torch_run.prepack(list(library.model))
         try:
             faults = [fidelity.difference(expected[r], p, self._dtype) for r, p in pipelines.items()]
@@ -264,12 +293,18 @@ class LocalStDriver(Driver):
             self._says["prepacked"] = f"{gain:.2f} times as fast"
             return
         library = self._library(library.layout, "torch", self._dtype)
-        pipelines.update({route: self._by_ids(library, tokenizer) for route, tokenizer in tokenizers.items()})
+        pipelines.update({r: self._by_ids(library, pipeline.tokenizer, expected) for r, pipeline in pipelines.items()})
 
 
 def _batch_of(tokenizer: FolderTokenizer, texts: int, tokens: int) -> Batch:
     (ids,) = tokenizer.encode([PROBE_TEXT * 40])
-    return probe_batch([PROBE_TEXT] * texts, [tokenizer.cut(ids, tokens, "right")] * texts)
+    return probe_batch([PROBE_TEXT] * texts, [tokenizer.cut(ids, tokens, "right")] * texts, tokenizer.tasks[0])
+
+
+def _probed(pipeline: Pipeline, task: str | None = None) -> Rows:
+    """The rows of the known text."""
+    tokenizer = pipeline.tokenizer
+    return pipeline.run(probe_batch(ids=tokenizer.encode([PROBE_TEXT]), task=task or tokenizer.tasks[0]))
 
 
 def _seconds(pipeline: Pipeline, batch: Batch) -> float:

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from embedpool.tasks.driver import PROBE_TEXT
 from embedpool.tasks.item import Batch, Ids, Item
+from embedpool.tasks.rows import Rows
 
 
-def probe_batch(texts: Sequence[str] = (PROBE_TEXT,), ids: Sequence[Ids] | None = None) -> Batch:
+def probe_batch(texts: Sequence[str] = (PROBE_TEXT,), ids: Sequence[Ids] | None = None, task: str = "embed") -> Batch:
     """A batch of known texts, for a driver to try itself on."""
-    return Batch("embed", [Item((text,), 0, ids[i] if ids else None) for i, text in enumerate(texts)])
+    return Batch(task, [Item((text,), 0, ids[i] if ids else None) for i, text in enumerate(texts)])
 
 
 def fastest_s(call: Callable[[], object], tries: int = 3) -> float:
@@ -31,3 +32,12 @@ def fastest_s(call: Callable[[], object], tries: int = 3) -> float:
 def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
     """The cosine of the angle between two vectors."""
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def nearness(a: Rows, b: Rows) -> float:
+    """The least cosine of two vectors that stand in the same place of two outputs, or of two outputs of a sparse row."""
+    if a.indices is not None and b.indices is not None:
+        both = np.zeros((2, 1 + max(int(rows.indices.max(initial=0)) for rows in (a, b) if rows.indices is not None)))
+        both[0, a.indices], both[1, b.indices] = a.values, b.values
+        return cosine(*both)
+    return min((cosine(x, y) for x, y in zip(a.values, b.values, strict=True)), default=1.0)

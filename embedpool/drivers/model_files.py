@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from embedpool.errors import ModelFailed
@@ -69,3 +70,27 @@ def is_model2vec(folder: Path) -> bool:
     """Whether its weights are a table in model2vec's form."""
     file = folder / "model.safetensors"
     return file.is_file() and "embeddings" in weight_names(file)
+
+
+def idf_file(folder: Path) -> Path | None:
+    """The JSON file with the weight of each token, of a SparseStaticEmbedding that has one; None of one with a table.
+
+    Raises ModelFailed where it is not there.
+    """
+    named = read_json(folder / "config.json").get("path")
+    if not isinstance(named, str) or not named.endswith(".json"):
+        return None
+    found = (where / Path(named).name for where in (folder, folder.parent))
+    file = next((one for one in found if one.is_file()), None)
+    if file is None:
+        raise ModelFailed(f"{folder} names the weights {named!r}, which are not in the model's folder")
+    return file
+
+
+def tensors_of(file: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a safetensors file. Raises ModelFailed."""
+    try:
+        with safe_open(str(file), framework="np") as weights:
+            return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118  (it is no dict)
+    except TypeError as error:  # a type that numpy has not, such as bfloat16
+        raise ModelFailed(f"{file}: {error}") from None

@@ -5,6 +5,7 @@ What is exported is compared with what the model's own library gives before anyb
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -16,16 +17,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from embedpool.config.spec import LocalStConfig
 from embedpool.drivers import fidelity
-from embedpool.drivers.layout import EMBED, read_layout
+from embedpool.drivers.body import POOLING, TOKENS, VECTORS, shared_route, tokens_are_read
+from embedpool.drivers.heads import Vocabulary
+from embedpool.drivers.layout import SCORING, TRANSFORMERS, Layout, read_layout
 from embedpool.drivers.library import Library
-from embedpool.drivers.openvino_graph import Graph, graph_file, import_openvino, pipeline_of
+from embedpool.drivers.openvino_graph import Graph, graph_file, import_openvino, keep_beside, pipeline_of
 from embedpool.drivers.static import is_static
 from embedpool.drivers.tokenizer import OFFSET_POSITIONS, FolderTokenizer, tokenizers_of
+from embedpool.drivers.torch_run import Headless
 from embedpool.errors import ModelFailed
 
 logger = logging.getLogger(__name__)
@@ -66,13 +69,12 @@ def export(folder: Path, config: LocalStConfig, new: Path) -> None:
     """
     layout = read_layout(folder, config)
     library = Library(layout, config, "float32", "torch")  # every dtype is computed from the same graph
-    for route, tokenizer in tokenizers_of(layout).items():
-        if is_static(layout.routes[route]):
-            continue
-        probes = list(fidelity.probes(library, tokenizer))
-        for convert in (packed, padded) if _can_be_packed(library, tokenizer) else (padded,):
+    tokenizers = [found for route, found in tokenizers_of(layout).items() if not is_static(layout.routes[route])]
+    for route in dict.fromkeys(shared_route(layout, tokenizer.route) for tokenizer in tokenizers):
+        source = _source(library, route, [each for each in tokenizers if shared_route(layout, each.route) == route])
+        for convert in (packed, padded) if source.can_be_packed else (padded,):
             try:
-                fault = _try(library, tokenizer, new, probes, convert)
+                fault = _try(source, graph_file(new, route), convert)
             except Exception as error:
                 if convert is padded:
                     raise
@@ -84,59 +86,96 @@ def export(folder: Path, config: LocalStConfig, new: Path) -> None:
             raise ModelFailed(f"the exported graph{f' of route {route}' if route else ''}: {fault}")
 
 
-def _try(
-    library: Library,
-    tokenizer: FolderTokenizer,
-    new: Path,
-    probes: Sequence[fidelity.Probe],
-    convert: Callable[[Library, FolderTokenizer], Any],
-) -> str | None:
-    """Write a route's graph, and the vector of a text without tokens; what differs from the library, if anything."""
-    file, converted = graph_file(new, tokenizer.route), convert(library, tokenizer)
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A route, and the tokenizers of all routes that have the same modules, with what the library gives for each.
+
+    `constants` is what the modules want to know beside their inputs, `vocabulary` the layer that was taken off.
+    """
+
+    layout: Layout
+    modules: Sequence[Any]
+    output: str
+    tokenizers: Sequence[FolderTokenizer]
+    probes: Sequence[Sequence[fidelity.Probe]]
+    of_nothing: Any
+    constants: Mapping[str, Any]
+    vocabulary: Vocabulary | None
+
+    @property
+    def tokenizer(self) -> FolderTokenizer:
+        """The first of them."""
+        return self.tokenizers[0]
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the vectors of tokens are an output beside those of texts."""
+        return self.output == VECTORS and tokens_are_read(self.layout, self.tokenizer.route)
+
+    @property
+    def can_be_packed(self) -> bool:
+        """Whether texts may share rows in it."""
+        if self.layout.kind in SCORING or any(each.hides_expansion for each in self.tokenizers):
+            return False
+        first = self.modules[0]
+        return (
+            type(first).__name__ in TRANSFORMERS
+            and getattr(first.model.config, "model_type", None) in TEXTS_SHARE_ROWS
+            and getattr(first.model.config, "position_embedding_type", "absolute") in ("absolute", None)
+        )
+
+
+def _source(library: Library, route: str, tokenizers: Sequence[FolderTokenizer]) -> Source:
+    """What the library gives is asked first: it may need the layer that is taken off."""
+    probes = [list(fidelity.probes(library, tokenizer)) for tokenizer in tokenizers]
+    of_nothing = fidelity.vector_of_nothing(library, tokenizers[0])
+    body, modules = library.body(route)
+    vocabulary = None if body.vocabulary else Headless(modules[0].model).vocabulary
+    return Source(library.layout, modules, body.output, tokenizers, probes, of_nothing, library.constants, vocabulary)
+
+
+def _try(source: Source, file: Path, convert: Callable[[Source], Any]) -> str | None:
+    """Write a graph, with what lies beside it; what differs from the library, if anything."""
+    converted = convert(source)
     try:
         import_openvino().save_model(converted, file, compress_to_fp16=False)
     except RuntimeError as error:  # of a full disk it says no more than that a stream has failed
-        raise ModelFailed(f"the graph cannot be written to {new.parent.parent}: {error}") from None
-    of_nothing = fidelity.vector_of_nothing(library, tokenizer)
-    if of_nothing is not None:
-        np.save(file.with_suffix(".npy"), of_nothing, allow_pickle=False)
-    return fidelity.difference(probes, pipeline_of(tokenizer, Graph(file, "float32", threads=1)), "float32")
-
-
-def _can_be_packed(library: Library, tokenizer: FolderTokenizer) -> bool:
-    modules = library.modules(tokenizer.route)
-    first = modules[0]
-    return (
-        library.layout.kind == EMBED
-        and type(first).__name__ == "Transformer"
-        and getattr(first.model.config, "model_type", None) in TEXTS_SHARE_ROWS
-        and getattr(first.model.config, "position_embedding_type", "absolute") in ("absolute", None)
-    )
+        raise ModelFailed(f"the graph cannot be written to {file.parent.parent.parent}: {error}") from None
+    keep_beside(file, source.of_nothing, source.vocabulary)
+    graph = Graph(file, "float32", threads=1)
+    faults = [
+        fidelity.difference(probes, pipeline_of(source.layout, tokenizer, graph), "float32")
+        for tokenizer, probes in zip(source.tokenizers, source.probes, strict=True)
+    ]
+    return next(filter(None, faults), None)
 
 
 class Steps(torch.nn.Module):  # type: ignore[misc]
-    """A route's modules, the last of which puts its rows where `output` says."""
+    """A route's modules, the last of which puts its rows where the source's `output` says."""
 
-    def __init__(self, modules: Sequence[Any], output: str) -> None:
+    def __init__(self, source: Source, modules: Sequence[Any]) -> None:
         super().__init__()
         self.steps = torch.nn.ModuleList(modules)
-        self.output = output
+        self.output = source.output
+        self.reads_tokens = source.reads_tokens
 
     def rows(self, features: dict[str, Any], pooled_mask: Any) -> Any:
         """What they make of the features. Where the pooling leaves a prompt out, it reads a mask of its own."""
+        tokens = None
         for step in self.steps:
-            if pooled_mask is not None and type(step).__name__ == "Pooling":
-                features["attention_mask"] = pooled_mask
+            if type(step).__name__ == POOLING:
+                tokens = features[TOKENS] if tokens is None else tokens
+                features["attention_mask"] = features["attention_mask"] if pooled_mask is None else pooled_mask
             features = step(features)
-        return features[self.output]
+        return (features[self.output], tokens) if self.reads_tokens else features[self.output]
 
 
 class Padded(Steps):
-    """A row of tokens for each text; `constants` is what the modules want to know beside the inputs."""
+    """A row of tokens for each text."""
 
-    def __init__(self, modules: Sequence[Any], output: str, constants: Mapping[str, Any]) -> None:
-        super().__init__(modules, output)
-        self.constants = constants
+    def __init__(self, source: Source) -> None:
+        super().__init__(source, source.modules)
+        self.constants = source.constants
 
     def forward(self, input_ids: Any, attention_mask: Any, token_type_ids: Any = None, pooled_mask: Any = None) -> Any:
         """Of the arrays that `tokenizer.pad` makes."""
@@ -148,10 +187,12 @@ class Padded(Steps):
 class Packed(Steps):
     """Texts that share rows in the first module's `model`, which takes any mask; behind it each has a row again."""
 
-    def __init__(self, modules: Sequence[Any], output: str, first_position: int) -> None:
-        super().__init__(modules[1:], output)
-        self.inner = modules[0].model
-        self.first_position = first_position
+    def __init__(self, source: Source) -> None:
+        first, *others = source.modules
+        super().__init__(source, others)
+        self.inner = first.model
+        config = first.model.config
+        self.first_position = config.pad_token_id + 1 if config.model_type in OFFSET_POSITIONS else 0
 
     def forward(
         self, input_ids: Any, position_ids: Any, text_ids: Any, token_places: Any, pooled_mask: Any = None
@@ -169,25 +210,22 @@ class Packed(Steps):
         return self.rows(features, pooled_mask)
 
 
-def packed(library: Library, tokenizer: FolderTokenizer) -> Any:
+def packed(source: Source) -> Any:
     """A route whose texts share rows, as an OpenVINO model. Raises whatever the conversion raises."""
-    modules = library.modules(tokenizer.route)
-    config = modules[0].model.config
-    first_position = config.pad_token_id + 1 if config.model_type in OFFSET_POSITIONS else 0
-    return _traced(Packed(modules, library.output, first_position), _named(PACKED_INPUTS, modules, tokenizer))
+    return _traced(Packed(source), _named(PACKED_INPUTS, source))
 
 
-def padded(library: Library, tokenizer: FolderTokenizer) -> Any:
+def padded(source: Source) -> Any:
     """A route as an OpenVINO model of padded inputs."""
-    modules = library.modules(tokenizer.route)
-    names = _named([name for name in INPUTS if name in modules[0].tokenizer.model_input_names], modules, tokenizer)
+    modules = source.modules
+    names = _named([name for name in INPUTS if name in modules[0].tokenizer.model_input_names], source)
     inside: list[Any] = [inner for module in modules if (inner := getattr(module, "model", None)) is not None]
     for inner in inside:
         if getattr(inner, "config", None) is not None:
             inner.config.use_cache = False  # of a generator: nothing is generated
-    if tokenizer.pads_left:  # then the first places attend to nothing
+    if source.tokenizer.pads_left:  # then the first places attend to nothing
         _mask_by_numbers(inside)
-    steps = Padded(modules, library.output, library.constants).eval()
+    steps = Padded(source).eval()
     try:
         return _traced(steps, names)
     except Exception as error:
@@ -203,11 +241,11 @@ def padded(library: Library, tokenizer: FolderTokenizer) -> Any:
         raise ModelFailed(f"the model cannot be exported: {_in_short(error)}") from None
 
 
-def _named(names: Sequence[str], modules: Sequence[Any], tokenizer: FolderTokenizer) -> list[str]:
+def _named(names: Sequence[str], source: Source) -> list[str]:
     """The inputs of a graph. Raises ModelFailed for a pooling that weighs tokens by their places behind the prompt."""
-    if not tokenizer.excludes_prompt:
+    if not source.tokenizer.excludes_prompt:
         return list(names)
-    for module in modules:
+    for module in source.modules:
         modes = getattr(module, "pooling_mode", ())
         if "weightedmean" in ((modes,) if isinstance(modes, str) else modes):
             raise ModelFailed("a weighted mean without the prompt is not exported")

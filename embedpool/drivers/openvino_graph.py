@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,8 +19,11 @@ import numpy as np
 from typing_extensions import override
 
 from embedpool import bounds
+from embedpool.drivers.body import heads_of
+from embedpool.drivers.heads import Head, Vocabulary
+from embedpool.drivers.layout import Layout
 from embedpool.drivers.packing import pack
-from embedpool.drivers.pipeline import Array, PaddedPipeline
+from embedpool.drivers.pipeline import Array, PaddedPipeline, Read, Run, copied
 from embedpool.drivers.tokenizer import FolderTokenizer
 from embedpool.tasks.item import Batch, Ids
 
@@ -29,14 +32,32 @@ COMPILED_TWICE_BYTES = 256_000_000  # of weights, of all graphs that are; each c
 LONG_ROW_STEP = {"float32": 4, "bfloat16": 16, "float16": 16}  # see packing.py; matrix units take 16 rows at once
 REST_S = 10.0  # for which what a batch of many tokens took is kept for the next one
 MANY_TOKENS = 1024
+OF_NOTHING, WEIGHT, BIAS = ".npy", ".vocabulary.npy", ".vocabulary-bias.npy"  # files beside a graph
 
 
-def pipeline_of(tokenizer: FolderTokenizer, graph: Graph) -> GraphPipeline:
+def pipeline_of(layout: Layout, tokenizer: FolderTokenizer, graph: Graph) -> GraphPipeline:
     """A route that runs as this graph."""
-    vector = graph.file.with_suffix(".npy")
+    vector = graph.file.with_suffix(OF_NOTHING)
     of_nothing = np.load(vector) if vector.exists() else None
+    heads = heads_of(layout, tokenizer, _vocabulary(graph.file))
     kind = PackedPipeline if "text_ids" in graph.beside_others.inputs else GraphPipeline
-    return kind(tokenizer, graph, of_nothing)
+    return kind(tokenizer, graph, heads, of_nothing)
+
+
+def keep_beside(graph: Path, of_nothing: Array | None, vocabulary: Vocabulary | None) -> None:
+    """Write what `pipeline_of` reads beside a graph: a vector of a text without tokens, the layer it ends before."""
+    weight, bias = (vocabulary.weight, vocabulary.bias) if vocabulary else (None, None)
+    for suffix, array in ((OF_NOTHING, of_nothing), (WEIGHT, weight), (BIAS, bias)):
+        if array is not None:
+            np.save(graph.with_suffix(suffix), array, allow_pickle=False)
+
+
+def _vocabulary(graph: Path) -> Vocabulary | None:
+    """Mapped, so that the system may drop what is not being read."""
+    weight, bias = graph.with_suffix(WEIGHT), graph.with_suffix(BIAS)
+    if not weight.exists():
+        return None
+    return Vocabulary(np.load(weight, mmap_mode="r"), np.load(bias) if bias.exists() else None)
 
 
 def graph_file(graphs: Path, route: str) -> Path:
@@ -47,8 +68,10 @@ def graph_file(graphs: Path, route: str) -> Path:
 class GraphPipeline(PaddedPipeline):
     """A route that runs as a graph."""
 
-    def __init__(self, tokenizer: FolderTokenizer, graph: Graph, of_nothing: Array | None) -> None:
-        super().__init__(tokenizer, graph, of_nothing, graph.beside_others)
+    def __init__(
+        self, tokenizer: FolderTokenizer, graph: Graph, heads: Mapping[str, Head], of_nothing: Array | None
+    ) -> None:
+        super().__init__(tokenizer, graph, heads, of_nothing, beside_others=graph.beside_others, tokens=graph.tokens)
         self.cores_alone = graph.cores_alone
 
 
@@ -59,8 +82,10 @@ class PackedPipeline(GraphPipeline):
     attention is shorter: then they are planned as if they were padded.
     """
 
-    def __init__(self, tokenizer: FolderTokenizer, graph: Graph, of_nothing: Array | None) -> None:
-        super().__init__(tokenizer, graph, of_nothing)
+    def __init__(
+        self, tokenizer: FolderTokenizer, graph: Graph, heads: Mapping[str, Head], of_nothing: Array | None
+    ) -> None:
+        super().__init__(tokenizer, graph, heads, of_nothing)
         self._step = LONG_ROW_STEP[graph.dtype]
         self.pads = graph.dtype == "float32"
 
@@ -93,11 +118,12 @@ class Graph:
     """A graph compiled to run in up to `threads` threads at once, on a core each; a batch that runs alone has them all.
 
     That takes a second copy of the weights, so only graphs of up to `most_twice_bytes` have it; a batch of the others
-    always has one core.
+    always has one core. The vectors of tokens, its second output if it has one, have a copy once they are asked for.
     """
 
     def __init__(self, file: Path, dtype: str, threads: int, most_twice_bytes: int = COMPILED_TWICE_BYTES) -> None:
         self.file, self.dtype = file, dtype
+        self._threads = threads
         self._weights = file.with_suffix(".bin")
         self.beside_others = Compiled(file, dtype, threads=threads, streams=threads)
         self._alone = self.beside_others
@@ -111,19 +137,33 @@ class Graph:
         self._ran_at: float | None = None  # when a batch ran last, on the monotonic clock; None after a rest
         self._large_at: float | None = None  # likewise one of many tokens
         self._lock = threading.Lock()
+        self._tokens: Compiled | None = None
+        self._opens_tokens = threading.Lock()
+
+    @property
+    def tokens(self) -> Run | None:
+        """What gives the vectors of tokens; None where the graph has none."""
+        return self._run_tokens if self.beside_others.outputs > 1 else None
+
+    def _run_tokens(self, inputs: dict[str, Any], read: Read) -> Any:
+        with self._opens_tokens:
+            if self._tokens is None:
+                self._tokens = Compiled(self.file, self.dtype, threads=self._threads, streams=self._threads, output=1)
+                _drop_mapped(self._weights)
+        return self._tokens(inputs, read)
 
     @property
     def cores_alone(self) -> str:
         """How many cores a batch has that runs alone, for /status."""
         return "one" if self._alone is self.beside_others else "all"
 
-    def __call__(self, inputs: dict[str, Any]) -> Any:
-        """Inputs of one batch → float32 vectors (texts, dim)."""
+    def __call__(self, inputs: dict[str, Any], read: Read = copied) -> Any:
+        """Inputs of one batch → what is read of its output."""
         with self._lock:
             run = self.beside_others if self._running else self._alone
             self._running += 1
         try:
-            return run(inputs)
+            return run(inputs, read)
         finally:
             with self._lock:
                 self._running -= 1
@@ -143,8 +183,9 @@ class Graph:
             if self._running or not self._has_rested(self._large_at, now_s):
                 return False
             self._large_at = None
-            for each in {self._alone, self.beside_others}:
-                each.give_back()
+            for each in {self._alone, self.beside_others, self._tokens}:
+                if each is not None:
+                    each.give_back()
         return True
 
     @staticmethod
@@ -153,33 +194,36 @@ class Graph:
 
 
 class Compiled:
-    """A compiled graph, which up to `streams` threads may run at once."""
+    """One output of a graph, compiled so that up to `streams` threads may run it at once."""
 
-    def __init__(self, graph: Path, dtype: str, *, threads: int, streams: int) -> None:
-        self._model = (
-            import_openvino()
-            .Core()
-            .compile_model(
-                str(graph),
-                "CPU",
-                {
-                    "INFERENCE_PRECISION_HINT": PRECISION[dtype],  # on some CPUs it would choose bfloat16 by itself
-                    "NUM_STREAMS": streams,
-                    "INFERENCE_NUM_THREADS": threads,
-                    "ENABLE_CPU_PINNING": False,  # two models in one process were pinned to the same core
-                },
-            )
+    def __init__(self, graph: Path, dtype: str, *, threads: int, streams: int, output: int = 0) -> None:
+        core = import_openvino().Core()
+        model = core.read_model(str(graph))
+        results = model.get_results()
+        self.outputs = len(results)
+        for number, result in enumerate(results):
+            if number != output:
+                model.remove_result(result)
+        self._model = core.compile_model(
+            model,
+            "CPU",
+            {
+                "INFERENCE_PRECISION_HINT": PRECISION[dtype],  # on some CPUs it would choose bfloat16 by itself
+                "NUM_STREAMS": streams,
+                "INFERENCE_NUM_THREADS": threads,
+                "ENABLE_CPU_PINNING": False,  # two models in one process were pinned to the same core
+            },
         )
         self.inputs = [port.get_any_name() for port in self._model.inputs]
         self._of_thread = threading.local()
 
-    def __call__(self, inputs: dict[str, Any]) -> Any:
-        """Inputs of one batch → float32 vectors (texts, dim)."""
+    def __call__(self, inputs: dict[str, Any], read: Read = copied) -> Any:
+        """Inputs of one batch → what is read of the output."""
         request = getattr(self._of_thread, "request", None)
         if request is None:
             request = self._of_thread.request = self._model.create_infer_request()
         request.infer({name: inputs[name] for name in self.inputs}, share_inputs=True)
-        return np.array(request.get_output_tensor(0).data, dtype=np.float32)
+        return read(request.get_output_tensor(0).data)
 
     def give_back(self) -> None:
         """Give back the memory of intermediate results, while nothing runs."""

@@ -1,21 +1,31 @@
-"""A route of a local model, from the items of a batch to float32 vectors: by token ids, or by the library's encode."""
+"""A route of a local model, from the items of a batch to float32 rows: by token ids, or by the library's encode."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from embedpool.drivers.heads import AllTokens, Head
 from embedpool.drivers.library import Library
 from embedpool.drivers.tokenizer import FolderTokenizer, pad
+from embedpool.errors import UnsupportedTask
 from embedpool.tasks.item import Batch, Ids
+from embedpool.tasks.late_chunking import Tokens
+from embedpool.tasks.rows import Rows
 
 Array = NDArray[Any]
-Run = Callable[[dict[str, Array]], Array]  # padded inputs of shape (texts, tokens) → float32 (texts, width)
+Read = Callable[[Array], Any]  # makes something of float32 values, which are there for as long as it works
+Run = Callable[[dict[str, Array], Read], Any]  # padded inputs of shape (texts, tokens) → what is read of the output
+
+
+def copied(values: Array) -> Array:
+    """A `Read` that keeps all of it."""
+    return np.array(values, dtype=np.float32)
 
 
 class Pipeline(abc.ABC):
@@ -29,10 +39,10 @@ class Pipeline(abc.ABC):
         self.tokenizer = tokenizer
 
     @abc.abstractmethod
-    def run(self, batch: Batch) -> Array:
-        """float32 vectors of shape (items, width)."""
+    def run(self, batch: Batch) -> Rows:
+        """A row for each item."""
 
-    def run_beside(self, batch: Batch) -> Array:
+    def run_beside(self, batch: Batch) -> Rows:
         """As `run` works while other batches run: what costs are fitted to."""
         return self.run(batch)
 
@@ -41,37 +51,65 @@ class Pipeline(abc.ABC):
 
 
 class PaddedPipeline(Pipeline):
-    """Pads token ids and gives them to `run`; `of_nothing` is the vector of a text without any token."""
+    """Pads token ids and gives them to `run`, of whose output a head makes rows, where the task has one.
+
+    `of_nothing` is the vector of a text without any token; `tokens` runs the model up to where it pools.
+    """
 
     def __init__(
-        self, tokenizer: FolderTokenizer, run: Run, of_nothing: Array | None, beside_others: Run | None = None
+        self,
+        tokenizer: FolderTokenizer,
+        run: Run,
+        heads: Mapping[str, Head],
+        of_nothing: Array | None = None,
+        *,
+        beside_others: Run | None = None,
+        tokens: Run | None = None,
     ) -> None:
         super().__init__(tokenizer)
         self._run = run
         self._beside_others = beside_others or run
+        self._tokens = tokens
+        self._heads = heads
         self._of_nothing = of_nothing
 
     @override
-    def run(self, batch: Batch) -> Array:
-        return self._vectors(self._run, batch)
+    def run(self, batch: Batch) -> Rows:
+        return self._rows(self._run, batch)
 
     @override
-    def run_beside(self, batch: Batch) -> Array:
-        return self._vectors(self._beside_others, batch)
+    def run_beside(self, batch: Batch) -> Rows:
+        return self._rows(self._beside_others, batch)
 
-    def _vectors(self, run: Run, batch: Batch) -> Array:
+    def _rows(self, run: Run, batch: Batch) -> Rows:
         ids = self._ids(batch)
-        if all(map(len, ids)):
-            return run(self._inputs(ids, batch, range(len(ids))))
+        head = self._heads.get(batch.task)
+        if head is None and batch.task == Tokens.name:
+            if self._tokens is None:
+                raise UnsupportedTask("this model gives no vectors of tokens")
+            run, head = self._tokens, AllTokens()
         some = [i for i, row in enumerate(ids) if len(row)]
-        nothing = np.float32(np.nan) if self._of_nothing is None else self._of_nothing
+        if head is None:
+            return Rows(self._vectors(run, ids, batch, some))
+        if not some:
+            raise ValueError("the model gives nothing for a text without tokens")
+        kept = [ids[i] for i in some]
+        found: Rows = run(self._inputs(kept, batch, some), lambda given: head.rows(given, kept, batch))
+        if len(some) == len(ids):
+            return found
+        place = {text: number for number, text in enumerate(some)}
+        return Rows.gather([found.row(place[i]) if i in place else None for i in range(len(ids))])
+
+    def _vectors(self, run: Run, ids: Sequence[Ids], batch: Batch, some: Sequence[int]) -> Array:
         if not some:
             if self._of_nothing is None:
                 raise ValueError("the model gives no vector for a text without tokens")
             return np.tile(self._of_nothing, (len(ids), 1))
-        found = run(self._inputs([ids[i] for i in some], batch, some))
+        found: Array = run(self._inputs([ids[i] for i in some], batch, some), copied)
+        if len(some) == len(ids):
+            return found
         vectors = np.empty((len(ids), found.shape[1]), np.float32)
-        vectors[:] = nothing
+        vectors[:] = np.float32(np.nan) if self._of_nothing is None else self._of_nothing
         vectors[some] = found
         return vectors
 
@@ -81,6 +119,10 @@ class PaddedPipeline(Pipeline):
         inputs = pad(ids, self.tokenizer.pad_id, seconds, left=self.tokenizer.pads_left)
         if self.tokenizer.excludes_prompt:
             inputs["pooled_mask"] = self._pooled_mask(inputs["attention_mask"], ids, batch)
+        if self.tokenizer.hides_expansion:
+            for mask, item in zip(inputs["attention_mask"], (batch.items[i] for i in which), strict=True):
+                if item.second is not None:
+                    mask[item.second :] = 0
         return inputs
 
     def _pooled_mask(self, mask: Array, ids: Sequence[Ids], batch: Batch) -> Array:
@@ -102,7 +144,9 @@ class EncodePipeline(Pipeline):
         self._library = library
 
     @override
-    def run(self, batch: Batch) -> Array:
+    def run(self, batch: Batch) -> Rows:
+        if batch.task not in self.tokenizer.tasks[:1]:
+            raise UnsupportedTask("this model is run by its library's encode, which gives nothing else")
         options = batch.options
         prompt = options.get("prompt", "")
         texts = [(item.parts[0].removeprefix(prompt), *item.parts[1:]) for item in batch.items]
@@ -111,16 +155,16 @@ class EncodePipeline(Pipeline):
             cuts = [(options["limit"], options["side"])] * len(texts)
         elif ids := batch.ids:
             cuts = [self._cut(item.parts, of_it) for item, of_it in zip(batch.items, ids, strict=True)]
-        rows: list[Array | None] = [None] * len(texts)
+        rows: list[Rows | None] = [None] * len(texts)
         for cut in set(cuts):
             those = [i for i, found in enumerate(cuts) if found == cut]
             limit, side = cut or (None, "right")
             found = self._library.compute(
                 [texts[i] for i in those], prompt=prompt, route=self.tokenizer.route, limit=limit, side=side
             )
-            for i, row in zip(those, found, strict=True):
-                rows[i] = row
-        return np.stack([row for row in rows if row is not None])
+            for number, i in enumerate(those):
+                rows[i] = found.row(number)
+        return Rows.gather(rows)
 
     def _cut(self, parts: tuple[str, ...], ids: Ids) -> tuple[int, str] | None:
         """How many tokens are kept of an input, and on which side it was cut; None if it was not."""

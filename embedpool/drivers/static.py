@@ -1,30 +1,66 @@
-"""A static model: the mean of its tokens' vectors, looked up in a table. numpy alone, no torch, no padding."""
+"""A static model: its tokens' vectors or weights, looked up in a table. numpy alone, no torch, no padding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
 from typing_extensions import override
 
-from embedpool.drivers.layout import STATIC, Module
-from embedpool.drivers.model_files import is_model2vec, read_json
+from embedpool.drivers.heads import sparse_rows
+from embedpool.drivers.layout import SPARSE_STATIC, STATIC, Module
+from embedpool.drivers.model_files import idf_file, is_model2vec, read_json, tensors_of
 from embedpool.drivers.pipeline import Pipeline
 from embedpool.drivers.tokenizer import FolderTokenizer
 from embedpool.errors import ModelFailed
 from embedpool.tasks.item import Batch
+from embedpool.tasks.rows import Rows
 
 Array = NDArray[Any]
 
 
 def is_static(steps: Sequence[Module]) -> bool:
-    """Whether a route is a table of vectors, and at most made to length 1."""
+    """Whether a route is a table of vectors, at most made to length 1, or one of weights."""
     first, *others = steps
+    if first.kind == SPARSE_STATIC:
+        return not others
     return first.kind == STATIC and all(step.kind == "Normalize" for step in others)
+
+
+def static_pipeline(tokenizer: FolderTokenizer, steps: Sequence[Module]) -> Pipeline:
+    """That of a static route."""
+    kind = WeightsPipeline if steps[0].kind == SPARSE_STATIC else StaticPipeline
+    return kind(tokenizer, steps)
+
+
+class WeightsPipeline(Pipeline):
+    """Each token that a text has weighs what the table says, however often it occurs: SparseStaticEmbedding."""
+
+    pads = computes = False
+
+    def __init__(self, tokenizer: FolderTokenizer, steps: Sequence[Module]) -> None:
+        super().__init__(tokenizer)
+        folder = steps[0].folder
+        if file := idf_file(folder):
+            self._weights = np.zeros(tokenizer.vocabulary_size, np.float32)
+            for token, weight in read_json(file).items():
+                self._weights[tokenizer.ids_of([token])] = weight
+        else:
+            self._weights = tensors_of(folder / "model.safetensors")["weight"].astype(np.float32, copy=False)
+        if len(self._weights) < tokenizer.vocabulary_size:
+            says = f"{len(self._weights)} weights for the {tokenizer.vocabulary_size} tokens of its tokenizer"
+            raise ModelFailed(f"its table has {says}")
+
+    @override
+    def run(self, batch: Batch) -> Rows:
+        found = [np.unique(np.asarray(row, np.int64)) for row in self._ids(batch)]
+        entries = np.concatenate(found)
+        owners = np.repeat(np.arange(len(found)), [len(row) for row in found])
+        values = self._weights[entries]
+        some = values != 0
+        return sparse_rows(len(found), owners[some], entries[some], values[some])
 
 
 class StaticPipeline(Pipeline):
@@ -39,7 +75,7 @@ class StaticPipeline(Pipeline):
     def __init__(self, tokenizer: FolderTokenizer, steps: Sequence[Module]) -> None:
         super().__init__(tokenizer)
         folder = steps[0].folder
-        tensors = _tensors(folder / "model.safetensors")
+        tensors = tensors_of(folder / "model.safetensors")
         is_of_model2vec = is_model2vec(folder)
         self._table = tensors["embeddings" if is_of_model2vec else "embedding.weight"]
         self._rows = tensors.get("mapping") if is_of_model2vec else None
@@ -56,7 +92,7 @@ class StaticPipeline(Pipeline):
                 raise ModelFailed(f"its table has {len(array)} {what} for the {tokens} tokens of its tokenizer")
 
     @override
-    def run(self, batch: Batch) -> Array:
+    def run(self, batch: Batch) -> Rows:
         ids = self._ids(batch)
         lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
         sums = np.zeros((len(ids), self._table.shape[1]), dtype=np.float32)
@@ -75,17 +111,9 @@ class StaticPipeline(Pipeline):
         means = sums / np.maximum(lengths, 1)[:, None].astype(np.float32)
         if self._normalizes:
             means /= np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
-        return means
+        return Rows(means)
 
     def _vectors(self, tokens: Array) -> Array:
         """float32 of shape (tokens, width)."""
         vectors = self._table[tokens if self._rows is None else self._rows[tokens]].astype(np.float32, copy=False)
         return vectors if self._factors is None else vectors * self._factors[tokens, None].astype(np.float32)
-
-
-def _tensors(file: Path) -> dict[str, Array]:
-    try:
-        with safe_open(str(file), framework="np") as weights:
-            return {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118  (it is no dict)
-    except TypeError as error:  # a type that numpy has not, such as bfloat16
-        raise ModelFailed(f"{file}: {error}") from None

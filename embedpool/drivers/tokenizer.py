@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from tokenizers import normalizers
 from typing_extensions import override
 
+from embedpool.drivers.body import NORMALIZE, no_late_chunking, tasks_of
 from embedpool.drivers.chat_pairs import ChatPairs
-from embedpool.drivers.layout import CLASSIFY, EMBED, STATIC, Layout, Module
+from embedpool.drivers.late_interaction import QUERY, LateInteraction
+from embedpool.drivers.layout import CLASSIFY, SCORING, SPARSE_STATIC, STATIC, Layout, Module
 from embedpool.drivers.model_files import (
     is_model2vec,
     labels_of,
@@ -27,7 +29,7 @@ from embedpool.drivers.model_files import (
 from embedpool.errors import ModelFailed
 from embedpool.tasks.item import Ids
 from embedpool.tasks.score import IDENTITY, SIGMOID, SOFTMAX
-from embedpool.tasks.tokenizer import Template, Token, Tokenizer, Whole
+from embedpool.tasks.tokenizer import Located, Template, Token, Tokenizer, Whole
 
 # Position 0 of these is behind the padding index, so they hold fewer tokens than positions.
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "ibert")
@@ -67,6 +69,7 @@ class FolderTokenizer(Tokenizer):
         settings = transformer_settings(module.folder)
         tokenizer_config = read_json(module.folder / "tokenizer_config.json")
         self.route = route
+        self._folder = module.folder
         self.prompts = layout.prompts
         self.default_prompt_name = layout.default_prompt_name
         self.default_dimensions = layout.dimensions
@@ -74,7 +77,7 @@ class FolderTokenizer(Tokenizer):
         self.pad_id = _pad_id(self._tokenizer, config)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._is_static = module.kind == STATIC
+        self._is_static = module.kind in (STATIC, SPARSE_STATIC)
         if settings.get("do_lower_case"):
             _lower(self._tokenizer)
         self.excludes_prompt = not all(_includes_prompt(step) for step in others)
@@ -85,31 +88,97 @@ class FolderTokenizer(Tokenizer):
         elif self.excludes_prompt:
             self.told = ("prompt",)
         self.truncation_side = tokenizer_config.get("truncation_side") or "right"
-        if self._is_static:
+        if module.kind == STATIC:
             self.default_max_tokens = config.get("max_length") if is_model2vec(module.folder) else None
         else:
             self.max_tokens = _positions(config)
             own = settings.get("max_seq_length") or tokenizer_config.get("model_max_length")
             self.default_max_tokens = int(own) if own and own < NO_LIMIT else self.max_tokens
+        self.hides_expansion = False  # whether the tokens that are added to a query are read by no other
+        self._expansion: tuple[int, int] | None = None  # with which token such a text is filled up to how many
+        if layout.interaction is not None:
+            self._treat_as(layout.interaction, module.folder)
         bare = self._tokenizer.encode("", add_special_tokens=not self._is_static).ids
-        self._head, self._tail = self._special_ids(bare)
+        self._head, self._tail = self.around = self._special_ids(bare)
         self.special_tokens = len(self._head) + len(self._tail)
         self.ends_specially = bool(self._tail)
         self.vocabulary_size = self._tokenizer.get_vocab_size()
         self._special = {id_ for id_, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.tasks = (layout.kind,)
+        self.tasks = tasks_of(layout)
+        self.default_top_k = layout.most_active
+        self.no_late_chunking = no_late_chunking(layout, route)
+        self.normalizes = any(step.kind == NORMALIZE for step in others)
+        self.averages_queries = layout.interaction.averages_queries if layout.interaction else len(self.tasks) > 2
         self.second_type = 0  # token type of the second part of a pair
-        if layout.kind != EMBED:
-            self.labels = labels_of(module.folder) if layout.kind == CLASSIFY else ("score",)
-            self.activation = _activation(layout, config)
-            self.template = None if layout.is_causal else self._found_template()
         self.pads_left = layout.is_causal  # the last position decides
         self._chat = ChatPairs(module.folder) if layout.is_causal else None
-        if self._chat is not None:
-            self.told = ("prompt", "limit", "side")
-            self._chat_tail = self._common_end()
-            self.special_tokens = len(self.whole([("", "")])[0].ids)
+        if layout.kind in SCORING:
+            self._score_as(layout, config)
         self._prompt_tokens = functools.lru_cache(maxsize=256)(self._counted)
+
+    def _score_as(self, layout: Layout, config: dict[str, Any]) -> None:
+        """As a model that scores texts or pairs."""
+        self.labels = labels_of(self._folder) if layout.kind == CLASSIFY else ("score",)
+        self.activation = _activation(layout, config)
+        if self._chat is None:
+            self.template = self._found_template()
+            return
+        self.told = ("prompt", "limit", "side")
+        self._chat_tail = self._common_end()
+        self.special_tokens = len(self.whole([("", "")])[0].ids)
+
+    def _treat_as(self, found: LateInteraction, folder: Path) -> None:
+        """As the queries or the documents of a multi-vector model."""
+        for mark in found.marks:
+            for prefix in filter(None, (mark, *mark.split(None, 1)[:1])):
+                if self._tokenizer.token_to_id(prefix) is not None:
+                    if self._tokenizer.encode(prefix, add_special_tokens=False).tokens != [prefix]:
+                        one = tokenizers.AddedToken(prefix, normalized=False, special=True)
+                        self._tokenizer.add_special_tokens([one])
+                    break
+        if self.route != QUERY:
+            self.default_max_tokens = found.document_length or self.default_max_tokens
+            return
+        expansion = found.expansion
+        self.default_max_tokens = found.query_length or self.default_max_tokens
+        if expansion is None:
+            return
+        names = _special_names(folder)
+        token = expansion.token or names.get("mask_token") or names.get("eos_token")
+        id_ = self._tokenizer.token_to_id(token) if token else None
+        if id_ is None:
+            raise ModelFailed(f"{folder}: queries are filled up with {token!r}, which its tokenizer does not know")
+        self._expansion, self.hides_expansion = (id_, expansion.length), not expansion.attends
+        if expansion.fixed:
+            self.default_max_tokens = self.most_kept = expansion.length
+        elif found.query_length:
+            self.default_max_tokens = max(found.query_length, expansion.length)
+
+    @override
+    def expanded(self, ids: Ids) -> Ids:
+        if self._expansion is None:
+            return ids
+        id_, length = self._expansion
+        return [*ids, *[id_] * (length - len(ids))]
+
+    @override
+    def located(self, text: str) -> Located:
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        starts = [start + _blanks(text, start, stop) for start, stop in found.offsets]
+        return Located(found.ids, starts)
+
+    @override
+    def names(self, ids: Sequence[int]) -> list[str]:
+        return [self._tokenizer.id_to_token(id_) or "" for id_ in ids]
+
+    def ids_of(self, tokens: Iterable[str]) -> list[int]:
+        """Of those that are in the vocabulary."""
+        return [id_ for token in tokens if (id_ := self._tokenizer.token_to_id(token)) is not None]
+
+    def unused_ids(self) -> list[int]:
+        """Of special tokens that stand for no word."""
+        names = _special_names(self._folder)
+        return self.ids_of(names[f"{kind}_token"] for kind in ("cls", "eos", "pad", "unk") if f"{kind}_token" in names)
 
     @override
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -226,6 +295,19 @@ class FolderTokenizer(Tokenizer):
             if full[start : start + len(plain)] == plain and len(full) - len(plain) == len(bare):
                 return full[:start], full[start + len(plain) :]
         return [], []
+
+
+def _blanks(text: str, start: int, stop: int) -> int:
+    """How many blanks a token begins with, which may belong to what stands before its word."""
+    token = text[start:stop]
+    return len(token) - len(token.lstrip()) if token.strip() else 0
+
+
+def _special_names(folder: Path) -> dict[str, str]:
+    """Special tokens by what they are for, such as mask_token."""
+    found = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
+    named = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
+    return {name: token for name, token in named.items() if name.endswith("_token") and isinstance(token, str)}
 
 
 def _as_whole(encoding: tokenizers.Encoding) -> Whole:

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from embedpool.drivers.body import POOLING
+from embedpool.drivers.heads import Vocabulary
 from embedpool.drivers.layout import STATIC
 from embedpool.drivers.measure import fastest_s
+from embedpool.drivers.pipeline import Read, Run
+from embedpool.errors import ModelFailed
 
 PREPACKED_LEAST_GAIN = 1.1
 TRIED_ROWS = 256  # tokens of the call that is timed
 
 
-def torch_run(modules: Sequence[Any], device: Any, output: str, constants: Mapping[str, Any]) -> Any:
-    """A function from padded inputs and constants to float32 rows (inputs, width), the last step's `output`."""
+def torch_run(modules: Sequence[Any], device: Any, output: str, constants: Mapping[str, Any]) -> Run:
+    """What gives of padded inputs and constants the last module's `output`, as float32."""
     import torch
 
     first = modules[0]
     is_static = type(first).__name__ == STATIC
     names = () if is_static else set(first.tokenizer.model_input_names)
 
-    def run(inputs: dict[str, Any]) -> Any:
+    def run(inputs: dict[str, Any], read: Read) -> Any:
         with torch.inference_mode():
             given = _as_a_bag(inputs) if is_static else {k: v for k, v in inputs.items() if k in names}
             features = {**{k: torch.from_numpy(v).to(device) for k, v in given.items()}, **constants}
@@ -32,9 +37,42 @@ def torch_run(modules: Sequence[Any], device: Any, output: str, constants: Mappi
                 if "pooled_mask" in inputs and type(module).__name__ == "Pooling":
                     _exclude_prompt(features, inputs)
                 features = module(features)
-            return features[output].float().cpu().numpy()
+            return read(features[output].float().cpu().numpy())
 
     return run
+
+
+def up_to_pooling(modules: Sequence[Any]) -> list[Any]:
+    """Those that give vectors of tokens."""
+    return list(itertools.takewhile(lambda module: type(module).__name__ != POOLING, modules))
+
+
+class Headless:
+    """A masked language model without its last layer, which is as wide as the vocabulary; its states are the output.
+
+    Raises ModelFailed for one whose last layer is none that can be taken off.
+    """
+
+    def __init__(self, model: Any) -> None:
+        import torch
+
+        self._model = model
+        self._layer = layer = model.get_output_embeddings()
+        if type(layer) is not torch.nn.Linear:
+            raise ModelFailed(f"its last layer is a {type(layer).__name__}, not a linear one")
+        bias = None if layer.bias is None else _float32(layer.bias)
+        self.vocabulary = Vocabulary(_float32(layer.weight), bias)
+        nothing: Any = torch.nn.Identity()
+        nothing.bias = None  # some models read it
+        model.set_output_embeddings(nothing)
+
+    def restore(self) -> None:
+        """Put the layer back."""
+        self._model.set_output_embeddings(self._layer)
+
+
+def _float32(weight: Any) -> Any:
+    return weight.detach().float().cpu().numpy()
 
 
 def _exclude_prompt(features: dict[str, Any], inputs: dict[str, Any]) -> None:

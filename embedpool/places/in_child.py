@@ -51,7 +51,7 @@ def from_block(answer: InBlock, block: NDArray[np.uint8]) -> Answer:
         name: np.frombuffer(block, dtype, int(np.prod(shape)), at).reshape(shape).copy()
         for name, (at, dtype, shape) in answer.arrays.items()
     }
-    return Answer(Rows(**arrays), answer.tokens, answer.truncated)
+    return Answer(Rows.of_arrays(arrays), answer.tokens, answer.truncated)
 
 
 def serve(

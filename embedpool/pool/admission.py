@@ -17,7 +17,6 @@ from embedpool.errors import (
     ModelLoading,
     Overloaded,
     ShuttingDown,
-    UnsupportedTask,
     UpstreamError,
 )
 from embedpool.pool.cache import ModelCache
@@ -94,10 +93,10 @@ class Admission:
         if self.queue.full() and not self.queue.is_closed:
             raise self._overloaded()
         if width := self.replicas.widths.get(task.name):
-            call.require_room(width)
+            call.require_room(len(task) * width, width)
         tokenizer = self.tokenizer(max(call.deadline - clock(), 0))
-        if task.name not in tokenizer.tasks:
-            raise UnsupportedTask(f"{spec.model!r} cannot {task.name}; it can {' and '.join(tokenizer.tasks)}")
+        if refusal := task.refusal(spec.model, tokenizer):
+            raise refusal
         measured = task.measure(spec.driver.config, tokenizer, lambda: self._require_time(call))
         measured_at = clock()
         request.expect(measured)
@@ -107,7 +106,7 @@ class Admission:
         except (TimeoutError, queue.Full):
             raise DeadlineExceeded(f"no answer within {call.timeout_s:g} s") from None
         raw = request.gather()
-        call.require_room(raw.width)
+        call.require_room(raw.numbers, raw.width)
         errors = dict(sorted(request.errors.items()))
         rows = task.finish(raw, spec.driver.config, tokenizer, errors)
         counted = round(request.counted) or sum(item.tokens for item in measured.items if item.index not in errors)

@@ -42,7 +42,8 @@ class Call:
     share: float = 1.0  # this request's part of it, beside others of the caller
     client_gone: Callable[[], bool] = lambda: False
     require: Callable[[ModelSpec], None] = lambda spec: None  # raises Forbidden for a model that is not for the caller
-    require_room: Callable[[int], None] = lambda width: None  # raises AnswerTooLarge for vectors of this width
+    # raises AnswerTooLarge for so many numbers, of vectors of this width
+    require_room: Callable[[int, int], None] = lambda numbers, width: None
     is_patient: bool = False  # when the queue is full it will ask again, so it has not been refused
     hops: int = 0  # servers of this kind that it has come through
     reads_cache: bool = True
@@ -98,7 +99,7 @@ class Request:
     """
 
     __slots__ = (
-        "_done", "_items_of", "_lock", "_missing", "_rows", "abandoned", "cached", "call", "compute_s", "counted",
+        "_done", "_lock", "_missing", "_pieces", "_rows", "abandoned", "cached", "call", "compute_s", "counted",
         "error", "errors", "is_done", "left", "replicas", "started_at", "task", "tokens", "truncated", "waiting",
     )  # fmt: skip
 
@@ -118,7 +119,7 @@ class Request:
         self.tokens = 0  # of all its items that are to be computed
         self.cached = 0  # items whose rows had been computed before
         self._rows: list[Rows | None] = [None] * len(task)  # each alone
-        self._items_of: dict[int, int] = {}  # that are missing of inputs with several items
+        self._pieces: dict[int, list[Rows | None]] = {}  # likewise, of inputs with several items
         self._missing = 0
         # `_lock` guards what replicas' threads write: rows, errors, `is_done` and the sums. It is held for a few
         # instructions, and never while another lock is taken. `_done` is held from the start until the request is
@@ -137,7 +138,7 @@ class Request:
             self._missing = len(measured.items)
             if self._missing > len(self._rows) - len(measured.refused):
                 items_of = Counter(item.index for item in measured.items)
-                self._items_of = {index: count for index, count in items_of.items() if count > 1}
+                self._pieces = {index: [None] * count for index, count in items_of.items() if count > 1}
             self.tokens = sum(item.tokens or 1 for item in measured.items)
             if not self._missing and not self.is_done:
                 self._finish()
@@ -148,7 +149,7 @@ class Request:
         self.tokens -= item.tokens or 1
         if known.tokens or known.is_truncated:
             self.note(item.index, known.tokens, is_truncated=known.is_truncated)
-        self.fill(item.index, known.row)
+        self.fill(item, known.row)
 
     def wait(self, timeout_s: float) -> None:
         """Until it is done. Raises its error, and TimeoutError."""
@@ -174,32 +175,31 @@ class Request:
             logger.exception("asking for the client of a request failed")
             return False
 
-    def fill(self, index: int, row: Rows) -> None:
-        """The row of an input, alone; the last one completes the request."""
-        self._settle(index, row, None)
+    def fill(self, item: Item, row: Rows) -> None:
+        """The row of an item, alone; the last one completes the request."""
+        with self._lock:
+            pieces = self._pieces.get(item.index)
+            rows, place = (self._rows, item.index) if pieces is None else (pieces, item.piece)
+            if item.index not in self.errors and rows[place] is None:
+                rows[place] = row
+                self._settle(1)
 
     def fail_input(self, index: int, error: EmbedpoolError) -> None:
         """An input failed: the request fails, or goes on without it. A second failure of it changes nothing."""
-        if self.task.partial:
-            self._settle(index, None, error)
-        else:
+        if not self.task.partial:
             self.fail(error)
-
-    def _settle(self, index: int, row: Rows | None, error: EmbedpoolError | None) -> None:
+            return
         with self._lock:
-            before, items = self._rows[index], self._items_of.get(index, 1)
-            if index in self.errors or not items or (before is not None and index not in self._items_of):
-                return
-            if error is not None:
+            missing = sum(row is None for row in self._pieces.get(index, self._rows[index : index + 1]))
+            if index not in self.errors and missing:
                 self.errors[index] = error
-                self._missing -= items  # its other items change nothing any more
-            else:
-                self._rows[index] = row if before is None or row is None else self.task.merged(before, row)
-                self._missing -= 1
-                if index in self._items_of:
-                    self._items_of[index] = items - 1
-            if not self._missing and not self.is_done:
-                self._finish()
+                self._settle(missing)  # its other items change nothing any more
+
+    def _settle(self, items: int) -> None:
+        """So many more are not waited for. Called with the lock held."""
+        self._missing -= items
+        if not self._missing and not self.is_done:
+            self._finish()
 
     def fail(self, error: EmbedpoolError) -> None:
         """It is done, with this error, unless it is done already."""
@@ -224,6 +224,10 @@ class Request:
 
     def gather(self) -> Rows:
         """The rows of a request that is done, in order."""
+        for index, pieces in self._pieces.items():
+            if index not in self.errors:
+                self._rows[index] = self.task.merged(index, [row for row in pieces if row is not None])
+        self._pieces = {}
         return Rows.gather(self._rows)
 
     def _finish(self) -> None:
@@ -259,7 +263,7 @@ def give(items: list[Item], answer: Answer) -> list[tuple[Item, Known]]:
             continue
         row = answer.rows.row(i)
         for equal in item.equals:
-            equal.request.fill(equal.index, row)
+            equal.request.fill(equal, row)
         given.append((item, Known(row, *told[i]) if told else Known(row)))
     return given
 

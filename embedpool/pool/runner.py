@@ -20,6 +20,7 @@ from embedpool.pool.stats import ModelStats
 from embedpool.tasks.driver import PROBE_TEXT, Loss, Place, call_tokens
 from embedpool.tasks.item import Batch, Group, Item
 from embedpool.tasks.rows import Answer
+from embedpool.tasks.task import kinds_of
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,8 @@ class Runner:
         wanted = [equal for equal in item.equals if equal.request.is_wanted(now)]
         if not wanted:
             return False
-        item.request, item.index, item.duplicates = wanted[0].request, wanted[0].index, wanted[1:]
+        first, *item.duplicates = wanted
+        item.request, item.index, item.piece = first.request, first.index, first.piece
         if reason := self.quarantine.reason(item):
             blame(item, InferenceFailed(f"not tried again for a while, since the model failed on it: {reason}"))
         return not reason
@@ -273,7 +275,8 @@ class Runner:
         started = self.clock()
         group, facts = items[0].group, self.place.facts
         if group.task not in facts.tasks:
-            raise UnsupportedTask(f"{self.name}: this model cannot {group.task}; it can {', '.join(facts.tasks)}")
+            able = ", ".join(kinds_of(facts.tasks))
+            raise UnsupportedTask(f"{self.name}: this model cannot {group.task}; it can {able}")
         batch = Batch(group.task, items, _options_of(group), is_search)
         if not is_search:
             self._searches.earn()

@@ -25,6 +25,7 @@ from embedpool.pool.replica_set import ReplicaSet
 from embedpool.pool.settings import PoolSettings
 from embedpool.pool.stats import ModelStats
 from embedpool.tasks.embed import limit_fault
+from embedpool.tasks.task import kinds_of
 from embedpool.tasks.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ class ServedModel:
     @property
     def kinds(self) -> list[str]:
         """What it can do, in the words of its tasks; empty before that was known."""
-        return sorted(self.replicas.widths) or list(self._tokenizer.tasks if self._tokenizer else ())
+        return kinds_of(sorted(self.replicas.widths) or (self._tokenizer.tasks if self._tokenizer else ()))
 
     @property
     def width(self) -> int | None:

@@ -32,7 +32,8 @@ class Cost:
 class Facts:
     """What is true of an open driver.
 
-    `tasks` are those that it can do, with the number of values of a vector of each; None where that varies. `space`
+    `tasks` are those that it can do, with the number of values of a vector of each; None where that varies or there are
+    no vectors. `space`
     identifies whose numbers these are: vectors of two spaces are never comparable. `slots` is how many batches at once
     serve it well, `cost` what a call takes, as far as it is known. Where nothing `pads`, texts of any lengths share a
     batch for nothing. One that `paces` itself is asked whether it takes a batch. `runtime` is what computes, with its

@@ -46,6 +46,7 @@ class EmbedOptions:
     input_type: str | None = None
     truncate: str | None = None
     precision: str = "float32"
+    top_k: int | None = None  # of sparse rows: how many of the largest values are kept
     on_error: str = "fail"  # partial: a text that fails takes no other with it
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -54,9 +55,15 @@ class EmbedOptions:
 class Embed(Task):
     """Texts for a model, whose vectors are wanted."""
 
-    name: ClassVar = "embed"
+    name: ClassVar[str] = "embed"
+    of_others: ClassVar[Sequence[str]] = ("top_k",)  # options that rows of this kind have not
     texts: Sequence[str]
     options: EmbedOptions = EmbedOptions()
+
+    @property
+    def outputs(self) -> Sequence[str]:
+        """The tasks whose rows are wanted together, where there are several."""
+        return ()
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -74,6 +81,7 @@ class Embed(Task):
     def measure(
         self, config: DriverConfig, tokenizer: Tokenizer, still_wanted: Callable[[], None] = lambda: None
     ) -> Measured:
+        self._require_its_options()
         broken = self.broken(self.texts, "texts")
         given = ["" if i in broken else text for i, text in enumerate(self.texts)] if broken else self.texts
         prompt, passed_on = prompt_of(self.options, config, tokenizer)
@@ -92,7 +100,7 @@ class Embed(Task):
         side = tokenizer.truncation_side if self.options.truncate in (None, "error") else self.options.truncate
         reads = limit if side == "right" and not refuses else None  # so many tokens and no more
         prompt_tokens = tokenizer.prompt_tokens(prompt) if prompt and self.options.truncate == "left" else 0
-        group = group_of(self.name, tokenizer, prompt=prompt, limit=limit, side=side)
+        group = group_of(self.name, tokenizer, self.outputs, prompt=prompt, limit=limit, side=side)
         keys = Keys(group)
         items: list[Item] = []
         too_long: dict[int, int] = {}  # tokens, at full length where they are told
@@ -100,20 +108,28 @@ class Embed(Task):
             still_wanted()
             part = texts[at_once]
             for i, (text, full) in enumerate(zip(part, encoded(part, tokenizer, reads), strict=True), at_once.start):
-                ids = array("I", full)  # a fifth of a list's memory
-                key = keys.of(ids)
-                if limit is not None and len(full) > limit:
+                is_cut = limit is not None and len(full) > limit
+                if is_cut:
                     too_long[i] = len(full)
                     if refuses:
                         continue
-                    ids = array("I", tokenizer.cut(full, limit, side, prompt_tokens))
-                    key = keys.of(ids, text)  # a driver that is not fed by ids is given the text
-                items.append(Item((text,), len(ids), ids, group=group, key=key, index=i))
+                ids = array("I", tokenizer.cut(full, limit, side, prompt_tokens) if is_cut and limit else full)
+                whole = array("I", tokenizer.expanded(ids))  # a fifth of a list's memory
+                second = len(ids) if len(whole) > len(ids) else None
+                key = keys.of(whole, *([text] if is_cut else []))  # a driver that is not fed by ids is given the text
+                items.append(Item((text,), len(whole), whole, second, group=group, key=key, index=i))
         items = [item for item in items if item.index not in broken] if broken else items
         if refuses and limit is not None:
             says = {i: f"{tokens} tokens, the limit is {limit}" for i, tokens in too_long.items()}
             return Measured(items, [], {**broken, **self.too_long(says)})
         return Measured(items, list(too_long), broken)
+
+    def _require_its_options(self) -> None:
+        """Raises UnsupportedOption."""
+        odd = [name for name in self.of_others if getattr(self.options, name) != getattr(EmbedOptions(), name)]
+        if odd:
+            fields = {f"options.{name}": f"is not for {self.name} rows" for name in odd}
+            raise UnsupportedOption("; ".join(f"{path} {says}" for path, says in fields.items()), fields=fields)
 
     def _for_a_remote(self, texts: Sequence[str], passed_on: dict[str, object]) -> list[Item]:
         for name in ("max_seq_length", "truncate"):
@@ -175,10 +191,10 @@ def _alike(word: str) -> tuple[str, ...]:
     return next((words for words in (QUERY, DOCUMENT) if word in words), ())
 
 
-def group_of(task: str, tokenizer: Tokenizer, **facts: str | int | None) -> Group:
-    """Items of one route share a batch, and of one prompt or limit where the model must be told it."""
-    known = {"route": tokenizer.route, **facts}
-    options = {name: known[name] for name in ("route", *tokenizer.told) if known[name]}
+def group_of(task: str, tokenizer: Tokenizer, outputs: Sequence[str] = (), **facts: str | int | None) -> Group:
+    """Items of one route and of the same outputs share a batch, and of one prompt or limit where the model is told."""
+    known = {"route": tokenizer.route, "outputs": list(outputs), **facts}
+    options = {name: known[name] for name in ("route", "outputs", *tokenizer.told) if known[name]}
     return Group(task, json.dumps(options, sort_keys=True) if options else "")
 
 
@@ -252,7 +268,8 @@ def limit_of(asked: int | None, config: DriverConfig, tokenizer: Tokenizer) -> i
     """Tokens of an input that a request asked for so many of gets. Raises InvalidRequest."""
     if fault := limit_fault(asked, tokenizer):
         raise InvalidRequest(f"options.max_seq_length: {fault}", fields={"options.max_seq_length": fault})
-    limits = [asked or config.max_seq_length or tokenizer.default_max_tokens, tokenizer.max_tokens]
+    wanted = asked or config.max_seq_length or tokenizer.default_max_tokens
+    limits = [wanted, tokenizer.max_tokens, tokenizer.most_kept]
     return min((limit for limit in limits if limit is not None), default=None)
 
 

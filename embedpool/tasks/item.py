@@ -24,8 +24,9 @@ class Item:
     """One input of a request. Its task makes it, drivers read it, and the pool keeps book on it.
 
     `parts` holds a text, or two (a query and a document); `ids` are their token ids, None where a remote service makes
-    them, and `second` is the index in `ids` at which the second part begins. `tokens` counts them, or estimates it.
-    Items of one model with equal `key` have equal rows. `index` is the input's place in its request.
+    them, and `second` is the index in `ids` at which the second part begins, or what was added to the first.
+    `tokens` counts them, or estimates it. Items of one model with equal `key` have equal rows. `index` is the input's
+    place in its request, `piece` the item's among those of its input.
 
     The pool's own: `request`, to which the row goes; `duplicates`, the items with the same key that share it; `losses`,
     0 at first, 1 after a place was lost while this item's batch ran, and 1 more for each later loss while it ran alone;
@@ -34,8 +35,8 @@ class Item:
     """
 
     __slots__ = (
-        "answered", "duplicates", "group", "ids", "index", "key", "losses", "parts", "postponed", "request", "second",
-        "spared", "tokens",
+        "answered", "duplicates", "group", "ids", "index", "key", "losses", "parts", "piece", "postponed", "request",
+        "second", "spared", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -48,6 +49,7 @@ class Item:
         group: Group = Group("embed"),  # noqa: B008  (it cannot be changed)
         key: bytes = b"",
         index: int = 0,
+        piece: int = 0,
     ) -> None:
         self.parts = parts
         self.tokens = tokens
@@ -56,6 +58,7 @@ class Item:
         self.group = group
         self.key = key
         self.index = index
+        self.piece = piece
         self.request: Any = None
         self.duplicates: list[Item] = []
         self.losses = self.spared = self.postponed = self.answered = 0

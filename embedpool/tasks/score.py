@@ -96,16 +96,16 @@ class Score(Task):
                     continue
                 if joined.too_long:
                     truncated.append(i)
-                for found in joined.rows:
+                for piece, found in enumerate(joined.rows):
                     ids = array("I", found.ids)
                     key = keys.of(ids, str(found.second))
-                    items.append(Item(parts, len(ids), ids, found.second, group=group, key=key, index=i))
+                    items.append(Item(parts, len(ids), ids, found.second, group=group, key=key, index=i, piece=piece))
         return Measured(items, truncated, {**broken, **self.too_long(too_long)})
 
     @override
-    def merged(self, row: Rows, other: Rows) -> Rows:
-        """Of two parts of a document the one with the greater logit."""
-        return row if row.values[0, 0] >= other.values[0, 0] else other
+    def merged(self, index: int, rows: Sequence[Rows]) -> Rows:
+        """Of the parts of a document the one with the greatest logit."""
+        return max(rows, key=lambda row: row.values[0, 0])
 
     @override
     def finish(self, rows: Rows, config: DriverConfig, tokenizer: Tokenizer, errors: dict[int, EmbedpoolError]) -> Rows:

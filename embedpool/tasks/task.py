@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
 from embedpool.config.spec import DriverConfig
@@ -14,12 +14,21 @@ from embedpool.errors import (
     EmbedpoolError,
     InvalidRequest,
     TextTooLong,
+    UnsupportedTask,
     half_a_character,
     with_half_a_character,
 )
 from embedpool.tasks.item import Item
 from embedpool.tasks.rows import Rows
 from embedpool.tasks.tokenizer import Tokenizer
+
+# Tasks that are no kind of a model of their own: its embeddings are made on the way to these.
+OF_EMBEDDERS = ("tokens", "hybrid")
+
+
+def kinds_of(tasks: Iterable[str]) -> list[str]:
+    """Of what a model can do, what is told as its kinds."""
+    return [task for task in tasks if task not in OF_EMBEDDERS]
 
 
 class Measured(NamedTuple):
@@ -63,6 +72,12 @@ class Task(abc.ABC):
             f"{self.where(first)} has {says[first]}", fields={self.where(i): says[i] for i in named}, inputs=named
         )
 
+    def refusal(self, model: str, tokenizer: Tokenizer) -> EmbedpoolError | None:
+        """Why the model of this name cannot do it; None if it can."""
+        if self.name in tokenizer.tasks:
+            return None
+        return UnsupportedTask(f"{model!r} cannot {self.name}; it can {' and '.join(kinds_of(tokenizer.tasks))}")
+
     @abc.abstractmethod
     def __len__(self) -> int:
         """How many inputs there are."""
@@ -80,8 +95,8 @@ class Task(abc.ABC):
         `still_wanted`, which raises where nobody waits any more, is called now and then.
         """
 
-    def merged(self, row: Rows, other: Rows) -> Rows:
-        """The row of an input that has several items, of those of two of them."""
+    def merged(self, index: int, rows: Sequence[Rows]) -> Rows:
+        """The row of an input that has several items, of those of its items, in their order."""
         raise NotImplementedError
 
     @abc.abstractmethod

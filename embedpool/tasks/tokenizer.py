@@ -19,6 +19,13 @@ class Token(NamedTuple):
     stop: int | None
 
 
+class Located(NamedTuple):
+    """Ids of a text without special ones, and the character at which each of them starts."""
+
+    ids: list[int]
+    starts: list[int]
+
+
 class Template(NamedTuple):
     """The special tokens around a text, and around and between the parts of a pair."""
 
@@ -46,6 +53,7 @@ class Tokenizer(abc.ABC):
 
     tasks: Sequence[str] = ("embed",)  # what the model can be asked for
     max_tokens: int | None = None  # the model's positions
+    most_kept: int | None = None  # tokens of a text, whatever a request asks for
     default_max_tokens: int | None = None  # the model's own max_seq_length
     truncation_side = "right"  # where the surplus of a long text goes, unless a request says it
     special_tokens = 0  # added to each text
@@ -55,6 +63,11 @@ class Tokenizer(abc.ABC):
     labels: Sequence[str] = ()  # of a model that scores
     activation = "sigmoid"  # what makes scores of its logits: sigmoid, softmax or identity
     template: Template | None = None  # by which pairs are joined; None where the tokenizer must be given them whole
+    averages_queries = False  # whether the score of a multi-vector model is a mean over the query's vectors, not a sum
+    around: tuple[list[int], list[int]] = ([], [])  # the special tokens before and after a text
+    no_late_chunking: str | None = "it gives no vectors of tokens"  # why, of a model that cannot
+    normalizes = False  # whether its own vectors have length 1
+    default_top_k: int | None = None  # values of a sparse row, unless a request asks for others; None: all
     default_dimensions: int | None = None  # numbers of a vector given out unless a request asks for others; None: all
     route = ""
     routes: Mapping[str, Tokenizer] = {}
@@ -76,6 +89,18 @@ class Tokenizer(abc.ABC):
 
         `side` says where the surplus of the text goes: left or right.
         """
+        raise NotImplementedError
+
+    def expanded(self, ids: Ids) -> Ids:
+        """With the tokens behind them that the model adds to such a text when it is short."""
+        return ids
+
+    def located(self, text: str) -> Located:
+        """Where its tokens stand."""
+        raise NotImplementedError
+
+    def names(self, ids: Sequence[int]) -> list[str]:
+        """Tokens as they stand in the vocabulary."""
         raise NotImplementedError
 
     def prompt_tokens(self, prompt: str) -> int:

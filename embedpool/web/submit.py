@@ -27,8 +27,9 @@ def embed(
 ) -> Result:
     """The texts' vectors, which the answer will hold in these forms, see NUMBER_BYTES."""
 
-    def require_room(width: int) -> None:
-        size = len(texts) * (options.dimensions or width) * sum(NUMBER_BYTES[form] for form in forms)
+    def require_room(numbers: int, width: int) -> None:
+        kept = options.dimensions / width if options.dimensions and width else 1.0
+        size = numbers * kept * sum(NUMBER_BYTES[form] for form in forms)
         if size > http.max_answer_bytes:
             raise AnswerTooLarge(
                 f"{len(texts)} vectors make an answer of about {size / 1e6:.0f} MB, the limit is "
@@ -64,7 +65,7 @@ def call_of(
     share: float = 1.0,
     client_gone: Callable[[], bool] | None = None,
     is_patient: bool = False,
-    require_room: Callable[[int], None] = lambda width: None,
+    require_room: Callable[[int, int], None] = lambda numbers, width: None,
 ) -> Call:
     """For whom a request to the pool is. One of several that serve a request of lines has a `share` of a whole one.
 

@@ -26,7 +26,12 @@ def fill(request: Asked, *indices: int) -> None:
     """As a batch of these would."""
     rows = Rows(vectors_of([request.texts[i] for i in indices]))
     for row, index in enumerate(indices):
-        request.fill(index, rows.row(row))
+        request.fill(item(index), rows.row(row))
+
+
+def item(index: int, piece: int = 0) -> Item:
+    """Of the input at this index."""
+    return Item(("",), 1, index=index, piece=piece)
 
 
 def test_a_request_is_done_when_its_last_row_is_there() -> None:
@@ -132,7 +137,7 @@ def test_nothing_keeps_a_request_that_is_done() -> None:
         rows = Rows(vectors_of(["a", "b"]))
         kept = [weakref.ref(rows.values), weakref.ref(task)]
         for index in range(2):
-            request.fill(index, rows.row(index))
+            request.fill(item(index), rows.row(index))
         request.gather()
         del task, request, rows
         assert [ref() is None for ref in kept] == [True, True]
@@ -145,6 +150,6 @@ def test_a_request_keeps_nothing_of_the_batches_of_others() -> None:
     batch = np.zeros((64, 8), dtype=np.float32)
     rows, kept = Rows(batch), weakref.ref(batch)
     request = Asked("a", "b")
-    request.fill(0, rows.row(5))
+    request.fill(item(0), rows.row(5))
     del batch, rows
     assert kept() is None

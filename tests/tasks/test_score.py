@@ -108,7 +108,7 @@ def test_the_best_part_counts() -> None:
     """By its logit."""
     task = Rerank([("a", "b")])
     low, high = Rows(np.float32([[-1.0]])), Rows(np.float32([[2.0]]))
-    assert task.merged(low, high) is task.merged(high, low) is high
+    assert task.merged(0, [low, high]) is task.merged(0, [high, low]) is high
 
 
 def test_a_document_may_be_bounded_by_itself() -> None:

@@ -1,0 +1,53 @@
+"""The hybrid task: several outputs of one pass of a model. And which task stands for what a request asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from typing_extensions import override
+
+from embedpool.config.spec import DriverConfig
+from embedpool.errors import EmbedpoolError
+from embedpool.tasks.embed import Embed, EmbedOptions
+from embedpool.tasks.multivector import MultiVector
+from embedpool.tasks.rows import Rows
+from embedpool.tasks.sparse import Sparse
+from embedpool.tasks.tokenizer import Tokenizer
+
+# What a request calls an output → the task that gives it.
+OUTPUTS: Mapping[str, type[Embed]] = {"dense": Embed, "sparse": Sparse, "multivector": MultiVector}
+TASK_OF_OUTPUT: Mapping[str, str] = {name: task.name for name, task in OUTPUTS.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Hybrid(Embed):
+    """Texts for a model that gives several outputs. The rows stand in `also`, by task; the row itself is empty."""
+
+    name: ClassVar[str] = "hybrid"
+    of_others: ClassVar[Sequence[str]] = ()
+    wanted: Sequence[str] = ()
+
+    @property
+    @override
+    def outputs(self) -> Sequence[str]:
+        return sorted(TASK_OF_OUTPUT[name] for name in self.wanted)
+
+    @override
+    def finish(self, rows: Rows, config: DriverConfig, tokenizer: Tokenizer, errors: dict[int, EmbedpoolError]) -> Rows:
+        """Each output as it would be alone: of the options those count that are for it."""
+        also = {}
+        for task in OUTPUTS.values():
+            if task.name in rows.also:
+                others = {name: getattr(EmbedOptions(), name) for name in task.of_others}
+                options = dataclasses.replace(self.options, **others)
+                also[task.name] = task(self.texts, options).finish(rows.also[task.name], config, tokenizer, errors)
+        return Rows(rows.values, also=also)
+
+
+def task_for(wanted: Sequence[str], texts: Sequence[str], options: EmbedOptions) -> Embed:
+    """The task that gives these outputs."""
+    if len(wanted) > 1:
+        return Hybrid(texts, options, wanted)
+    return OUTPUTS[wanted[0]](texts, options)
