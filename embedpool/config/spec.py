@@ -95,7 +95,7 @@ class LocalStConfig(LocalConfig):
     task: str | None = option(
         None,
         "what the model is served for; default: what its files say; embed: its encoder, whatever its kind",
-        choices=("embed", "rerank", "classify"),
+        choices=("embed", "rerank", "classify", "sparse", "multivector"),
         loads=True,
     )
 
@@ -199,7 +199,12 @@ class FakeConfig(LocalConfig):
     """driver.config of the deterministic stand-in: tests, demos, load tests of everything else."""
 
     dim: int = option(384, "size of its vectors", minimum=1, maximum=65536, loads=True)
-    task: str = option("embed", "what it stands for", choices=("embed", "rerank", "classify"), loads=True)
+    task: str = option(
+        "embed",
+        "what it stands for; hybrid: a model that gives dense, sparse and multi-vector rows",
+        choices=("embed", "rerank", "classify", "sparse", "multivector", "hybrid"),
+        loads=True,
+    )
     labels: int = option(3, "labels of a classifier", minimum=2, maximum=1000, loads=True)
     delay_ms: float = option(0, "time a batch takes", minimum=0, loads=True)
     delay_ms_per_text: float = option(0, "further time per text", minimum=0, loads=True)

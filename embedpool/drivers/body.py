@@ -1,29 +1,14 @@
-"""The body of a route: what a runtime computes of its modules, and the head that makes rows of what that gives."""
+"""The body of a route: what a runtime computes of its modules. A head makes rows of what that gives, see heads.py."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
-from embedpool.drivers.heads import (
-    AllTokens,
-    AutoEncoder,
-    Counted,
-    Head,
-    Linear,
-    Splade,
-    ThreeOutputs,
-    Vocabulary,
-)
-from embedpool.drivers.late_interaction import MASK, QUERY
+from embedpool.drivers.late_interaction import MASK
 from embedpool.drivers.layout import EMBED, MULTIVECTOR, SCORING, SPARSE, TRANSFORMER, TRANSFORMERS, Layout, Module
-from embedpool.drivers.model_files import read_json, tensors_of
+from embedpool.drivers.model_files import read_json
 from embedpool.tasks.hybrid import Hybrid
 from embedpool.tasks.late_chunking import Tokens
-
-if TYPE_CHECKING:
-    from embedpool.drivers.tokenizer import FolderTokenizer
 
 VECTORS, TOKENS, SCORES = "sentence_embedding", "token_embeddings", "scores"  # where modules put what they give
 POOLING, NORMALIZE, SPLADE, AUTO_ENCODER = "Pooling", "Normalize", "SpladePooling", "SparseAutoEncoder"
@@ -107,39 +92,4 @@ def has_three(layout: Layout) -> bool:
         kinds in ([TRANSFORMER, POOLING], [TRANSFORMER, POOLING, NORMALIZE])
         and pools_by(steps[1]) == "cls"
         and all((layout.folder / name).is_file() for name in (SPARSE_LAYER, MULTIVECTOR_LAYER))
-    )
-
-
-def heads_of(layout: Layout, tokenizer: FolderTokenizer, vocabulary: Vocabulary | None) -> Mapping[str, Head]:
-    """The head of a route by the task it is for; none where the body gives the rows. `vocabulary` is that of Splade."""
-    steps = layout.routes[tokenizer.route]
-    if has_three(layout):
-        layers = (tensors_of(layout.folder / name) for name in (SPARSE_LAYER, MULTIVECTOR_LAYER))
-        sparse, multivector = (Linear(layer["weight"], layer["bias"]) for layer in layers)
-        three = ThreeOutputs(sparse, multivector, tokenizer.unused_ids())
-        return {**dict.fromkeys((EMBED, SPARSE, MULTIVECTOR, Hybrid.name), three), Tokens.name: AllTokens()}
-    if layout.kind == MULTIVECTOR:
-        assert layout.interaction is not None
-        found = layout.interaction
-        skipped = tokenizer.ids_of(found.skipped) if tokenizer.route in found.skips else []
-        return {MULTIVECTOR: Counted(skipped, () if tokenizer.route == QUERY else found.only)}
-    if layout.kind == SPARSE and vocabulary is not None:
-        config = read_json(steps[-1].folder / "config.json")
-        sums = config.get("pooling_strategy", "max") == "sum"
-        log_twice = config.get("activation_function", "relu") == "log1p_relu"
-        return {SPARSE: Splade(vocabulary, sums, log_twice)}
-    if layout.kind == SPARSE:
-        return {SPARSE: _auto_encoder(steps[-1], layout.most_active)}
-    return {}
-
-
-def _auto_encoder(module: Module, most_active: int | None) -> AutoEncoder:
-    config = read_json(module.folder / "config.json")
-    weights = tensors_of(module.folder / "model.safetensors")
-    return AutoEncoder(
-        weights["encoder.weight" if "encoder.weight" in weights else "decoder.linear.weight"],  # they are one
-        weights["pre_bias"],
-        weights["latent_bias"],
-        most_active or int(config.get("k", 8)),
-        bool(config.get("normalize")),
     )

@@ -57,7 +57,7 @@ def probes(library: Library, tokenizer: FolderTokenizer) -> Iterator[Probe]:
         request = task(TEXTS, EmbedOptions(prompt=prompt))
         yield Probe(name, request, library.compute(texts, prompt=prompt, route=route))
     limit = _short_limit(tokenizer)
-    if limit and tokenizer.expanded([0]) == [0]:  # of a query that is filled up the length is the model's own
+    if limit and not tokenizer.expands:  # of a query that is filled up the length is the model's own
         options = EmbedOptions(prompt="", max_seq_length=limit, truncate="right")
         expected = library.compute(texts, route=route, limit=limit)
         yield Probe(f"of texts cut to {limit} tokens", task(TEXTS, options), expected)

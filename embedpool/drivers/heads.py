@@ -15,7 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
+from embedpool.drivers.body import MULTIVECTOR_LAYER, SPARSE_LAYER, has_three
+from embedpool.drivers.late_interaction import QUERY
+from embedpool.drivers.layout import EMBED, MULTIVECTOR, SPARSE, Layout, Module
+from embedpool.drivers.model_files import read_json, tensors_of
+from embedpool.drivers.tokenizer import FolderTokenizer
+from embedpool.tasks.hybrid import Hybrid
 from embedpool.tasks.item import Batch, Ids
+from embedpool.tasks.late_chunking import Tokens
 from embedpool.tasks.rows import Rows
 
 Array = NDArray[Any]
@@ -228,3 +235,38 @@ class ThreeOutputs(Head):
     def _vectors(self, given: Array, ids: Sequence[Ids]) -> Rows:
         rows = of_tokens(given, [np.arange(1, len(row)) for row in ids])
         return Rows(normalized(self.multivector(rows.values)), rows.splits)
+
+
+def heads_of(layout: Layout, tokenizer: FolderTokenizer, vocabulary: Vocabulary | None) -> Mapping[str, Head]:
+    """The head of a route by the task it is for; none where the body gives the rows. `vocabulary` is that of Splade."""
+    steps = layout.routes[tokenizer.route]
+    if has_three(layout):
+        layers = (tensors_of(layout.folder / name) for name in (SPARSE_LAYER, MULTIVECTOR_LAYER))
+        sparse, multivector = (Linear(layer["weight"], layer["bias"]) for layer in layers)
+        three = ThreeOutputs(sparse, multivector, tokenizer.unused_ids())
+        return {**dict.fromkeys((EMBED, SPARSE, MULTIVECTOR, Hybrid.name), three), Tokens.name: AllTokens()}
+    if layout.kind == MULTIVECTOR:
+        assert layout.interaction is not None
+        found = layout.interaction
+        skipped = tokenizer.ids_of(found.skipped) if tokenizer.route in found.skips else []
+        return {MULTIVECTOR: Counted(skipped, () if tokenizer.route == QUERY else found.only)}
+    if layout.kind == SPARSE and vocabulary is not None:
+        config = read_json(steps[-1].folder / "config.json")
+        sums = config.get("pooling_strategy", "max") == "sum"
+        log_twice = config.get("activation_function", "relu") == "log1p_relu"
+        return {SPARSE: Splade(vocabulary, sums, log_twice)}
+    if layout.kind == SPARSE:
+        return {SPARSE: _auto_encoder(steps[-1], layout.most_active)}
+    return {}
+
+
+def _auto_encoder(module: Module, most_active: int | None) -> AutoEncoder:
+    config = read_json(module.folder / "config.json")
+    weights = tensors_of(module.folder / "model.safetensors")
+    return AutoEncoder(
+        weights["encoder.weight" if "encoder.weight" in weights else "decoder.linear.weight"],  # they are one
+        weights["pre_bias"],
+        weights["latent_bias"],
+        most_active or int(config.get("k", 8)),
+        bool(config.get("normalize")),
+    )

@@ -22,7 +22,8 @@ from typing_extensions import override
 
 from embedpool import __version__, bounds
 from embedpool.config.spec import LocalStConfig, ModelSpec
-from embedpool.drivers.body import TOKENS, heads_of, shared_route, tasks_of, tokens_are_read
+from embedpool.drivers.body import TOKENS, shared_route, tasks_of, tokens_are_read
+from embedpool.drivers.heads import heads_of
 from embedpool.drivers.layout import SCORING, Layout, read_layout
 from embedpool.drivers.measure import fastest_s, nearness, probe_batch
 from embedpool.drivers.model_folder import commit_of, find_model_folder, keep_commit

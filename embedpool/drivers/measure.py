@@ -35,7 +35,7 @@ def cosine(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 
 def nearness(a: Rows, b: Rows) -> float:
-    """The least cosine of two vectors that stand in the same place of two outputs, or of two outputs of a sparse row."""
+    """The least cosine of two vectors that stand in the same place of two outputs, or of two sparse rows."""
     if a.indices is not None and b.indices is not None:
         both = np.zeros((2, 1 + max(int(rows.indices.max(initial=0)) for rows in (a, b) if rows.indices is not None)))
         both[0, a.indices], both[1, b.indices] = a.values, b.values

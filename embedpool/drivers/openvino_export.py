@@ -178,7 +178,7 @@ class Padded(Steps):
         self.constants = source.constants
 
     def forward(self, input_ids: Any, attention_mask: Any, token_type_ids: Any = None, pooled_mask: Any = None) -> Any:
-        """Of the arrays that `tokenizer.pad` makes."""
+        """Of the arrays that `padding.pad` makes."""
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
         features = {name: value for name, value in given.items() if value is not None}
         return self.rows({**features, **self.constants}, pooled_mask)

@@ -19,8 +19,7 @@ import numpy as np
 from typing_extensions import override
 
 from embedpool import bounds
-from embedpool.drivers.body import heads_of
-from embedpool.drivers.heads import Head, Vocabulary
+from embedpool.drivers.heads import Head, Vocabulary, heads_of
 from embedpool.drivers.layout import Layout
 from embedpool.drivers.packing import pack
 from embedpool.drivers.pipeline import Array, PaddedPipeline, Read, Run, copied

@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from embedpool.drivers.heads import AllTokens, Head
 from embedpool.drivers.library import Library
-from embedpool.drivers.tokenizer import FolderTokenizer, pad
+from embedpool.drivers.padding import pad
+from embedpool.drivers.tokenizer import FolderTokenizer
 from embedpool.errors import UnsupportedTask
 from embedpool.tasks.item import Batch, Ids
 from embedpool.tasks.late_chunking import Tokens

@@ -8,10 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 import tokenizers
-from numpy.typing import NDArray
 from tokenizers import normalizers
 from typing_extensions import override
 
@@ -149,6 +147,7 @@ class FolderTokenizer(Tokenizer):
         if id_ is None:
             raise ModelFailed(f"{folder}: queries are filled up with {token!r}, which its tokenizer does not know")
         self._expansion, self.hides_expansion = (id_, expansion.length), not expansion.attends
+        self.expands = True
         if expansion.fixed:
             self.default_max_tokens = self.most_kept = expansion.length
         elif found.query_length:
@@ -315,26 +314,6 @@ def _as_whole(encoding: tokenizers.Encoding) -> Whole:
     second = parts.index(1) if 1 in parts else None
     tail = next((i for i, part in enumerate(reversed(parts)) if part is not None), 0)
     return Whole(encoding.ids, second, tail)
-
-
-def pad(
-    ids: Sequence[Sequence[int]], pad_id: int, seconds: Sequence[int | None] = (), *, left: bool = False
-) -> dict[str, NDArray[np.int64]]:
-    """int64 arrays of shape (texts, longest): input_ids, attention_mask, token_type_ids.
-
-    Padded at the right, or at the `left`. A type is 0, and 1 from the index in `seconds` on, where the second part
-    begins.
-    """
-    lengths = np.fromiter((len(i) for i in ids), dtype=np.int64, count=len(ids))
-    places = np.arange(lengths.max())
-    mask = places >= (lengths.max() - lengths)[:, None] if left else places < lengths[:, None]
-    input_ids = np.full(mask.shape, pad_id, dtype=np.int64)
-    input_ids[mask] = np.concatenate([np.asarray(i, dtype=np.int64) for i in ids])
-    types = np.zeros_like(input_ids)
-    if seconds:
-        begins = np.fromiter((lengths[i] if at is None else at for i, at in enumerate(seconds)), np.int64, len(seconds))
-        types[mask & (np.arange(mask.shape[1]) >= begins[:, None])] = 1
-    return {"input_ids": input_ids, "attention_mask": mask.astype(np.int64), "token_type_ids": types}
 
 
 def _load_tokenizer(folder: Path) -> tokenizers.Tokenizer:

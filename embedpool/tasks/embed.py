@@ -114,7 +114,7 @@ class Embed(Task):
                     if refuses:
                         continue
                 ids = array("I", tokenizer.cut(full, limit, side, prompt_tokens) if is_cut and limit else full)
-                whole = array("I", tokenizer.expanded(ids))  # a fifth of a list's memory
+                whole = array("I", tokenizer.expanded(ids)) if tokenizer.expands else ids  # a fifth of a list's memory
                 second = len(ids) if len(whole) > len(ids) else None
                 key = keys.of(whole, *([text] if is_cut else []))  # a driver that is not fed by ids is given the text
                 items.append(Item((text,), len(whole), whole, second, group=group, key=key, index=i))

@@ -63,6 +63,7 @@ class Tokenizer(abc.ABC):
     labels: Sequence[str] = ()  # of a model that scores
     activation = "sigmoid"  # what makes scores of its logits: sigmoid, softmax or identity
     template: Template | None = None  # by which pairs are joined; None where the tokenizer must be given them whole
+    expands = False  # whether it adds tokens to a text that is short, see `expanded`
     averages_queries = False  # whether the score of a multi-vector model is a mean over the query's vectors, not a sum
     around: tuple[list[int], list[int]] = ([], [])  # the special tokens before and after a text
     no_late_chunking: str | None = "it gives no vectors of tokens"  # why, of a model that cannot

@@ -51,16 +51,27 @@ def module(kind: str, path: str = "") -> dict[str, str]:
 OTHER_KINDS = {
     "tokens": ({"config": of("BertForTokenClassification")}, "a classifier of tokens"),
     "answers": ({"config": of("BertForQuestionAnswering")}, "a finder of answers"),
-    "colbert": ({"config": of("HF_ColBERT")}, "a multi-vector model"),
     "images": ({"config": of("ColPaliForRetrieval")}, "a model of images"),
-    "pylate": ({"config_sentence_transformers": {"model_type": "ColBERT"}}, "a multi-vector model"),
-    "splade": ({"modules": [module("MLMTransformer"), module("SpladePooling", "1")]}, "a sparse encoder: .*MLMTransf"),
-    "sparse router": (
+}
+ROUTER = {"types": {"q": "sentence_transformers.models.SparseStaticEmbedding"}, "structure": {"query": ["q"]}}
+OTHER_OUTPUTS = {
+    "colbert of stanford": ({"config": of("HF_ColBERT")}, "multivector"),
+    "pylate": (
         {
-            "modules": [module("Router")],
-            "router_config": {"types": {"q": "x.SparseStaticEmbedding"}, "structure": {"query": ["q"]}},
+            "modules": [module("Transformer"), {"type": "pylate.models.Dense.Dense", "path": ""}],
+            "config_sentence_transformers": {"model_type": "ColBERT"},
         },
-        "a sparse encoder: .*SparseStaticEmbedding",
+        "multivector",
+    ),
+    "colbert": ({"modules": [module("Transformer"), module("MultiVectorMask", "1")]}, "multivector"),
+    "splade": ({"modules": [module("MLMTransformer"), module("SpladePooling", "1")]}, "sparse"),
+    "sparse router": (
+        {"modules": [module("Router")], "router_config": ROUTER, "q__config": {"path": "x/idf.json"}, "q__idf": {}},
+        "sparse",
+    ),
+    "sparse encoder": (
+        {"modules": [module("Transformer")], "config_sentence_transformers": {"model_type": "SparseEncoder"}},
+        "sparse",
     ),
 }
 SCORING = {
@@ -84,6 +95,18 @@ def test_another_kind_is_refused_unless_it_is_asked_for(
         layout(**files)
     files = {"config": of("X"), **files}
     assert "served by task: embed" in str(layout(**files, register={"task": "embed"}).assumed)
+
+
+@pytest.mark.parametrize(("files", "kind"), OTHER_OUTPUTS.values(), ids=OTHER_OUTPUTS)
+def test_what_a_model_gives_is_told_by_its_files(
+    layout: Callable[..., Layout], files: dict[str, Any], kind: str
+) -> None:
+    """Sparse and multi-vector models are served as what they are; as another kind only their encoder, if asked for."""
+    assert layout(**files).kind == kind
+    with pytest.raises(ModelFailed, match=r"cannot be served with driver\.config\.task rerank"):
+        layout(**files, register={"task": "rerank"})
+    found = layout(**{"config": of("X"), **files}, register={"task": "embed"})
+    assert (found.kind, "served by task: embed" in str(found.assumed)) == ("embed", True)
 
 
 @pytest.mark.parametrize(("files", "kind"), SCORING.values(), ids=SCORING)

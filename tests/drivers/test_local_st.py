@@ -24,6 +24,7 @@ from embedpool.errors import ModelFailed
 from embedpool.places.cores import available_cores
 from embedpool.tasks.driver import Folders
 from embedpool.tasks.item import Batch
+from embedpool.tasks.rows import Rows
 from tests.conftest import NOWHERE, open_here, run
 from tests.drivers.conftest import MINILM, TEXTS, cached_in, cosines
 
@@ -197,7 +198,8 @@ class Ones(Pipeline):
         self._value = value
 
     def run(self, batch: Batch) -> Any:
-        return np.full((len(batch.items), 3), self._value, np.float32)
+        values = np.full((len(batch.items), 3), self._value, np.float32)
+        return Rows(values, np.arange(len(values) + 1)) if batch.task == "tokens" else Rows(values)
 
 
 def on_torch(value: float = 1.0) -> Any:
@@ -246,12 +248,12 @@ def test_a_model_that_cannot_be_fed_ids_is_run_by_encode(
 ) -> None:
     """Where token ids do not give encode's vectors, encode itself is used, and /status says why."""
 
-    def by_its_ids(inputs: dict[str, Any]) -> np.ndarray:
+    def by_its_ids(inputs: dict[str, Any], read: Any) -> Any:
         if isinstance(by_ids, Exception):
             raise by_ids
-        return np.asarray(by_ids((len(inputs["input_ids"]), 384)), np.float32)
+        return read(np.asarray(by_ids((len(inputs["input_ids"]), 384)), np.float32))
 
-    monkeypatch.setattr(torch_run, "torch_run", lambda *_: by_its_ids)
+    monkeypatch.setattr(torch_run, "torch_run", lambda *_, **__: by_its_ids)
     driver = LocalStDriver(MINILM, LocalStConfig(backend="torch"), 1, cached_in(tmp_path))
     open_here(driver)
     assert says in str(driver.facts.description["by_encode"])

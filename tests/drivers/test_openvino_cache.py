@@ -23,6 +23,7 @@ from embedpool.drivers.openvino_cache import exported
 from embedpool.drivers.openvino_graph import Compiled
 from embedpool.drivers.packing import pack
 from embedpool.errors import ModelFailed
+from embedpool.tasks.rows import Rows
 from tests.zoo import make
 
 pytestmark = pytest.mark.skipif(
@@ -180,7 +181,7 @@ def test_an_export_that_dies_is_told_of(small: Path, tmp_path: Path, monkeypatch
 
 def test_a_graph_with_other_vectors_is_not_kept(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph that does not compute what encode gives is refused and leaves nothing in the cache."""
-    monkeypatch.setattr(Library, "compute", lambda self, texts, **_: -np.ones((len(texts), 32), np.float32))
+    monkeypatch.setattr(Library, "compute", lambda self, texts, **_: Rows(-np.ones((len(texts), 32), np.float32)))
     with pytest.raises(ModelFailed, match="others than those of encode"):
         export(small, tmp_path)
     assert list((tmp_path / "openvino").iterdir()) == []

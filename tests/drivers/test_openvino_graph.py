@@ -39,8 +39,9 @@ class FakeCompiled:
         self.cores = threads // streams
         self.inputs = ["input_ids"]
         self.gave_back = 0
+        self.outputs = 1
 
-    def __call__(self, inputs: dict[str, Any]) -> int:
+    def __call__(self, inputs: dict[str, Any], read: Any) -> int:
         if "meanwhile" in inputs:
             inputs["meanwhile"]()
         return self.cores

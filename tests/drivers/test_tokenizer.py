@@ -19,7 +19,8 @@ import tokenizers
 
 from embedpool.config.spec import LocalStConfig
 from embedpool.drivers.layout import read_layout
-from embedpool.drivers.tokenizer import FolderTokenizer, pad, tokenizer_of
+from embedpool.drivers.padding import pad
+from embedpool.drivers.tokenizer import FolderTokenizer, tokenizer_of
 from embedpool.errors import ModelFailed
 from tests.drivers.conftest import TEXTS
 

@@ -1,4 +1,4 @@
-"""Sparse and multi-vector models of the zoo give their own library's rows, and dense ones late chunks, on each runtime."""
+"""Sparse and multi-vector models of the zoo give their library's rows, and dense ones late chunks, on each runtime."""
 
 from __future__ import annotations
 
@@ -381,7 +381,7 @@ def test_a_chunk_alone_is_the_text_without_its_special_tokens(means: Served) -> 
 
 
 def test_a_document_may_be_split_by_the_server(means: Served) -> None:
-    """Into so many tokens each, of which the last of one are the first of the next; the texts are those of the tokens."""
+    """Into so many tokens each, of which the last of one are the first of the next; their texts are told."""
     task = LateChunking([["pool embed server model token vector short long"]], chunking=Chunking(3, 1))
     found = means.run(task).vectors
     (plan,) = task.plans
