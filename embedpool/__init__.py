@@ -6,8 +6,8 @@ The road of a request, each file entered once on the way in and once on the way 
     web/body.py           the body is read, unpacked and parsed
     web/schemas.py        its schema
     web/submit.py         the one way into the pool: the task, and a call that says for whom it is
+    pool/pool.py          a name or an alias finds its model, a permit admits the request
     tasks/embed.py        the task: prompts and truncation make items of texts, and rows get their final form
-    pool/pool.py          a permit admits the request, a name or an alias finds its model
     pool/admission.py     the request is measured, put into the queue, waited for and finished
     pool/model_queue.py   items wait, bounded in number
     pool/cache.py         but for those whose rows are known from before
@@ -19,12 +19,15 @@ The road of a request, each file entered once on the way in and once on the way 
     web/encoding.py       rows become JSON, base64 or npy
 
 What they hand on: tasks/item.py (items and batches), tasks/rows.py, pool/request.py (a call, a request, a result).
-What all tasks have: tasks/task.py.
+What all tasks have: tasks/task.py. Other tasks take the same road: tasks/score.py, tasks/sparse.py,
+tasks/multivector.py, tasks/hybrid.py (several outputs of one pass) and tasks/late_chunking.py.
 A dialect in web/dialects/ takes the place of web/native.py; web/ndjson.py serves bodies of lines.
 
-What a model's folder holds: drivers/layout.py. What computes: drivers/static.py, drivers/openvino_graph.py,
-drivers/torch_run.py, and drivers/library.py, with which drivers/fidelity.py compares the others. Graphs are made by
-drivers/openvino_export.py and kept by drivers/openvino_cache.py; drivers/packing.py lets texts share their rows.
+What a model's folder holds: drivers/layout.py, and of a multi-vector model drivers/late_interaction.py. What computes:
+drivers/static.py, drivers/openvino_graph.py, drivers/torch_run.py, and drivers/library.py, with which
+drivers/fidelity.py compares the others. What of a model they compute says drivers/body.py; drivers/heads.py makes
+sparse rows, or a vector for each token, of what that gives. Graphs are made by drivers/openvino_export.py and kept by
+drivers/openvino_cache.py; drivers/padding.py gives each text a row, drivers/packing.py lets texts share their rows.
 
 Around the road: web/app.py puts web/ together, with web/http_request.py, web/access.py (keys), web/intake.py (bodies),
 web/rate_limit.py, web/metrics.py, web/request_log.py, web/error_response.py, web/compat.py (what the APIs of others

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import normalizers
 from typing_extensions import override
 
-from embedpool.drivers.body import NORMALIZE, no_late_chunking, tasks_of
+from embedpool.drivers.body import AUTO_ENCODER, NORMALIZE, no_late_chunking, tasks_of
 from embedpool.drivers.chat_pairs import ChatPairs
 from embedpool.drivers.late_interaction import QUERY, LateInteraction
 from embedpool.drivers.layout import CLASSIFY, SCORING, SPARSE_STATIC, STATIC, Layout, Module
@@ -104,6 +104,7 @@ class FolderTokenizer(Tokenizer):
         self._special = {id_ for id_, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         self.tasks = tasks_of(layout)
         self.default_top_k = layout.most_active
+        self.indices_are_tokens = others[-1:] == [] or others[-1].kind != AUTO_ENCODER
         self.no_late_chunking = no_late_chunking(layout, route)
         self.normalizes = any(step.kind == NORMALIZE for step in others)
         self.averages_queries = layout.interaction.averages_queries if layout.interaction else len(self.tasks) > 2

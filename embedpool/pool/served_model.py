@@ -155,6 +155,13 @@ class ServedModel:
         """What it can do, in the words of its tasks; empty before that was known."""
         return kinds_of(sorted(self.replicas.widths) or (self._tokenizer.tasks if self._tokenizer else ()))
 
+    def kinds_at_all(self) -> list[str]:
+        """The same, found out if need be. Raises what a request would meet."""
+        if self.kinds:
+            return self.kinds
+        config = self.spec.driver.config
+        return [str(config.task)] if config.is_remote else kinds_of(self.tokenizer().tasks)
+
     @property
     def width(self) -> int | None:
         """Numbers of a vector; None before it was loaded."""

@@ -20,7 +20,7 @@ from embedpool.web import cors, live, manage, native, observe, openapi, root, sc
 from embedpool.web.access import Access
 from embedpool.web.body import OWN_HOSTS
 from embedpool.web.compat import IGNORED_HEADER, named
-from embedpool.web.dialects import batches, cohere, ollama, openai, rerank, tei
+from embedpool.web.dialects import batches, cohere, contextual, ollama, openai, rerank, tei
 from embedpool.web.error_response import Shape, error_response, native_shape
 from embedpool.web.history import HISTORY, History
 from embedpool.web.http_request import OWNER, HttpRequest, here
@@ -30,7 +30,7 @@ from embedpool.web.request_log import Recent, log_request, span_attributes
 
 ACCESS = "embedpool.access"
 MOST_TRUNCATED_NAMED = 500
-DIALECTS = (openai, tei, cohere, ollama, rerank, batches)
+DIALECTS = (openai, contextual, tei, cohere, ollama, rerank, batches)
 BEFORE_A_NAME = re.compile(r"(/+(?:models|ready|v1/+models|tei))/+([^/].*)", re.DOTALL)
 SHAPES: dict[str, Shape] = {p: shape for one in (*DIALECTS, score) for p, shape in one.SHAPES.items()}
 

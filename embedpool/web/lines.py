@@ -21,13 +21,13 @@ BYTES_PER_CHAR = 6  # at most, of a JSON string: \u0000
 
 @dataclasses.dataclass(slots=True)
 class Line:
-    """A line and its answer: `error`, which it may have from the start, or `vector`."""
+    """A line and its answer: `error`, which it may have from the start, or `answer`: its vector, or outputs."""
 
     index: int
     id: str | int | float | None = None
     text: str = ""
     error: EmbedpoolError | None = None
-    vector: Any = None
+    answer: dict[str, Any] = dataclasses.field(default_factory=dict)
     truncated: bool = False
 
     def encoded(self) -> bytes:
@@ -38,7 +38,7 @@ class Line:
         if self.error is not None:
             found["error"] = {"code": self.error.code, "message": self.error.message}
         else:
-            found.update(vector=self.vector, truncated=self.truncated)
+            found.update(self.answer, truncated=self.truncated)
         return orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
 
 

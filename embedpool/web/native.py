@@ -12,7 +12,7 @@ from embedpool.pool.pool import Pool
 from embedpool.web import ndjson, submit
 from embedpool.web.body import read_document
 from embedpool.web.dialects import tei
-from embedpool.web.encoding import NPY, embed_response, npy_response
+from embedpool.web.encoding import NPY, NPZ, embed_response, npy_response
 from embedpool.web.http_request import here
 from embedpool.web.ndjson import NDJSON
 from embedpool.web.schemas import EmbedSchema, check_texts, embed_options, load
@@ -36,15 +36,17 @@ def blueprint(pool: Pool, settings: Settings) -> Blueprint:
         options = body["options"]
         texts = check_texts(body["texts"], limits)
         partial = options.get("on_error") == "partial"
-        wants_npy = http.accept_mimetypes.best == NPY
+        wants_npy = http.accept_mimetypes.best in (NPY, NPZ)
         if partial and wants_npy:
             message = "partial needs an answer in JSON: an array has no place for errors"
             raise InvalidRequest(f"options.on_error: {message}", fields={"options.on_error": message})
         precision, encoding = options.get("precision", "float32"), options.get("encoding", "float")
         form = precision if precision != "float32" else "npy" if wants_npy else encoding
-        result = submit.embed(http, pool, body["model"], texts, embed_options(options), forms=[form])
+        wanted = options.get("output") or submit.outputs_of(http, pool, body["model"])
+        names = submit.names_of(pool, body["model"], wanted) if options.get("tokens") else None
+        result = submit.embed(http, pool, body["model"], texts, embed_options(options), forms=[form], wanted=wanted)
         if wants_npy:
             return npy_response(result)
-        return embed_response(result, encoding, options.get("dimensions"), partial=partial)
+        return embed_response(result, encoding, options.get("dimensions"), names=names, partial=partial)
 
     return routes

@@ -35,12 +35,13 @@ from embedpool.errors import (
 from embedpool.jobs.windows import AT_ONCE, answered
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
-from embedpool.tasks.embed import Embed, EmbedOptions
-from embedpool.web.encoding import as_base64
+from embedpool.tasks.embed import EmbedOptions
+from embedpool.tasks.hybrid import task_for
+from embedpool.web.encoding import answers_of
 from embedpool.web.http_request import HttpRequest, here
 from embedpool.web.lines import Line, chunks
 from embedpool.web.schemas import OptionsSchema, embed_options, load, timeout_s
-from embedpool.web.submit import call_of
+from embedpool.web.submit import call_of, names_of, outputs_of
 
 NDJSON = "application/x-ndjson"
 ROOM_WAIT_S = 10.0
@@ -122,6 +123,9 @@ class _Stream:
         self._encoding = query.pop("encoding")
         http.model = self._model = query.pop("model")
         self._options: EmbedOptions = embed_options({**query, "on_error": "partial"})
+        self._wanted = query.get("output") or outputs_of(http, pool, self._model)
+        self._names = names_of(pool, self._model, self._wanted) if query.get("tokens") else None
+        http.task = task_for(self._wanted, (), self._options).name
         self._timeout_s = min(timeout_s(http) or pool.request_timeout_s, pool.request_timeout_s)
         self._body = io.BufferedReader(http.stream)  # type: ignore[type-var]
         self._client_gone = http.client_gone
@@ -175,9 +179,10 @@ class _Stream:
         is_down = isinstance(first, UpstreamError) and not first.inputs
         if first and is_down and not self._has_begun and len(result.errors) == len(lines):
             raise first  # a remote service that is down is no matter of single lines
-        vectors: Any = as_base64(result.vectors) if self._encoding == "base64" else result.vectors
-        for i, (line, vector) in enumerate(zip(lines, vectors, strict=True)):
-            line.vector, line.error = vector, result.errors.get(i)
+        for i, (line, answer) in enumerate(
+            zip(lines, answers_of(result.rows, self._encoding, self._names), strict=True)
+        ):
+            line.answer, line.error = answer, result.errors.get(i)
         for i in result.truncated:
             lines[i].truncated = True
         return result
@@ -196,7 +201,7 @@ class _Stream:
             )
             try:
                 self._http.caller.spend(len(texts))
-                return self._pool.submit(self._model, Embed(texts, self._options), call)
+                return self._pool.submit(self._model, task_for(self._wanted, texts, self._options), call)
             except EmbedpoolError as error:
                 wait_s = error.retry_after_s or BUSY_WAIT_S
                 is_busy = error.status in (429, 503) and not isinstance(error, ShuttingDown)

@@ -17,8 +17,8 @@ from embedpool.config.fields import json_schema_of
 from embedpool.config.spec import DRIVER_CONFIGS
 from embedpool.errors import NotFound
 from embedpool.web import openapi_schemas, score
-from embedpool.web.dialects import batches, cohere, ollama, openai, tei, tei_scores
-from embedpool.web.encoding import NPY, json_response
+from embedpool.web.dialects import batches, cohere, contextual, ollama, openai, tei, tei_scores
+from embedpool.web.encoding import NPY, NPZ, json_response
 from embedpool.web.ndjson import NDJSON, StreamSchema
 from embedpool.web.openapi_schemas import ref
 from embedpool.web.schemas import (
@@ -113,6 +113,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         {
             "application/json": {"schema": "EmbedAnswer"},
             NPY: {"schema": {"type": "string", "format": "binary"}},
+            NPZ: {"schema": {"type": "string", "format": "binary"}},
             NDJSON: {"schema": {"type": "string"}},
         },
         {"application/json": {"schema": EmbedSchema}, NDJSON: {"schema": {"type": "string"}}},
@@ -175,6 +176,14 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "OpenAI", "Vectors, for Azure's clients", "OpenAIAnswer", openai.OfThisModel, error="OpenAIError",
         parameters=(MODEL, TIMEOUT),
     ),
+    ("post", "/v1/multi-vector"): operation(
+        "Jina", "A vector for each token", "MultiVectorAnswer", contextual.MultiVectorSchema, error="OpenAIError",
+        **EMBEDS,
+    ),
+    ("post", "/v1/contextualizedembeddings"): operation(
+        "Voyage", "A vector for each chunk of documents that are read as a whole", "ContextualAnswer",
+        contextual.ContextualSchema, error="OpenAIError", **EMBEDS,
+    ),
     ("get", "/openai/v1/models"): operation("OpenAI", "The models, for Azure's clients", "Models", error="OpenAIError"),
     ("get", "/v1/models"): operation("OpenAI", "The models", "Models", error="OpenAIError"),
     ("get", "/v1/models/{name}"): operation(
@@ -195,7 +204,10 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "TEI", "The same", "OpenAIAnswer", openai.OfThisModel, **{**TEI, "error": "OpenAIError"}
     ),
     ("post", "/tei/{name}/embed_all"): operation(
-        "TEI", "Vectors of each token, which no model here gives", "TeiAnswer", tei.TeiSchema, **TEI
+        "TEI", "Vectors of each token", "TeiAllAnswer", tei.TeiSchema, **TEI
+    ),
+    ("post", "/tei/{name}/embed_sparse"): operation(
+        "TEI", "Sparse rows", "TeiSparseAnswer", tei.TeiSchema, **TEI
     ),
     ("post", "/"): operation("TEI", "Vectors of the default model", "TeiAnswer", tei.TeiSchema, **AT_ROOT),
     ("post", "/similarity"): operation(
@@ -203,8 +215,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("post", "/tokenize"): operation("TEI", "Tokens of texts", "Tokens", tei.TokenizeSchema, **AT_ROOT),
     ("post", "/decode"): operation("TEI", "Texts of token ids", "Texts", tei.DecodeSchema, **AT_ROOT),
-    ("post", "/embed_all"): operation(
-        "TEI", "Vectors of each token, which no model here gives", "TeiAnswer", tei.TeiSchema, **AT_ROOT
+    ("post", "/embed_all"): operation("TEI", "Vectors of each token", "TeiAllAnswer", tei.TeiSchema, **AT_ROOT),
+    ("post", "/embed_sparse"): operation(
+        "TEI", "Sparse rows of the only sparse model", "TeiSparseAnswer", tei.TeiSchema, **AT_ROOT
     ),
     ("get", "/info"): operation("TEI", "The default model", "TeiInfo", **AT_ROOT),
     ("get", "/ping"): operation("TEI", "Whether the default model is served", {"text/html": {}}, **AT_ROOT),

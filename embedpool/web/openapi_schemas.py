@@ -45,6 +45,9 @@ def maybe(name: str, schema: Schema) -> Schema:
 
 NUMBERS = listed(NUMBER)
 VECTOR: Schema = {"anyOf": [NUMBERS, STRING]}  # of numbers, or base64
+VECTORS = listed(VECTOR)
+SPARSE = maybe("tokens", closed(indices=VECTOR, values=VECTOR, tokens=listed(STRING)))
+ROWS = listed(or_null({"anyOf": [VECTOR, VECTORS, SPARSE]}))
 ERROR = maybe("fields", closed(code=STRING, message=STRING, request_id=STRING, fields={"type": "object"}))
 OPENAI_ERROR = closed(message=STRING, type=STRING, param=or_null(STRING), code=STRING, request_id=STRING)
 COHERE_TYPES: Schema = {
@@ -91,23 +94,48 @@ BATCH = open_(
 
 SCHEMAS: dict[str, Schema] = {
     "Error": closed(error=ERROR),
-    "EmbedAnswer": maybe("errors", closed(
+    "EmbedAnswer": maybe("errors", maybe("vectors", maybe("outputs", closed(
         model=STRING,
-        dim=COUNT,
-        vectors=listed(or_null(VECTOR)),
+        dim=or_null(COUNT),
+        vectors=ROWS,
+        outputs={
+            "type": "object",
+            "properties": {"dense": ROWS, "sparse": ROWS, "multivector": ROWS},
+            "additionalProperties": False,
+        },
         errors=listed(closed(index=COUNT, code=STRING, message=STRING, at_fault=BOOLEAN)),
         meta=closed(
             count=COUNT, tokens=COUNT, truncated=listed(COUNT), queue_ms=NUMBER, compute_ms=NUMBER, total_ms=NUMBER,
             replicas=listed(STRING),
         ),
-    )),
+    )))),
     "OpenAIError": closed(error=OPENAI_ERROR, detail=STRING),
     "OpenAIAnswer": closed(
         id=STRING,
         object=STRING,
-        data=listed(closed(object=STRING, index=COUNT, embedding=VECTOR)),
+        data=listed({"anyOf": [
+            closed(object=STRING, index=COUNT, embedding=VECTOR),
+            closed(object=STRING, index=COUNT, embeddings=VECTORS),
+        ]}),
         model=STRING,
-        usage=closed(prompt_tokens=COUNT, total_tokens=COUNT),
+        usage=USAGE,
+    ),
+    "MultiVectorAnswer": closed(
+        id=STRING,
+        object=STRING,
+        data=listed(closed(object=STRING, index=COUNT, embeddings=VECTORS)),
+        model=STRING,
+        usage=USAGE,
+    ),
+    "ContextualAnswer": closed(
+        object=STRING,
+        data=listed(closed(
+            object=STRING,
+            index=COUNT,
+            data=listed(maybe("text", closed(object=STRING, index=COUNT, embedding=VECTOR, text=STRING))),
+        )),
+        model=STRING,
+        usage=closed(total_tokens=COUNT),
     ),
     "Model": closed(
         id=STRING, object=STRING, created=COUNT, owned_by=STRING, type=STRING, max_model_len=or_null(COUNT),
@@ -116,7 +144,9 @@ SCHEMAS: dict[str, Schema] = {
     ),
     "Models": closed(object=STRING, data=listed(ref("Model")), models=listed(open_(name=STRING))),
     "TeiError": closed(error=STRING, error_type=STRING),
-    "TeiAnswer": listed(NUMBERS),
+    "TeiAnswer": {"anyOf": [listed(NUMBERS), ref("TeiSparseAnswer")]},
+    "TeiAllAnswer": listed(listed(NUMBERS)),
+    "TeiSparseAnswer": listed(listed(closed(index=COUNT, value=NUMBER))),
     "TeiInfo": open_(
         model_id=STRING, max_input_length=or_null(COUNT), max_client_batch_size=COUNT, max_concurrent_requests=COUNT,
         version=STRING,

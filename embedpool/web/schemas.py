@@ -13,11 +13,12 @@ import marshmallow as ma
 from flask import Request
 from marshmallow import fields, validate
 
-from embedpool.config.fields import StrictBoolean, StrictInteger, StrictSchema, dotted, faults
+from embedpool.config.fields import StrictBoolean, StrictInteger, StrictSchema, dotted, faults, shown
 from embedpool.config.settings import Limits
 from embedpool.config.spec import DRIVER_CONFIGS, PLACES
 from embedpool.errors import EmptyInput, InvalidRequest, TooManyTexts
 from embedpool.tasks.embed import INPUT_TYPES, EmbedOptions
+from embedpool.tasks.hybrid import OUTPUTS
 from embedpool.web.http_request import environ_key
 
 TIMEOUT_HEADER = "X-Request-Timeout-Ms"
@@ -28,6 +29,21 @@ LONGEST_TIMEOUT_DIGITS = 12
 # For the API's document: fields that are checked by hand
 TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
 TEXT_OR_TEXTS = {"oneOf": [{"type": "string"}, TEXTS]}
+
+
+class Outputs(fields.Raw):
+    """One output or several: a name, names with commas between them, or a list."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Any, **kwargs: Any) -> tuple[str, ...]:
+        names = value.split(",") if isinstance(value, str) else value
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ma.ValidationError("must be the name of an output, or a list of them")
+        if odd := [name for name in names if name not in OUTPUTS]:
+            raise ma.ValidationError(f"must be of {', '.join(OUTPUTS)}, not {shown(odd[0])}")
+        return tuple(dict.fromkeys(names))
+
+
+OUTPUT = {"enum": list(OUTPUTS)}
 
 
 class OptionsSchema(StrictSchema):
@@ -49,6 +65,9 @@ class OptionsSchema(StrictSchema):
     precision = fields.String(validate=validate.OneOf(("float32", "int8", "uint8", "binary", "ubinary")))
     encoding = fields.String(validate=validate.OneOf(("float", "base64")), load_default="float")
     on_error = fields.String(validate=validate.OneOf(("fail", "partial")))
+    output = Outputs(metadata={"oneOf": [OUTPUT, {"type": "array", "items": OUTPUT, "minItems": 1}]})
+    top_k = StrictInteger(validate=validate.Range(min=1))
+    tokens = StrictBoolean()
 
 
 class EmbedSchema(StrictSchema):
@@ -137,13 +156,13 @@ def check_texts(texts: Any, limits: Limits, path: str = "texts") -> list[str]:
 
 
 def embed_options(loaded: Mapping[str, Any]) -> EmbedOptions:
-    """The pool's options from loaded ones; `encoding` is the answer's business, unknown ones become `extra`."""
+    """The pool's options from loaded ones; some are the answer's business, unknown ones become `extra`."""
     known = {k: v for k, v in loaded.items() if k in _POOL_OPTIONS}
     extra = {k: v for k, v in loaded.items() if k not in OptionsSchema._declared_fields}
     return EmbedOptions(**known, extra=extra)
 
 
-_POOL_OPTIONS = set(OptionsSchema._declared_fields) - {"encoding"}
+_POOL_OPTIONS = set(OptionsSchema._declared_fields) - {"encoding", "output", "tokens"}
 
 
 def timeout_s(of: Request) -> float | None:

@@ -18,6 +18,7 @@ from embedpool.errors import EmbedpoolError, InvalidRequest, UnsupportedOption, 
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
 from embedpool.tasks.embed import EmbedOptions
+from embedpool.tasks.multivector import MultiVector
 from embedpool.tasks.score import SOFTMAX, Classify, Parts, Rerank, ScoreOptions, activated, best_first, scores_of
 from embedpool.web import submit
 from embedpool.web.body import read_document
@@ -228,7 +229,10 @@ def the_model(pool: Pool, name: str | None, task: str) -> str:
     """The model of this name; where none is named the only one that can do the task. Raises InvalidRequest."""
     if name and name not in NO_MODEL:
         return known(pool, name)
-    able = [served.spec.model for served in here().caller.visible(pool) if task in served.kinds]
+    visible = here().caller.visible(pool)
+    able = [served.spec.model for served in visible if task in served.kinds]
+    if not able and task == Rerank.name:
+        able = [served.spec.model for served in visible if MultiVector.name in served.kinds]
     if len(able) == 1:
         return able[0]
     says = f"name one of {', '.join(able)}" if able else f"no registered model can {task}"
@@ -253,18 +257,20 @@ def _beside(result: Result) -> dict[str, Any]:
 
 
 def _scored(pool: Pool, limits: Limits) -> Response:
-    """In the order of the request; of an embedder the cosine."""
+    """In the order of the request; of an embedder the cosine, of a multi-vector model the sum of the best products."""
     body = load(ScoreSchema, read_document(here(), limits, whatever_type=True))
     first, second, path = _sides(body)
     pairs = _pairs(first, second)
     check_texts([second for _, second in pairs], limits, path)
     name = the_model(pool, body.get("model"), Rerank.name)
-    if Rerank.name not in pool.find(name).kinds and "embed" in pool.find(name).kinds:
+    kinds = pool.find(name).kinds
+    if "embed" in kinds and not {Rerank.name, MultiVector.name} & set(kinds):
         result, scores = _cosines(pool, name, pairs, body["options"])
         scoring = {"scoring": "cosine"}
     else:
         result = submit.score(here(), pool, name, Rerank(pairs, score_options(body), path))
-        scores, scoring = [row if row is None else row[0] for row in chosen(body, result)], {}
+        scores = [row if row is None else row[0] for row in chosen(body, result)]
+        scoring = {"scoring": "maxsim"} if submit.scores_by_tokens(pool, name) else {}
     data = [{"index": i, "object": "score", "score": score, "relevance_score": score} for i, score in enumerate(scores)]
     meta = {"count": len(pairs), **timing(result), **scoring}
     return json_response({"object": "list", "data": data, **failures(body, result), **_beside(result), "meta": meta})

@@ -5,15 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from embedpool.errors import AnswerTooLarge
+from embedpool.errors import AnswerTooLarge, UnsupportedOption
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call, Result
-from embedpool.tasks.embed import Embed, EmbedOptions
-from embedpool.tasks.score import Score
+from embedpool.tasks.embed import EmbedOptions
+from embedpool.tasks.hybrid import TASK_OF_OUTPUT, task_for
+from embedpool.tasks.late_chunking import LateChunking, Tokens
+from embedpool.tasks.multivector import MaxSim, MultiVector
+from embedpool.tasks.score import Rerank, Score
 from embedpool.tasks.task import Task
-from embedpool.web.encoding import NUMBER_BYTES
+from embedpool.web.encoding import NUMBER_BYTES, Names
 from embedpool.web.http_request import HttpRequest
 from embedpool.web.schemas import timeout_s
+
+
+def require(http: HttpRequest, what: str, numbers: float, forms: Sequence[str]) -> None:
+    """Raises AnswerTooLarge where so many numbers make too large an answer."""
+    size = numbers * sum(NUMBER_BYTES[form] for form in forms)
+    if size > http.max_answer_bytes:
+        raise AnswerTooLarge(
+            f"{what} make an answer of about {size / 1e6:.0f} MB, the limit is "
+            f"{http.max_answer_bytes / 1e6:.0f} MB; ask for fewer at once or in base64, or send lines (NDJSON) to "
+            "/embed, or accept application/x-npy there"
+        )
 
 
 def embed(
@@ -24,34 +38,84 @@ def embed(
     options: EmbedOptions,
     *,
     forms: Sequence[str] = ("float",),
+    wanted: Sequence[str] = ("dense",),
 ) -> Result:
-    """The texts' vectors, which the answer will hold in these forms, see NUMBER_BYTES."""
+    """The texts' rows, which the answer will hold in these forms, see NUMBER_BYTES; `wanted` are the outputs."""
 
     def require_room(numbers: int, width: int) -> None:
         kept = options.dimensions / width if options.dimensions and width else 1.0
-        size = numbers * kept * sum(NUMBER_BYTES[form] for form in forms)
-        if size > http.max_answer_bytes:
-            raise AnswerTooLarge(
-                f"{len(texts)} vectors make an answer of about {size / 1e6:.0f} MB, the limit is "
-                f"{http.max_answer_bytes / 1e6:.0f} MB; ask for fewer at once or in base64, or send lines (NDJSON) to "
-                "/embed, or accept application/x-npy there"
-            )
+        require(http, f"{len(texts)} texts", numbers * kept, forms)
 
-    return submit(http, pool, model, Embed(texts, options), call_of(http, pool, require_room=require_room))
+    task = task_for(wanted, texts, options)
+    return submit(http, pool, model, task, call_of(http, pool, require_room=require_room))
+
+
+def tokens(http: HttpRequest, pool: Pool, model: str, texts: Sequence[str], options: EmbedOptions) -> Result:
+    """The vectors that a dense model's tokens have before it pools them."""
+
+    def require_room(numbers: int, width: int) -> None:
+        require(http, f"the tokens of {len(texts)} texts", numbers, ("float",))
+
+    return submit(http, pool, model, Tokens(texts, options), call_of(http, pool, require_room=require_room))
+
+
+def outputs_of(http: HttpRequest, pool: Pool, model: str) -> Sequence[str]:
+    """The outputs of a model where a request names none: that of its kind, dense if it has several."""
+    http.model = model
+    http.caller.require(pool, model)
+    kinds = pool.find(model).kinds_at_all()
+    return [next((name for name, task in TASK_OF_OUTPUT.items() if task in kinds), "dense")]
+
+
+def names_of(pool: Pool, model: str, wanted: Sequence[str]) -> Names:
+    """What names the tokens of sparse rows. Raises UnsupportedOption where there are none."""
+    tokenizer = pool.find(model).tokenizer()
+    if "sparse" not in wanted or not tokenizer.indices_are_tokens:
+        says = "is for sparse rows whose indices are tokens"
+        raise UnsupportedOption(f"options.tokens: {says}", fields={"options.tokens": says})
+    return tokenizer.names
 
 
 def score(http: HttpRequest, pool: Pool, model: str, task: Score) -> Result:
-    """Scores of pairs or texts."""
+    """Scores of pairs or texts; a multi-vector model gives them by the vectors of tokens."""
     http.words.setdefault("documents", task.path)
+    if isinstance(task, Rerank):
+        http.caller.require(pool, model)
+        if scores_by_tokens(pool, model):
+            http.words.setdefault("texts", task.path)
+            task = MaxSim(task.parts, task.options, task.path)
     return submit(http, pool, model, task, call_of(http, pool))
 
 
-def submit(http: HttpRequest, pool: Pool, model: str, task: Task, call: Call) -> Result:
-    """Serve a whole request: within the client's deadline, while it listens, and as far as its key may go."""
-    http.model, http.task, http.texts = model, task.name, len(task)
+def scores_by_tokens(pool: Pool, model: str) -> bool:
+    """Whether a model scores pairs by its vectors of tokens."""
+    kinds = pool.find(model).kinds_at_all()
+    return MultiVector.name in kinds and Rerank.name not in kinds
+
+
+def late_chunks(
+    http: HttpRequest, pool: Pool, model: str, task: LateChunking, *, forms: Sequence[str] = ("float",)
+) -> Result:
+    """A vector for each chunk of documents that are read as a whole."""
+    chunks = sum(map(len, task.documents))
+
+    def require_room(numbers: int, width: int) -> None:
+        require(http, f"{chunks} chunks", chunks * (task.options.dimensions or width), forms)
+
+    http.words.setdefault("texts", task.path)
+    return submit(http, pool, model, task, call_of(http, pool, require_room=require_room), texts=chunks)
+
+
+def submit(http: HttpRequest, pool: Pool, model: str, task: Task, call: Call, *, texts: int | None = None) -> Result:
+    """Serve a whole request: within the client's deadline, while it listens, and as far as its key may go.
+
+    `texts` are how many it counts for, where it has not one for each input.
+    """
+    texts = len(task) if texts is None else texts
+    http.model, http.task, http.texts = model, task.name, texts
     http.caller.require(pool, model)
     with http.caller.admitted():
-        http.caller.spend(len(task))
+        http.caller.spend(texts)
         result = pool.submit(model, task, call)
     http.add(result)
     return result

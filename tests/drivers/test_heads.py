@@ -31,7 +31,7 @@ def dense(rows: Rows, width: int) -> Any:
 @pytest.mark.parametrize("entries", [30_000, 250_000])
 @pytest.mark.parametrize("sums", [False, True])
 def test_a_large_batch_costs_little_whatever_the_vocabulary(entries: int, sums: bool) -> None:
-    """Beside the model's weights and its states: texts × tokens × vocabulary would be 2 and 16 GB."""
+    """Beside the model's weights and its states: all at once would be 2 and 16 GB."""
     random = np.random.default_rng(0)
     texts, tokens, width = 32, 512, 16
     states = random.standard_normal((texts, tokens, width), dtype=np.float32)

@@ -41,13 +41,19 @@ EMBED_PATHS = {
     "/similarity": {"inputs": {"source_sentence": "a", "sentences": ["b"]}},
     "/tokenize": {"inputs": "a"},
     "/decode": {"ids": [3]},
+    "/tei/{name}/embed_all": {"inputs": "a"},
+    "/embed_all": {"inputs": "a"},
+    "/v1/contextualizedembeddings": {"model": "m", "inputs": [["a"]]},
     "/api/show": {"model": "m"},
     "/api/pull": {"model": "m"},
 }
 RERANK = {"model": "r", "query": "a", "documents": ["a"]}
 SCORE = {"model": "r", "queries": "a", "documents": ["a"]}
 CLASSIFY = {"model": "classifier", "input": "a"}
-SCORE_PATHS = {  # by models that the others leave alone
+OTHER_PATHS = {  # by models that the others leave alone
+    "/v1/multi-vector": {"model": "colbert", "input": "a"},
+    "/tei/{name}/embed_sparse": {"inputs": "a"},
+    "/embed_sparse": {"inputs": "a"},
     **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank", "/v3/rerank", "/reranking", "/v1/reranking"), RERANK),
     **dict.fromkeys(("/score", "/v1/score"), SCORE),
     **dict.fromkeys(("/classify", "/v1/classify"), CLASSIFY),
@@ -57,7 +63,8 @@ SCORE_PATHS = {  # by models that the others leave alone
 }
 RERANKER = "model: org/team/r, alias: r, driver: {type: fake, config: {task: rerank}}"
 CLASSIFIER = "model: classifier, driver: {type: fake, config: {task: classify}}"
-NOT_HERE = ("/embed_all", "/tei/{name}/embed_all")  # nobody is served
+SPARSE = "model: sparse, driver: {type: fake, config: {task: sparse}}"
+COLBERT = "model: colbert, driver: {type: fake, config: {task: multivector}}"
 MANAGE_PATHS = {
     "/models/register": {"model": "new", "driver_type": "fake"},
     "/models/alias": {"model": "new", "alias": "n"},
@@ -84,7 +91,7 @@ class Guarded:
         return key
 
     def ask(self, method: str, path: str, key: str | None = None, name: str = "m", **arguments: Any) -> Any:
-        body = {**EMBED_PATHS, **SCORE_PATHS, **MANAGE_PATHS}.get(path) if method.lower() != "get" else None
+        body = {**EMBED_PATHS, **OTHER_PATHS, **MANAGE_PATHS}.get(path) if method.lower() != "get" else None
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         at = path.replace("{name}", name).replace("{file}", "app.js" if path.startswith("/ui") else "start.js")
         sent = {"json": body} if body is not None else {}
@@ -98,14 +105,16 @@ def guarded(tmp_path: Path, pool_settings: PoolSettings, monkeypatch: pytest.Mon
     monkeypatch.setattr("embedpool.config.keys.LOOK_EVERY_S", 0.0)
     settings = Settings(security=Security(keys_file=str(tmp_path / "keys.yml")), tei=Tei(default_model="m"))
     object.__setattr__(settings, "base_dir", tmp_path)
-    with serving(tmp_path, pool_settings, MODEL, "model: new", RERANKER, CLASSIFIER, settings=settings) as web:
+    models = (MODEL, "model: new", RERANKER, CLASSIFIER, SPARSE, COLBERT)
+    with serving(tmp_path, pool_settings, *models, settings=settings) as web:
         settle(web.pool)
         yield Guarded(web, keys_file(settings), settings)
 
 
 def served_by(path: str) -> str:
     """The model that a path is asked for here."""
-    return "classifier" if path.endswith(("classify", "predict")) else "r" if path in SCORE_PATHS else "m"
+    of_ends = {"classify": "classifier", "predict": "classifier", "embed_sparse": "sparse", "multi-vector": "colbert"}
+    return of_ends.get(path.rpartition("/")[2], "r" if path in OTHER_PATHS else "m")
 
 
 def kind_of(path: str) -> str:
@@ -128,7 +137,6 @@ OPERATIONS = [
     )
     for path, item in document()["paths"].items()
     for method in item
-    if path not in NOT_HERE
 ]
 
 
@@ -172,7 +180,7 @@ def test_a_key_may_be_for_some_models(guarded: Guarded, path: str) -> None:
     assert guarded.ask("post", path, elsewhere).status_code == 403
 
 
-@pytest.mark.parametrize("path", [path for path in SCORE_PATHS if path != "/predict"])
+@pytest.mark.parametrize("path", [path for path in OTHER_PATHS if path != "/predict"])
 def test_a_key_for_some_models_scores_with_those(guarded: Guarded, path: str) -> None:
     """Another model is forbidden; where none is named, none that the key may not use is meant or told of."""
     named = served_by(path)
@@ -182,7 +190,7 @@ def test_a_key_for_some_models_scores_with_those(guarded: Guarded, path: str) ->
     assert answer.status_code == 403
     if "{name}" not in path:
         for more in ({}, {"model": "new"}):
-            body = {**{name: value for name, value in SCORE_PATHS[path].items() if name != "model"}, **more}
+            body = {**{name: value for name, value in OTHER_PATHS[path].items() if name != "model"}, **more}
             client = guarded.web.app.test_client()
             answer = client.post(path, json=body, headers={"Authorization": f"Bearer {elsewhere}"})
             assert answer.status_code in (200, 400, 422)  # an embedder has cosines

@@ -118,5 +118,5 @@ class CommonOptions(CompatSchema):
         metadata=UNLESS_NEGATIVE,
     )
     add_special_tokens = YesOrNo(validate=only(True, "texts are embedded with their special tokens"))  # vLLM
-    late_chunking = YesOrNo(validate=only(False, "this server does not chunk late: each text is embedded by itself"))
-    return_multivector = YesOrNo(validate=only(False, "this model gives one vector for each text"))
+    late_chunking = YesOrNo(validate=only(False, "ask /v1/embeddings or /v1/contextualizedembeddings for it"))
+    return_multivector = YesOrNo(validate=only(False, "ask /v1/embeddings or /v1/multi-vector for it"))

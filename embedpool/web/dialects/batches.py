@@ -29,7 +29,10 @@ from embedpool.web.manage import refuse_strangers
 from embedpool.web.schemas import load
 
 STORE = "embedpool.store"  # of an app's extensions
-ENDPOINTS = ("/v1/embeddings", "/v1/rerank", "/v1/score", "/v1/classify")
+ENDPOINTS = (
+    "/v1/embeddings", "/v1/rerank", "/v1/score", "/v1/classify", "/embed", "/v1/multi-vector",
+    "/v1/contextualizedembeddings",
+)  # fmt: skip
 DAY_S = 86400
 LONGEST_LIVES_S = 30 * DAY_S
 MOST_PARTS = 20

@@ -11,9 +11,10 @@ from embedpool.config.settings import Settings
 from embedpool.errors import EmbedpoolError, InvalidRequest
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
+from embedpool.tasks.late_chunking import LateChunking
 from embedpool.web import submit
 from embedpool.web.body import read_json
-from embedpool.web.compat import known
+from embedpool.web.compat import CompatSchema, YesOrNo, known
 from embedpool.web.dialects import (
     CommonOptions,
     chooses,
@@ -23,7 +24,7 @@ from embedpool.web.dialects import (
     texts_of,
     token_ids,
 )
-from embedpool.web.encoding import as_base64, json_response
+from embedpool.web.encoding import forms_of, json_response
 from embedpool.web.http_request import here
 from embedpool.web.observe import all_models, one_model
 from embedpool.web.schemas import TEXT_OR_TEXTS, check_texts, embed_options
@@ -44,16 +45,23 @@ class _OneOrAlone(fields.String):
         return super()._deserialize(alone, attr, data, **kwargs)
 
 
-class OpenAISchema(CommonOptions):
+class Precision(CompatSchema):
+    """What a number is, in the words of Voyage, Jina and infinity."""
+
+    encoding_format = fields.String(validate=validate.OneOf(("float", "base64")), metadata=means("encoding"))
+    output_dtype = fields.String(validate=validate.OneOf(tuple(PRECISIONS)), metadata=means("precision", PRECISIONS))
+    embedding_type = _OneOrAlone(validate=validate.OneOf(tuple(EMBEDDING_TYPES)), metadata=chooses(EMBEDDING_TYPES))
+    encoding_type = _OneOrAlone(validate=validate.OneOf(tuple(EMBEDDING_TYPES)), metadata=chooses(EMBEDDING_TYPES))
+
+
+class OpenAISchema(CommonOptions, Precision):
     """Body of POST /v1/embeddings."""
 
     model = fields.String(required=True)
     input = fields.Raw(required=True, metadata=TEXT_OR_TEXTS)
-    encoding_format = fields.String(validate=validate.OneOf(("float", "base64")), metadata=means("encoding"))
     user = fields.Raw()
-    output_dtype = fields.String(validate=validate.OneOf(tuple(PRECISIONS)), metadata=means("precision", PRECISIONS))
-    embedding_type = _OneOrAlone(validate=validate.OneOf(tuple(EMBEDDING_TYPES)), metadata=chooses(EMBEDDING_TYPES))
-    encoding_type = _OneOrAlone(validate=validate.OneOf(tuple(EMBEDDING_TYPES)), metadata=chooses(EMBEDDING_TYPES))
+    late_chunking = YesOrNo()  # Jina
+    return_multivector = YesOrNo()  # Jina
     modality = _OneOrAlone(validate=validate.Equal("text"))  # infinity
 
 
@@ -103,8 +111,13 @@ def embed(pool: Pool, settings: Settings, model: str | None = None) -> Response:
     if has_ids:
         given = _text_of_ids(given, pool, settings, name)
     texts = texts_of(given, settings.limits, "input")
-    result = submit.embed(here(), pool, name, texts, embed_options(options), forms=[encoding])
-    answer = _answer(result, encoding)
+    if body.get("late_chunking"):
+        task = LateChunking([texts], embed_options(options), path="input")
+        result = submit.late_chunks(here(), pool, name, task, forms=[encoding])
+    else:
+        wanted = ["multivector" if body.get("return_multivector") else "dense"]
+        result = submit.embed(here(), pool, name, texts, embed_options(options), forms=[encoding], wanted=wanted)
+    answer = json_response(list_of(result, encoding))
     if has_ids:
         answer.headers[DECODED_HEADER] = f"decoded as {token_ids.ENCODING}"
     return answer
@@ -127,12 +140,12 @@ def _text_of_ids(given: list[Any], pool: Pool, settings: Settings, name: str) ->
         )
 
 
-def _answer(result: Result, encoding: str) -> Response:
-    vectors = as_base64(result.vectors) if encoding == "base64" else result.vectors
-    data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
+def list_of(result: Result, encoding: str) -> dict[str, Any]:
+    """An entry for each text; of a multi-vector model its vectors, as Jina has them."""
+    kind = "embedding" if result.rows.splits is None else "embeddings"
+    data = [{"object": kind, "index": i, kind: row} for i, row in enumerate(forms_of(result.rows, encoding))]
     usage = {"prompt_tokens": result.tokens, "total_tokens": result.tokens}
-    document = {"id": here().id, "object": "list", "data": data, "model": result.model, "usage": usage}
-    return json_response(document)
+    return {"id": here().id, "object": "list", "data": data, "model": result.model, "usage": usage}
 
 
 def openai_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], int]:

@@ -17,19 +17,20 @@ from embedpool.errors import (
     InvalidRequest,
     ModelFailed,
     TooManyTexts,
-    UnsupportedTask,
     half_a_character,
     with_half_a_character,
 )
 from embedpool.pool.pool import Pool
 from embedpool.tasks.embed import EmbedOptions, prompt_of
+from embedpool.tasks.multivector import MultiVector
 from embedpool.tasks.score import Classify, Rerank
+from embedpool.tasks.sparse import Sparse
 from embedpool.web import submit
 from embedpool.web.body import read_document, read_json
 from embedpool.web.compat import CompatSchema, YesOrNo, known
 from embedpool.web.dialects import CommonOptions, Truncate, openai, options_of, part_of, tei_scores, texts_of
 from embedpool.web.dialects.tei_scores import timed
-from embedpool.web.encoding import json_response
+from embedpool.web.encoding import forms_of, json_response
 from embedpool.web.http_request import here
 from embedpool.web.schemas import TEXT_OR_TEXTS, TEXTS, check_texts, embed_options, load
 
@@ -101,7 +102,7 @@ def blueprint(pool: Pool, settings: Settings) -> Blueprint:
 
     def at_the_root(actions: Mapping[str, Action], action: str) -> Response:
         here().shape = tei_shape
-        return actions[action](pool, settings, _default(pool, settings))
+        return actions[action](pool, settings, _default(pool, settings, TASKS_AT_THE_ROOT.get(action, "")))
 
     for method, actions, names in (("POST", POSTS, POSTS_AT_THE_ROOT), ("GET", GETS, GETS_AT_THE_ROOT)):
         for name in names:
@@ -155,9 +156,11 @@ def _whatever_it_is(pool: Pool, settings: Settings, name: str) -> Response:
     document = read_document(here(), settings.limits, whatever_type=True)
     if "query" in document:
         return tei_scores.reranked(pool, settings, name, load(tei_scores.TeiRerankSchema, document))
-    if Classify.name in pool.find(name).kinds:
+    kinds = pool.find(name).kinds
+    if Classify.name in kinds:
         return tei_scores.predicted(pool, settings, name, load(tei_scores.TeiPredictSchema, document))
-    return _embedded(pool, settings, name, load(TeiSchema, document))
+    body = load(TeiSchema, document)
+    return _embedded(pool, settings, name, body) if kinds != [Sparse.name] else _sparse(pool, settings, name, body)
 
 
 def _embedded(pool: Pool, settings: Settings, name: str, body: Mapping[str, Any]) -> Response:
@@ -174,9 +177,31 @@ def rerank_at_the_root(pool: Pool, settings: Settings, document: Mapping[str, An
     )
 
 
+def _embed_sparse(pool: Pool, settings: Settings, name: str) -> Response:
+    return _sparse(pool, settings, name, read_json(here(), TeiSchema, settings.limits))
+
+
+def _sparse(pool: Pool, settings: Settings, name: str, body: Mapping[str, Any]) -> Response:
+    texts = texts_of(body["inputs"], settings.limits, "inputs")
+    options = embed_options(_options(pool, name, body, is_dense=False))
+    result = submit.embed(here(), pool, name, texts, options, wanted=["sparse"])
+    rows = [
+        [{"index": i, "value": v} for i, v in zip(row["indices"], row["values"], strict=True)]
+        for row in forms_of(result.rows, "float")
+    ]
+    return timed(json_response(rows), result)
+
+
 def _embed_all(pool: Pool, settings: Settings, name: str) -> Response:
-    read_json(here(), TeiSchema, settings.limits)
-    raise UnsupportedTask(f"{name!r} gives one vector for a text, none for each of its tokens")
+    """Of a multi-vector model its vectors, else those that tokens have before they are pooled."""
+    body = read_json(here(), TeiSchema, settings.limits)
+    texts = texts_of(body["inputs"], settings.limits, "inputs")
+    options = embed_options(_options(pool, name, body, is_dense=False))
+    if MultiVector.name in pool.find(name).kinds_at_all():
+        result = submit.embed(here(), pool, name, texts, options, wanted=["multivector"])
+    else:
+        result = submit.tokens(here(), pool, name, texts, options)
+    return timed(json_response(forms_of(result.rows, "float")), result)
 
 
 def _similarity(pool: Pool, settings: Settings, name: str) -> Response:
@@ -188,9 +213,13 @@ def _similarity(pool: Pool, settings: Settings, name: str) -> Response:
     return timed(json_response(result.vectors[1:] @ result.vectors[0]), result)
 
 
-def _options(pool: Pool, name: str, body: Mapping[str, Any]) -> dict[str, Any]:
+def _options(pool: Pool, name: str, body: Mapping[str, Any], *, is_dense: bool = True) -> dict[str, Any]:
     """A long text is cut unless the client wants an error; a remote service is left to its own default."""
-    options = {"normalize": True, **options_of(TeiSchema, body)}
+    options = options_of(TeiSchema, body)
+    if is_dense:
+        options.setdefault("normalize", True)
+    else:  # TEI's clients send it to all of its paths
+        options.pop("normalize", None)
     truncate, truncation = body.get("truncate"), options.get("truncate")
     if truncate and truncation and (truncate == "error") != (truncation == "error"):
         message = "contradicts truncation"
@@ -278,6 +307,7 @@ POSTS: dict[str, Action] = {
     "": _whatever_it_is,
     "embed": _embed,
     "embed_all": _embed_all,
+    "embed_sparse": _embed_sparse,
     "rerank": tei_scores.rerank,
     "predict": tei_scores.predict,
     "similarity": _similarity,
@@ -287,7 +317,8 @@ POSTS: dict[str, Action] = {
     "embeddings": openai.embed,
 }
 GETS: dict[str, Action] = {"": _info, "info": _info, "health": _health, "ping": _health}
-POSTS_AT_THE_ROOT = ("", "similarity", "tokenize", "decode", "embed_all", "predict")
+POSTS_AT_THE_ROOT = ("", "similarity", "tokenize", "decode", "embed_all", "embed_sparse", "predict")
+TASKS_AT_THE_ROOT = {"embed_sparse": Sparse.name}  # whose only model is meant
 GETS_AT_THE_ROOT = ("info", "ping")
 
 

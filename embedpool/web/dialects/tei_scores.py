@@ -13,7 +13,9 @@ from embedpool.errors import InvalidRequest
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
 from embedpool.pool.served_model import ServedModel
+from embedpool.tasks.multivector import MultiVector
 from embedpool.tasks.score import SCORES, Classify, Rerank, ScoreOptions, best_first, scores_of
+from embedpool.tasks.sparse import Sparse
 from embedpool.web import submit
 from embedpool.web.body import read_json
 from embedpool.web.compat import CompatSchema, YesOrNo
@@ -108,7 +110,9 @@ def _score_options(body: Mapping[str, Any]) -> ScoreOptions:
 
 def model_type(served: ServedModel) -> dict[str, Any]:
     """TEI's word for the kind of a model, with its labels."""
-    if "embed" in served.kinds or not served.kinds:
+    if served.kinds == [Sparse.name]:
+        return {"embedding": {"pooling": "splade"}}
+    if {"embed", MultiVector.name} & set(served.kinds) or not served.kinds:
         return {"embedding": {}}
     if served.kinds == [Rerank.name]:
         return {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}

@@ -80,7 +80,7 @@ def test_a_slip_that_would_change_numbers_is_refused(web: Web, path: str, field:
 
 @pytest.mark.parametrize("path", BODIES)
 @pytest.mark.parametrize("fields", [
-    {"late_chunking": True}, {"return_multivector": True}, {"add_special_tokens": False}, {"truncate": "MIDDLE"},
+    {"add_special_tokens": False}, {"truncate": "MIDDLE"},
     {"normalize": "yes"}, {"dimensions": "8"}, {"input_type": "qeury"}, {"truncate_prompt_tokens": -2},
 ], ids=str)  # fmt: skip
 def test_what_this_server_cannot_do_is_refused(web: Web, path: str, fields: dict[str, Any]) -> None:
@@ -88,6 +88,15 @@ def test_what_this_server_cannot_do_is_refused(web: Web, path: str, fields: dict
     answer = web.post(path, {**BODIES[path], **fields})
     assert answer.status_code in (400, 422), answer.text
     assert next(iter(fields)) in answer.text
+
+
+@pytest.mark.parametrize("path", [path for path in BODIES if not path.endswith("/embeddings") or "/api/" in path])
+@pytest.mark.parametrize("field", ["late_chunking", "return_multivector"])
+def test_jinas_words_are_for_its_own_path(web: Web, path: str, field: str) -> None:
+    """Elsewhere they are not overlooked: the error says where they are understood."""
+    answer = web.post(path, {**BODIES[path], field: True})
+    assert answer.status_code in (400, 422), answer.text
+    assert "/v1/embeddings" in answer.text
 
 
 @pytest.mark.parametrize("path", BODIES)
@@ -277,8 +286,8 @@ def test_a_host_that_is_a_tei_server(make_web: MakeWeb) -> None:
     assert web.get("/ping").status_code == 200
     assert len(web.post("/tokenize", {"inputs": "a"}).json[0]) == 3
     assert set(web.post("/embed", {"inputs": []}).json) == {"error", "error_type"}
-    assert web.post("/embed_all", {"inputs": "a"}).status_code == 422
-    assert web.post("/tei/m/embed_all", {"inputs": "a"}).status_code == 422
+    assert np.array(web.post("/embed_all", {"inputs": "a b"}).json).shape == (1, 4, 384)
+    assert web.post("/embed_sparse", {"inputs": "a"}).status_code == 422
 
 
 @pytest.mark.parametrize("default", [None, "n"])

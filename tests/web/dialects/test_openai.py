@@ -144,7 +144,7 @@ def test_two_fields_for_one_thing_must_agree(web: Web) -> None:
         ({"model": "m", "input": "a", "encoding_format": "hex"}, 400),
         ({"model": "m", "input": "a", "dimension": 8}, 400),
         ({"model": "m", "inputs": "a"}, 400),
-        ({"model": "m", "input": "a", "late_chunking": True}, 400),
+        ({"model": "m", "input": ["a", " "], "late_chunking": True}, 400),
         ({"model": "m", "input": "a", "return_multivector": True}, 400),
         ({"model": "m", "input": "a", "add_special_tokens": False}, 400),
         ({"model": "m", "input": "a", "truncate": "MIDDLE"}, 400),

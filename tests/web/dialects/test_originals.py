@@ -85,7 +85,7 @@ ORIGINALS = {
         "options": st.just({"num_ctx": 512}), "keep_alive": st.sampled_from(["5m", 0, -1]),
     }, frozenset({"error"})),
 }  # fmt: skip
-REFUSED = {("late_chunking", True), ("add_special_tokens", False), ("prompt_name", "other"), ("input_type", "image")}
+REFUSED = {("add_special_tokens", False), ("prompt_name", "other"), ("input_type", "image")}
 
 
 @pytest.fixture(scope="module")
