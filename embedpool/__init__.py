@@ -46,7 +46,8 @@ tells how fast they are. jobs/durable.py is their hand on the disk.
 
 Beside the road: serve/ (sockets, processes, signals), server.py (where the parts meet), config/ (config.yml, pool.yml,
 keys.yml), reconcile.py (pool.yml becomes the live pool), logs.py, tracing.py, bounds.py, errors.py,
-client.py with each.py (inputs that fail alone), embedder.py (columns of data, for Ray Data), and cli/.
+client.py with each.py (inputs that fail alone), outputs.py (rows that are no vectors) and upload.py, embedder.py
+(columns of data, for Ray Data), and cli/.
 """
 
 from typing import TYPE_CHECKING, Any

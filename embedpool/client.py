@@ -7,11 +7,10 @@ import contextlib
 import dataclasses
 import io
 import logging
-import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import numpy as np
@@ -26,6 +25,8 @@ from embedpool.errors import (
     half_a_character,
     with_half_a_character,
 )
+from embedpool.outputs import DENSE, MULTIVECTOR, SPARSE, SparseRow, forms_in, row_of_base64, rows_of_arrays
+from embedpool.upload import PIECE_BYTES, Form
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +34,11 @@ Answer = TypeVar("Answer")
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 TEXTS_PER_CALL = 1000
-PIECE_BYTES = 1 << 16  # of a file that is sent or fetched
 LEAST_WAIT_S = 0.25  # before a busy server is asked again, whatever it says
 DEADLINE_MARGIN_S = 5.0  # in which the answer that a deadline has passed arrives
 CHARS_PER_CALL = 4_000_000
 BUSY = (429, 503)
+NPY, NPZ = "application/x-npy", "application/x-npz"
 OF_PRECISION = {"int8": "i1", "uint8": "u1", "binary": "i1", "ubinary": "u1"}  # what its numbers are
 
 
@@ -93,26 +94,61 @@ class Client:
         truncate is logged as a warning. Raises ModelChanged if `model` became another one between two calls, and before
         anything is sent InvalidRequest for a text with half a character.
         """
+        parts = self._answers(texts, model, options, NPY)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def embed_sparse(self, texts: Sequence[str], *, model: str, **options: Any) -> list[SparseRow]:
+        """The sparse row of each text; as `embed` in all else."""
+        parts = self._answers(texts, model, {**options, "output": SPARSE}, NPZ)
+        return [row for part in parts for row in rows_of_arrays(part)]
+
+    def embed_multivector(self, texts: Sequence[str], *, model: str, **options: Any) -> list[NDArray[Any]]:
+        """The vectors of each text, of shape (vectors, dim); as `embed` in all else.
+
+        What the texts are for (`input_type="query"`, else documents) decides how many there are.
+        """
+        parts = self._answers(texts, model, {**options, "output": MULTIVECTOR}, NPZ)
+        return [row for part in parts for row in rows_of_arrays(part)]
+
+    def embed_hybrid(
+        self, texts: Sequence[str], *, model: str, outputs: Sequence[str] = (DENSE, SPARSE), **options: Any
+    ) -> dict[str, Any]:
+        """Several outputs of one pass, by name, each as `embed`, `embed_sparse` and `embed_multivector` give it."""
+        parts = [rows_of_arrays(part) for part in self._answers(texts, model, {**options, "output": outputs}, NPZ)]
+        return {
+            output: np.concatenate([part[output] for part in parts])
+            if output == DENSE
+            else [row for part in parts for row in part[output]]
+            for output in outputs
+        }
+
+    def embed_json(self, texts: Sequence[str], *, model: str, **options: Any) -> list[Any]:
+        """What POST /embed answers for each of up to 1,000 texts, whatever output is asked for."""
+        found = self._asked_again("/embed", {"model": model, "texts": list(texts), "options": options})
+        self.space = self._told_space
+        return forms_in(found)
+
+    def _answers(self, texts: Sequence[str], model: str, options: dict[str, Any], accept: str) -> list[Any]:
+        """What numpy reads of the answer to each call."""
         if isinstance(texts, str):
             raise TypeError("texts must be a list of strings, not one string")
         if broken := with_half_a_character(texts):
             raise half_a_character(broken)
         self.space = None
-        parts = [self._vectors(texts[i:j], model, options, i) for i, j in _parts(texts)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return [found for i, j in _parts(texts) for found in self._answer(texts[i:j], model, options, i, accept)]
 
-    def _vectors(self, texts: Sequence[str], model: str, options: dict[str, Any], first: int) -> NDArray[Any]:
-        """Of texts number `first` and those that follow, of the same space as those before."""
+    def _answer(self, texts: Sequence[str], model: str, options: dict[str, Any], first: int, accept: str) -> list[Any]:
+        """Of texts number `first` and those that follow, of the same space as those before; in halves, if need be."""
         body = {"model": model, "texts": list(texts), "options": options}
         try:
             response = self._when_not_busy(
-                lambda: self._send("POST", "/embed", body, accept="application/x-npy", deadline_s=self._timeout_s)
+                lambda: self._send("POST", "/embed", body, accept=accept, deadline_s=self._timeout_s)
             )
         except EmbedpoolError as error:
             if error.status in TOO_MUCH and len(texts) > 1:
                 middle = len(texts) // 2
                 halves = ((texts[:middle], first), (texts[middle:], first + middle))
-                return np.concatenate([self._vectors(half, model, options, at) for half, at in halves])
+                return [found for half, at in halves for found in self._answer(half, model, options, at, accept)]
             if first:
                 error.args = (f"{error.message} (of the texts from number {first})",)
                 error.message = error.args[0]
@@ -122,16 +158,21 @@ class Client:
             raise ModelChanged(f"{model!r} has become another model; texts from number {first} have vectors of that")
         if truncated := int(response.headers["X-Embedpool-Truncated"]):
             logger.warning("%d of %d texts were truncated; truncate='error' refuses them", truncated, len(texts))
-        vectors: NDArray[Any] = np.load(io.BytesIO(response.content), allow_pickle=False)
-        return vectors
+        return [np.load(io.BytesIO(response.content), allow_pickle=False)]
 
     def embed_each(self, texts: Sequence[str], *, model: str, **options: Any) -> Each:
-        """As `embed`, of up to 1,000 texts, but one that fails takes no other with it; its row means nothing."""
+        """As `embed`, of up to 1,000 texts, but one that fails takes no other with it; its row means nothing.
+
+        Of another output than dense vectors the rows are a list, see outputs.py.
+        """
         wanted = {**options, "on_error": "partial", "encoding": "base64"}
 
         def ask(some: Sequence[str]) -> Each:
             found = self._asked_again("/embed", {"model": model, "texts": list(some), "options": wanted})
-            rows = [None if one is None else base64.b64decode(one) for one in found["vectors"]]
+            forms = forms_in(found)
+            if not all(isinstance(form, str | None) for form in forms):
+                return self._each([None if form is None else row_of_base64(form) for form in forms], found)
+            rows = [None if one is None else base64.b64decode(one) for one in forms]
             length = next((len(row) for row in rows if row is not None), 0)
             dtype = OF_PRECISION.get(options.get("precision", "")) or ("<f2" if length == 2 * found["dim"] else "<f4")
             values = np.frombuffer(b"".join(row or bytes(length) for row in rows), dtype)
@@ -151,7 +192,7 @@ class Client:
 
         return asked_in_parts(pairs, ask)
 
-    def _each(self, values: NDArray[Any], found: dict[str, Any]) -> Each:
+    def _each(self, values: NDArray[Any] | list[Any], found: dict[str, Any]) -> Each:
         errors = {entry["index"]: (entry["code"], entry["message"]) for entry in found["errors"]}
         return Each(values, errors, self._told_space, found["meta"]["tokens"], found["meta"]["truncated"])
 
@@ -195,7 +236,7 @@ class Client:
     def create_batch(self, path: Path, *, endpoint: str, window: str = "24h") -> dict[str, Any]:
         """Upload a file of requests, piece by piece, and have them run; the batch, as OpenAI's API has it."""
         with path.open("rb") as file:
-            form = _Form(path.name, file, path.stat().st_size)
+            form = Form(path.name, file, path.stat().st_size)
             response = self._asked("POST", "/v1/files", {"Content-Type": form.content_type}, data=form)
         if response.status_code >= 300:
             raise _as_error(self._document(response), response)
@@ -331,28 +372,6 @@ class Client:
             return response.json()
         except requests.JSONDecodeError:
             raise ServerUnreachable(f"what answers at {self._base_url} is not embedpool") from None
-
-
-class _Form:
-    """An upload as a form, which is read while it is sent."""
-
-    def __init__(self, name: str, file: IO[bytes], size: int) -> None:
-        mark = secrets.token_hex(16)
-        self.content_type = f"multipart/form-data; boundary={mark}"
-        purpose = f'--{mark}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
-        head = f'--{mark}\r\nContent-Disposition: form-data; name="file"; filename="{quote(name)}"\r\n\r\n'
-        self._head, self._tail = (purpose + head).encode(), f"\r\n--{mark}--\r\n".encode()
-        self._file = file
-        self._size = len(self._head) + size + len(self._tail)
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __iter__(self) -> Iterator[bytes]:
-        yield self._head
-        while piece := self._file.read(PIECE_BYTES):
-            yield piece
-        yield self._tail
 
 
 def _parts(texts: Sequence[str]) -> Iterator[tuple[int, int]]:

@@ -18,9 +18,9 @@ TOO_MUCH = (413, 504)  # for one call; half of it may do
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Each:
-    """What came of each input: rows of `values`, or the code and message of what failed, by index."""
+    """What came of each input: rows of `values`, an array or a list, or code and message of what failed, by index."""
 
-    values: NDArray[Any]
+    values: NDArray[Any] | list[Any]
     errors: dict[int, tuple[str, str]]
     space: str
     tokens: int
@@ -49,13 +49,23 @@ def _joined(parts: Sequence[tuple[Sequence[int], Each]], count: int, errors: dic
     """The answers to some of so many inputs, each with the places of its own. Raises ModelChanged."""
     if len({each.space for _, each in parts}) > 1:
         raise ModelChanged("the model has become another one between two calls")
-    first = next((each for _, each in parts if each.values.shape[1]), None)
-    values = np.zeros((count, first.values.shape[1] if first else 0), first.values.dtype if first else np.float32)
+    values = _placed([(places, each.values) for places, each in parts], count)
     tokens, truncated = 0, []
     for places, each in parts:
-        if each.values.shape[1]:
-            values[list(places)] = each.values
         errors |= {places[i]: says for i, says in each.errors.items()}
         truncated += [places[i] for i in each.truncated]
         tokens += each.tokens
-    return Each(values, errors, first.space if first else "", tokens, truncated)
+    return Each(values, errors, parts[0][1].space if parts else "", tokens, truncated)
+
+
+def _placed(parts: Sequence[tuple[Sequence[int], NDArray[Any] | list[Any]]], count: int) -> NDArray[Any] | list[Any]:
+    """Rows at their places among so many."""
+    if any(isinstance(rows, list) for _, rows in parts):
+        by_place = {place: row for places, rows in parts for place, row in zip(places, rows, strict=True)}
+        return [by_place.get(place) for place in range(count)]
+    arrays = [(list(places), rows) for places, rows in parts if isinstance(rows, np.ndarray) and rows.shape[1]]
+    width, dtype = (arrays[0][1].shape[1], arrays[0][1].dtype) if arrays else (0, np.dtype(np.float32))
+    values = np.zeros((count, width), dtype)
+    for places, rows in arrays:
+        values[places] = rows
+    return values

@@ -13,12 +13,14 @@ from embedpool.config.spec import PoolSpec
 from embedpool.errors import ModelNotFound
 from embedpool.jobs.file_job import Compute, Computed
 from embedpool.jobs.sources import Row
+from embedpool.outputs import rows_each
 from embedpool.pool.cache import Cache
 from embedpool.pool.request import Call
 from embedpool.server import make_pool
-from embedpool.tasks.embed import Embed
+from embedpool.tasks.hybrid import output_of, task_for
 from embedpool.tasks.score import Rerank, ScoreOptions, scores_of
 from embedpool.tasks.task import Task
+from embedpool.web.encoding import arrays_of
 from embedpool.web.metrics import Metrics
 from embedpool.web.schemas import OptionsSchema, embed_options, load
 from embedpool.web.score import ScoreOptionsSchema
@@ -49,9 +51,10 @@ def computing(settings: Settings, name: str, options: Mapping[str, Any], *, pair
         if pairs:
             task = Rerank([row.parts for row in rows], ScoreOptions(**loaded))
         else:
-            task = Embed([row.parts[0] for row in rows], embed_options(loaded))
+            outputs = loaded.get("output") or [output_of(pool.find(name).kinds_at_all())]
+            task = task_for(outputs, [row.parts[0] for row in rows], embed_options(loaded))
         result = pool.submit(name, task, Call(arrived_at=pool.clock(), timeout_s=LONGEST_WINDOW_S))
-        values = scores_of(result.vectors, raw=raw) if pairs else result.vectors
+        values = scores_of(result.vectors, raw=raw) if pairs else rows_each(arrays_of(result.rows))
         errors = {i: (error.code, error.message) for i, error in result.errors.items()}
         return Computed(values, errors, result.space, result.tokens, len(result.truncated))
 

@@ -20,9 +20,9 @@ PACKAGE = ROOT / "embedpool"
 # room or file → what it may import, beside itself, be it at run time, inside a function or for types alone
 MAY_IMPORT = {
     "web": {"reconcile", "jobs", "pool", "tasks", "config", "bounds", "tracing", "errors"},
-    "jobs": {"errors"},
+    "jobs": {"outputs", "errors"},
     "cache": {"pool.cache", "pool.request", "tasks", "errors"},
-    "in_process": {"server", "web", "jobs", "pool", "tasks", "config", "errors"},
+    "in_process": {"server", "web", "jobs", "pool", "tasks", "config", "outputs", "errors"},
     "embedder": {"in_process", "jobs.sources", "places.cores", "config", "errors"},
     "pool": {"tasks", "config.spec", "bounds", "tracing", "errors"},
     "tasks": {"config.spec", "errors"},
@@ -34,7 +34,9 @@ MAY_IMPORT = {
     "config": {"errors"},
     "reconcile": {"pool", "config", "errors"},
     "serve": {"server", "config", "client", "logs", "web.metrics", "bounds", "errors"},
-    "client": {"each", "errors"},
+    "client": {"each", "outputs", "upload", "errors"},
+    "outputs": set(),
+    "upload": set(),
     "each": {"errors"},
     "server": {
         "web", "jobs", "pool", "places", "drivers", "tasks", "config", "reconcile", "logs", "tracing", "errors",

@@ -16,10 +16,10 @@ Usage:
   embedpool enable --model M [--json] [--config FILE]
   embedpool disable --model M [--json] [--config FILE]
   embedpool unregister --model M [--json] [--config FILE]
-  embedpool pull MODEL [--revision R] [--to DIR] [--set KEY=VALUE]... [--json] [--config FILE]
-  embedpool embed [--model M] [--set KEY=VALUE]... [--config FILE] [--] TEXT...
-  embedpool embed (--in FILE)... [--out FILE] [--column C] [--id-column C] [--model M] [--resume] [--local]
-                  [--set KEY=VALUE]... [--config FILE]
+  embedpool pull MODEL [--revision R] [--to DIR] [--convert] [--set KEY=VALUE]... [--json] [--config FILE]
+  embedpool embed [--model M] [--output NAMES] [--set KEY=VALUE]... [--config FILE] [--] TEXT...
+  embedpool embed (--in FILE)... [--out FILE] [--column C] [--id-column C] [--model M] [--output NAMES]
+                  [--resume] [--local] [--set KEY=VALUE]... [--config FILE]
   embedpool rerank (--in FILE)... [--out FILE] [--query-column C] [--column C] [--id-column C] [--model M]
                    [--resume] [--local] [--set KEY=VALUE]... [--config FILE]
   embedpool rerank [--model M] [--top N] [--set KEY=VALUE]... [--json] [--config FILE] [--] QUERY [FILE]
@@ -92,6 +92,7 @@ Options:
   --timeout-s S       Time-out of a call, in seconds (http).
   --revision R        Branch, tag or commit of the model on the hub.
   --to DIR            Copy the model into this new folder, to be carried to another machine.
+  --convert           Make safetensors of weights that the model has as pickles alone; with --to.
   --protocol P        API of the service: embedpool, openai, tei, cohere, jina, voyage, ollama or template (http).
   --min N             Minimum number of replicas; 0 loads the model at first use.
   --max N             Maximum number of replicas.
@@ -104,6 +105,8 @@ Options:
   --in FILE           File of inputs, a folder of such, or a glob: txt (a text a line), jsonl, csv, tsv, parquet.
   --out FILE          File of results: jsonl, npy or parquet; default the first input's name and .vectors.jsonl, or
                       .scores.jsonl.
+  --output NAMES      What is wanted of each text: dense, sparse or multivector, or several of them with commas between;
+                      default what the model is for.
   --column C          Column of the texts, by default text; for rerank that of the documents, by default document.
   --query-column C    Column of the queries, by default query.
   --id-column C       Column of the ids; by default the number of the row, from 0.

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from embedpool.cli.common import NOT_RUNNING, OK, Arguments, UsageError, assignments, client_of, read_settings
-from embedpool.cli.files import from_files
+from embedpool.cli.common import NOT_RUNNING, OK, Arguments, UsageError, client_of, read_settings
+from embedpool.cli.files import from_files, options_of
 from embedpool.errors import ModelChanged
 
 LINES_AT_ONCE = 500
@@ -20,7 +20,7 @@ def embed(arguments: Arguments) -> int:
         return from_files(arguments, pairs=False, choose=_only_model)
     import orjson
 
-    options = assignments(arguments)
+    options = options_of(arguments)
     if "model" in options:
         raise UsageError("the model is named by --model")
     client = client_of(read_settings(arguments))
@@ -32,7 +32,7 @@ def embed(arguments: Arguments) -> int:
         texts = _lines() if arguments["TEXT"] == ["-"] else iter(arguments["TEXT"])
         spaces = set()
         while some := list(itertools.islice(texts, LINES_AT_ONCE)):
-            vectors = client.embed(some, model=model, **options)
+            vectors = (client.embed_json if "output" in options else client.embed)(some, model=model, **options)
             spaces.add(client.space)
             if len(spaces) > 1:
                 raise ModelChanged(f"{model!r} has become another model; what is printed above is of the one before")

@@ -40,7 +40,7 @@ def from_files(arguments: Arguments, *, pairs: bool, choose: Callable[[list[dict
     from embedpool.jobs.sinks import SCORE, VECTOR, sink_of
     from embedpool.jobs.sources import Files
 
-    options = assignments(arguments)
+    options = options_of(arguments)
     if odd := {"model", "on_error", "encoding"} & set(options):
         raise UsageError(f"not an option of a job: {', '.join(sorted(odd))}")
     columns = [arguments["--query-column"] or QUERY, arguments["--column"] or DOCUMENT] if pairs else [
@@ -79,6 +79,14 @@ def from_files(arguments: Arguments, *, pairs: bool, choose: Callable[[list[dict
                 return FAILED
     _sum_up(job, done, out, time.monotonic() - began_s)
     return FAILED if done.failed else OK
+
+
+def options_of(arguments: Arguments) -> dict[str, Any]:
+    """What --set says, and --output."""
+    found = assignments(arguments)
+    if named := arguments["--output"]:
+        found["output"] = named.split(",")
+    return found
 
 
 def _models(settings: Settings, client: Client | None) -> list[dict[str, Any]]:

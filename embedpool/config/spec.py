@@ -31,7 +31,11 @@ from embedpool.config.checks import (
 )
 from embedpool.config.fields import StrictSchema, option, schema_of
 
-RERANK_PROTOCOLS = ("embedpool", "cohere", "jina", "tei")
+PROTOCOLS_OF_TASK = {  # of the others each protocol
+    "rerank": ("embedpool", "cohere", "jina", "tei"),
+    "sparse": ("embedpool", "tei"),
+    "multivector": ("embedpool", "tei", "jina"),
+}
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:@/-]{0,199}\Z"
 
 PLACES = ("thread", "process", "ray")
@@ -122,7 +126,10 @@ class HttpConfig:
         loads=True,
     )
     task: str = option(
-        "embed", "what it is asked for (`rerank`: not of every protocol)", choices=("embed", "rerank"), loads=True
+        "embed",
+        "what it is asked for; all but embed not of every protocol",
+        choices=("embed", "rerank", "sparse", "multivector"),
+        loads=True,
     )
     request: dict[str, Any] = option(
         {},
@@ -173,8 +180,9 @@ class HttpConfig:
     prompts: dict[str, str] = option({}, "named prompts, which embedpool puts before the text")
 
     def __post_init__(self) -> None:
-        if self.task == "rerank" and self.protocol not in RERANK_PROTOCOLS:
-            raise ma.ValidationError({"protocol": [f"of task rerank is one of {', '.join(RERANK_PROTOCOLS)}"]})
+        able = PROTOCOLS_OF_TASK.get(self.task)
+        if able and self.protocol not in able:
+            raise ma.ValidationError({"protocol": [f"of task {self.task} is one of {', '.join(able)}"]})
         if self.proxy and any(url.startswith(DNS) for url in self.addresses):
             raise ma.ValidationError({"proxy": [f"looks names up itself, so it cannot stand beside {DNS}"]})
         is_template = self.protocol == "template"

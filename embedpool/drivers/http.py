@@ -17,8 +17,8 @@ from embedpool.bounds import CallBudget
 from embedpool.config.spec import HttpConfig, ModelSpec
 from embedpool.drivers.addresses import Address, Addresses
 from embedpool.drivers.measure import probe_batch
-from embedpool.drivers.protocols import RERANK, protocol_of
-from embedpool.drivers.remote_rows import Array, as_one, rows_of
+from embedpool.drivers.protocols import MULTIVECTOR, RERANK, SPARSE, Reading, protocol_of
+from embedpool.drivers.remote_rows import Array, as_one, mark_of, rows_of, several_of, sparse_of
 from embedpool.drivers.space import SAME_SPACE_COSINE, likeness, of_probes
 from embedpool.drivers.upstream import NOT_ASKED, RETRY_RESERVE, RETRY_SHARE, Upstream, secret
 from embedpool.errors import REFUSALS, UpstreamError
@@ -165,16 +165,16 @@ class HttpDriver(Driver):
     def probe(self) -> None:
         try:
             known = PROBE_TEXTS if self._is_reranker else PROBE_TEXTS[:1]  # of one score nobody tells whose it is
-            vectors = self.run(probe_batch(known)).rows.values
+            rows = self.run(probe_batch(known)).rows
         except UpstreamError as error:
             if not error.is_busy:  # else it is there
                 raise
             return
-        if not np.isfinite(vectors).all():
+        if not rows.finite().all():
             raise UpstreamError(NOT_FINITE)
         if self._addresses.are_several:
             return  # each of them proves itself from time to time
-        if difference := self._difference(self._upstreams[0], vectors):
+        if difference := self._difference(self._upstreams[0], mark_of(rows)):
             raise UpstreamError(difference)
 
     @override
@@ -237,19 +237,27 @@ class HttpDriver(Driver):
                     content_may_cause=True,
                 )
             read = self._protocol.read(document)
-            array = rows_of(read.vectors, self._dim, may_be_none=bool(read.errors))
+            rows = self._rows_of(read)
             if not isinstance(read.tokens, int | None) or not all(isinstance(i, int) for i in read.truncated):
                 raise TypeError("counts must be whole numbers")
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
             says = f"the remote service's answer is not one of protocol {self._config.protocol!r}"
             raise UpstreamError(f"{says} ({type(error).__name__})", content_may_cause=True) from None
-        if array.ndim != 2 or array.shape[0] != count or not array.shape[1]:
-            says = f"the remote service gave vectors of shape {array.shape} for {count} texts"
+        if rows.fault(count, None) or not (rows.width or rows.indices is not None):
+            says = f"the remote service gave vectors of shape {rows.values.shape} for {count} texts"
             raise UpstreamError(says, content_may_cause=True)
-        if self._dim is not None and array.shape[1] != self._dim:
-            says = f"the remote service's vectors went from {self._dim} to {array.shape[1]} numbers"
+        if self._dim is not None and rows.width != self._dim:
+            says = f"the remote service's vectors went from {self._dim} to {rows.width} numbers"
             raise UpstreamError(says, content_may_cause=True)
-        return Answer(Rows(array), read.tokens, [i for i in read.truncated if 0 <= i < count], read.errors)
+        return Answer(rows, read.tokens, [i for i in read.truncated if 0 <= i < count], read.errors)
+
+    def _rows_of(self, read: Reading) -> Rows:
+        """Raises ValueError, TypeError and OverflowError."""
+        if self._config.task == SPARSE:
+            return sparse_of(read.vectors)
+        if self._config.task == MULTIVECTOR:
+            return several_of(read.vectors, self._dim)
+        return Rows(rows_of(read.vectors, self._dim, may_be_none=bool(read.errors)))
 
     # --- which addresses are asked
 
@@ -281,14 +289,14 @@ class HttpDriver(Driver):
                 raise
             for failed in answer.errors.values():
                 raise failed
-            parts.append(answer.rows.values)
+            parts.append(mark_of(answer.rows))
         vectors = np.concatenate(parts)
         if not np.isfinite(vectors).all():
             raise UpstreamError(NOT_FINITE)
         if difference := self._difference(upstream, vectors):
             upstream.fault = difference
             raise UpstreamError(difference)
-        self._dim = vectors.shape[1]
+        self._dim = None if self._config.task == SPARSE else vectors.shape[1]
         upstream.admit()
 
     def _difference(self, upstream: Upstream, vectors: Array) -> str | None:

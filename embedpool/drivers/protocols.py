@@ -7,20 +7,27 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from embedpool.config.checks import MODEL_SLOT, TEXT_SLOT, TEXTS_SLOT, holds_a_text
 from embedpool.config.spec import HttpConfig
 from embedpool.errors import STATUS_OF, EmbedpoolError, UnsupportedOption, UpstreamError
 from embedpool.tasks.driver import PROBE_TEXT
 from embedpool.tasks.embed import DOCUMENT, QUERY
+from embedpool.tasks.multivector import MultiVector
 from embedpool.tasks.score import Rerank
+from embedpool.tasks.sparse import Sparse
 
-RERANK = Rerank.name
+RERANK, SPARSE, MULTIVECTOR = Rerank.name, Sparse.name, MultiVector.name
+
+
+Body = Callable[[str, Sequence[str], Mapping[str, Any]], dict[str, Any]]
 
 
 class Reading(NamedTuple):
-    """What an answer holds: vectors, the tokens that the service counted, and the texts it cut or failed on."""
+    """What an answer holds: rows, the tokens that the service counted, and the texts it cut or failed on.
+
+    A row is a vector, a list of vectors, or a pair of indices and values.
+    """
 
     vectors: list[Any]
     tokens: int | None = None
@@ -32,7 +39,7 @@ class Protocol(NamedTuple):
     """Request and answer format of one kind of service."""
 
     path: str
-    body: Callable[[str, Sequence[str], Mapping[str, Any]], dict[str, Any]]
+    body: Body
     read: Callable[[Any], Reading]
 
 
@@ -50,16 +57,26 @@ def _embedpool_body(model: str, texts: Sequence[str], options: Mapping[str, Any]
 def _embedpool_read(document: Any) -> Reading:
     meta = document.get("meta") or {}
     truncated = list(meta.get("truncated") or [])
-    vectors = [_from_base64(found) if isinstance(found, str) else found for found in document["vectors"]]
-    return Reading(vectors, meta.get("tokens"), truncated, _embedpool_errors(document))
+    rows = [_from_base64(found) for found in document["vectors"]]
+    return Reading(rows, meta.get("tokens"), truncated, _embedpool_errors(document))
 
 
-def _from_base64(given: str) -> NDArray[np.float32] | str:
-    """Its numbers; what holds none stays as it is, and is no vector."""
+def _from_base64(given: Any, dtype: str = "<f4") -> Any:
+    """The numbers of a vector, of several, or of a sparse row; what holds none stays as it is, and is no vector."""
+    if isinstance(given, list):
+        return [_from_base64(one) for one in given]
+    if isinstance(given, dict) and given.keys() == {"indices", "values"}:
+        return _from_base64(given["indices"], "<i4"), _from_base64(given["values"])
     try:
-        return np.frombuffer(base64.b64decode(given, validate=True), dtype="<f4")
+        return np.frombuffer(base64.b64decode(given, validate=True), dtype) if isinstance(given, str) else given
     except ValueError:
         return given
+
+
+def _embedpool_body_for(output: str) -> Body:
+    """Of another output than dense vectors, which the options of those are not for."""
+    told = {"output": output, "on_error": "partial", "encoding": "base64"}
+    return lambda model, texts, options: {"model": model, "texts": list(texts), "options": {**told, **options}}
 
 
 def _embedpool_errors(document: Any) -> dict[int, EmbedpoolError]:
@@ -108,6 +125,19 @@ def _openai_read(document: Any) -> Reading:
     return Reading([entry["embedding"] for entry in data], usage.get("prompt_tokens", usage.get("total_tokens")))
 
 
+def _jina_body_for_tokens(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    passed_on, cuts = _cut_or_refused("jina", options)
+    if input_type := passed_on.pop("input_type", None):
+        passed_on["input_type"] = _word_for(input_type, "query", "document")
+    return {**passed_on, "model": model, "input": list(texts), "embedding_type": "float", "truncate": cuts}
+
+
+def _jina_read_tokens(document: Any) -> Reading:
+    data = sorted(document["data"], key=lambda entry: entry.get("index", 0))
+    usage = document.get("usage") or {}
+    return Reading([entry["embeddings"] for entry in data], usage.get("total_tokens"))
+
+
 # --- text-embeddings-inference
 
 
@@ -124,6 +154,15 @@ def _tei_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> d
 
 def _tei_read(document: Any) -> Reading:
     return Reading(list(document))
+
+
+def _tei_body_without_length(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of tokens and of sparse rows it normalises nothing."""
+    return {name: value for name, value in _tei_body(model, texts, options).items() if name != "normalize"}
+
+
+def _tei_read_sparse(document: Any) -> Reading:
+    return Reading([([one["index"] for one in row], [one["value"] for one in row]) for row in document])
 
 
 # --- Cohere
@@ -291,8 +330,20 @@ RERANK_PROTOCOLS = {
 }
 
 
+SPARSE_PROTOCOLS = {
+    "embedpool": Protocol("", _embedpool_body_for("sparse"), _embedpool_read),
+    "tei": Protocol("/embed_sparse", _tei_body_without_length, _tei_read_sparse),
+}
+MULTIVECTOR_PROTOCOLS = {
+    "embedpool": Protocol("", _embedpool_body_for("multivector"), _embedpool_read),
+    "tei": Protocol("/embed_all", _tei_body_without_length, _tei_read),
+    "jina": Protocol("/multi-vector", _jina_body_for_tokens, _jina_read_tokens),
+}
+OF_TASK = {RERANK: RERANK_PROTOCOLS, SPARSE: SPARSE_PROTOCOLS, MULTIVECTOR: MULTIVECTOR_PROTOCOLS}
+
+
 def protocol_of(config: HttpConfig) -> Protocol:
     """The protocol that a driver.config names, or describes."""
-    if config.task == RERANK:
-        return RERANK_PROTOCOLS[config.protocol]
+    if config.task in OF_TASK:
+        return OF_TASK[config.task][config.protocol]
     return PROTOCOLS.get(config.protocol) or _by_template(config)

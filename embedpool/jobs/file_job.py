@@ -29,9 +29,9 @@ VERSION = 1
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Computed:
-    """What came of some inputs: values of shape (inputs, width), and code and message of those that failed."""
+    """What came of some inputs: a row for each (see sinks.py), and code and message of those that failed."""
 
-    values: NDArray[Any]
+    values: NDArray[Any] | list[Any]
     errors: Mapping[int, tuple[str, str]]
     space: str
     tokens: int = 0
@@ -139,7 +139,9 @@ class FileJob:
             errors |= {good[i].index: found for i, found in computed.errors.items()}
             there = [i for i in range(len(good)) if i not in computed.errors]
             if there:
-                self._sink.write([good[i] for i in there], computed.values[there])
+                values = computed.values
+                kept = [values[i] for i in there] if isinstance(values, list) else values[there]
+                self._sink.write([good[i] for i in there], kept)
             self.progress.tokens += computed.tokens
             self.progress.truncated += computed.truncated
         for row in rows:

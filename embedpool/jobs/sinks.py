@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,16 @@ from typing_extensions import override
 from embedpool.errors import InvalidRequest
 from embedpool.jobs.durable import GrowingFile
 from embedpool.jobs.sources import Row
+from embedpool.outputs import SparseRow
 
-VECTOR, SCORE = "vector", "score"
+VECTOR, SCORE, OUTPUTS = "vector", "score", "outputs"
 PART, IDS, PARTS = ".part", ".ids.jsonl", ".parts"
 GROUP_ROWS = 8192  # of a row group of a parquet file, at least where there are so many
 ABOUT = b"embedpool"  # the key of a parquet file's metadata
 NPY_HEAD_BYTES = 128
 
-Values = NDArray[Any]  # of shape (rows, width); of scores the width is 1
+# Of shape (rows, width); of scores the width is 1. Or a list of rows: sparse, arrays of vectors, or several by name.
+Values = NDArray[Any] | list[Any]
 State = dict[str, Any]
 
 
@@ -93,8 +95,10 @@ class Jsonl(Sink):
         import orjson
 
         for row, value in zip(rows, values, strict=True):
-            found = {"id": row.id, self.column: value if self.column == VECTOR else value[0]}
-            self._file.append(orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE))
+            column = OUTPUTS if isinstance(value, dict) else self.column
+            found = {"id": row.id, column: value[0] if self.column == SCORE else value}
+            options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+            self._file.append(orjson.dumps(found, SparseRow._asdict, options))
 
     @override
     def state(self) -> State:
@@ -133,6 +137,8 @@ class Npy(Sink):
 
     @override
     def write(self, rows: Sequence[Row], values: Values) -> None:
+        if isinstance(values, list):
+            raise InvalidRequest(f"{self.path}: an array holds vectors alone; write jsonl or parquet")
         if self._shape is None:
             self._shape, self._dtype = (0, values.shape[1]), values.dtype.str
             self._file.append(bytes(NPY_HEAD_BYTES))
@@ -167,6 +173,9 @@ class Npy(Sink):
 
 class Parquet(Sink):
     """Columns id and vector (a list of fixed size) or score; what made them stands in the metadata.
+
+    A sparse row has the columns indices and values, several vectors are a list of lists; of several outputs each has a
+    column of its name.
 
     A parquet file cannot be continued, so each part of the work is a file of its own until the last is there.
     """
@@ -242,6 +251,41 @@ class Parquet(Sink):
 
         ids = [row.id for row in rows]
         of_ids = pyarrow.array(ids if all(isinstance(one, int) for one in ids) else [str(one) for one in ids])
-        flat = pyarrow.array(np.ascontiguousarray(values).ravel())
-        column = pyarrow.FixedSizeListArray.from_arrays(flat, values.shape[1]) if self.column == VECTOR else flat
-        return pyarrow.table({"id": of_ids, self.column: column})
+        if isinstance(values, list) and values and isinstance(values[0], dict):
+            columns: dict[str, Any] = {}
+            for output in values[0]:
+                columns |= _columns(output, [row[output] for row in values])
+        else:
+            columns = _columns(self.column, values)
+        return pyarrow.table({"id": of_ids, **columns})
+
+
+def _columns(name: str, values: Values) -> dict[str, Any]:
+    """The columns of rows of one kind."""
+    import pyarrow
+
+    if isinstance(values, np.ndarray) or (values and isinstance(values[0], np.ndarray) and values[0].ndim == 1):
+        return {name: _vectors(np.asarray(values)) if name != SCORE else pyarrow.array(np.ravel(values))}
+    if values and isinstance(values[0], SparseRow):
+        prefix = "" if name == VECTOR else f"{name}_"
+        return {
+            f"{prefix}{part}": _lists([getattr(row, part) for row in values], pyarrow.array)
+            for part in SparseRow._fields
+        }
+    return {name: _lists(values, _vectors)}
+
+
+def _vectors(values: NDArray[Any]) -> Any:
+    """Of shape (vectors, width)."""
+    import pyarrow
+
+    flat = pyarrow.array(np.ascontiguousarray(values).ravel())
+    return pyarrow.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+def _lists(arrays: Sequence[NDArray[Any]], of_all: Callable[[NDArray[Any]], Any]) -> Any:
+    """A list for each array, of what `of_all` makes of them laid end to end."""
+    import pyarrow
+
+    ends = np.cumsum([0, *map(len, arrays)]).astype(np.int32)
+    return pyarrow.ListArray.from_arrays(pyarrow.array(ends), of_all(np.concatenate(arrays)))

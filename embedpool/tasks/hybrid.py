@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar
 
 from typing_extensions import override
@@ -44,6 +44,11 @@ class Hybrid(Embed):
                 options = dataclasses.replace(self.options, **others)
                 also[task.name] = task(self.texts, options).finish(rows.also[task.name], config, tokenizer, errors)
         return Rows(rows.values, also=also)
+
+
+def output_of(kinds: Collection[str]) -> str:
+    """What a model of these kinds gives where a request does not say: dense vectors, if it has any."""
+    return next((name for name, task in TASK_OF_OUTPUT.items() if task in kinds), "dense")
 
 
 def task_for(wanted: Sequence[str], texts: Sequence[str], options: EmbedOptions) -> Embed:

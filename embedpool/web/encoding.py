@@ -71,6 +71,18 @@ def _outputs(rows: Rows, encoding: str, names: Names | None) -> dict[str, Sequen
     }
 
 
+def arrays_of(rows: Rows) -> dict[str, Any]:
+    """The arrays of rows by name; of several outputs with the output's name before it, and a dot."""
+    if not rows.also:
+        return dict(rows.arrays())
+    return {
+        f"{output}.{name}": array
+        for output, task in TASK_OF_OUTPUT.items()
+        if task in rows.also
+        for name, array in rows.also[task].arrays().items()
+    }
+
+
 def embed_response(
     result: Result,
     encoding: str,
@@ -133,11 +145,7 @@ def npy_response(result: Result) -> Response:
     if is_one_array:
         np.save(stream, result.vectors, allow_pickle=False)
     else:
-        arrays: dict[str, Any] = {} if rows.also else rows.arrays()
-        for name, task in TASK_OF_OUTPUT.items():
-            if task in rows.also:
-                arrays |= {f"{name}.{inner}": array for inner, array in rows.also[task].arrays().items()}
-        np.savez(stream, allow_pickle=False, **arrays)
+        np.savez(stream, allow_pickle=False, **arrays_of(rows))
     response = Response(stream.getvalue(), mimetype=NPY if is_one_array else NPZ)
     response.headers["X-Embedpool-Model"] = result.model
     response.headers["X-Embedpool-Tokens"] = str(result.tokens)

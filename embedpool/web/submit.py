@@ -9,7 +9,7 @@ from embedpool.errors import AnswerTooLarge, UnsupportedOption
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call, Result
 from embedpool.tasks.embed import EmbedOptions
-from embedpool.tasks.hybrid import TASK_OF_OUTPUT, task_for
+from embedpool.tasks.hybrid import output_of, task_for
 from embedpool.tasks.late_chunking import LateChunking, Tokens
 from embedpool.tasks.multivector import MaxSim, MultiVector
 from embedpool.tasks.score import Rerank, Score
@@ -63,8 +63,7 @@ def outputs_of(http: HttpRequest, pool: Pool, model: str) -> Sequence[str]:
     """The outputs of a model where a request names none: that of its kind, dense if it has several."""
     http.model = model
     http.caller.require(pool, model)
-    kinds = pool.find(model).kinds_at_all()
-    return [next((name for name, task in TASK_OF_OUTPUT.items() if task in kinds), "dense")]
+    return [output_of(pool.find(model).kinds_at_all())]
 
 
 def names_of(pool: Pool, model: str, wanted: Sequence[str]) -> Names:

@@ -52,7 +52,8 @@ ORIGINALS = {
         "task": st.sampled_from(
             ["retrieval.query", "retrieval.passage", "separation", "classification", "text-matching"]
         ),
-        "dimensions": SIZES, "normalized": YES_OR_NO, "embedding_type": st.just("float"), "late_chunking": YES_OR_NO,
+        "dimensions": SIZES, "normalized": YES_OR_NO, "embedding_type": st.just("float"),
+        "late_chunking": st.just(False),
         "truncate": YES_OR_NO,
     }, OPENAI_ERROR),
     "Voyage": Original("/v1/embeddings", "input", {
