@@ -94,7 +94,7 @@ class Client:
         truncate is logged as a warning. Raises ModelChanged if `model` became another one between two calls, and before
         anything is sent InvalidRequest for a text with half a character.
         """
-        parts = self._answers(texts, model, options, NPY)
+        parts = self._answers(texts, model, {**options, "output": DENSE}, NPY)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def embed_sparse(self, texts: Sequence[str], *, model: str, **options: Any) -> list[SparseRow]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,9 @@ def pull(arguments: Arguments) -> int:
     from embedpool.drivers.model_folder import find_model_folder
     from embedpool.tasks.driver import Folders
 
-    model, to = arguments["MODEL"], arguments["--to"]
+    model, to, converts = arguments["MODEL"], arguments["--to"], arguments["--convert"]
+    if converts and not to:
+        raise UsageError("--convert needs --to: what it makes is a model of its own")
     config = _config(arguments)
     settings = read_settings(arguments)
     folders = Folders(settings.file(settings.paths.cache_dir), settings.file(settings.paths.state_dir))
@@ -33,9 +36,9 @@ def pull(arguments: Arguments) -> int:
             display.show(*progress)
 
     try:
-        folder = find_model_folder(model, config, folders.state, report)
+        folder = find_model_folder(model, config, folders.state, report, pickles=converts)
         if to:
-            folder = _copied(folder, Path(to).absolute())
+            folder = _copied(folder, Path(to).absolute(), converts=converts)
             config = _config(arguments, path=str(folder), revision=None)
         driver = LocalStDriver(model, config, 1, folders)
         driver.report = report
@@ -71,13 +74,18 @@ def _config(arguments: Arguments, **more: Any) -> LocalStConfig:
     return config
 
 
-def _copied(folder: Path, to: Path) -> Path:
+def _copied(folder: Path, to: Path, *, converts: bool) -> Path:
     """The files that are loaded, in a folder that can be carried elsewhere. Raises UsageError and ConfigError."""
+    from embedpool.drivers.convert import converted
     from embedpool.drivers.hub import UNSAFE_OR_UNUSED
 
     if to.exists() and any(to.iterdir()):
         raise UsageError(f"--to: {to} holds files already")
     try:
+        if converts:
+            for name in converted(folder, to):
+                print(f"converted {name}", file=sys.stderr)
+            return to
         shutil.copytree(folder, to, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*UNSAFE_OR_UNUSED, ".*"))
     except (OSError, shutil.Error) as error:
         raise ConfigError(f"{to} cannot be written: {error}") from None

@@ -5,15 +5,24 @@ from __future__ import annotations
 import dataclasses
 
 from embedpool.drivers.late_interaction import MASK
-from embedpool.drivers.layout import EMBED, MULTIVECTOR, SCORING, SPARSE, TRANSFORMER, TRANSFORMERS, Layout, Module
+from embedpool.drivers.layout import (
+    EMBED,
+    MULTIVECTOR,
+    MULTIVECTOR_LAYER,
+    SCORING,
+    SPARSE,
+    SPARSE_LAYER,
+    TRANSFORMER,
+    TRANSFORMERS,
+    Layout,
+    Module,
+)  # fmt: skip
 from embedpool.drivers.model_files import read_json
 from embedpool.tasks.hybrid import Hybrid
 from embedpool.tasks.late_chunking import Tokens
 
 VECTORS, TOKENS, SCORES = "sentence_embedding", "token_embeddings", "scores"  # where modules put what they give
 POOLING, NORMALIZE, SPLADE, AUTO_ENCODER = "Pooling", "Normalize", "SpladePooling", "SparseAutoEncoder"
-# Linear layers that give a dense model further outputs, in the files that `embedpool pull --convert` writes.
-SPARSE_LAYER, MULTIVECTOR_LAYER = "sparse_linear.safetensors", "colbert_linear.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from embedpool.drivers.body import MULTIVECTOR_LAYER, SPARSE_LAYER, has_three
+from embedpool.drivers.body import has_three
 from embedpool.drivers.late_interaction import QUERY
-from embedpool.drivers.layout import EMBED, MULTIVECTOR, SPARSE, Layout, Module
+from embedpool.drivers.layout import EMBED, MULTIVECTOR, MULTIVECTOR_LAYER, SPARSE, SPARSE_LAYER, Layout, Module
 from embedpool.drivers.model_files import read_json, tensors_of
 from embedpool.drivers.tokenizer import FolderTokenizer
 from embedpool.tasks.hybrid import Hybrid

@@ -10,6 +10,7 @@ from embedpool.errors import near_names
 from embedpool.tasks.driver import Progress, Report, unheard
 
 UNSAFE_OR_UNUSED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.ot", "*.msgpack", "onnx/*", "openvino/*"]
+CONVERTED = ("*.bin", "*.pt")  # by `embedpool pull --convert`
 MOST_SEARCHED = 50
 WAIT_S = 20.0  # for a connection, and for each part of an answer
 
@@ -43,17 +44,21 @@ class NotToBeHad(Exception):
     """The files are not in the cache and cannot be fetched; the message says why."""
 
 
-def snapshot(repo: str, revision: str | None, report: Report = unheard) -> Path:
-    """The folder with the repository's files, without those that embedpool never loads. Raises NotToBeHad."""
+def snapshot(repo: str, revision: str | None, report: Report = unheard, *, pickles: bool = False) -> Path:
+    """The folder with the repository's files, without those that embedpool never loads. Raises NotToBeHad.
+
+    With `pickles` weights in that form are fetched, too, to be converted.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     # The look-up leaves out what the download leaves out: else it takes what is there for the half of it.
-    found = functools.partial(snapshot_download, repo, revision=revision, ignore_patterns=UNSAFE_OR_UNUSED)
+    ignored = [pattern for pattern in UNSAFE_OR_UNUSED if not (pickles and pattern in CONVERTED)]
+    found = functools.partial(snapshot_download, repo, revision=revision, ignore_patterns=ignored)
     try:
         try:
-            folder = found(local_files_only=True)
-            if not any(Path(folder).rglob("*.safetensors")):
+            folder = found(local_files_only=not pickles)  # which the cache does not tell to be whole
+            if not pickles and not any(Path(folder).rglob("*.safetensors")):
                 raise LocalEntryNotFoundError(f"{folder} holds no weights: a download was interrupted")
         except LocalEntryNotFoundError:
             _bound_the_wait()

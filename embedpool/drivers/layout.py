@@ -72,6 +72,8 @@ NOT_FROM_TEXT_IDS = {
     "WordEmbeddings": "splits texts into words by itself",
     "BoW": "splits texts into words by itself",
 }
+# Linear layers that give a dense model further outputs, in the files that `embedpool pull --convert` writes.
+SPARSE_LAYER, MULTIVECTOR_LAYER = "sparse_linear.safetensors", "colbert_linear.safetensors"
 WITH_WEIGHTS = (
     *TRANSFORMERS, STATIC, SPARSE_STATIC, "SparseAutoEncoder", "Dense", "LSTM", "CNN", "LayerNorm",
     "WeightedLayerPooling",
@@ -80,8 +82,8 @@ WITH_WEIGHTS = (
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "sparse_linear", "colbert_linear", "scaler")
 CONVERT = (
-    'convert it with `python -c "from sentence_transformers import SentenceTransformer as S; '
-    "S('OLD').save_pretrained('NEW')\"`, where OLD is a model that you trust, and set driver.config.path to NEW"
+    "convert it with `embedpool pull --convert --to NEW MODEL`, or a folder with `--set path=OLD`, and set "
+    "driver.config.path to NEW"
 )
 TRUSTED = "if you trust its authors and have read it, set driver.config.trust_remote_code to true in pool.yml"
 
@@ -364,18 +366,23 @@ def _require_safetensors(folder: Path, steps: Iterable[Module], config: LocalStC
         of_it = f"the module {where} of {folder}" if where != "." else str(folder)
         if other := _other_format(module.folder):
             raise ModelFailed(f"{of_it} {other}")
-        files = sorted(module.folder.glob("*.safetensors"))
+        files = _weights_in(module.folder)
         if not files:
             raise ModelFailed(f"{of_it} has no weights in safetensors; if the model has others, {CONVERT}")
         for file in files:
             weight_names(file)
 
 
+def _weights_in(folder: Path) -> list[Path]:
+    """The files of a module's own weights."""
+    return sorted(file for file in folder.glob("*.safetensors") if file.name not in (SPARSE_LAYER, MULTIVECTOR_LAYER))
+
+
 def _other_format(folder: Path) -> str | None:
     """What a folder has instead of a model's safetensors, and what to do."""
     if (folder / "adapter_config.json").exists():
         return "is an adapter: merge it into its base model with peft's merge_and_unload, and save that"
-    if any(folder.glob("*.safetensors")):
+    if _weights_in(folder):
         return None
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     if weights := [name for name in pickles if not name.startswith(NO_WEIGHTS)]:

@@ -30,8 +30,10 @@ COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 FOLDER = "revisions"  # below the state folder: a file for each repository and revision
 
 
-def find_model_folder(model: str, config: LocalStConfig, state_dir: Path, report: Report = unheard) -> Path:
-    """The folder with the model's files. Raises ModelFailed with what was tried."""
+def find_model_folder(
+    model: str, config: LocalStConfig, state_dir: Path, report: Report = unheard, *, pickles: bool = False
+) -> Path:
+    """The folder with the model's files; with `pickles` those too that are never loaded. Raises ModelFailed."""
     if config.path:
         folder = Path(config.path)
         if not folder.is_dir():
@@ -40,7 +42,8 @@ def find_model_folder(model: str, config: LocalStConfig, state_dir: Path, report
     if config.revision is None and (packaged := _packaged(model)):
         return packaged
     try:
-        return hub.snapshot(_repository(model), _kept(model, config, state_dir) or config.revision, report)
+        revision = _kept(model, config, state_dir) or config.revision
+        return hub.snapshot(_repository(model), revision, report, pickles=pickles)
     except hub.NotToBeHad as error:
         says = "is not whole in the local cache, and cannot be fetched from the hub"
         raise ModelFailed(f"{model!r} {says}: {error}") from None

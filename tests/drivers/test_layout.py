@@ -20,7 +20,7 @@ from embedpool.tasks.driver import Folders
 from tests.conftest import open_here
 from tests.zoo import WORDPIECE, encoder, make, sentence_transformer
 
-CONVERT = r"SentenceTransformer as S; S\('OLD'\).save_pretrained\('NEW'\)"
+CONVERT = "embedpool pull --convert --to NEW MODEL"
 
 
 @pytest.fixture

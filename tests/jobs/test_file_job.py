@@ -24,6 +24,7 @@ from embedpool.jobs.file_job import Computed, FileJob
 from embedpool.jobs.sinks import ABOUT, SCORE, VECTOR, sink_of
 from embedpool.jobs.sources import Files, Row
 from embedpool.jobs.windows import answered
+from embedpool.outputs import SparseRow
 
 FIXTURES = hypothesis.HealthCheck.function_scoped_fixture
 WIDTH = 4
@@ -355,3 +356,69 @@ def test_a_window_that_fails_ends_it() -> None:
     assert next(answers) == 0
     assert read == [0]
     answers.close()
+
+
+def sparse_row(text: str) -> SparseRow:
+    return SparseRow(np.arange(len(text), dtype=np.int32), np.full(len(text), 0.5, np.float32))
+
+
+def several_vectors(text: str) -> Any:
+    return np.full((len(text), 2), len(text), np.float32)
+
+
+OF_A_TEXT: dict[str, Callable[[str], Any]] = {
+    "sparse": sparse_row,
+    "multivector": several_vectors,
+    "several": lambda text: {"dense": np.float32(vector(text)), "sparse": sparse_row(text)},
+}
+
+
+@pytest.mark.parametrize("out", ["out.jsonl", "out.parquet"])
+@pytest.mark.parametrize("kind", OF_A_TEXT)
+def test_rows_that_are_no_vectors(tmp_path: Path, kind: str, out: str) -> None:
+    """Each under its id, also when the job is cut off and resumed; a text that fails has none."""
+    texts = ["a", "bb", "", "bad", "ccc", "dddd", "e"]
+    texts_file(tmp_path, texts)
+    make = OF_A_TEXT[kind]
+
+    def compute(rows: Sequence[Row]) -> Computed:
+        errors = {i: ("inference_failed", "no") for i, row in enumerate(rows) if row.parts[0] == "bad"}
+        return Computed([None if i in errors else make(row.parts[0]) for i, row in enumerate(rows)], errors, "s1")
+
+    ends_after = [1]
+
+    def cut_off(rows: Sequence[Row]) -> Computed:
+        if not ends_after.pop():
+            raise RuntimeError("killed")
+        ends_after.append(0)
+        return compute(rows)
+
+    with pytest.raises(RuntimeError):
+        job_of(tmp_path, out).run(cut_off)
+    job_of(tmp_path, out).run(compute)
+    good = {f"id-{i}": make(text) for i, text in enumerate(texts) if text != "bad"}
+    if out.endswith("jsonl"):
+        lines = [json.loads(line) for line in (tmp_path / out).read_text().splitlines()]
+        found = {line.pop("id"): line for line in lines}
+        column = "outputs" if kind == "several" else "vector"
+        wanted: dict[str, Any] = {id_: {column: as_json(row)} for id_, row in good.items()}
+    else:
+        rows = parquet.read_table(tmp_path / out).to_pylist()
+        found = {row.pop("id"): row for row in rows}
+        wanted = {id_: as_columns(row) for id_, row in good.items()}
+    assert found == wanted
+
+
+def as_json(row: Any) -> Any:
+    if isinstance(row, dict):
+        return {name: as_json(part) for name, part in row.items()}
+    return (
+        {"indices": row.indices.tolist(), "values": row.values.tolist()} if isinstance(row, SparseRow) else row.tolist()
+    )
+
+
+def as_columns(row: Any) -> dict[str, Any]:
+    if isinstance(row, dict):
+        found = as_json(row)
+        return {"dense": found["dense"], **{f"sparse_{name}": part for name, part in found["sparse"].items()}}
+    return as_json(row) if isinstance(row, SparseRow) else {"vector": row.tolist()}
