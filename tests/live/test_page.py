@@ -29,7 +29,7 @@ QUIET = (
     "--disable-background-networking", "--disable-component-update",
 )  # fmt: skip
 AXE = Path(sys.prefix) / "clients" / "node_modules" / "axe-core" / "axe.min.js"
-TABS = ("vectors", "compare", "search", "map", "side", "rerank", "classify", "code")
+TABS = ("vectors", "compare", "search", "map", "side", "sparse", "match", "rerank", "classify", "code")
 WIDE, NARROW = {"width": 1440, "height": 900}, {"width": 360, "height": 740}
 WAIT_MS = 20_000
 ANGRY = "<img src=x onerror=document.title='angry'>"
@@ -112,6 +112,8 @@ def served(server: Server) -> Iterator[Server]:
         fake("reranker", task="rerank"),
         fake("classifier", task="classify"),
         fake("second"),
+        fake("splade", task="sparse"),
+        fake("colbert", task="multivector"),
     )
     server.start()
     server.wait_ready()
@@ -214,6 +216,38 @@ def test_cosines_are_those_of_numpy(served: Server, visit: Callable[..., Visit])
     query = np.array(served.vectors("em", ["a query"], normalize=True, input_type="query"))[0]
     scores = [float(one) for one in page.locator(".ranked .score").all_text_contents()]
     assert scores == pytest.approx(sorted(vectors @ query, reverse=True), abs=1e-4)
+
+
+def test_sparse_rows_and_vectors_of_tokens(served: Server, visit: Callable[..., Visit]) -> None:
+    """The page's numbers are the server's: weights by token, and scores of a query against lines."""
+    texts = ["one two two", "three"]
+    seen = visit(served.url)
+    page = seen.open("#playground")
+    seen.write(*texts)
+    seen.tab("sparse")
+    seen.run()
+    cards = page.locator("section.result article").all()
+    rows = served.post("/embed", {"model": "splade", "texts": texts, "options": {"tokens": True}}).json()["vectors"]
+    for card, row in zip(cards, rows, strict=True):
+        shown = [line.inner_text().split() for line in card.locator("li").all()]
+        wanted = sorted(zip(row["values"], row["tokens"], strict=True), key=lambda pair: -pair[0])
+        assert [(float(value), token) for value, token in shown] == wanted
+    seen.tab("match")
+    page.locator("form.ask .query").fill("one two")
+    seen.run()
+    body = {"model": "colbert", "query": "one two", "documents": texts}
+    ranked = served.post("/rerank", body).json()["results"]
+    found = [card.inner_text() for card in page.locator("section.result article").all()]
+    for text, entry in zip(found, ranked, strict=True):
+        assert texts[entry["index"]] in text
+        assert f"score {entry['score']:.4f}" in text
+    assert page.locator(".strip span").count() == 5 + 3
+    seen.tab("rerank")
+    page.locator("form.ask select").first.select_option(label="colbert (384)")
+    seen.run()
+    scores = [float(one.inner_text()) for one in page.locator(".ranked .score").all()]
+    assert scores == pytest.approx([entry["score"] for entry in ranked], abs=1e-3)
+    seen.require_calm()
 
 
 def test_the_mathematics(served: Server, visit: Callable[..., Visit]) -> None:

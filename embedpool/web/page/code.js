@@ -78,6 +78,17 @@ vectors = answer.embeddings.float_`],
   ];
 }
 
+/** Of sparse rows, or a vector for each token. */
+export function otherOutput(model, texts, output) {
+  const body = { model, texts, options: { output } };
+  return [
+    ["curl", curl("/embed", body)],
+    ["Python: embedpool", client(`rows = client.embed_${output}(${python(texts, "    ")}, model=${python(model)})`, {})],
+    ["Python: requests", requests("/embed", body, `rows = answer.json()["vectors"]`)],
+    ["JavaScript", javascript("/embed", body, "const { vectors } = await answer.json();")],
+  ];
+}
+
 export function reranking(model, query, documents) {
   const body = { model, query, documents };
   return [

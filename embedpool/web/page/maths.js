@@ -76,6 +76,13 @@ export function rankCorrelation(a, b) {
   return 1 - (6 * squares) / (n * (n * n - 1));
 }
 
+/** What the vectors of a query and a document come to: the sum of the query's best products, and each best of the document's. */
+export function bestProducts(query, document) {
+  const products = query.map((one) => document.map((other) => one.reduce((sum, value, i) => sum + value * other[i], 0)));
+  const score = document.length ? products.reduce((sum, row) => sum + Math.max(...row), 0) : 0;
+  return { score, ofDocument: document.map((_, j) => Math.max(...products.map((row) => row[j]))) };
+}
+
 /**
  * Which tokens of a text a model keeps: `true` or `false` for each. Special tokens stay; of the rest so many as the
  * limit leaves room for, from the left, or with side "left" from the right behind the tokens of the prompt.

@@ -2,12 +2,12 @@
 import { html, nothing, svg } from "./vendor/lit-html/lit-html.js";
 import { live as liveValue } from "./vendor/lit-html/directives/live.js";
 import { ask, inPath } from "./server.js";
-import { classifying, embedding, reranking } from "./code.js";
+import { classifying, embedding, otherOutput, reranking } from "./code.js";
 import { bar } from "./charts.js";
 import { jsonl, labelsTsv, npy, save, tsv } from "./files.js";
-import { cosine, cosines, kept, norm, order, principal, rankCorrelation } from "./maths.js";
+import { bestProducts, cosine, cosines, kept, norm, order, principal, rankCorrelation } from "./maths.js";
 
-const MOST_LINES = 200, MOST_LABELS = 15, LONGEST_LABEL = 28;
+const MOST_LINES = 200, MOST_LABELS = 15, LONGEST_LABEL = 28, MOST_WEIGHTS = 16;
 const EXAMPLE = `The cat sleeps on the sofa.
 A kitten naps on the couch.
 Interest rates went up again.
@@ -19,6 +19,8 @@ const TABS = { // name → title, the kind of model that can do it, what it does
   search: ["Search", "embed", showSearch],
   map: ["Map", "embed", showMap],
   side: ["Two models", "embed", showSide],
+  sparse: ["Sparse", "sparse", showSparse],
+  match: ["Token vectors", "multivector", showMatch],
   rerank: ["Rerank", "rerank", showRerank],
   classify: ["Classify", "classify", showClassify],
   code: ["Code", null, showCode],
@@ -29,9 +31,11 @@ const state = {
 };
 
 const lines = () => state.text.split("\n").filter((line) => line.trim() !== "").slice(0, MOST_LINES);
+/** A multi-vector model reranks by the vectors of tokens. */
+const does = (model, kind) => model.kinds.includes(kind) || (kind === "rerank" && model.kinds.includes("multivector"));
 /** The models that can do it, or may turn out to, those first that are ready. */
 const can = (app, kind) => app.live.models
-  .filter((model) => model.enabled && (model.kinds.includes(kind) || (!model.kinds.length && model.state !== "failed")))
+  .filter((model) => model.enabled && (does(model, kind) || (!model.kinds.length && model.state !== "failed")))
   .sort((a, b) => (b.state === "ready") - (a.state === "ready"));
 const kindOf = (tab) => TABS[tab][1] ?? state.lastKind ?? "embed";
 
@@ -41,7 +45,7 @@ export function playground(app) {
   const kind = kindOf(state.tab);
   if (!able.some((model) => model.model === state.models[kind])) state.models[kind] = able[0]?.model ?? "";
   const model = app.model(state.models[kind]);
-  const needsQuery = ["search", "side", "rerank"].includes(state.tab) || (state.tab === "code" && kind === "rerank");
+  const needsQuery = ["search", "side", "rerank", "match"].includes(state.tab) || (state.tab === "code" && kind === "rerank");
   const choose = (tab) => {
     if (TABS[tab][1]) state.lastKind = TABS[tab][1];
     if (TABS[tab][1] !== kind || tab === "side" || state.tab === "side") state.result = null;
@@ -69,13 +73,15 @@ export function playground(app) {
           <textarea rows="9" dir="auto" spellcheck="false" .value=${liveValue(state.text)} @input=${set("text")}></textarea></label>
         ${kind === "embed" ? options(app, model) : nothing}
         ${state.tab === "code" ? nothing : html`<button class="first" ?disabled=${state.running}>
-          ${state.running ? "Asking …" : { search: "Search", rerank: "Rerank", classify: "Classify", side: "Compare both", map: "Draw" }[state.tab] ?? "Embed"}</button>`}
+          ${state.running ? "Asking …" : { search: "Search", match: "Match", rerank: "Rerank", classify: "Classify", side: "Compare both", map: "Draw" }[state.tab] ?? "Embed"}</button>`}
         <span class="quiet">${lines().length} ${lines().length === 1 ? "line" : "lines"}${lines().length === MOST_LINES ? ", no more count here" : ""}</span>
       </form>
       <section class="result" aria-live="off">${state.result?.failed ? html`<div class="card failed message" role="alert">${state.result.failed}</div>` : TABS[state.tab][2](app, model)}</section>`
-    : html`<section class="card empty"><h2>No ${{ embed: "embedder", rerank: "reranker", classify: "classifier" }[kind]} here</h2><p>Register one, for example:</p>
+    : html`<section class="card empty"><h2>No ${{ embed: "embedder", sparse: "sparse model", multivector: "multi-vector model", rerank: "reranker", classify: "classifier" }[kind]} here</h2><p>Register one, for example:</p>
         <pre>${{
           embed: "embedpool register --model sentence-transformers/all-MiniLM-L6-v2 --type local_st",
+          sparse: "embedpool register --model naver/splade-v3-distilbert --type local_st",
+          multivector: "embedpool register --model lightonai/GTE-ModernColBERT-v1 --type local_st",
           rerank: "embedpool register --model cross-encoder/ms-marco-MiniLM-L6-v2 --type local_st",
           classify: "embedpool register --model SamLowe/roberta-base-go_emotions --type local_st",
         }[kind]}</pre></section>`}</div>`;
@@ -134,6 +140,8 @@ async function run(app) {
   try {
     const kind = kindOf(state.tab);
     if (kind === "rerank") state.result = await askRerank(app, given);
+    else if (kind === "sparse") state.result = await askSparse(app, given);
+    else if (kind === "multivector") state.result = await askMatch(given);
     else if (kind === "classify") state.result = await askClassify(app, given);
     else state.result = await askVectors(app, given);
     if (state.result) state.result.took_ms = performance.now() - began;
@@ -183,6 +191,26 @@ async function tokensOf(model, texts) {
   const { prompt_name } = chosenOptions();
   const answer = await ask(`tei/${inPath(model.model)}/tokenize`, { inputs: texts, add_special_tokens: true, ...(prompt_name ? { prompt_name } : {}) });
   return answer.ok ? { tokens: answer.document, prompt: prompt_name ? model.prompts[prompt_name] ?? "" : "" } : { noTokens: answer.says };
+}
+
+async function askSparse(app, texts) {
+  const model = state.models.sparse;
+  const ask = (more) => asked("embed", { model, texts, options: { output: "sparse", top_k: MOST_WEIGHTS, ...more } });
+  try {
+    const { document } = await ask(app.model(model).is_remote ? {} : { tokens: true });
+    return { texts, sparse: document.vectors, meta: document.meta };
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    const { document } = await ask({}); // of a model whose dimensions are no tokens
+    return { texts, sparse: document.vectors, meta: document.meta };
+  }
+}
+
+async function askMatch(texts) {
+  const vectors = async (some, type) =>
+    (await asked("embed", { model: state.models.multivector, texts: some, options: { output: "multivector", input_type: type } })).document;
+  const [query, documents] = [await vectors([state.query], "query"), await vectors(texts, "document")];
+  return { texts, query: state.query, dim: documents.dim, meta: documents.meta, products: documents.vectors.map((one) => bestProducts(query.vectors[0], one)) };
 }
 
 async function askRerank(app, documents) {
@@ -275,9 +303,31 @@ function showSearch() {
   return html`${told(result)}<div class="card">${bars(result.texts, result.vectors.map((one) => cosine(result.asked, one)), 4)}</div>`;
 }
 
+function showSparse() {
+  const { result } = state;
+  if (!result?.sparse) return hint("What each line weighs in the words of the model's vocabulary, the heaviest first: a search index stores these as they are.");
+  return html`${told(result)}${result.texts.map((text, i) => {
+    const { indices, values, tokens } = result.sparse[i];
+    return html`<article class="card"><h3>${bdi(text)}</h3>
+      ${indices.length ? bars(indices.map((index, j) => tokens?.[j] || `dimension ${index}`), values, 3) : html`<p class="quiet">Nothing weighs anything.</p>`}</article>`;
+  })}`;
+}
+
+function showMatch() {
+  const { result } = state;
+  if (!result?.products) return hint("How well each vector of a line is met by one of the query's: the darker, the better. The score is the sum of the query's best products.");
+  return html`${told(result)}${order(result.products.map((one) => one.score)).map((i) => {
+    const { score, ofDocument } = result.products[i];
+    return html`<article class="card"><h3>${bdi(result.texts[i])}</h3>
+      <p class="quiet">score ${score.toFixed(4)} · ${ofDocument.length} vectors</p>
+      <p class="strip" role="img" aria-label="${ofDocument.length} vectors, the best product ${Math.max(...ofDocument, 0).toFixed(3)}">${ofDocument.map((one, j) => html`
+        <span class="shade-${Math.max(0, Math.min(20, Math.round(20 * one)))}" title="vector ${j + 1}: ${one.toFixed(3)}"></span>`)}</p></article>`;
+  })}`;
+}
+
 function showRerank() {
   const { result } = state;
-  if (!result?.ranked) return hint("A reranker reads the query and each line together, and says how well they fit.");
+  if (!result?.ranked) return hint("A reranker reads the query and each line together, and says how well they fit. A multi-vector model compares the vectors of their tokens.");
   const scores = [];
   for (const { index, score } of result.ranked) scores[index] = score;
   return html`${told(result)}<div class="card">${bars(result.texts, scores, 4)}</div>
@@ -349,7 +399,7 @@ function showSide() {
 function showCode(app) {
   const kind = kindOf("code");
   const name = state.models[kind];
-  const snippets = kind === "rerank" ? reranking(name, state.query, lines()) : kind === "classify" ? classifying(name, lines()) : embedding(name, lines(), chosenOptions());
+  const snippets = ["sparse", "multivector"].includes(kind) ? otherOutput(name, lines(), kind) : kind === "rerank" ? reranking(name, state.query, lines()) : kind === "classify" ? classifying(name, lines()) : embedding(name, lines(), chosenOptions());
   const copy = (text) => navigator.clipboard.writeText(text).then(() => app.say("It is in the clipboard."));
   return html`${snippets.map(([title, text]) => html`<section class="card code"><div class="bar"><h3>${title}</h3><button @click=${() => copy(text)}>Copy</button></div><pre tabindex="0">${text}</pre></section>`)}`;
 }
