@@ -101,28 +101,32 @@ class Splade(Head):
         found: list[tuple[Array, Array, Array]] = []
         for texts in _groups(lengths):
             tokens = np.concatenate([given[text, : lengths[text]] for text in texts])
-            begins = np.concatenate([[0], np.cumsum(lengths[texts])[:-1]])
-            found += [(texts[owners], entries, values) for owners, entries, values in self._entries(tokens, begins)]
+            ends = np.cumsum(lengths[texts]).tolist()
+            found += [(texts[owners], entries, values) for owners, entries, values in self._entries(tokens, ends)]
         if not found:
             return sparse_rows(len(ids), *(np.zeros(0, dtype) for dtype in (np.int64, np.int64, np.float32)))
         return sparse_rows(len(ids), *(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
-    def _entries(self, tokens: Array, begins: Array) -> Iterator[tuple[Array, Array, Array]]:
-        """Of texts that begin at these tokens: a part of the vocabulary at a time."""
+    def _entries(self, tokens: Array, ends: Sequence[int]) -> Iterator[tuple[Array, Array, Array]]:
+        """Of texts that end at these tokens: a part of the vocabulary at a time."""
         weight, bias = self.vocabulary.weight, self.vocabulary.bias
         step = max(PIECE_BYTES // (4 * len(tokens)), SMALLEST_SLICE)
         for start in range(0, len(weight), step):
             part = slice(start, start + step)
-            reduced = self._reduced(tokens @ weight[part].T, 0.0 if bias is None else bias[part], begins)
+            reduced = self._reduced(tokens @ weight[part].T, 0.0 if bias is None else bias[part], ends)
             owners, entries = np.nonzero(reduced)
             yield owners, entries + start, reduced[owners, entries]
 
-    def _reduced(self, values: Array, bias: Array | float, begins: Array) -> Array:
+    def _reduced(self, values: Array, bias: Array | float, ends: Sequence[int]) -> Array:
         """The logarithm rises with its argument: of the greatest value it is the greatest logarithm."""
-        if not self.sums:
-            return self._logarithm(np.maximum.reduceat(values, begins, axis=0) + bias)
-        values += bias
-        return np.add.reduceat(self._logarithm(values), begins, axis=0)
+        reduce = np.add.reduce if self.sums else np.maximum.reduce
+        if self.sums:
+            values += bias
+            self._logarithm(values)
+        found = np.empty((len(ends), values.shape[1]), np.float32)
+        for text, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):  # many times as fast as reduceat
+            reduce(values[begin:end], axis=0, out=found[text])
+        return found if self.sums else self._logarithm(found + bias)
 
     def _logarithm(self, values: Array) -> Array:
         np.maximum(values, 0, out=values)
