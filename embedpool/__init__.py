@@ -27,7 +27,8 @@ What a model's folder holds: drivers/layout.py, and of a multi-vector model driv
 drivers/static.py, drivers/openvino_graph.py, drivers/torch_run.py, and drivers/library.py, with which
 drivers/fidelity.py compares the others. What of a model they compute says drivers/body.py; drivers/heads.py makes
 sparse rows, or a vector for each token, of what that gives. Graphs are made by drivers/openvino_export.py and kept by
-drivers/openvino_cache.py, and weights in pickles converted by drivers/convert.py; drivers/padding.py gives each text a row, drivers/packing.py lets texts share their rows.
+drivers/openvino_cache.py; drivers/padding.py gives each text a row, drivers/packing.py lets texts share their rows.
+drivers/convert.py makes safetensors of pickles.
 
 Around the road: web/app.py puts web/ together, with web/http_request.py, web/access.py (keys), web/intake.py (bodies),
 web/rate_limit.py, web/metrics.py, web/request_log.py, web/error_response.py, web/compat.py (what the APIs of others

@@ -12,6 +12,7 @@ from embedpool.config.fields import StrictInteger
 from embedpool.config.settings import Limits, Settings
 from embedpool.errors import InvalidRequest, TooManyTexts
 from embedpool.pool.pool import Pool
+from embedpool.tasks.embed import QUERY
 from embedpool.tasks.late_chunking import Chunking, LateChunking
 from embedpool.web import submit
 from embedpool.web.body import read_json
@@ -61,7 +62,10 @@ def blueprint(pool: Pool, settings: Settings) -> Blueprint:
         body = read_json(here(), ContextualSchema, limits)
         options = options_of(ContextualSchema, body)
         encoding = options.pop("encoding", "float")
-        documents = _documents_of(body["inputs"], limits)
+        inputs = body["inputs"]
+        if isinstance(inputs, list) and (body["enable_auto_chunking"] or body.get("input_type") in QUERY):
+            inputs = [[one] if isinstance(one, str) else one for one in inputs]
+        documents = _documents_of(inputs, limits)
         chunking = _chunking(body, documents) if body["enable_auto_chunking"] else None
         task = LateChunking(documents, embed_options(options), chunking)
         result = submit.late_chunks(here(), pool, known(pool, body["model"]), task, forms=[encoding])
