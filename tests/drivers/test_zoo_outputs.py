@@ -33,20 +33,20 @@ IN_A_PROCESS = ("splade", "sparse, queries cost nothing", "colbert", "bge-m3")
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 
 
-def loaded(animal: Animal, folder: Path) -> Any:
-    """In its own library."""
+def loaded(animal: Animal, made: Callable[[str], Path]) -> Any:
+    """In its own library, where that has such models."""
     import sentence_transformers
 
     name = {"sparse": "SparseEncoder", "multivector": "MultiVectorEncoder"}.get(animal.kind, "SentenceTransformer")
     if not hasattr(sentence_transformers, name):
         pytest.skip(f"this sentence-transformers has no {name}")
     kind = getattr(sentence_transformers, name)
-    return kind(str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": "float32"})
+    return kind(str(made(animal.name)), device="cpu", local_files_only=True, model_kwargs={"dtype": "float32"})
 
 
 @pytest.fixture(scope="session")
 def library(made: Callable[[str], Path]) -> Callable[[str], Any]:
-    return functools.cache(lambda name: loaded(ZOO[name], made(name)))
+    return functools.cache(lambda name: loaded(ZOO[name], made))
 
 
 class Served:
