@@ -54,7 +54,7 @@ MAY_IMPORT = {
 MAY_IMPORT_THIRD_PARTY = {
     "tasks": {"numpy", "typing_extensions"},
     "pool": set(),
-    "places": {"filelock", "numpy", "psutil", "ray", "typing_extensions"},
+    "places": {"filelock", "numpy", "psutil", "ray", "threadpoolctl", "typing_extensions"},
     "web": {
         "flask", "werkzeug", "marshmallow", "orjson", "numpy", "prometheus_client", "apispec",
         "typing_extensions", "tiktoken", "zstandard", "brotli",

@@ -31,7 +31,7 @@ from embedpool.drivers.space import of_files
 from embedpool.drivers.static import is_static, static_pipeline
 from embedpool.drivers.tokenizer import FolderTokenizer, tokenizer_of, tokenizers_of
 from embedpool.errors import ModelFailed
-from embedpool.places.cores import available_cores
+from embedpool.places.cores import available_cores, limit_numpy
 from embedpool.tasks.driver import PROBE_TEXT, Cost, Driver, Facts, Folders, Progress, Report, describe
 from embedpool.tasks.embed import limit_fault
 from embedpool.tasks.item import Batch
@@ -71,6 +71,7 @@ class LocalStDriver(Driver):
     @override
     def open(self, on_lost: Callable[[str], None]) -> Facts:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its pool is sized by the host
+        limit_numpy()
         folder = find_model_folder(self._model, self._config, self._folders.state, self.report)
         self.report(Progress("load"))
         layout = read_layout(folder, self._config)

@@ -119,23 +119,19 @@ def _voyage_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -
     return {**passed_on, "model": model, "input": list(texts), "output_dtype": "float", "truncation": cuts}
 
 
-def _openai_read(document: Any) -> Reading:
+def _openai_read(document: Any, name: str = "embedding") -> Reading:
     data = sorted(document["data"], key=lambda entry: entry.get("index", 0))
     usage = document.get("usage") or {}
-    return Reading([entry["embedding"] for entry in data], usage.get("prompt_tokens", usage.get("total_tokens")))
+    return Reading([entry[name] for entry in data], usage.get("prompt_tokens", usage.get("total_tokens")))
 
 
 def _jina_body_for_tokens(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    passed_on, cuts = _cut_or_refused("jina", options)
-    if input_type := passed_on.pop("input_type", None):
-        passed_on["input_type"] = _word_for(input_type, "query", "document")
-    return {**passed_on, "model": model, "input": list(texts), "embedding_type": "float", "truncate": cuts}
+    told = _voyage_body(model, texts, options)  # but for two names
+    return {**told, "embedding_type": told.pop("output_dtype"), "truncate": told.pop("truncation")}
 
 
 def _jina_read_tokens(document: Any) -> Reading:
-    data = sorted(document["data"], key=lambda entry: entry.get("index", 0))
-    usage = document.get("usage") or {}
-    return Reading([entry["embeddings"] for entry in data], usage.get("total_tokens"))
+    return _openai_read(document, "embeddings")
 
 
 # --- text-embeddings-inference

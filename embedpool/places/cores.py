@@ -29,6 +29,13 @@ def available_cores() -> int:
     return max(min([cores, _most or cores, *map(math.ceil, _quotas())]), 1)
 
 
+def limit_numpy() -> None:
+    """Have numpy multiply with as many threads as this process has cores: by itself it counts the host's."""
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(available_cores(), "blas")
+
+
 def _quotas() -> Iterator[float]:
     """Each in cores."""
     for folder in _folders():

@@ -28,6 +28,7 @@ ENTRY_BYTES = 600  # about what an entry takes in memory beside its numbers
 LOOK_EVERY_S = 1.0  # whether another process has cleared the cache
 TOUCH_EVERY_S = 600.0  # how often the disk hears of an entry that is asked for again and again
 NOBODY = bytes(KEY_BYTES)
+NOT_KEPT = ("tokens",)  # rows as long as their texts, which are seldom asked for again: they would drive all others out
 
 Entry = tuple[bytes, Known]
 
@@ -246,7 +247,7 @@ class ModelCache:
     def find(self, request: Request, items: Sequence[Item]) -> list[Item]:
         """Give the request the rows that are known; the items that are left."""
         call, scope = request.call, self.scope
-        if scope is None or not self.is_on or not call.reads_cache:
+        if scope is None or not self.is_on or not call.reads_cache or request.task.name in NOT_KEPT:
             return list(items)
         keys = [self._cache.key(scope, call.caller, item) for item in items]
         found = self._cache.get(keys)
@@ -270,8 +271,8 @@ class ModelCache:
         entries: dict[bytes, Known] = {}
         for item, known in computed:
             for equal in item.equals:
-                call = equal.request.call
-                if call.writes_cache:
+                call, task = equal.request.call, equal.request.task
+                if call.writes_cache and task.name not in NOT_KEPT:
                     entries[self._cache.key(scope, call.caller, equal)] = known
         if entries:
             self._cache.put(list(entries.items()))

@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from embedpool.places import cores
-from embedpool.places.cores import available_cores
+from embedpool.places.cores import available_cores, limit_numpy
 
 V1 = {"cpu.cfs_quota_us": "150000", "cpu.cfs_period_us": "100000"}
 
@@ -66,3 +67,13 @@ def test_a_machine_without_cgroups(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(cores, "CGROUPS", tmp_path / "none")
     monkeypatch.setattr(cores, "OWN_GROUPS", tmp_path / "none")
     assert available_cores() == 3
+
+
+def test_numpy_multiplies_with_the_cores_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself it has a thread for each core of the host, which a quota would stop in turns."""
+    monkeypatch.setattr(cores, "available_cores", lambda: 1)
+    with threadpool_limits(2, "blas"):
+        limit_numpy()
+        blas = ThreadpoolController().select(user_api="blas").info()
+        assert blas
+        assert {library["num_threads"] for library in blas} == {1}

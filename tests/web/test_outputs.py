@@ -195,6 +195,9 @@ def test_the_cache_keeps_rows_of_every_kind(tmp_path: Path, pool_settings: PoolS
             assert (first.headers["X-Embedpool-Cached"], second.headers["X-Embedpool-Cached"]) == ("0", "2")
             forms = [answer.json.get("vectors") or answer.json["outputs"] for answer in (first, second)]
             assert forms[0] == forms[1]
+        for _ in range(2):  # but the vectors of a whole document's tokens
+            answer = web.post("/v1/embeddings", {"model": "m3", "input": TEXTS, "late_chunking": True})
+            assert answer.headers["X-Embedpool-Cached"] == "0"
 
 
 # --- pairs
