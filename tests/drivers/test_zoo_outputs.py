@@ -197,6 +197,26 @@ def test_what_it_cannot_do(served: Served) -> None:
         served.ask(TEXTS, **odd)
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_routes_that_share_their_modules(runtime: str, cache: Path, tmp_path: Path) -> None:
+    """On torch the library runs them, for it needs the layer that embedpool would take off; the rows are the same."""
+    from sentence_transformers.sentence_transformer.modules import Router
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
+
+    from tests.zoo import masked_lm, sparse
+
+    if runtime == "openvino" and importlib.util.find_spec("openvino") is None:
+        pytest.skip("openvino is not installed")
+    folder = tmp_path / "shared"
+    steps = [masked_lm(folder), SpladePooling()]
+    sparse(folder, Router.for_query_document(query_modules=steps, document_modules=steps))
+    animal = Animal("shared", sparse, kind="sparse")
+    with serving(animal, folder, cache, backend=runtime) as pool:
+        served = Served("splade", runtime, pool, loaded(animal, lambda name: folder))
+        for way in WAYS[1:]:
+            require_the_same(served.ask(TEXTS, **word_for(way)).rows, served.expected(TEXTS, way))
+
+
 # --- several outputs of one pass
 
 
