@@ -279,11 +279,17 @@ def executed(app: Flask, url: str, body: bytes, owner: str, at_once: int) -> Exe
     finally:
         builder.close()
     told = headers.get("Retry-After", "")
-    tokens = (orjson.loads(content).get("usage") or {}).get("total_tokens", 0) if status.startswith("200") else 0
+    tokens = _tokens_in(orjson.loads(content)) if status.startswith("200") else 0
     return Executed(
         int(status.split()[0]), content, headers.get("X-Request-Id", ""), tokens,
         float(told) if told.isdecimal() else 1.0,
     )  # fmt: skip
+
+
+def _tokens_in(answer: dict[str, Any]) -> int:
+    """How many a request took: each of ENDPOINTS says it in `usage`, but for our own."""
+    found: int = answer["usage"]["total_tokens"] if "usage" in answer else answer["meta"]["tokens"]
+    return found
 
 
 SHAPES = dict.fromkeys(("/v1/files", "/v1/batches"), openai_shape)

@@ -166,6 +166,26 @@ def test_a_web_page_cannot_upload(web: Web) -> None:
 # --- batches
 
 
+@pytest.mark.parametrize(
+    ("endpoint", "given"),
+    [
+        ("/embed", {"model": "m", "texts": ["one", "two"]}),
+        ("/v1/contextualizedembeddings", {"model": "m", "inputs": [["one", "two"]]}),
+    ],
+)
+def test_a_batch_of_another_endpoint(web: Web, endpoint: str, given: dict[str, Any]) -> None:
+    """Its tokens count wherever the answer tells them."""
+    request = {"custom_id": "a", "method": "POST", "url": endpoint, "body": given}
+    batch_id = begun(web, json.dumps(request), endpoint=endpoint)
+    assert runner_of(web).step() is True
+    found = batch(web, batch_id)
+    assert (found["status"], found["request_counts"]["completed"]) == ("completed", 1)
+    answer = web.post(endpoint, given).json
+    assert found["usage"]["total_tokens"] == (
+        answer["usage"]["total_tokens"] if "usage" in answer else answer["meta"]["tokens"]
+    )
+
+
 def test_a_batch(web: Web) -> None:
     """Its answers are those of the route; what failed stands in a file of its own, with its status."""
     texts = ["one", "bad", "two"]
