@@ -50,6 +50,15 @@ def test_what_is_fetched_is_what_is_loaded(remote: Hub) -> None:
     assert names_in(snapshot("org/m", None)) == LOADED
 
 
+def test_pickles_are_fetched_to_be_converted_alone(remote: Hub) -> None:
+    """Also into a cache that was whole without them; other formats stay where they are."""
+    snapshot("org/m", None)
+    found = names_in(snapshot("org/m", None, pickles=True))
+    pickles = {name for name in FILES if name.endswith((".bin", ".pt"))}
+    assert pickles
+    assert found == LOADED | pickles
+
+
 def test_a_whole_cache_asks_nobody(remote: Hub) -> None:
     """Although the repository holds more than was fetched, and has moved on by now."""
     found = snapshot("org/m", None)

@@ -24,7 +24,7 @@ class Asked:
         self.newest = newest
         self._folder = folder
 
-    def __call__(self, repo: str, revision: str | None, report: object) -> Path:
+    def __call__(self, repo: str, revision: str | None, report: object, *, pickles: bool) -> Path:
         self.seen.append((repo, revision))
         commit = revision if revision and len(revision) == 40 else self.newest
         found = self._folder / "snapshots" / commit
@@ -126,7 +126,7 @@ def test_a_commit_that_cannot_be_noted_is_served(asked: Asked, caplog: pytest.Lo
 def test_what_cannot_be_had_is_told_with_the_models_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """And with the reason."""
 
-    def fail(repo: str, revision: str | None, report: object) -> Path:
+    def fail(repo: str, revision: str | None, report: object, *, pickles: bool) -> Path:
         raise hub.NotToBeHad("it is gone")
 
     monkeypatch.setattr(hub, "snapshot", fail)

@@ -303,7 +303,7 @@ def test_a_process_of_its_own_gives_the_same(
     here, there = found
     assert here.keys() == there.keys()
     for array_name, array in here.items():
-        np.testing.assert_allclose(array, there[array_name], atol=1e-6)
+        np.testing.assert_allclose(array, there[array_name], atol=1e-5, rtol=1e-4)
 
 
 # --- the vectors of tokens, and late chunks
