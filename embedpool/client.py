@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import dataclasses
 import io
@@ -25,7 +24,7 @@ from embedpool.errors import (
     half_a_character,
     with_half_a_character,
 )
-from embedpool.outputs import DENSE, MULTIVECTOR, SPARSE, SparseRow, forms_in, row_of_base64, rows_of_arrays
+from embedpool.outputs import DENSE, MULTIVECTOR, SPARSE, SparseRow, forms_in, rows_of_arrays, rows_of_json
 from embedpool.upload import PIECE_BYTES, Form
 
 logger = logging.getLogger(__name__)
@@ -39,7 +38,6 @@ DEADLINE_MARGIN_S = 5.0  # in which the answer that a deadline has passed arrive
 CHARS_PER_CALL = 4_000_000
 BUSY = (429, 503)
 NPY, NPZ = "application/x-npy", "application/x-npz"
-OF_PRECISION = {"int8": "i1", "uint8": "u1", "binary": "i1", "ubinary": "u1"}  # what its numbers are
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -169,14 +167,7 @@ class Client:
 
         def ask(some: Sequence[str]) -> Each:
             found = self._asked_again("/embed", {"model": model, "texts": list(some), "options": wanted})
-            forms = forms_in(found)
-            if not all(isinstance(form, str | None) for form in forms):
-                return self._each([None if form is None else row_of_base64(form) for form in forms], found)
-            rows = [None if one is None else base64.b64decode(one) for one in forms]
-            length = next((len(row) for row in rows if row is not None), 0)
-            dtype = OF_PRECISION.get(options.get("precision", "")) or ("<f2" if length == 2 * found["dim"] else "<f4")
-            values = np.frombuffer(b"".join(row or bytes(length) for row in rows), dtype)
-            return self._each(values.reshape(len(rows), -1), found)
+            return self._each(rows_of_json(found, options.get("precision")), found)
 
         return asked_in_parts(texts, ask)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+OF_PRECISION = {"int8": "i1", "uint8": "u1", "binary": "i1", "ubinary": "u1"}  # what its numbers are
 DENSE, SPARSE, MULTIVECTOR = "dense", "sparse", "multivector"
 
 
@@ -49,6 +50,27 @@ def row_of_base64(form: Any, dtype: str = "<f4") -> Any:
     if "indices" in form:
         return SparseRow(row_of_base64(form["indices"], "<i4"), row_of_base64(form["values"]))
     return {output: row_of_base64(row, dtype) for output, row in form.items()}
+
+
+def rows_of_json(found: Mapping[str, Any], precision: str | None) -> Any:
+    """Of an answer of POST /embed in JSON whose numbers are base64: an array of vectors, or a list of other rows."""
+    forms = forms_in(found)
+    is_half = max(map(_longest_bytes, forms), default=0) == 2 * (found["dim"] or 0)
+    dtype = OF_PRECISION.get(precision or "") or ("<f2" if is_half else "<f4")
+    if not all(isinstance(form, str | None) for form in forms):
+        return [None if form is None else row_of_base64(form, dtype) for form in forms]
+    vectors = [None if form is None else base64.b64decode(form) for form in forms]
+    length = next((len(vector) for vector in vectors if vector is not None), 0)
+    return np.frombuffer(b"".join(vector or bytes(length) for vector in vectors), dtype).reshape(len(vectors), -1)
+
+
+def _longest_bytes(form: Any) -> int:
+    """Of the vectors in such a row, or in none, the longest one's bytes."""
+    if isinstance(form, str):
+        return len(form) * 3 // 4 - form.count("=", -2)
+    if isinstance(form, list):
+        return max(map(_longest_bytes, form[:1]), default=0)  # all are as long
+    return max(map(_longest_bytes, form.values()), default=0) if form and "indices" not in form else 0
 
 
 def rows_each(arrays: Mapping[str, NDArray[Any]]) -> Any:

@@ -7,6 +7,7 @@ import dataclasses
 from embedpool.drivers.late_interaction import MASK
 from embedpool.drivers.layout import (
     EMBED,
+    LAST_VECTOR,
     MULTIVECTOR,
     MULTIVECTOR_LAYER,
     SCORING,
@@ -75,6 +76,8 @@ def no_late_chunking(layout: Layout, route: str) -> str | None:
     """Why chunks cannot be embedded late; None if they can: the model takes the mean of its tokens' vectors."""
     if not tokens_are_read(layout, route):
         return "it gives no vectors of tokens"
+    if layout.assumed and LAST_VECTOR in layout.assumed:
+        return f"it does not take the mean of its tokens' vectors, but {LAST_VECTOR}"
     _, *others = layout.routes[route]
     if pools_by(others[0]) != "mean":
         return f"it does not take the mean of its tokens' vectors, but pools by {pools_by(others[0])}"
@@ -89,6 +92,11 @@ def pools_by(module: Module) -> str:
         return str(named) if isinstance(named, str) else "+".join(map(str, named))
     on = [name.removeprefix("pooling_mode_") for name in config if name.startswith("pooling_mode_") and config[name]]
     return "+".join(name.removesuffix("_tokens").removesuffix("_token") for name in on) or "mean"
+
+
+def most_active(module: Module, of_model: int | None) -> int:
+    """How many values of a sparse row an auto-encoder gives: as the model's settings say, or its own."""
+    return of_model or int(read_json(module.folder / "config.json").get("k", 8))
 
 
 def has_three(layout: Layout) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from embedpool.drivers.body import has_three
+from embedpool.drivers.body import has_three, most_active
 from embedpool.drivers.late_interaction import QUERY
 from embedpool.drivers.layout import EMBED, MULTIVECTOR, MULTIVECTOR_LAYER, SPARSE, SPARSE_LAYER, Layout, Module
 from embedpool.drivers.model_files import read_json, tensors_of
@@ -264,13 +264,13 @@ def heads_of(layout: Layout, tokenizer: FolderTokenizer, vocabulary: Vocabulary 
     return {}
 
 
-def _auto_encoder(module: Module, most_active: int | None) -> AutoEncoder:
+def _auto_encoder(module: Module, of_model: int | None) -> AutoEncoder:
     config = read_json(module.folder / "config.json")
     weights = tensors_of(module.folder / "model.safetensors")
     return AutoEncoder(
         weights["encoder.weight" if "encoder.weight" in weights else "decoder.linear.weight"],  # they are one
         weights["pre_bias"],
         weights["latent_bias"],
-        most_active or int(config.get("k", 8)),
+        most_active(module, of_model),
         bool(config.get("normalize")),
     )

@@ -25,6 +25,11 @@ USUAL_QUERY_TOKENS = 32
 MASK = "MultiVectorMask"
 
 
+def is_of_pylate(settings: Mapping[str, Any]) -> bool:
+    """Whether PyLate before version 4 has saved it; its first versions name no type of model."""
+    return settings.get("model_type", PYLATE) == PYLATE and bool({"query_prefix", "document_prefix"} & settings.keys())
+
+
 @dataclasses.dataclass(frozen=True)
 class Expansion:
     """Queries are filled up to `length` tokens with `token`, which the model's tokenizer names if this is None.
@@ -89,7 +94,7 @@ def read_late_interaction(
                 prompts[name] = prefix + prompts.get(name, "").removeprefix(prefix)
         if any(name in settings for name in PYLATE_KEYS):
             known["query_expansion"] = _of_pylate(settings, known)
-        if settings.get("model_type") == PYLATE and mask is None:
+        if is_of_pylate(settings) and mask is None:
             skipped = settings.get("skiplist_words")
             skipped = string.punctuation if skipped is None else skipped
     known |= own

@@ -47,12 +47,9 @@ OTHER_HEADS = {
 
 CROSS_ENCODER = "CrossEncoder"  # a reranker or a classifier, by the number of its labels
 # model_type in config_sentence_transformers.json → kind; what has none is an embedder.
-ARCHETYPES = {
-    "SparseEncoder": SPARSE,
-    "MultiVectorEncoder": MULTIVECTOR,
-    late_interaction.PYLATE: MULTIVECTOR,
-}
+ARCHETYPES = {"SparseEncoder": SPARSE, "MultiVectorEncoder": MULTIVECTOR, late_interaction.PYLATE: MULTIVECTOR}
 LOGIT_SCORE = "LogitScore"
+LAST_VECTOR = "the last token's vector"  # what is assumed of language models
 # Class of a module → kind. Classes have moved between packages, so their last names count.
 TELLING_MODULES = {
     "SpladePooling": SPARSE,
@@ -132,6 +129,11 @@ class Layout:
     most_active: int | None = None
     interaction: LateInteraction | None = None
 
+    def shares_first(self, route: str) -> bool:
+        """Whether another route has the same first module, which is loaded once for both."""
+        first = self.routes[route][0]
+        return any(steps[0] == first for name, steps in self.routes.items() if name != route)
+
     @property
     def is_causal(self) -> bool:
         """Whether it is a language model that scores pairs by its next token."""
@@ -160,11 +162,9 @@ def read_layout(folder: Path, config: LocalStConfig) -> Layout:
         interaction = read_late_interaction(folder, settings, steps[0].folder, mask, of_stanford=of_stanford)
         prompts = dict(interaction.prompts)
         if list(routes) == [""]:
-            routes, by_task = (
-                {DOCUMENT: routes[""], QUERY: routes[""]},
-                {"": DOCUMENT, DOCUMENT: DOCUMENT, QUERY: QUERY},
-            )
-        default_prompt = next((name for name in (DOCUMENT, "passage", "corpus") if name in prompts), "")
+            routes = dict.fromkeys((DOCUMENT, QUERY), routes[""])
+            by_task = {"": DOCUMENT, DOCUMENT: DOCUMENT, QUERY: QUERY}
+        default_prompt = DOCUMENT if DOCUMENT in prompts else ""
     if "corpus" in prompts and not prompts.keys() & {DOCUMENT, "passage"}:
         prompts[DOCUMENT] = prompts["corpus"]  # what encode_document takes then
     return Layout(
@@ -206,7 +206,7 @@ def _kind_of(
         return EMBED, None
     architecture = _architecture(folder)
     is_causal = architecture.endswith("ForCausalLM") and read_json(folder / "config.json").get("is_causal", True)
-    pooling = "the last token's vector is taken" if is_causal else "token vectors are averaged"
+    pooling = f"{LAST_VECTOR} is taken" if is_causal else "token vectors are averaged"
     reason = "no modules.json says how" if found == EMBED else f"it is {KINDS.get(found, found)}, served by task: embed"
     return EMBED, f"{pooling}, as sentence-transformers does: {reason}"
 
@@ -218,6 +218,8 @@ def _found(folder: Path, settings: Mapping[str, Any], modules: Sequence[Module])
         return _of_labels(folder, modules, f"its config_sentence_transformers.json says {archetype}")
     if archetype in ARCHETYPES:
         return ARCHETYPES[archetype], f"its config_sentence_transformers.json says {archetype}"
+    if late_interaction.is_of_pylate(settings):
+        return MULTIVECTOR, "its config_sentence_transformers.json has PyLate's settings"
     for module in _with_routes(modules):
         if module.kind in TELLING_MODULES:
             return TELLING_MODULES[module.kind], f"its modules.json names {module.kind}"

@@ -81,7 +81,7 @@ class Library:
             if self.layout.kind == EMBED:
                 return Rows(_as_rows(encode()))
             if self.layout.kind == SPARSE:  # a text at a time: its rows are as wide as the vocabulary, and dense
-                return sparse_of(np.asarray(encode(convert_to_sparse_tensor=False, batch_size=1), np.float32))
+                return sparse_of(encode(convert_to_sparse_tensor=False, batch_size=1).float().cpu().numpy())
             found = [np.asarray(row, np.float32) for row in encode(convert_to_numpy=True)]
             return Rows(np.concatenate(found), np.cumsum([0, *map(len, found)]).astype(np.int64))
 

@@ -256,8 +256,8 @@ class LocalStDriver(Driver):
             of_nothing = fidelity.vector_of_nothing(library, tokenizer)
             body, modules = library.body(tokenizer.route)
             run = functools.partial(torch_run.torch_run, device=library.device, constants=library.constants)
-            if not body.vocabulary and list(layout.routes.values()).count(layout.routes[tokenizer.route]) > 1:
-                raise ModelFailed("two of its routes share their modules")  # the library needs what would be taken off
+            if not body.vocabulary and layout.shares_first(tokenizer.route):
+                raise ModelFailed("two of its routes share a module")  # the library needs what would be taken off
             if not body.vocabulary:
                 headless = torch_run.Headless(modules[0].model)
             heads = heads_of(layout, tokenizer, headless.vocabulary if headless else None)

@@ -5,6 +5,7 @@ What is exported is compared with what the model's own library gives before anyb
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -13,7 +14,7 @@ import pickle
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +72,23 @@ def export(folder: Path, config: LocalStConfig, new: Path) -> None:
     library = Library(layout, config, "float32", "torch")  # every dtype is computed from the same graph
     tokenizers = [found for route, found in tokenizers_of(layout).items() if not is_static(layout.routes[route])]
     for route in dict.fromkeys(shared_route(layout, tokenizer.route) for tokenizer in tokenizers):
-        source = _source(library, route, [each for each in tokenizers if shared_route(layout, each.route) == route])
-        for convert in (packed, padded) if source.can_be_packed else (padded,):
-            try:
-                fault = _try(source, graph_file(new, route), convert)
-            except Exception as error:
-                if convert is padded:
-                    raise
-                fault = f"{type(error).__name__}: {error}"
-            if fault is None:
-                break
-            logger.info("%s: %s", convert.__name__, fault)
-        else:
-            raise ModelFailed(f"the exported graph{f' of route {route}' if route else ''}: {fault}")
+        with _source(library, route, [t for t in tokenizers if shared_route(layout, t.route) == route]) as source:
+            _export_route(source, graph_file(new, route))
+
+
+def _export_route(source: Source, file: Path) -> None:
+    for convert in (packed, padded) if source.can_be_packed else (padded,):
+        try:
+            fault = _try(source, file, convert)
+        except Exception as error:
+            if convert is padded:
+                raise
+            fault = f"{type(error).__name__}: {error}"
+        if fault is None:
+            return
+        logger.info("%s: %s", convert.__name__, fault)
+    route = source.tokenizer.route
+    raise ModelFailed(f"the exported graph{f' of route {route}' if route else ''}: {fault}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,13 +130,21 @@ class Source:
         )
 
 
-def _source(library: Library, route: str, tokenizers: Sequence[FolderTokenizer]) -> Source:
-    """What the library gives is asked first: it may need the layer that is taken off."""
+@contextlib.contextmanager
+def _source(library: Library, route: str, tokenizers: Sequence[FolderTokenizer]) -> Iterator[Source]:
+    """What the library gives is asked first: it may need the layer that is taken off, as other routes may after it."""
     probes = [list(fidelity.probes(library, tokenizer)) for tokenizer in tokenizers]
     of_nothing = fidelity.vector_of_nothing(library, tokenizers[0])
     body, modules = library.body(route)
-    vocabulary = None if body.vocabulary else Headless(modules[0].model).vocabulary
-    return Source(library.layout, modules, body.output, tokenizers, probes, of_nothing, library.constants, vocabulary)
+    headless = None if body.vocabulary else Headless(modules[0].model)
+    vocabulary = headless.vocabulary if headless else None
+    try:
+        yield Source(
+            library.layout, modules, body.output, tokenizers, probes, of_nothing, library.constants, vocabulary
+        )
+    finally:
+        if headless:
+            headless.restore()
 
 
 def _try(source: Source, file: Path, convert: Callable[[Source], Any]) -> str | None:

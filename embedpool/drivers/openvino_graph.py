@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import logging
 import mmap
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,6 +26,8 @@ from embedpool.drivers.packing import pack
 from embedpool.drivers.pipeline import Array, PaddedPipeline, Read, Run, copied
 from embedpool.drivers.tokenizer import FolderTokenizer
 from embedpool.tasks.item import Batch, Ids
+
+logger = logging.getLogger(__name__)
 
 PRECISION = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 COMPILED_TWICE_BYTES = 256_000_000  # of weights, of all graphs that are; each compiled one has a copy of its own
@@ -149,7 +152,8 @@ class Graph:
             if self._tokens is None:
                 self._tokens = Compiled(self.file, self.dtype, threads=self._threads, streams=self._threads, output=1)
                 _drop_mapped(self._weights)
-        return self._tokens(inputs, read)
+        with self._noted(inputs):
+            return self._tokens(inputs, read)
 
     @property
     def cores_alone(self) -> str:
@@ -158,11 +162,17 @@ class Graph:
 
     def __call__(self, inputs: dict[str, Any], read: Read = copied) -> Any:
         """Inputs of one batch → what is read of its output."""
+        with self._noted(inputs) as others:
+            return (self.beside_others if others else self._alone)(inputs, read)
+
+    @contextlib.contextmanager
+    def _noted(self, inputs: dict[str, Any]) -> Iterator[int]:
+        """While a batch runs it counts as running; gives how many others do."""
         with self._lock:
-            run = self.beside_others if self._running else self._alone
+            others = self._running
             self._running += 1
         try:
-            return run(inputs, read)
+            yield others
         finally:
             with self._lock:
                 self._running -= 1
@@ -238,9 +248,12 @@ def _start_to_give_back() -> None:
 def _give_back() -> None:
     while True:
         time.sleep(REST_S / 2)
-        gave = [graph.give_back(time.monotonic()) for graph in list(_GRAPHS.values())]
-        if any(gave):
-            bounds.give_back_memory()
+        try:
+            gave = [graph.give_back(time.monotonic()) for graph in list(_GRAPHS.values())]
+            if any(gave):
+                bounds.give_back_memory()
+        except Exception:  # this thread serves all graphs for as long as the process lives
+            logger.exception("a graph did not give back memory")
 
 
 def _drop_mapped(file: Path) -> None:

@@ -76,6 +76,8 @@ def _from_base64(given: Any, dtype: str = "<f4") -> Any:
 def _embedpool_body_for(output: str) -> Body:
     """Of another output than dense vectors, which the options of those are not for."""
     told = {"output": output, "on_error": "partial", "encoding": "base64"}
+    if output != SPARSE:
+        told["dtype"] = "float32"
     return lambda model, texts, options: {"model": model, "texts": list(texts), "options": {**told, **options}}
 
 

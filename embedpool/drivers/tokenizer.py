@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import normalizers
 from typing_extensions import override
 
-from embedpool.drivers.body import AUTO_ENCODER, NORMALIZE, no_late_chunking, tasks_of
+from embedpool.drivers.body import AUTO_ENCODER, NORMALIZE, most_active, no_late_chunking, tasks_of
 from embedpool.drivers.chat_pairs import ChatPairs
 from embedpool.drivers.late_interaction import QUERY, LateInteraction
 from embedpool.drivers.layout import CLASSIFY, SCORING, SPARSE_STATIC, STATIC, Layout, Module
@@ -102,18 +102,24 @@ class FolderTokenizer(Tokenizer):
         self.ends_specially = bool(self._tail)
         self.vocabulary_size = self._tokenizer.get_vocab_size()
         self._special = {id_ for id_, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        self.tasks = tasks_of(layout)
-        self.default_top_k = layout.most_active
-        self.indices_are_tokens = others[-1:] == [] or others[-1].kind != AUTO_ENCODER
-        self.no_late_chunking = no_late_chunking(layout, route)
-        self.normalizes = any(step.kind == NORMALIZE for step in others)
-        self.averages_queries = layout.interaction.averages_queries if layout.interaction else len(self.tasks) > 2
+        self._tell_of_rows(layout, others)
         self.second_type = 0  # token type of the second part of a pair
         self.pads_left = layout.is_causal  # the last position decides
         self._chat = ChatPairs(module.folder) if layout.is_causal else None
         if layout.kind in SCORING:
             self._score_as(layout, config)
         self._prompt_tokens = functools.lru_cache(maxsize=256)(self._counted)
+
+    def _tell_of_rows(self, layout: Layout, others: Sequence[Module]) -> None:
+        """What the model gives; `others` are the modules behind the first."""
+        self.tasks = tasks_of(layout)
+        self.default_top_k = layout.most_active
+        if others and others[-1].kind == AUTO_ENCODER:
+            self.indices_are_tokens = False
+            self.most_active = most_active(others[-1], layout.most_active)
+        self.no_late_chunking = no_late_chunking(layout, self.route)
+        self.normalizes = any(step.kind == NORMALIZE for step in others)
+        self.averages_queries = layout.interaction.averages_queries if layout.interaction else len(self.tasks) > 2
 
     def _score_as(self, layout: Layout, config: dict[str, Any]) -> None:
         """As a model that scores texts or pairs."""

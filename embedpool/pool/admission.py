@@ -25,6 +25,7 @@ from embedpool.pool.replica_set import ReplicaSet
 from embedpool.pool.request import Call, Request, Result
 from embedpool.pool.settings import PoolSettings
 from embedpool.pool.stats import ModelStats
+from embedpool.tasks.embed import Embed
 from embedpool.tasks.item import Item
 from embedpool.tasks.task import Task
 from embedpool.tasks.tokenizer import Tokenizer
@@ -99,6 +100,10 @@ class Admission:
             raise refusal
         measured = task.measure(spec.driver.config, tokenizer, lambda: self._require_time(call))
         measured_at = clock()
+        if task.of_tokens:
+            widths = self.replicas.widths
+            width = widths.get(task.of_tokens) or widths.get(Embed.name) or 0  # an embedder's tokens are mostly as wide
+            call.require_room(sum(item.tokens for item in measured.items) * width, width)
         request.expect(measured)
         try:
             self._enqueue(request, self.cache.find(request, measured.items))

@@ -180,9 +180,18 @@ class Request:
         with self._lock:
             pieces = self._pieces.get(item.index)
             rows, place = (self._rows, item.index) if pieces is None else (pieces, item.piece)
-            if item.index not in self.errors and rows[place] is None:
-                rows[place] = row
+            if item.index in self.errors or rows[place] is not None:
+                return
+            rows[place] = row
+            whole = [piece for piece in pieces if piece is not None] if pieces is not None else []
+            if pieces is None or len(whole) < len(pieces):
                 self._settle(1)
+                return
+        merged = self.task.merged(item.index, whole)  # the pieces are let go of as soon as they are all there
+        with self._lock:
+            self._rows[item.index] = merged
+            del self._pieces[item.index]
+            self._settle(1)
 
     def fail_input(self, index: int, error: EmbedpoolError) -> None:
         """An input failed: the request fails, or goes on without it. A second failure of it changes nothing."""
@@ -224,10 +233,6 @@ class Request:
 
     def gather(self) -> Rows:
         """The rows of a request that is done, in order."""
-        for index, pieces in self._pieces.items():
-            if index not in self.errors:
-                self._rows[index] = self.task.merged(index, [row for row in pieces if row is not None])
-        self._pieces = {}
         return Rows.gather(self._rows)
 
     def _finish(self) -> None:

@@ -89,7 +89,7 @@ class Embed(Task):
         if config.is_remote:
             of_remote = self._for_a_remote(texts, passed_on)
             return Measured([item for item in of_remote if item.index not in broken], [], broken)
-        tokenizer = _routed(self.options, tokenizer)
+        tokenizer = routed(self.options, tokenizer)
         if extra := self.options.extra:
             raise UnsupportedOption(
                 f"unknown option for a local model: {', '.join(sorted(extra))}",
@@ -169,7 +169,7 @@ class Embed(Task):
 LOCAL = Group(Embed.name)
 
 
-def _routed(options: EmbedOptions, tokenizer: Tokenizer) -> Tokenizer:
+def routed(options: EmbedOptions, tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer of the route that texts take, by what they are for. Raises InvalidRequest if there is none."""
     if not tokenizer.routes:
         return tokenizer
@@ -194,7 +194,7 @@ def _alike(word: str) -> tuple[str, ...]:
 def group_of(task: str, tokenizer: Tokenizer, outputs: Sequence[str] = (), **facts: str | int | None) -> Group:
     """Items of one route and of the same outputs share a batch, and of one prompt or limit where the model is told."""
     known = {"route": tokenizer.route, "outputs": list(outputs), **facts}
-    options = {name: known[name] for name in ("route", "outputs", *tokenizer.told) if known[name]}
+    options = {name: known[name] for name in ("route", "outputs", *tokenizer.told) if known.get(name)}
     return Group(task, json.dumps(options, sort_keys=True) if options else "")
 
 

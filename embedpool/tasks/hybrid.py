@@ -19,6 +19,7 @@ from embedpool.tasks.tokenizer import Tokenizer
 # What a request calls an output → the task that gives it.
 OUTPUTS: Mapping[str, type[Embed]] = {"dense": Embed, "sparse": Sparse, "multivector": MultiVector}
 TASK_OF_OUTPUT: Mapping[str, str] = {name: task.name for name, task in OUTPUTS.items()}
+OF_TASK: Mapping[str, type[Embed]] = {task.name: task for task in OUTPUTS.values()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +35,21 @@ class Hybrid(Embed):
     def outputs(self) -> Sequence[str]:
         return sorted(TASK_OF_OUTPUT[name] for name in self.wanted)
 
+    @property
+    @override
+    def of_tokens(self) -> str | None:
+        return MultiVector.name if MultiVector.name in self.outputs else None
+
     @override
     def finish(self, rows: Rows, config: DriverConfig, tokenizer: Tokenizer, errors: dict[int, EmbedpoolError]) -> Rows:
         """Each output as it would be alone: of the options those count that are for it."""
         also = {}
-        for task in OUTPUTS.values():
-            if task.name in rows.also:
-                others = {name: getattr(EmbedOptions(), name) for name in task.of_others}
-                options = dataclasses.replace(self.options, **others)
-                also[task.name] = task(self.texts, options).finish(rows.also[task.name], config, tokenizer, errors)
+        for name in self.outputs:
+            task = OF_TASK[name]
+            others = {each: getattr(EmbedOptions(), each) for each in task.of_others}
+            options = dataclasses.replace(self.options, **others)
+            found = rows.also.get(name, rows)  # where all texts failed there are none
+            also[name] = task(self.texts, options).finish(found, config, tokenizer, errors)
         return Rows(rows.values, also=also)
 
 

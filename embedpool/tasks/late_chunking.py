@@ -18,8 +18,8 @@ import numpy as np
 from typing_extensions import override
 
 from embedpool.config.spec import DriverConfig
-from embedpool.errors import EmbedpoolError, InvalidRequest, UnsupportedOption
-from embedpool.tasks.embed import Embed, EmbedOptions, group_of, limit_of, prompt_of
+from embedpool.errors import EmbedpoolError, InvalidRequest, TooManyTexts, UnsupportedOption
+from embedpool.tasks.embed import Embed, EmbedOptions, group_of, limit_of, prompt_of, routed
 from embedpool.tasks.item import Item, Keys
 from embedpool.tasks.rows import Rows
 from embedpool.tasks.task import Measured, Task
@@ -34,6 +34,11 @@ class Tokens(Embed):
 
     name: ClassVar[str] = "tokens"
     of_others: ClassVar[Sequence[str]] = ("top_k", "normalize", "dtype", "dimensions", "precision")
+
+    @property
+    @override
+    def of_tokens(self) -> str:
+        return self.name
 
     @override
     def finish(self, rows: Rows, config: DriverConfig, tokenizer: Tokenizer, errors: dict[int, EmbedpoolError]) -> Rows:
@@ -69,10 +74,16 @@ class LateChunking(Task):
     options: EmbedOptions = EmbedOptions()
     chunking: Chunking | None = None
     path: str = "inputs"
+    most_chunks: int | None = None
     plans: list[Plan] = dataclasses.field(default_factory=list)  # once they are measured
 
     def __len__(self) -> int:
         return len(self.documents)
+
+    @property
+    @override
+    def of_tokens(self) -> str:
+        return self.name
 
     @override
     def where(self, index: int) -> str:
@@ -80,9 +91,10 @@ class LateChunking(Task):
 
     @override
     def refusal(self, model: str, tokenizer: Tokenizer) -> EmbedpoolError | None:
-        if tokenizer.no_late_chunking is None:
+        why = tokenizer.no_late_chunking or routed(self.options, tokenizer).no_late_chunking
+        if why is None:
             return None
-        says = f"{model!r} cannot embed chunks late: {tokenizer.no_late_chunking}"
+        says = f"{model!r} cannot embed chunks late: {why}"
         return UnsupportedOption(f"late_chunking: {says}", fields={"late_chunking": says})
 
     @override
@@ -91,9 +103,10 @@ class LateChunking(Task):
     ) -> Measured:
         self.broken(itertools.chain.from_iterable(self.documents), self.path)
         prompt, _ = prompt_of(self.options, config, tokenizer)
+        tokenizer = routed(self.options, tokenizer)
         limit = limit_of(self.options.max_seq_length, config, tokenizer)
         head, tail = tokenizer.around
-        group = group_of(self.name, tokenizer)
+        group = group_of(self.name, tokenizer)  # what is told of prompts and limits is for what comes behind tokens
         keys = Keys(group)
         items: list[Item] = []
         self.plans.clear()
@@ -109,6 +122,8 @@ class LateChunking(Task):
                 raise InvalidRequest("options.prompt: it leaves no room for the text")
             spans = self._spans(index, begins, starts)
             texts = [text[starts[a] if a else 0 : starts[b] if b < len(starts) else None] for a, b in spans]
+            if self.most_chunks and sum(len(plan.chunks) for plan in self.plans) + len(spans) > self.most_chunks:
+                raise TooManyTexts(f"{self.path}: more than {self.most_chunks} chunks, the limit of a request")
             windows = windows_of(len(ids), room)
             self.plans.append(Plan(spans, windows, len(lead), texts if self.chunking else list(chunks)))
             for piece, (a, b) in enumerate(windows):
@@ -148,6 +163,7 @@ class LateChunking(Task):
     @override
     def finish(self, rows: Rows, config: DriverConfig, tokenizer: Tokenizer, errors: dict[int, EmbedpoolError]) -> Rows:
         assert rows.splits is not None
+        tokenizer = routed(self.options, tokenizer)
         means = []
         for plan, start, stop in zip(self.plans, rows.splits[:-1], rows.splits[1:], strict=True):
             lead = plan.lead if len(plan.windows) == 1 else 0

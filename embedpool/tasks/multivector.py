@@ -28,6 +28,11 @@ class MultiVector(Embed):
 
     name: ClassVar[str] = "multivector"
 
+    @property
+    @override
+    def of_tokens(self) -> str:
+        return self.name
+
     @override
     def finish(self, rows: Rows, config: DriverConfig, tokenizer: Tokenizer, errors: dict[int, EmbedpoolError]) -> Rows:
         """The model's own vectors have the length that it gives them; fewer dimensions make them shorter."""

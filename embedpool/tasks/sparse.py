@@ -10,7 +10,7 @@ import numpy as np
 from typing_extensions import override
 
 from embedpool.config.spec import DriverConfig
-from embedpool.errors import EmbedpoolError
+from embedpool.errors import EmbedpoolError, InvalidRequest
 from embedpool.tasks.embed import Embed
 from embedpool.tasks.rows import Rows
 from embedpool.tasks.tokenizer import Tokenizer
@@ -24,9 +24,17 @@ class Sparse(Embed):
     of_others: ClassVar[Sequence[str]] = ("normalize", "dtype", "dimensions", "precision")
 
     @override
+    def refusal(self, model: str, tokenizer: Tokenizer) -> EmbedpoolError | None:
+        most = tokenizer.most_active
+        if most is not None and (self.options.top_k or 0) > most:
+            says = f"must be at most {most}, which is how many {model!r} gives"
+            return InvalidRequest(f"options.top_k: {says}", fields={"options.top_k": says})
+        return super().refusal(model, tokenizer)
+
+    @override
     def finish(self, rows: Rows, config: DriverConfig, tokenizer: Tokenizer, errors: dict[int, EmbedpoolError]) -> Rows:
         top_k = self.options.top_k or tokenizer.default_top_k
-        return rows if top_k is None else largest(rows, top_k)
+        return rows if top_k is None or rows.splits is None else largest(rows, top_k)
 
 
 def largest(rows: Rows, count: int) -> Rows:

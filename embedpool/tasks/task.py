@@ -49,6 +49,11 @@ class Task(abc.ABC):
         """Whether an input that fails takes no other with it."""
         return False
 
+    @property
+    def of_tokens(self) -> str | None:
+        """The task in whose rows each token of an input has a vector; None if no row is as long as its input."""
+        return None
+
     def broken(self, texts: Iterable[str], path: str) -> dict[int, EmbedpoolError]:
         """The inputs that hold half a character, where the others go on without them. Else raises InvalidRequest.
 

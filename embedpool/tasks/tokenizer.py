@@ -69,6 +69,7 @@ class Tokenizer(abc.ABC):
     no_late_chunking: str | None = "it gives no vectors of tokens"  # why, of a model that cannot
     normalizes = False  # whether its own vectors have length 1
     indices_are_tokens = True  # of its sparse rows, if it gives any
+    most_active: int | None = None  # values of a sparse row, whatever a request asks for; None: any number
     default_top_k: int | None = None  # values of a sparse row, unless a request asks for others; None: all
     default_dimensions: int | None = None  # numbers of a vector given out unless a request asks for others; None: all
     route = ""

@@ -15,6 +15,7 @@ from embedpool.web.schemas import check_texts
 
 CHUNK_TEXTS = 256
 CHUNK_CHARS = 1 << 22
+CHUNK_CHARS_OF_TOKENS = 1 << 16  # where each token has a vector in the answer
 LONGEST_ID_CHARS = 1000
 BYTES_PER_CHAR = 6  # at most, of a JSON string: \u0000
 
@@ -42,9 +43,9 @@ class Line:
         return orjson.dumps(found, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
 
 
-def chunks(body: IO[bytes], limits: Limits) -> Iterator[list[Line]]:
+def chunks(body: IO[bytes], limits: Limits, most_chars: int = CHUNK_CHARS) -> Iterator[list[Line]]:
     """The lines, some at a time: bounded in number and in characters."""
-    return in_windows(_lines(body, limits), lambda line: len(line.text), most=CHUNK_TEXTS, most_size=CHUNK_CHARS)
+    return in_windows(_lines(body, limits), lambda line: len(line.text), most=CHUNK_TEXTS, most_size=most_chars)
 
 
 def _lines(body: IO[bytes], limits: Limits) -> Iterator[Line]:

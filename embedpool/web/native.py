@@ -43,7 +43,7 @@ def blueprint(pool: Pool, settings: Settings) -> Blueprint:
         precision, encoding = options.get("precision", "float32"), options.get("encoding", "float")
         form = precision if precision != "float32" else "npy" if wants_npy else encoding
         wanted = options.get("output") or submit.outputs_of(http, pool, body["model"])
-        names = submit.names_of(pool, body["model"], wanted) if options.get("tokens") else None
+        names = submit.names_of(http, pool, body["model"], wanted) if options.get("tokens") else None
         result = submit.embed(http, pool, body["model"], texts, embed_options(options), forms=[form], wanted=wanted)
         if wants_npy:
             return npy_response(result)

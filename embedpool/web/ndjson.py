@@ -39,7 +39,7 @@ from embedpool.tasks.embed import EmbedOptions
 from embedpool.tasks.hybrid import task_for
 from embedpool.web.encoding import answers_of
 from embedpool.web.http_request import HttpRequest, here
-from embedpool.web.lines import Line, chunks
+from embedpool.web.lines import CHUNK_CHARS, CHUNK_CHARS_OF_TOKENS, Line, chunks
 from embedpool.web.schemas import OptionsSchema, embed_options, load, timeout_s
 from embedpool.web.submit import call_of, names_of, outputs_of
 
@@ -124,8 +124,10 @@ class _Stream:
         http.model = self._model = query.pop("model")
         self._options: EmbedOptions = embed_options({**query, "on_error": "partial"})
         self._wanted = query.get("output") or outputs_of(http, pool, self._model)
-        self._names = names_of(pool, self._model, self._wanted) if query.get("tokens") else None
-        http.task = task_for(self._wanted, (), self._options).name
+        self._names = names_of(http, pool, self._model, self._wanted) if query.get("tokens") else None
+        task = task_for(self._wanted, (), self._options)
+        http.task = task.name
+        self._chunk_chars = CHUNK_CHARS_OF_TOKENS if task.of_tokens else CHUNK_CHARS
         self._timeout_s = min(timeout_s(http) or pool.request_timeout_s, pool.request_timeout_s)
         self._body = io.BufferedReader(http.stream)  # type: ignore[type-var]
         self._client_gone = http.client_gone
@@ -137,7 +139,11 @@ class _Stream:
         """The answers of a chunk at a time."""
         is_whole = False
         found = answered(
-            chunks(self._body, self._limits), self._answer, self._over, in_order=self._keeps_order, name="ndjson"
+            chunks(self._body, self._limits, self._chunk_chars),
+            self._answer,
+            self._over,
+            in_order=self._keeps_order,
+            name="ndjson",
         )
         try:
             with contextlib.closing(found):

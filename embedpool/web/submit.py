@@ -66,8 +66,10 @@ def outputs_of(http: HttpRequest, pool: Pool, model: str) -> Sequence[str]:
     return [output_of(pool.find(model).kinds_at_all())]
 
 
-def names_of(pool: Pool, model: str, wanted: Sequence[str]) -> Names:
+def names_of(http: HttpRequest, pool: Pool, model: str, wanted: Sequence[str]) -> Names:
     """What names the tokens of sparse rows. Raises UnsupportedOption where there are none."""
+    http.model = model
+    http.caller.require(pool, model)
     tokenizer = pool.find(model).tokenizer()
     if "sparse" not in wanted or not tokenizer.indices_are_tokens:
         says = "is for sparse rows whose indices are tokens"
@@ -99,7 +101,13 @@ def late_chunks(
     chunks = sum(map(len, task.documents))
 
     def require_room(numbers: int, width: int) -> None:
-        require(http, f"{chunks} chunks", chunks * (task.options.dimensions or width), forms)
+        count = sum(len(plan.chunks) for plan in task.plans) or chunks
+        require(http, f"{count} chunks", count * (task.options.dimensions or width), forms)
+        if 4 * numbers > http.max_answer_bytes:
+            raise AnswerTooLarge(
+                f"the vectors of all tokens take {4 * numbers / 1e6:.0f} MB before they become those of chunks, the "
+                f"limit is {http.max_answer_bytes / 1e6:.0f} MB; send fewer documents at once"
+            )
 
     http.words.setdefault("texts", task.path)
     return submit(http, pool, model, task, call_of(http, pool, require_room=require_room), texts=chunks)

@@ -11,6 +11,7 @@ from typing import IO, Any
 import orjson
 from flask import Blueprint, Flask, Response, current_app, request
 from marshmallow import fields, validate
+from werkzeug.datastructures import Headers
 from werkzeug.formparser import FormDataParser
 from werkzeug.test import EnvironBuilder, run_wsgi_app
 
@@ -279,15 +280,18 @@ def executed(app: Flask, url: str, body: bytes, owner: str, at_once: int) -> Exe
     finally:
         builder.close()
     told = headers.get("Retry-After", "")
-    tokens = _tokens_in(orjson.loads(content)) if status.startswith("200") else 0
+    tokens = _tokens_in(content, headers) if status.startswith("200") else 0
     return Executed(
         int(status.split()[0]), content, headers.get("X-Request-Id", ""), tokens,
         float(told) if told.isdecimal() else 1.0,
     )  # fmt: skip
 
 
-def _tokens_in(answer: dict[str, Any]) -> int:
-    """How many a request took: each of ENDPOINTS says it in `usage`, but for our own."""
+def _tokens_in(content: bytes, headers: Headers) -> int:
+    """How many a request took: each of ENDPOINTS says it in `usage`, but for our own, and TEI's in a header."""
+    if told := headers.get("x-compute-tokens"):
+        return int(told)
+    answer = orjson.loads(content)
     found: int = answer["usage"]["total_tokens"] if "usage" in answer else answer["meta"]["tokens"]
     return found
 

@@ -67,7 +67,8 @@ def blueprint(pool: Pool, settings: Settings) -> Blueprint:
             inputs = [[one] if isinstance(one, str) else one for one in inputs]
         documents = _documents_of(inputs, limits)
         chunking = _chunking(body, documents) if body["enable_auto_chunking"] else None
-        task = LateChunking(documents, embed_options(options), chunking)
+        most = limits.max_texts_per_request
+        task = LateChunking(documents, embed_options(options), chunking, most_chunks=most)
         result = submit.late_chunks(here(), pool, known(pool, body["model"]), task, forms=[encoding])
         rows = iter(forms_of(result.rows, encoding))
         data: list[dict[str, Any]] = []
@@ -100,8 +101,8 @@ def _chunking(body: dict[str, Any], documents: list[list[str]]) -> Chunking:
         if len(parts) > 1:
             where, says = f"inputs[{i}]", "must be one text where enable_auto_chunking is true"
             raise InvalidRequest(f"{where}: {says}", fields={where: says})
-    if body["chunk_overlap"] >= body["chunk_size"]:
-        says = "must be less than chunk_size"
+    if 2 * body["chunk_overlap"] > body["chunk_size"]:
+        says = "must be at most half of chunk_size"
         raise InvalidRequest(f"chunk_overlap: {says}", fields={"chunk_overlap": says})
     return Chunking(body["chunk_size"], body["chunk_overlap"])
 
