@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 from embedpool import client as client_module
+from embedpool import in_process
 from embedpool.cli import embed as cli_embed
 from embedpool.cli import files as cli_files
 from embedpool.cli.common import UsageError
 from embedpool.client import Client
+from embedpool.config.settings import Paths, Settings
 from embedpool.errors import EmbedpoolError
+from embedpool.jobs.sources import Row
 from embedpool.outputs import SparseRow
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call
@@ -29,12 +32,13 @@ from tests.test_client import Served
 from tests.web.conftest import MODEL, Web, serving
 from tests.web.test_outputs import COLBERT, SPARSE, THREE, WIDTH
 
+HALF = f"model: half, driver: {{type: fake, config: {{task: hybrid, dim: {WIDTH}, dtype: float16}}}}"
 TEXTS = ["one two two", "three", "", "one"]
 
 
 @pytest.fixture
 def web(tmp_path: Path, pool_settings: PoolSettings) -> Iterator[Web]:
-    with serving(tmp_path, pool_settings, MODEL, SPARSE, COLBERT, THREE) as made:
+    with serving(tmp_path, pool_settings, MODEL, SPARSE, COLBERT, THREE, HALF) as made:
         settle(made.pool)
         yield made
 
@@ -91,9 +95,22 @@ def test_each_input_for_itself(client: Client, web: Web) -> None:
                 assert plain(row) == of_server
             else:
                 np.testing.assert_allclose(row, of_server, atol=1e-6)
+    packed = client.embed_each(texts, model="colbert", precision="int8").values
+    assert (packed[0].dtype, packed[0].shape) == (np.int8, (4, WIDTH))
     several = client.embed_each(texts, model="m3", output=["dense", "sparse"]).values
     assert set(several[0]) == {"dense", "sparse"}
     assert isinstance(several[2]["sparse"], SparseRow)
+
+
+@pytest.mark.parametrize("output", [["multivector"], ["dense", "multivector"]])
+def test_half_precision_is_read_as_what_it_is(client: Client, output: list[str]) -> None:
+    """Be it asked for, or the model's own type."""
+    whole = client.embed_each(["one two"], model="m3", output=output).values[0]
+    for model, options in (("m3", {"dtype": "float16"}), ("half", {})):
+        half = client.embed_each(["one two"], model=model, output=output, **options).values[0]
+        for got, wanted in [(half, whole)] if len(output) == 1 else [(half[name], whole[name]) for name in output]:
+            assert got.dtype == np.float16
+            np.testing.assert_allclose(got, wanted, atol=2e-3)
 
 
 def test_an_error_is_the_servers(client: Client) -> None:
@@ -128,14 +145,25 @@ def test_the_command_prints_a_row_a_line(
         assert lines == rows
 
 
+def test_pairs_are_scored_in_this_process(
+    client: Client, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the vectors of tokens, as a server does it."""
+    settings = Settings(paths=Paths(pool_yml=str(web.pool_yml)))
+    object.__setattr__(settings, "base_dir", tmp_path)
+    rows = [Row(i, i, ("one two", text), 0) for i, text in enumerate(TEXTS[:2])]
+    with in_process.computing(settings, "colbert", {}, pairs=True) as compute:
+        here = compute(rows).values
+    there = client.score(["one two"], TEXTS[:2], model="colbert")
+    np.testing.assert_allclose(np.asarray(here).reshape(-1), there, atol=1e-5)
+
+
 @pytest.mark.parametrize("local", [False, True])
 @pytest.mark.parametrize("output", [None, "sparse", "multivector", "dense,sparse"])
 def test_files_hold_rows_of_every_kind(
     client: Client, web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str | None, local: bool
 ) -> None:
     """On a server and in this process, which give the same; without --output what the model is for."""
-    from embedpool.config.settings import Paths, Settings
-
     model = "s" if output is None else "m3"
     settings = Settings(paths=Paths(pool_yml=str(web.pool_yml)))
     object.__setattr__(settings, "base_dir", tmp_path)
@@ -174,6 +202,7 @@ REMOTES = {
     "embedpool, sparse": {"path": "/embed", "remote_model": "s", "task": "sparse"},
     "tei, sparse": {"path": "/tei/s", "protocol": "tei", "task": "sparse"},
     "embedpool, multivector": {"path": "/embed", "remote_model": "colbert", "task": "multivector"},
+    "embedpool, multivector in half precision": {"path": "/embed", "remote_model": "half", "task": "multivector"},
     "tei, multivector": {"path": "/tei/colbert", "protocol": "tei", "task": "multivector"},
     "jina, multivector": {"path": "/v1", "protocol": "jina", "remote_model": "colbert", "task": "multivector"},
 }
@@ -184,7 +213,7 @@ def test_a_remote_service_gives_them(name: str, url: str, web: Web, pool_setting
     """In its own words; their numbers are those of the service, and so are scores of pairs."""
     config = dict(REMOTES[name])
     output = config["task"]
-    model = "s" if output == "sparse" else "colbert"
+    model = "s" if output == "sparse" else "m3" if config.get("remote_model") == "half" else "colbert"
     with remote_pool(pool_settings, url + config.pop("path"), **config) as pool:
         assert pool.models[0].kinds == [output]
 

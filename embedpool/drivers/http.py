@@ -45,8 +45,6 @@ NOT_FINITE = "the remote service gives vectors that are not finite"
 class RemoteTokenizer(Tokenizer):
     """The remote service makes the token ids."""
 
-    indices_are_tokens = False  # it does not tell
-
     def __init__(self, task: str = "embed") -> None:
         self.tasks = (task,)
 

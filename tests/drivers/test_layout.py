@@ -63,6 +63,13 @@ OTHER_OUTPUTS = {
         },
         "multivector",
     ),
+    "early pylate": (
+        {
+            "modules": [module("Transformer"), {"type": "sentence_transformers.models.Dense", "path": ""}],
+            "config_sentence_transformers": {"query_prefix": "[Q] ", "document_prefix": "[D] "},
+        },
+        "multivector",
+    ),
     "colbert": ({"modules": [module("Transformer"), module("MultiVectorMask", "1")]}, "multivector"),
     "splade": ({"modules": [module("MLMTransformer"), module("SpladePooling", "1")]}, "sparse"),
     "sparse router": (

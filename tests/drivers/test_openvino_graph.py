@@ -16,6 +16,7 @@ import pytest
 
 from embedpool.drivers import openvino_graph
 from embedpool.drivers.openvino_graph import Graph, graph_of
+from embedpool.drivers.pipeline import copied
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None,  # not importorskip: a bare import starts OpenVINO's telemetry
@@ -35,11 +36,11 @@ def test_openvino_reports_nothing_over_the_network() -> None:
 class FakeCompiled:
     """In the place of Compiled: gives the cores of a batch, and calls what is to happen meanwhile."""
 
-    def __init__(self, graph: Path, dtype: str, *, threads: int, streams: int) -> None:
+    def __init__(self, graph: Path, dtype: str, *, threads: int, streams: int, output: int = 0) -> None:
         self.cores = threads // streams
         self.inputs = ["input_ids"]
         self.gave_back = 0
-        self.outputs = 1
+        self.outputs = 2
 
     def __call__(self, inputs: dict[str, Any], read: Any) -> int:
         if "meanwhile" in inputs:
@@ -147,3 +148,36 @@ def test_what_a_burst_took_is_given_back_after_it(weights: Path) -> None:
     assert graph.give_back(later_s)
     assert graph.beside_others.gave_back == 1
     assert not graph.give_back(later_s)
+
+
+def test_vectors_of_tokens_are_a_batch_like_others(weights: Path) -> None:
+    """Nothing is given back while they are made, what they took is given back after a rest."""
+    graph = Graph(weights, "float32", 2)
+    assert graph.tokens is not None
+    later_s = time.monotonic() + 2 * openvino_graph.REST_S
+    graph(batch_of(openvino_graph.MANY_TOKENS))
+    early: list[bool] = []
+    graph.tokens(batch_of(1, meanwhile=lambda: early.append(graph.give_back(later_s))), copied)
+    assert early == [False]
+    assert graph.give_back(later_s)
+    graph.tokens(batch_of(openvino_graph.MANY_TOKENS), copied)
+    assert graph.give_back(later_s)
+
+
+def test_a_fault_does_not_end_what_gives_back(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread serves all graphs for as long as the process lives."""
+    broken = graph_of(weights, "float32", 2)
+    looked: list[float] = []
+
+    def fails(now_s: float) -> bool:
+        looked.append(now_s)
+        if len(looked) == 2:
+            raise SystemExit
+        raise RuntimeError("busy")
+
+    monkeypatch.setattr(openvino_graph, "REST_S", 0.0)
+    monkeypatch.setattr(openvino_graph, "_GRAPHS", {"only": broken})
+    monkeypatch.setattr(broken, "give_back", fails)
+    with pytest.raises(SystemExit):
+        openvino_graph._give_back()
+    assert len(looked) == 2

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
+import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedpool.errors import UnsupportedOption, UnsupportedTask
+from embedpool.errors import InvalidRequest, UnsupportedOption, UnsupportedTask
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call, Result
 from embedpool.tasks.embed import EmbedOptions
@@ -187,7 +190,10 @@ def test_scores_are_those_of_the_library(served: Served) -> None:
 
 
 def test_what_it_cannot_do(served: Served) -> None:
-    """No output is taken for another."""
+    """No output is taken for another, nor fewer values for more."""
+    if served.animal.name == "csr":
+        with pytest.raises(InvalidRequest, match="top_k: must be at most"):
+            served.ask(TEXTS, top_k=1000)
     other = {"sparse": "multivector", "multivector": "sparse"}[served.animal.kind]
     for output in ("dense", other):
         with pytest.raises(UnsupportedTask):
@@ -198,7 +204,8 @@ def test_what_it_cannot_do(served: Served) -> None:
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_routes_that_share_their_modules(runtime: str, cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", ["all", "the first"])
+def test_routes_that_share_modules(shared: str, runtime: str, cache: Path, tmp_path: Path) -> None:
     """On torch the library runs them, for it needs the layer that embedpool would take off; the rows are the same."""
     from sentence_transformers.sentence_transformer.modules import Router
     from sentence_transformers.sparse_encoder.modules import SpladePooling
@@ -209,10 +216,43 @@ def test_routes_that_share_their_modules(runtime: str, cache: Path, tmp_path: Pa
         pytest.skip("openvino is not installed")
     folder = tmp_path / "shared"
     steps = [masked_lm(folder), SpladePooling()]
-    sparse(folder, Router.for_query_document(query_modules=steps, document_modules=steps))
+    others = steps if shared == "all" else [steps[0], SpladePooling("sum")]
+    sparse(folder, Router.for_query_document(query_modules=steps, document_modules=others))
     animal = Animal("shared", sparse, kind="sparse")
     with serving(animal, folder, cache, backend=runtime) as pool:
         served = Served("splade", runtime, pool, loaded(animal, lambda name: folder))
+        for way in WAYS[1:]:
+            require_the_same(served.ask(TEXTS, **word_for(way)).rows, served.expected(TEXTS, way))
+
+
+@pytest.mark.parametrize("name", ["splade", "csr", "sparse, queries cost nothing"])
+def test_in_bfloat16_it_is_close(
+    name: str, made: Callable[[str], Path], library: Callable[[str], Any], cache: Path
+) -> None:
+    """What the library gives is asked for in that type, too."""
+    with serving(ZOO[name], made(name), cache, backend="torch", compute_dtype="bfloat16") as pool:
+        assert pool.models[0].state == "ready", pool.models[0].replicas.trouble
+        served = Served(name, "torch", pool, library(name))
+        for (indices, values), wanted in zip(rows_of(served.ask(TEXTS).rows), served.expected(TEXTS), strict=True):
+            got = np.zeros_like(wanted)
+            got[indices] = values
+            assert np.linalg.norm(got - wanted) <= 0.1 * np.linalg.norm(wanted) + 1e-3
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_pylates_first_folders_name_no_type(
+    runtime: str, made: Callable[[str], Path], cache: Path, tmp_path: Path
+) -> None:
+    """They are told by their prefixes, as the library tells them."""
+    name = "colbert of pylate"
+    folder = shutil.copytree(made(name), tmp_path / "early")
+    config_file = folder / "config_sentence_transformers.json"
+    config = json.loads(config_file.read_text())
+    del config["model_type"]
+    config_file.write_text(json.dumps(config))
+    model = loaded(ZOO[name], lambda name: folder)
+    with serving(ZOO[name], folder, cache, backend=runtime) as pool:
+        served = Served(name, runtime, pool, model)
         for way in WAYS[1:]:
             require_the_same(served.ask(TEXTS, **word_for(way)).rows, served.expected(TEXTS, way))
 
@@ -400,6 +440,22 @@ def test_a_chunk_alone_is_the_text_without_its_special_tokens(means: Served) -> 
     assert np.linalg.norm(together, axis=1) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["router", "without the prompt, mean"])
+def test_chunks_take_the_route_and_the_prompt_of_their_texts(
+    name: str, made: Callable[[str], Path], cache: Path
+) -> None:
+    """As whole texts do; the prompt belongs to no chunk."""
+    with serving(ZOO[name], made(name), cache, backend="torch") as pool:
+        served = Served(name, "torch", pool, None)
+        for word in ("query", "document"):
+            options = EmbedOptions(input_type=word)
+            (tokens,) = rows_of(served.run(Tokens(["pool embed server"], options)).rows)
+            (bare,) = rows_of(served.run(Tokens(["pool embed server"], EmbedOptions(prompt="", input_type=word))).rows)
+            late = served.run(LateChunking([["pool embed server"]], dataclasses.replace(options, normalize=False)))
+            own = len(bare) - 2
+            np.testing.assert_allclose(late.vectors[0], tokens[-1 - own : -1].mean(axis=0), atol=1e-5)
+
+
 def test_a_document_may_be_split_by_the_server(means: Served) -> None:
     """Into so many tokens each, of which the last of one are the first of the next; their texts are told."""
     task = LateChunking([["pool embed server model token vector short long"]], chunking=Chunking(3, 1))
@@ -422,8 +478,11 @@ def test_all_tokens_have_vectors(means: Served) -> None:
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("bert, cls", "pools by cls"), ("bert, dense", "by Dense"), ("static", "no vectors of tokens")],
-)
+    [
+        ("plain causal lm", "the last token's vector"), ("bert, cls", "pools by cls"), ("bert, dense", "by Dense"),
+        ("static", "no vectors of tokens"),
+    ],
+)  # fmt: skip
 def test_models_that_do_not_take_the_mean_refuse_late_chunks(
     name: str, why: str, made: Callable[[str], Path], cache: Path
 ) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from embedpool.config.settings import Limits, Settings
+from embedpool.drivers.fake import FakeDriver
 from embedpool.pool.settings import PoolSettings
 from embedpool.web.encoding import NPY, NPZ
 from embedpool.web.ndjson import NDJSON
@@ -22,6 +23,7 @@ from tests.web.conftest import MODEL, Web, serving
 WIDTH = 8
 SPARSE = "model: org/sparse, alias: s, driver: {type: fake, config: {task: sparse}}"
 COLBERT = f"model: colbert, driver: {{type: fake, config: {{task: multivector, dim: {WIDTH}}}}}"
+REMOTE = "model: of-another-server, driver: {type: http, config: {task: sparse, base_url: 'http://127.0.0.1:9'}}"
 THREE = f"model: m3, driver: {{type: fake, config: {{task: hybrid, dim: {WIDTH}}}}}"
 TEXTS = ["one two two", "three"]
 B64 = {"encoding": "base64"}
@@ -29,7 +31,7 @@ B64 = {"encoding": "base64"}
 
 @pytest.fixture
 def web(tmp_path: Path, pool_settings: PoolSettings) -> Iterator[Web]:
-    with serving(tmp_path, pool_settings, MODEL, SPARSE, COLBERT, THREE) as made:
+    with serving(tmp_path, pool_settings, MODEL, SPARSE, COLBERT, THREE, REMOTE) as made:
         settle(made.pool)
         yield made
 
@@ -141,6 +143,22 @@ def test_a_text_that_fails_has_no_row_of_any_output(web: Web) -> None:
     assert [error["index"] for error in answer["errors"]] == [1]
 
 
+@pytest.mark.parametrize(("model", "options"), [("s", {"top_k": 1}), ("m3", {"output": ["dense", "sparse"]})])
+def test_where_all_texts_fail_the_form_is_the_same(web: Web, model: str, options: dict[str, Any]) -> None:
+    """As where some do, also of lines."""
+    options = {"truncate": "error", "max_seq_length": 3, **options}
+    answer = web.embed("a b c d", model=model, on_error="partial", **options)
+    assert answer.status_code == 200, answer.text
+    assert [error["code"] for error in answer.json["errors"]] == ["text_too_long"]
+    if model == "m3":
+        assert answer.json["outputs"] == {"dense": [None], "sparse": [None]}
+    else:
+        assert answer.json["vectors"] == [None]
+    query = {"model": model, **{k: ",".join(v) if isinstance(v, list) else str(v) for k, v in options.items()}}
+    lines = web.app.test_client().post("/embed", query_string=query, data=b'{"text": "a b c d"}', content_type=NDJSON)
+    assert json.loads(lines.data)["error"]["code"] == "text_too_long"
+
+
 @pytest.mark.parametrize(
     ("model", "options", "says"),
     [
@@ -155,6 +173,7 @@ def test_a_text_that_fails_has_no_row_of_any_output(web: Web) -> None:
         ("s", {"dimensions": 3}, "options.dimensions is not for sparse rows"),
         ("colbert", {"dimensions": WIDTH + 1}, "options.dimensions"),
         ("s", {"top_k": 0}, "options.top_k"),
+        ("of-another-server", {"tokens": True}, "its tokens are known only there"),
     ],
 )
 def test_what_cannot_be_had_is_said(web: Web, model: str, options: dict[str, Any], says: str) -> None:
@@ -164,13 +183,25 @@ def test_what_cannot_be_had_is_said(web: Web, model: str, options: dict[str, Any
     assert says in answer.json["error"]["message"]
 
 
-def test_an_answer_that_would_be_too_large_is_refused(tmp_path: Path, pool_settings: PoolSettings) -> None:
-    """By what the rows really hold, of whatever kind."""
+def test_an_answer_that_would_be_too_large_is_refused(
+    tmp_path: Path, pool_settings: PoolSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what the rows hold, of whatever kind; where they are as long as their texts, before they are computed."""
     settings = Settings(limits=Limits(max_answer_bytes=1 << 20))
-    with serving(tmp_path, pool_settings, COLBERT, settings=settings) as web:
+    long = " ".join(["word"] * 400)
+    with serving(tmp_path, pool_settings, MODEL, COLBERT, THREE, settings=settings) as web:
         settle(web.pool)
-        answer = web.embed(*[" ".join(["word"] * 400)] * 50, model="colbert")
-    assert (answer.status_code, answer.json["error"]["code"]) == (413, "answer_too_large")
+        small = {"model": "m", "inputs": [[long]], "enable_auto_chunking": True, "chunk_size": 100}
+        assert web.post("/v1/contextualizedembeddings", small).status_code == 200
+        monkeypatch.delattr(FakeDriver, "run")
+        documents = {"model": "m", "inputs": [[long]] * 50, "enable_auto_chunking": True}
+        answers = [
+            web.embed(*[long] * 50, model="colbert"),
+            web.embed(*[long] * 50, model="m3", output=["dense", "multivector"]),
+            web.post("/tei/m/embed_all", {"inputs": [long] * 50}),
+            web.post("/v1/contextualizedembeddings", documents),
+        ]
+    assert ["the limit is 1 MB" in answer.text for answer in answers] == [True] * 4, [answer.text for answer in answers]
 
 
 def test_the_list_of_models_says_what_each_gives(web: Web) -> None:
@@ -319,7 +350,8 @@ def test_contextualised_chunks_in_voyages_words(web: Web) -> None:
         ({"inputs": [["one", 3]]}, "inputs[0][1]"),
         ({"inputs": [["one"], [" "]]}, "inputs[1][0]"),
         ({"inputs": [["one", "two"]], "enable_auto_chunking": True}, "inputs[0]"),
-        ({"enable_auto_chunking": True, "chunk_size": 2, "chunk_overlap": 2}, "chunk_overlap"),
+        ({"enable_auto_chunking": True, "chunk_size": 4, "chunk_overlap": 3}, "chunk_overlap"),
+        ({"inputs": [[" ".join(["one"] * 30_000)]], "enable_auto_chunking": True, "chunk_size": 1}, None),
         ({"inputs": [["one"]] * (Limits().max_texts_per_request + 1)}, None),
     ],
 )

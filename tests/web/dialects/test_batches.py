@@ -186,6 +186,20 @@ def test_a_batch_of_another_endpoint(web: Web, endpoint: str, given: dict[str, A
     )
 
 
+def test_lines_of_another_dialect_are_answered_in_it(make_web: MakeWeb) -> None:
+    """TEI's /embed is at the same path; its tokens stand in a header."""
+    web = make_web(MODEL)
+    bodies = ({"model": "m", "texts": ["one"]}, {"model": "m", "inputs": ["one"]})
+    lines = (
+        json.dumps({"custom_id": str(i), "method": "POST", "url": "/embed", "body": b}) for i, b in enumerate(bodies)
+    )
+    batch_id = begun(web, *lines, endpoint="/embed")
+    assert runner_of(web).step() is True
+    found = batch(web, batch_id)
+    assert (found["status"], found["request_counts"]["completed"]) == ("completed", 2)
+    assert found["usage"]["total_tokens"] == 2 * web.embed("one").json["meta"]["tokens"]
+
+
 def test_a_batch(web: Web) -> None:
     """Its answers are those of the route; what failed stands in a file of its own, with its status."""
     texts = ["one", "bad", "two"]
