@@ -245,12 +245,16 @@ def test_pylates_first_folders_name_no_type(
 ) -> None:
     """They are told by their prefixes, as the library tells them."""
     name = "colbert of pylate"
-    folder = shutil.copytree(made(name), tmp_path / "early")
-    config_file = folder / "config_sentence_transformers.json"
-    config = json.loads(config_file.read_text())
-    del config["model_type"]
-    config_file.write_text(json.dumps(config))
-    model = loaded(ZOO[name], lambda name: folder)
+    folder = tmp_path / "early"
+
+    def make(name: str) -> Path:
+        config_file = shutil.copytree(made(name), folder) / "config_sentence_transformers.json"
+        config = json.loads(config_file.read_text())
+        del config["model_type"]
+        config_file.write_text(json.dumps(config))
+        return folder
+
+    model = loaded(ZOO[name], make)
     with serving(ZOO[name], folder, cache, backend=runtime) as pool:
         served = Served(name, runtime, pool, model)
         for way in WAYS[1:]:
