@@ -229,14 +229,15 @@ def test_routes_that_share_modules(shared: str, runtime: str, cache: Path, tmp_p
 def test_in_bfloat16_it_is_close(
     name: str, made: Callable[[str], Path], library: Callable[[str], Any], cache: Path
 ) -> None:
-    """What the library gives is asked for in that type, too."""
+    """What the library gives is asked for in that type, too. Of an auto-encoder other values may be the largest."""
+    most = 0.5 if name == "csr" else 0.1
     with serving(ZOO[name], made(name), cache, backend="torch", compute_dtype="bfloat16") as pool:
         assert pool.models[0].state == "ready", pool.models[0].replicas.trouble
         served = Served(name, "torch", pool, library(name))
         for (indices, values), wanted in zip(rows_of(served.ask(TEXTS).rows), served.expected(TEXTS), strict=True):
             got = np.zeros_like(wanted)
             got[indices] = values
-            assert np.linalg.norm(got - wanted) <= 0.1 * np.linalg.norm(wanted) + 1e-3
+            assert np.linalg.norm(got - wanted) <= most * np.linalg.norm(wanted) + 1e-3
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
