@@ -58,7 +58,7 @@ class Plan(NamedTuple):
     chunks: list[tuple[int, int]]
     windows: list[tuple[int, int]]
     lead: int
-    texts: list[str]  # of the chunks
+    texts: Sequence[str]  # of the chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +110,7 @@ class LateChunking(Task):
         keys = Keys(group)
         items: list[Item] = []
         self.plans.clear()
+        count = 0
         for index, chunks in enumerate(self.documents):
             still_wanted()
             text, begins = joined(chunks)
@@ -121,11 +122,11 @@ class LateChunking(Task):
             if room < 1 and ids:
                 raise InvalidRequest("options.prompt: it leaves no room for the text")
             spans = self._spans(index, begins, starts)
-            texts = [text[starts[a] if a else 0 : starts[b] if b < len(starts) else None] for a, b in spans]
-            if self.most_chunks and sum(len(plan.chunks) for plan in self.plans) + len(spans) > self.most_chunks:
+            count += len(spans)
+            if self.most_chunks and count > self.most_chunks:
                 raise TooManyTexts(f"{self.path}: more than {self.most_chunks} chunks, the limit of a request")
             windows = windows_of(len(ids), room)
-            self.plans.append(Plan(spans, windows, len(lead), texts if self.chunking else list(chunks)))
+            self.plans.append(Plan(spans, windows, len(lead), _parts(text, starts, spans) if self.chunking else chunks))
             for piece, (a, b) in enumerate(windows):
                 read = array("I", [*lead, *ids[a:b], *tail])
                 items.append(Item((text,), len(read), read, group=group, key=keys.of(read), index=index, piece=piece))
@@ -173,6 +174,11 @@ class LateChunking(Task):
         if tokenizer.normalizes:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return Embed((), self.options).finish(Rows(vectors), config, tokenizer, errors)
+
+
+def _parts(text: str, starts: Sequence[int], spans: Sequence[tuple[int, int]]) -> list[str]:
+    """The characters of these tokens, whose places `starts` tells; what stands before the first belongs to it."""
+    return [text[starts[a] if a else 0 : starts[b] if b < len(starts) else None] for a, b in spans]
 
 
 def joined(chunks: Sequence[str]) -> tuple[str, list[int]]:
