@@ -84,7 +84,7 @@ NOWHERE = Folders(Path(os.devnull, "cache"), Path(os.devnull, "state"))  # what 
 def open_fake(spec: ModelSpec, memory: dict[str, Any] | None = None, report: Report = unheard) -> Place:
     """`open_place` as the server passes it to the pool."""
     make = functools.partial(make_driver, spec, NOWHERE, {} if memory is None else memory)
-    return open_place(spec, make, report=report)
+    return open_place(spec, make, report=report, state_dir=NOWHERE.state)
 
 
 def open_fake_tokenizer(spec: ModelSpec, report: Report = unheard) -> Tokenizer:
