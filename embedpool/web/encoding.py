@@ -48,11 +48,11 @@ def forms_of(rows: Rows, encoding: str, names: Names | None = None) -> Any:
         return [as_base64(found) for found in vectors] if encoding == "base64" else vectors
     found = []
     for span in spans:
-        arrays = {"indices": rows.indices[span], "values": rows.values[span]}
-        row: dict[str, Any] = {name: as_base64(array[None])[0] for name, array in arrays.items()}
-        row = row if encoding == "base64" else dict(arrays)
+        row: dict[str, Any] = {"indices": rows.indices[span], "values": rows.values[span]}
+        if encoding == "base64":
+            row = {name: as_base64(array[None])[0] for name, array in row.items()}
         if names is not None:
-            row["tokens"] = names(arrays["indices"].tolist())
+            row["tokens"] = names(rows.indices[span].tolist())
         found.append(row)
     return found
 
