@@ -288,4 +288,5 @@ def _lists(arrays: Sequence[NDArray[Any]], of_all: Callable[[NDArray[Any]], Any]
     import pyarrow
 
     ends = np.cumsum([0, *map(len, arrays)]).astype(np.int32)
-    return pyarrow.ListArray.from_arrays(pyarrow.array(ends), of_all(np.concatenate(arrays)))
+    there = [array for array in arrays if len(array)]  # one without vectors may not know how long they would be
+    return pyarrow.ListArray.from_arrays(pyarrow.array(ends), of_all(np.concatenate(there or arrays[:1])))

@@ -363,7 +363,7 @@ def sparse_row(text: str) -> SparseRow:
 
 
 def several_vectors(text: str) -> Any:
-    return np.full((len(text), 2), len(text), np.float32)
+    return np.full((len(text), 2 if text else 0), len(text), np.float32)
 
 
 OF_A_TEXT: dict[str, Callable[[str], Any]] = {
