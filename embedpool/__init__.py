@@ -20,7 +20,8 @@ The road of a request, each file entered once on the way in and once on the way 
 
 What they hand on: tasks/item.py (items and batches), tasks/rows.py, pool/request.py (a call, a request, a result).
 What all tasks have: tasks/task.py. Other tasks take the same road: tasks/score.py, tasks/sparse.py,
-tasks/multivector.py, tasks/hybrid.py (several outputs of one pass) and tasks/late_chunking.py.
+tasks/multivector.py, tasks/by_vectors.py (scores of those that give vectors), tasks/hybrid.py (several outputs of one
+pass) and tasks/late_chunking.py.
 A dialect in web/dialects/ takes the place of web/native.py; web/ndjson.py serves bodies of lines.
 
 What a model's folder holds: drivers/layout.py, and of a multi-vector model drivers/late_interaction.py. What computes:

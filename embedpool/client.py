@@ -201,10 +201,10 @@ class Client:
         return np.array([entry["score"] for entry in self._asked_again("/score", body)["data"]], np.float32)
 
     def classify(self, texts: Sequence[str], *, model: str, **options: Any) -> list[dict[str, float]]:
-        """For each text the score of each label, the best first."""
+        """For each text the score of each label, the best first; nothing of one that failed."""
         body = {"model": model, "input": list(texts), "options": options}
         data = self._asked_again("/classify", body)["data"]
-        return [{entry["label"]: entry["score"] for entry in of_text} for of_text in data]
+        return [{entry["label"]: entry["score"] for entry in of_text or ()} for of_text in data]
 
     def _asked_again(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """The answer, also of a server that is busy at first."""

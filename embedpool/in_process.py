@@ -18,14 +18,13 @@ from embedpool.pool.cache import Cache
 from embedpool.pool.request import Call
 from embedpool.server import make_pool
 from embedpool.tasks.hybrid import output_of, task_for
-from embedpool.tasks.multivector import MaxSim
 from embedpool.tasks.score import Rerank, ScoreOptions, scores_of
 from embedpool.tasks.task import Task
 from embedpool.web.encoding import arrays_of
 from embedpool.web.metrics import Metrics
 from embedpool.web.schemas import OptionsSchema, embed_options, load
 from embedpool.web.score import ScoreOptionsSchema
-from embedpool.web.submit import scores_by_tokens
+from embedpool.web.submit import way_of
 
 LONGEST_WINDOW_S = 3600.0
 
@@ -51,7 +50,7 @@ def computing(settings: Settings, name: str, options: Mapping[str, Any], *, pair
     def compute(rows: Sequence[Row]) -> Computed:
         task: Task
         if pairs:
-            makes = MaxSim if scores_by_tokens(pool, name) else Rerank
+            makes = way_of(pool, name) or Rerank
             task = makes([row.parts for row in rows], ScoreOptions(**loaded))
         else:
             outputs = loaded.get("output") or [output_of(pool.find(name).kinds_at_all())]

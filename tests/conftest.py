@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -82,7 +83,8 @@ NOWHERE = Folders(Path(os.devnull, "cache"), Path(os.devnull, "state"))  # what 
 
 
 def open_fake(spec: ModelSpec, memory: dict[str, Any] | None = None, report: Report = unheard) -> Place:
-    """`open_place` as the server passes it to the pool."""
+    """`open_place` as the server passes it to the pool, but that a test starts no Ray by the way."""
+    spec = dataclasses.replace(spec, place="thread") if spec.place == "ray" else spec
     make = functools.partial(make_driver, spec, NOWHERE, {} if memory is None else memory)
     return open_place(spec, make, report=report, state_dir=NOWHERE.state)
 

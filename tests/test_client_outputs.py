@@ -23,9 +23,9 @@ from embedpool.outputs import SparseRow
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call
 from embedpool.pool.settings import PoolSettings
+from embedpool.tasks.by_vectors import MaxSim
 from embedpool.tasks.embed import EmbedOptions
 from embedpool.tasks.hybrid import task_for
-from embedpool.tasks.multivector import MaxSim
 from tests.conftest import settle
 from tests.drivers.remote import remote_pool
 from tests.test_client import Served

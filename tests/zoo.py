@@ -110,6 +110,7 @@ def _trained(kind: str) -> str:
 TEMPLATES = {
     "[CLS] $A [SEP]": ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),
     "<s> $A </s>": ("<s> $A </s>", "<s> $A </s> </s> $B </s>"),
+    "<s> $A </s>, typed": ("<s> $A </s>", "<s> $A </s> $B:1 </s>:1"),
     "$A </s>": ("$A </s>", "$A </s> $B </s>"),
     "<s> $A": ("<s> $A", "<s> $A $B"),
 }
@@ -504,10 +505,11 @@ animal("reranker, modernbert", kind="rerank")(
         folder, "ModernBert", WORDPIECE(), cls_token_id=2, sep_token_id=3, bos_token_id=2, eos_token_id=3
     )
 )
-animal("reranker, deberta-v2", kind="rerank")(
+animal("reranker, deberta-v3", kind="rerank")(
     lambda folder: scoring(
-        folder, "DebertaV2", WORDPIECE(), relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=16,
-        type_vocab_size=0, pooler_hidden_size=WIDTH,
+        folder, "DebertaV2", tokenizer("unigram", "<s> $A </s>, typed"), relative_attention=True,
+        pos_att_type=["p2c", "c2p"], position_buckets=16, share_att_key=True, norm_rel_ebd="layer_norm",
+        position_biased_input=False, type_vocab_size=2, pooler_hidden_size=WIDTH,
     )
 )  # fmt: skip
 animal("classifier", kind="classify")(lambda folder: scoring(folder, "Bert", WORDPIECE(), labels=3))

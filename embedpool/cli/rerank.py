@@ -54,6 +54,7 @@ def _lines(file: str) -> list[str]:
 
 def _only_reranker(models: list[dict[str, object]]) -> str:
     names = [str(entry["model"]) for entry in models if entry["kinds"] == ["rerank"]]
+    names = names or [str(entry["model"]) for entry in models if not entry["kinds"]]  # of which nothing is known yet
     if len(names) != 1:
         raise UsageError(f"rerank needs --model: {', '.join(names) if names else 'no reranker is registered'}")
     return names[0]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from jinja2.ext import loopcontrols
@@ -16,7 +17,24 @@ from embedpool.errors import ModelFailed
 
 TEMPLATE_FILE = "chat_template.jinja"
 STRUCTURED = "structured"
+MARKS = ("@query@", "@document@")  # stand for a pair to find out what a template puts around it
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Around(NamedTuple):
+    """What a template puts before the query, between it and the document, and behind that."""
+
+    before: str
+    between: str
+    behind: str
+
+
+class Rendered(NamedTuple):
+    """A pair as the model reads it, and which of its characters are those of the query and of the document."""
+
+    text: str
+    query: slice
+    document: slice
 
 
 class ChatPairs:
@@ -36,12 +54,29 @@ class ChatPairs:
         environment.globals["raise_exception"] = _raise
         try:
             self._template = environment.from_string(_source(folder, config))
-            self.render("query", "document")
-        except jinja2.TemplateError as error:
+            self._around = functools.lru_cache(maxsize=64)(self._found_around)
+            self._around("")
+        except (jinja2.TemplateError, ValueError) as error:
             raise ModelFailed(f"{folder}: its chat template cannot be used for pairs: {error}") from None
 
-    def render(self, query: str, document: str, prompt: str = "") -> str:
+    def render(self, query: str, document: str, prompt: str = "") -> Rendered:
         """The text that the model reads; the prompt is the system's message."""
+        text = self._text(query, document, prompt)
+        before, between, behind = map(len, self._around(prompt))
+        end, shortest = len(text) - behind, len(query.strip())  # templates may strip it, or the document
+        stop = text.find(self._around(prompt).between, before + shortest, end)
+        stop = stop if stop >= 0 else before
+        return Rendered(text, slice(before, stop), slice(stop + between, end))
+
+    def _found_around(self, prompt: str) -> Around:
+        """Raises ValueError for a template that puts a pair in another way."""
+        before, query, rest = self._text(*MARKS, prompt).partition(MARKS[0])
+        between, document, behind = rest.partition(MARKS[1])
+        if not (query and document):
+            raise ValueError("it does not put the document behind the query")
+        return Around(before, between, behind)
+
+    def _text(self, query: str, document: str, prompt: str) -> str:
         said = [("system", prompt)] if prompt else []
         said += [("query", query), ("document", document)]
         messages = [{"role": role, "content": self._as_content(text)} for role, text in said]

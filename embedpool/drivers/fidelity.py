@@ -72,7 +72,8 @@ def _of_scores(library: Library, tokenizer: FolderTokenizer) -> Iterator[Probe]:
         if prompt:
             options = ScoreOptions(instruction=prompt)
             yield Probe(f"with the prompt {name!r}", task(pairs, options), library.compute(pairs, prompt=prompt))
-    if limit := _short_limit(tokenizer):
+    (query,) = tokenizer.bare([QUERY])
+    if limit := _short_limit(tokenizer, tokenizer.special_tokens + 3 * len(query)):
         options = ScoreOptions(instruction="", max_seq_length=limit)
         yield Probe(f"of pairs cut to {limit} tokens", task(pairs, options), library.compute(pairs, limit=limit))
     if library.layout.kind == CLASSIFY:
@@ -80,9 +81,9 @@ def _of_scores(library: Library, tokenizer: FolderTokenizer) -> Iterator[Probe]:
         yield Probe("of texts", task(texts, ScoreOptions(instruction="")), library.compute(texts))
 
 
-def _short_limit(tokenizer: FolderTokenizer) -> int | None:
+def _short_limit(tokenizer: FolderTokenizer, least: int = CUT_AT) -> int | None:
     limits = [limit for limit in (tokenizer.max_tokens, tokenizer.default_max_tokens) if limit is not None]
-    return min(*limits, CUT_AT) if limits else None
+    return min(*limits, max(least, CUT_AT)) if limits else None
 
 
 def difference(asked: Iterable[Probe], pipeline: Pipeline, dtype: str) -> str | None:

@@ -14,7 +14,7 @@ from embedpool.drivers.heads import AllTokens, Head
 from embedpool.drivers.library import Library
 from embedpool.drivers.padding import pad
 from embedpool.drivers.tokenizer import FolderTokenizer
-from embedpool.errors import UnsupportedTask
+from embedpool.errors import UnsupportedOption, UnsupportedTask
 from embedpool.tasks.item import Batch, Ids
 from embedpool.tasks.late_chunking import Tokens
 from embedpool.tasks.rows import Rows
@@ -149,6 +149,8 @@ class EncodePipeline(Pipeline):
         if batch.task not in self.tokenizer.tasks[:1]:
             raise UnsupportedTask("this model is run by its library's encode, which gives nothing else")
         options = batch.options
+        if options.get("by_ids"):
+            raise UnsupportedOption("this model is run by its library, which cuts pairs in a way of its own")
         prompt = options.get("prompt", "")
         texts = [(item.parts[0].removeprefix(prompt), *item.parts[1:]) for item in batch.items]
         cuts: list[tuple[int, str] | None] = [None] * len(texts)

@@ -205,7 +205,7 @@ def _ollama_read(document: Any) -> Reading:
 
 def _cohere_rerank_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
     _refuse("cohere", options, "truncate")
-    passed_on = {name: value for name, value in options.items() if name != "query"}
+    passed_on = {name: value for name, value in options.items() if name not in ("query", "instruction")}
     return {**passed_on, "model": model, "query": _query(options), "documents": list(texts)}
 
 
@@ -220,7 +220,7 @@ def _jina_rerank_body(model: str, texts: Sequence[str], options: Mapping[str, An
 def _embedpool_rerank_body(model: str, texts: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
     passed_on = {name: value for name, value in options.items() if name != "query"}
     told = {"on_error": "partial", **passed_on}
-    return {"model": model, "query": _query(options), "documents": list(texts), "options": told}
+    return {"model": model, "query": options.get("query", PROBE_TEXT), "documents": list(texts), "options": told}
 
 
 def _embedpool_rerank_read(document: Any) -> Reading:
@@ -234,7 +234,8 @@ def _tei_rerank_body(model: str, texts: Sequence[str], options: Mapping[str, Any
 
 
 def _query(options: Mapping[str, Any]) -> str:
-    return str(options.get("query", PROBE_TEXT))
+    """The query for a service that knows no instructions."""
+    return f"{options.get('instruction', '')}{options.get('query', PROBE_TEXT)}"
 
 
 def _rerank_read(document: Any, errors: Mapping[int, EmbedpoolError] | None = None) -> Reading:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from tokenizers import normalizers
 from typing_extensions import override
 
 from embedpool.drivers.body import AUTO_ENCODER, NORMALIZE, most_active, no_late_chunking, tasks_of
-from embedpool.drivers.chat_pairs import ChatPairs
+from embedpool.drivers.chat_pairs import ChatPairs, Rendered
 from embedpool.drivers.late_interaction import QUERY, LateInteraction
 from embedpool.drivers.layout import CLASSIFY, SCORING, SPARSE_STATIC, STATIC, Layout, Module
 from embedpool.drivers.model_files import (
@@ -123,13 +124,13 @@ class FolderTokenizer(Tokenizer):
 
     def _score_as(self, layout: Layout, config: dict[str, Any]) -> None:
         """As a model that scores texts or pairs."""
-        self.labels = labels_of(self._folder) if layout.kind == CLASSIFY else ("score",)
+        names = labels_of(self._folder)
+        self.labels = names if layout.kind == CLASSIFY or len(names) == 1 else ("LABEL_0",)
         self.activation = _activation(layout, config)
         if self._chat is None:
             self.template = self._found_template()
             return
         self.told = ("prompt", "limit", "side")
-        self._chat_tail = self._common_end()
         self.special_tokens = len(self.whole([("", "")])[0].ids)
 
     def _treat_as(self, found: LateInteraction, folder: Path) -> None:
@@ -236,26 +237,19 @@ class FolderTokenizer(Tokenizer):
     def whole(self, pairs: Sequence[tuple[str, ...]], prompt: str = "") -> list[Whole]:
         if self._chat is not None:
             said = [self._chat.render(pair[0], pair[-1], prompt) for pair in pairs]
-            return [Whole(ids, None, self._chat_tail) for ids in self.bare(said)]
+            encodings = self._tokenizer.encode_batch([one.text for one in said], add_special_tokens=False)
+            return [_of_chat(found, one) for found, one in zip(encodings, said, strict=True)]
         given = [pair if len(pair) > 1 else pair[0] for pair in pairs]
         return [_as_whole(found) for found in self._tokenizer.encode_batch(given)]
-
-    def _common_end(self) -> int:
-        """How many tokens of the chat template follow every document."""
-        assert self._chat is not None
-        one, other = self.bare([self._chat.render("a", document) for document in ("alpha", "foxtrot")])
-        pairs = zip(reversed(one), reversed(other), strict=False)
-        return next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
 
     def _found_template(self) -> Template | None:
         """What the tokenizer puts around the parts of pairs, if it always joins them so."""
         (first, second), *_ = PAIRS
-        found, a, b = _as_whole(self._tokenizer.encode(first, second)), *self.bare([first, second])
-        middle_at = next((i for i in range(len(found.ids)) if found.ids[i : i + len(a)] == a), -1) + len(a)
-        if found.second is None or middle_at < len(a):
+        found = _as_whole(self._tokenizer.encode(first, second))
+        if not found.typed:
             return None
-        head, middle = found.ids[: middle_at - len(a)], found.ids[middle_at : found.second]
-        template = Template((self._head, self._tail), (head, middle, found.ids[found.second + len(b) :]))
+        head, middle = found.ids[: found.first.start], found.ids[found.first.stop : found.last.start]
+        template = Template((self._head, self._tail), (head, middle, found.ids[found.last.stop :]))
         types = set(self._tokenizer.encode(first, second).type_ids)
         self.second_type = max(types)
         for first, second in PAIRS:
@@ -317,10 +311,28 @@ def _special_names(folder: Path) -> dict[str, str]:
 
 
 def _as_whole(encoding: tokenizers.Encoding) -> Whole:
+    """Of a text alone, or of a pair that the tokenizer has joined."""
     parts = encoding.sequence_ids
-    second = parts.index(1) if 1 in parts else None
-    tail = next((i for i, part in enumerate(reversed(parts)) if part is not None), 0)
-    return Whole(encoding.ids, second, tail)
+    first, last = ([i for i, part in enumerate(parts) if part == which] for which in (0, 1))
+    if last:
+        return Whole(encoding.ids, _those(first), _those(last), typed=True)
+    return Whole(encoding.ids, slice(0, 0), _those(first), typed=False)
+
+
+def _those(places: list[int]) -> slice:
+    """Places in a row."""
+    return slice(places[0], places[-1] + 1) if places else slice(0, 0)
+
+
+def _of_chat(encoding: tokenizers.Encoding, said: Rendered) -> Whole:
+    """A token that holds characters of the template too, and not only a blank, is the template's."""
+    starts = [start + _blanks(said.text, start, stop) for start, stop in encoding.offsets]
+    stops = [stop for _, stop in encoding.offsets]
+    first, last = (
+        slice(begin := bisect.bisect_left(starts, part.start), max(begin, bisect.bisect_right(stops, part.stop)))
+        for part in (said.query, said.document)
+    )
+    return Whole(encoding.ids, first, slice(max(last.start, first.stop), last.stop), typed=False)
 
 
 def _load_tokenizer(folder: Path) -> tokenizers.Tokenizer:

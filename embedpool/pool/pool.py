@@ -71,7 +71,7 @@ class Pool:
         for served in self.models:
             with contextlib.suppress(Forbidden):
                 call.require(served.spec)
-                able += [served.spec.model] if task.name in served.kinds else []
+                able += [served.spec.model] if served.can(task.name) else []
         told = f"models that can: {', '.join(able)}" if able else "no registered model can"
         return UnsupportedTask(f"{error.message}; {told}")
 

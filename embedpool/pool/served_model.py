@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -161,6 +162,14 @@ class ServedModel:
             return self.kinds
         config = self.spec.driver.config
         return [str(config.task)] if config.is_remote else kinds_of(self.tokenizer().tasks)
+
+    def can(self, task: str) -> bool:
+        """Whether it can do a task, found out if need be; false of a model that serves nobody."""
+        if self.state == "failed":
+            return task in self.kinds
+        with contextlib.suppress(EmbedpoolError):
+            return task in self.kinds_at_all()
+        return False
 
     @property
     def width(self) -> int | None:

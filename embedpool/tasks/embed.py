@@ -192,9 +192,12 @@ def _alike(word: str) -> tuple[str, ...]:
 
 
 def group_of(task: str, tokenizer: Tokenizer, outputs: Sequence[str] = (), **facts: str | int | None) -> Group:
-    """Items of one route and of the same outputs share a batch, and of one prompt or limit where the model is told."""
+    """Items of one route and of the same outputs share a batch, and of one prompt or limit where the model is told.
+
+    Those of `by_ids` are for drivers that are fed their token ids, and for no library that tokenises their texts anew.
+    """
     known = {"route": tokenizer.route, "outputs": list(outputs), **facts}
-    options = {name: known[name] for name in ("route", "outputs", *tokenizer.told) if known.get(name)}
+    options = {name: known[name] for name in ("route", "outputs", "by_ids", *tokenizer.told) if known.get(name)}
     return Group(task, json.dumps(options, sort_keys=True) if options else "")
 
 

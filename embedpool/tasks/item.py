@@ -77,6 +77,7 @@ class Keys:
     """Makes the `key` of each item of a group: a hash of all that decides its row inside one model."""
 
     def __init__(self, group: Group) -> None:
+        self.group = group
         self._of_group = hashlib.blake2b(repr(group).encode(), digest_size=KEY_BYTES)
 
     def of(self, ids: Ids | None, *texts: str) -> bytes:

@@ -6,9 +6,10 @@ A query's ids are made once a request, and joined to those of each document by t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,16 +18,16 @@ from typing_extensions import override
 
 from embedpool.config.spec import DriverConfig
 from embedpool.errors import EmbedpoolError, UnsupportedOption
-from embedpool.tasks.embed import group_of, limit_of, slices
+from embedpool.tasks.embed import EmbedOptions, group_of, limit_of, prompt_of, slices
 from embedpool.tasks.item import Group, Item, Keys
 from embedpool.tasks.rows import Rows
 from embedpool.tasks.task import Measured, Task
-from embedpool.tasks.tokenizer import Tokenizer, Whole, estimated_tokens
+from embedpool.tasks.tokenizer import Tokenizer, estimated_tokens
 
 Array = NDArray[Any]
 Parts = tuple[str, ...]  # a query and a document, or one text
 
-OF_LOCAL_MODELS = ("long_documents", "max_seq_length")
+OF_REMOTE_MODELS = ("truncate", "max_tokens_per_doc", "instruction", "on_error")
 SIGMOID, SOFTMAX, IDENTITY = "sigmoid", "softmax", "identity"
 
 
@@ -34,16 +35,26 @@ SIGMOID, SOFTMAX, IDENTITY = "sigmoid", "softmax", "identity"
 class ScoreOptions:
     """Options of one request; None means the model's own setting.
 
-    `truncate` says where a document that is too long is cut: right, left, or error. With `long_documents: chunk` every
-    part of it is scored, and the best counts. `instruction` goes before the query.
+    `truncate` says where a document that is too long is cut: right, left, or error; pairs by themselves are cut at
+    the right. With `long_documents: chunk` every part of it is scored, and the best counts. `instruction`, or
+    the model's prompt of this name, goes before the query.
     """
 
-    truncate: str = "right"
+    truncate: str | None = None
     long_documents: str = "truncate"
     max_tokens_per_doc: int | None = None
     max_seq_length: int | None = None
     instruction: str | None = None
+    prompt_name: str | None = None
     on_error: str = "fail"
+
+
+def require_none_but(kept: Collection[str], options: ScoreOptions, says: str) -> None:
+    """Raises UnsupportedOption for other options than these; `says` tells why."""
+    names = [field.name for field in dataclasses.fields(ScoreOptions) if field.name not in kept]
+    if odd := [name for name in names if getattr(options, name) != getattr(ScoreOptions(), name)]:
+        fields = {f"options.{name}": says for name in odd}
+        raise UnsupportedOption("; ".join(f"{path} {says}" for path in fields), fields=fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +91,8 @@ class Score(Task):
         limit = limit_of(self.options.max_seq_length, config, tokenizer)
         apart = prompt if "prompt" in tokenizer.told else ""
         joiner = _Joiner(tokenizer, limit, self.options, apart)
-        group = group_of(self.name, tokenizer, prompt=apart, limit=limit, side="right")
-        keys = Keys(group)
+        told = functools.partial(group_of, self.name, tokenizer, prompt=apart, limit=limit, side="right")
+        plain, as_ids = Keys(told()), Keys(told(by_ids=True))
         items: list[Item] = []
         truncated: list[int] = []
         refuses = "error" in (self.options.truncate, self.options.long_documents)
@@ -96,10 +107,11 @@ class Score(Task):
                     continue
                 if joined.too_long:
                     truncated.append(i)
+                keys = as_ids if joined.by_ids else plain
                 for piece, found in enumerate(joined.rows):
-                    ids = array("I", found.ids)
-                    key = keys.of(ids, str(found.second))
-                    items.append(Item(parts, len(ids), ids, found.second, group=group, key=key, index=i, piece=piece))
+                    ids = array("I", found)
+                    key, group = keys.of(ids, str(joined.second)), keys.group
+                    items.append(Item(parts, len(ids), ids, joined.second, group=group, key=key, index=i, piece=piece))
         return Measured(items, truncated, {**broken, **self.too_long(too_long)})
 
     @override
@@ -116,22 +128,19 @@ class Score(Task):
         return Rows(np.concatenate([scores, logits], axis=1))
 
     def _prompt(self, config: DriverConfig, tokenizer: Tokenizer) -> str:
-        """What goes before the first part: the instruction, else the model's default prompt."""
-        if self.options.instruction is not None:
-            return self.options.instruction
-        return {**tokenizer.prompts, **config.prompts}.get(tokenizer.default_prompt_name, "")
+        """What goes before the first part: the instruction, else the prompt that is named, or the default one."""
+        named = EmbedOptions(prompt=self.options.instruction, prompt_name=self.options.prompt_name)
+        return prompt_of(named, config, tokenizer)[0]
 
     def _for_a_remote(self) -> list[Item]:
         """A call has one query, so the pairs of each are a group of their own."""
-        asked = {name: getattr(self.options, name) for name in OF_LOCAL_MODELS}
-        if odd := [name for name, value in asked.items() if value != getattr(ScoreOptions(), name)]:
-            fields = {f"options.{name}": "not an option of remote models" for name in odd}
-            raise UnsupportedOption(f"for local models alone: {', '.join(odd)}", fields=fields)
-        instruction = self.options.instruction or ""
+        require_none_but(OF_REMOTE_MODELS, self.options, "is not for a remote model")
         items = []
         for i, parts in enumerate(self.parts):
-            told: dict[str, Any] = {"query": instruction + parts[0]}
-            if self.options.truncate != "right":
+            told: dict[str, Any] = {"query": parts[0]}
+            if self.options.instruction is not None:
+                told["instruction"] = self.options.instruction
+            if self.options.truncate not in (None, "right"):
                 told["truncate"] = self.options.truncate
             if self.options.max_tokens_per_doc is not None:
                 told["max_tokens_per_doc"] = self.options.max_tokens_per_doc
@@ -150,9 +159,18 @@ class Rerank(Score):
 
 @dataclasses.dataclass(frozen=True)
 class Classify(Score):
-    """How well labels fit texts: a number for each label."""
+    """How well labels fit texts: a number for each label. The parts of a text could have labels of their own."""
 
     name: ClassVar = "classify"
+
+    @override
+    def measure(
+        self, config: DriverConfig, tokenizer: Tokenizer, still_wanted: Callable[[], None] = lambda: None
+    ) -> Measured:
+        if self.options.long_documents == "chunk":
+            message = "chunk is for rerankers: no part of a text has all labels"
+            raise UnsupportedOption(f"options.long_documents: {message}", fields={"options.long_documents": message})
+        return super().measure(config, tokenizer, still_wanted)
 
 
 SCORES: Mapping[str, type[Score]] = {task.name: task for task in (Rerank, Classify)}
@@ -189,10 +207,15 @@ def best_first(scores: Array) -> list[int]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Joined:
-    """The rows of one input: one, or one for each part of its document. `too_long` says what was cut, if anything."""
+    """The ids of one input, or of each part of its document; from `second` on they are of the second token type.
 
-    rows: Sequence[Whole]
+    `too_long` says what was cut, if anything. `by_ids`: a library that is given texts would cut them in another way.
+    """
+
+    rows: Sequence[list[int]]
+    second: int | None
     too_long: str = ""
+    by_ids: bool = False
 
 
 class _Joiner:
@@ -210,35 +233,35 @@ class _Joiner:
             return []
         template = self._tokenizer.template
         if template is None:
-            self._require_no_ids_of_documents()
-            return [self._whole(found) for found in self._tokenizer.whole(given, self._prompt)]
+            return [
+                self._joined(
+                    found.ids[: found.first.start],
+                    found.ids[found.first],
+                    found.ids[found.first.stop : found.last.start],
+                    found.ids[found.last],
+                    found.ids[found.last.stop :],
+                    typed=found.typed,
+                )
+                for found in self._tokenizer.whole(given, self._prompt)
+            ]
         new = list(dict.fromkeys(parts[0] for parts in given if len(parts) > 1 and parts[0] not in self._firsts))
         lasts = [parts[-1] for parts in given]
         ids = self._tokenizer.bare([*new, *lasts])
         self._firsts |= dict(zip(new, ids[: len(new)], strict=True))
+        (before, after), (head, middle, tail) = template
         return [
-            self._joined(self._firsts[parts[0]] if len(parts) > 1 else None, last)
+            self._joined(head, self._firsts[parts[0]], middle, last, tail, typed=True)
+            if len(parts) > 1
+            else self._joined(before, [], [], last, after, typed=False)
             for parts, last in zip(given, ids[len(new) :], strict=True)
         ]
 
-    def _require_no_ids_of_documents(self) -> None:
-        """Raises UnsupportedOption for what cannot be done to a pair that the tokenizer has joined."""
-        options = self._options
-        asked = {
-            "long_documents": options.long_documents == "chunk",
-            "truncate": options.truncate == "left",
-            "max_tokens_per_doc": options.max_tokens_per_doc is not None,
-        }
-        if fields := {f"options.{name}": "this model is given pairs whole" for name in asked if asked[name]}:
-            raise UnsupportedOption("; ".join(f"{name}: {says}" for name, says in fields.items()), fields=fields)
-
-    def _joined(self, first: list[int] | None, last: list[int]) -> Joined:
-        template = self._tokenizer.template
-        assert template is not None
-        head, middle, tail = template.pair if first is not None else (template.single[0], [], template.single[1])
-        query = first or []
+    def _joined(
+        self, head: list[int], first: list[int], middle: list[int], last: list[int], tail: list[int], *, typed: bool
+    ) -> Joined:
         specials = len(head) + len(middle) + len(tail)
-        full = specials + len(query) + len(last)
+        full = specials + len(first) + len(last)
+        query = first
         kept = self._cut(last, self._options.max_tokens_per_doc)
         room = None if self._limit is None else max(self._limit - specials, 0)
         if room is not None and len(query) + len(kept) > room:
@@ -247,13 +270,16 @@ class _Joiner:
         else:
             parts = [kept]
         begin = [*head, *query, *middle]
-        second = len(begin) if first is not None else None
-        rows = [Whole([*begin, *part, *tail], second, len(tail)) for part in parts]
-        if len(query) == len(first or ()) and sum(map(len, parts)) == len(last):
-            return Joined(rows)
+        second = len(begin) if typed else None
+        rows = [[*begin, *part, *tail] for part in parts]
+        is_query_whole = len(query) == len(first)
+        by_ids = not (is_query_whole and len(parts) == 1 and parts[0] == last[: len(parts[0])] and kept is last)
+        if is_query_whole and sum(map(len, parts)) == len(last):
+            return Joined(rows, second, by_ids=by_ids)
+        says = f"{full} tokens, the limit is {self._limit}"
         if room is None or full <= room + specials:
-            return Joined(rows, f"{len(last)} tokens, max_tokens_per_doc is {self._options.max_tokens_per_doc}")
-        return Joined(rows, self._says(full))
+            says = f"{len(last)} tokens, max_tokens_per_doc is {self._options.max_tokens_per_doc}"
+        return Joined(rows, second, says, by_ids)
 
     def _parts_of(self, ids: list[int], room: int) -> list[list[int]]:
         if self._options.long_documents != "chunk" or not room:
@@ -264,15 +290,3 @@ class _Joiner:
         if limit is None or len(ids) <= limit:
             return ids
         return ids[len(ids) - limit :] if self._options.truncate == "left" else ids[:limit]
-
-    def _whole(self, found: Whole) -> Joined:
-        """Pairs that the tokenizer has joined end with the document and what follows every document."""
-        limit = self._limit
-        if limit is None or len(found.ids) <= limit:
-            return Joined([found])
-        tail = found.ids[len(found.ids) - found.tail :]
-        cut = Whole([*found.ids[: limit - len(tail)], *tail], found.second, found.tail)
-        return Joined([cut], self._says(len(found.ids)))
-
-    def _says(self, tokens: int) -> str:
-        return f"{tokens} tokens, the limit is {self._limit}"

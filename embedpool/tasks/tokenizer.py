@@ -34,14 +34,15 @@ class Template(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """All ids of an input, special ones included; from `second` on they are the second part's, if it has two.
+    """All ids of an input, special ones included, and which of them are those of its first part and of its last.
 
-    The last `tail` of them follow every document.
+    What stands around them is the template's. `typed` says whether the last part has a token type of its own.
     """
 
     ids: list[int]
-    second: int | None
-    tail: int
+    first: slice
+    last: slice
+    typed: bool
 
 
 class Tokenizer(abc.ABC):

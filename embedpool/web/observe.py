@@ -101,7 +101,8 @@ def all_models(pool: Pool, owner: str = "embedpool") -> Response:
 
 def _as_cohere(served: ServedModel, name: str) -> dict[str, Any]:
     context = served.known_max_tokens()
-    return {"name": name, "endpoints": ["embed"], "finetuned": False, "context_length": context, "features": []}
+    endpoints = [kind for kind in served.kinds if kind in ("rerank", "classify")] or ["embed"]
+    return {"name": name, "endpoints": endpoints, "finetuned": False, "context_length": context, "features": []}
 
 
 def one_model(pool: Pool, name: str, owner: str = "embedpool") -> Response:

@@ -14,12 +14,23 @@ from marshmallow import fields, validate
 
 from embedpool.config.fields import StrictBoolean, StrictInteger, StrictSchema
 from embedpool.config.settings import Limits, Settings
-from embedpool.errors import EmbedpoolError, InvalidRequest, UnsupportedOption, as_document
+from embedpool.errors import EmbedpoolError, InvalidRequest, as_document
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
+from embedpool.tasks.by_vectors import Cosine, MaxSim
 from embedpool.tasks.embed import EmbedOptions
 from embedpool.tasks.multivector import MultiVector
-from embedpool.tasks.score import SOFTMAX, Classify, Parts, Rerank, ScoreOptions, activated, best_first, scores_of
+from embedpool.tasks.score import (
+    SOFTMAX,
+    Classify,
+    Parts,
+    Rerank,
+    ScoreOptions,
+    activated,
+    best_first,
+    require_none_but,
+    scores_of,
+)
 from embedpool.web import submit
 from embedpool.web.body import read_document
 from embedpool.web.compat import CompatSchema, YesOrNo, known
@@ -28,6 +39,7 @@ from embedpool.web.encoding import errors_of, json_response, timing
 from embedpool.web.http_request import here
 from embedpool.web.schemas import TEXT_OR_TEXTS, check_texts, load
 
+WAYS = (MaxSim, Cosine)  # of POST /score
 NO_MODEL = ("default/not-specified",)  # as infinity's client says it
 
 
@@ -40,6 +52,7 @@ class ScoreOptionsSchema(StrictSchema):
     max_tokens_per_doc = StrictInteger(validate=validate.Range(min=1))
     max_seq_length = StrictInteger(validate=validate.Range(min=1))
     instruction = fields.String()
+    prompt_name = fields.String()
     on_error = fields.String(validate=validate.OneOf(("fail", "partial")))
 
 
@@ -56,6 +69,7 @@ class CommonScoreOptions(CompatSchema):
     instruction = fields.String()
     instruct = fields.String()  # SGLang
     prompt = fields.String()
+    prompt_name = fields.String()
 
 
 class RerankSchema(CommonScoreOptions):
@@ -121,7 +135,9 @@ def blueprint(pool: Pool, settings: Settings) -> Blueprint:
     def classify() -> Response:
         body, result, labels = _classified(pool, limits)
         data = [row if row is None else _by_score(row, labels) for row in chosen(body, result)]
-        return json_response({"object": "classify", "data": data, **failures(body, result), **_beside(result)})
+        return json_response(
+            {"object": "classify", "data": data, **failures(body, result), **_beside(result, len(data))}
+        )
 
     @routes.post("/v1/classify")
     def classify_v1() -> Response:
@@ -138,7 +154,7 @@ def blueprint(pool: Pool, settings: Settings) -> Blueprint:
             }
             for i, row in enumerate(chosen(body, result))
         ]
-        return json_response({"object": "list", "data": data, **failures(body, result), **_beside(result)})
+        return json_response({"object": "list", "data": data, **failures(body, result), **_beside(result, len(data))})
 
     return routes
 
@@ -151,9 +167,12 @@ def score_options(body: Mapping[str, Any]) -> ScoreOptions:
     for name, meant in (("max_tokens_per_doc",) * 2, ("truncate_prompt_tokens", "max_seq_length")):
         if body.get(name, 0) > 0:
             found[meant] = body[name]
-    for name in ("instruction", "instruct", "prompt"):
+    for name, meant in (
+        *((word, "instruction") for word in ("instruction", "instruct", "prompt")),
+        ("prompt_name",) * 2,
+    ):
         if name in body:
-            found["instruction"] = body[name]
+            found[meant] = body[name]
     return ScoreOptions(**{**found, **{name: value for name, value in body["options"].items() if name != "raw_scores"}})
 
 
@@ -230,9 +249,9 @@ def the_model(pool: Pool, name: str | None, task: str) -> str:
     if name and name not in NO_MODEL:
         return known(pool, name)
     visible = here().caller.visible(pool)
-    able = [served.spec.model for served in visible if task in served.kinds]
+    able = [served.spec.model for served in visible if served.can(task)]
     if not able and task == Rerank.name:
-        able = [served.spec.model for served in visible if MultiVector.name in served.kinds]
+        able = [served.spec.model for served in visible if served.can(MultiVector.name)]
     if len(able) == 1:
         return able[0]
     says = f"name one of {', '.join(able)}" if able else f"no registered model can {task}"
@@ -249,8 +268,14 @@ def cohere_tokens(result: Result) -> dict[str, int]:
     return {"input_tokens": result.tokens, "output_tokens": 0}
 
 
-def _beside(result: Result) -> dict[str, Any]:
-    return {"id": here().id, "model": result.model, "created": int(time.time()), "usage": usage(result)}
+def _beside(result: Result, count: int, **meta: Any) -> dict[str, Any]:
+    return {
+        "id": here().id,
+        "model": result.model,
+        "created": int(time.time()),
+        "usage": usage(result),
+        "meta": {"count": count, **timing(result), **meta},
+    }
 
 
 # --- scoring pairs
@@ -263,17 +288,13 @@ def _scored(pool: Pool, limits: Limits) -> Response:
     pairs = _pairs(first, second)
     check_texts([second for _, second in pairs], limits, path)
     name = the_model(pool, body.get("model"), Rerank.name)
-    kinds = pool.find(name).kinds
-    if "embed" in kinds and not {Rerank.name, MultiVector.name} & set(kinds):
-        result, scores = _cosines(pool, name, pairs, body["options"])
-        scoring = {"scoring": "cosine"}
-    else:
-        result = submit.score(here(), pool, name, Rerank(pairs, score_options(body), path))
-        scores = [row if row is None else row[0] for row in chosen(body, result)]
-        scoring = {"scoring": "maxsim"} if submit.scores_by_tokens(pool, name) else {}
+    result = submit.score(here(), pool, name, Rerank(pairs, score_options(body), path), also=WAYS)
+    way = submit.way_of(pool, name, WAYS)
+    scoring = {"scoring": way.scoring} if way else {}
+    scores = [row if row is None else row[0] for row in chosen(body, result)]
     data = [{"index": i, "object": "score", "score": score, "relevance_score": score} for i, score in enumerate(scores)]
-    meta = {"count": len(pairs), **timing(result), **scoring}
-    return json_response({"object": "list", "data": data, **failures(body, result), **_beside(result), "meta": meta})
+    beside = _beside(result, len(pairs), **scoring)
+    return json_response({"object": "list", "data": data, **failures(body, result), **beside})
 
 
 SIDES = (("queries", "documents"), ("queries", "items"), ("text_1", "text_2"), ("data_1", "data_2"))
@@ -299,28 +320,13 @@ def _pairs(first: list[str], second: list[str]) -> list[Parts]:
     return list(zip(first, second, strict=True))
 
 
-def _cosines(pool: Pool, name: str, pairs: Sequence[Parts], options: Mapping[str, Any]) -> tuple[Result, Any]:
-    """Of the vectors of both sides."""
-    texts = [part for pair in pairs for part in pair]
-    result = submit.embed(here(), pool, name, texts, _of_an_embedder(options), forms=())
-    return result, (result.vectors[::2] * result.vectors[1::2]).sum(axis=1)
-
-
-def _of_an_embedder(options: Mapping[str, Any]) -> EmbedOptions:
-    """Those of the vectors whose cosines are wanted. Raises UnsupportedOption for what pairs alone can have."""
-    kept = {name: options[name] for name in ("truncate", "max_seq_length") if name in options}
-    if fields := {f"options.{name}": "not an option of a model that gives vectors" for name in options.keys() - kept}:
-        raise UnsupportedOption(f"an embedder gives cosines, without {', '.join(sorted(fields))}", fields=fields)
-    return EmbedOptions(normalize=True, dtype="float32", **kept)
-
-
 # --- classifying
 
 
 def _classified(
     pool: Pool, limits: Limits, document: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], Result, list[str]]:
-    """The body, its result, and the labels. Also of a reranker, which has one."""
+    """The body, its result, and the labels."""
     body = load(ClassifySchema, document or read_document(here(), limits, whatever_type=True))
     texts = _inputs(body["input"], limits)
     name = the_model(pool, body.get("model"), Classify.name)
@@ -347,7 +353,7 @@ def _among_labels(pool: Pool, limits: Limits, body: Mapping[str, Any]) -> Respon
     """Jina's classification without training: the softmax of an embedder's cosines to the labels."""
     texts, labels = _inputs(body["input"], limits), check_texts(body["labels"], limits, "labels")
     name = the_model(pool, body.get("model"), "embed")
-    result = submit.embed(here(), pool, name, [*texts, *labels], _of_an_embedder(body["options"]), forms=())
+    result = submit.embed(here(), pool, name, [*texts, *labels], _of_vectors(score_options(body)), forms=())
     cosines = result.vectors[: len(texts)] @ result.vectors[len(texts) :].T
     data = []
     for i, row in enumerate(activated(cosines, SOFTMAX)):
@@ -361,7 +367,15 @@ def _among_labels(pool: Pool, limits: Limits, body: Mapping[str, Any]) -> Respon
                 "predictions": [{"label": one, "score": score} for one, score in zip(labels, row, strict=True)],
             }
         )
-    return json_response({"data": data, **_beside(result)})
+    return json_response({"data": data, **_beside(result, len(texts))})
+
+
+def _of_vectors(options: ScoreOptions) -> EmbedOptions:
+    """Of texts and labels. Raises UnsupportedOption for what pairs alone can have."""
+    require_none_but(("truncate", "max_seq_length"), options, "is not for a choice among labels")
+    return EmbedOptions(
+        normalize=True, dtype="float32", truncate=options.truncate, max_seq_length=options.max_seq_length
+    )
 
 
 def shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], int]:

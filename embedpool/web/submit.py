@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from embedpool.errors import AnswerTooLarge, UnsupportedOption
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call, Result
+from embedpool.tasks.by_vectors import ByVectors, MaxSim
 from embedpool.tasks.embed import EmbedOptions
 from embedpool.tasks.hybrid import output_of, task_for
 from embedpool.tasks.late_chunking import LateChunking, Tokens
-from embedpool.tasks.multivector import MaxSim, MultiVector
 from embedpool.tasks.score import Rerank, Score
 from embedpool.tasks.task import Task
 from embedpool.web.encoding import NUMBER_BYTES, Names
@@ -77,21 +77,22 @@ def names_of(http: HttpRequest, pool: Pool, model: str, wanted: Sequence[str]) -
     return tokenizer.names
 
 
-def score(http: HttpRequest, pool: Pool, model: str, task: Score) -> Result:
-    """Scores of pairs or texts; a multi-vector model gives them by the vectors of tokens."""
+def score(
+    http: HttpRequest, pool: Pool, model: str, task: Score, *, also: Sequence[type[ByVectors]] = (MaxSim,)
+) -> Result:
+    """Scores of pairs or texts; where a model gives vectors alone, by them if that is one of the ways in `also`."""
     http.words.setdefault("documents", task.path)
     if isinstance(task, Rerank):
         http.caller.require(pool, model)
-        if scores_by_tokens(pool, model):
-            http.words.setdefault("texts", task.path)
-            task = MaxSim(task.parts, task.options, task.path)
+        if way := way_of(pool, model, also):
+            task = way(task.parts, task.options, task.path)
     return submit(http, pool, model, task, call_of(http, pool))
 
 
-def scores_by_tokens(pool: Pool, model: str) -> bool:
-    """Whether a model scores pairs by its vectors of tokens."""
+def way_of(pool: Pool, model: str, ways: Sequence[type[ByVectors]] = (MaxSim,)) -> type[ByVectors] | None:
+    """The first of these ways in which the model can score pairs by vectors; None of one that reads pairs."""
     kinds = pool.find(model).kinds_at_all()
-    return MultiVector.name in kinds and Rerank.name not in kinds
+    return None if Rerank.name in kinds else next((way for way in ways if way.name in kinds), None)
 
 
 def late_chunks(

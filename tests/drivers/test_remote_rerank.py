@@ -61,6 +61,20 @@ def test_scores_come_back_in_the_order_of_the_documents(
     driver.probe()
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_an_instruction_is_for_services_that_know_it(
+    remote: Remote, opened: Callable[..., HttpDriver], protocol: str
+) -> None:
+    """Another embedpool puts it where its model has it, in the place of its default prompt; others get it as text."""
+    run(opened(protocol=protocol), "a", instruction="find: ")
+    (seen,) = remote.seen
+    if protocol == "embedpool":
+        assert (seen.body["query"], seen.body["options"]["instruction"]) == ("q", "find: ")
+    else:
+        assert seen.body["query"] == "find: q"
+        assert "instruction" not in seen.body
+
+
 @pytest.mark.parametrize(
     "results",
     [

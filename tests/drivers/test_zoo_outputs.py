@@ -17,10 +17,10 @@ import pytest
 from embedpool.errors import InvalidRequest, UnsupportedOption, UnsupportedTask
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call, Result
+from embedpool.tasks.by_vectors import MaxSim
 from embedpool.tasks.embed import EmbedOptions
 from embedpool.tasks.hybrid import task_for
 from embedpool.tasks.late_chunking import Chunking, LateChunking, Tokens
-from embedpool.tasks.multivector import MaxSim
 from embedpool.tasks.rows import Rows
 from embedpool.tasks.score import ScoreOptions
 from embedpool.tasks.task import Task

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedpool.errors import TextTooLong, UnsupportedOption, UnsupportedTask
+from embedpool.errors import TextTooLong, UnsupportedTask
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call, Result
 from embedpool.tasks.embed import Embed
-from embedpool.tasks.score import SCORES, ScoreOptions, activated
+from embedpool.tasks.score import SCORES, ScoreOptions
 from tests.drivers.conftest import serving
 from tests.zoo import ZOO, Animal
 
@@ -32,6 +32,7 @@ DOCUMENTS = (
     "pool embed server model token vector short long texts programs " * 3,
 )
 LONG = "pool embed server model token vector short long texts programs: " * 60
+ROUNDING = 2e-5  # of logits near zero, in float32
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # older transformers use it
 
 
@@ -56,12 +57,24 @@ class Served:
         return np.asarray(found).reshape(len(pairs), -1)
 
     def require(self, parts: Sequence[tuple[str, ...]], expected: np.ndarray, **options: Any) -> None:
-        """These are the logits of the parts, and the scores are made of them once."""
+        """These are the logits of the parts, and the scores are made of them once, as torch does it."""
+        import torch
+
         rows = self.ask(parts, **options).vectors
         labels = rows.shape[1] // 2
-        np.testing.assert_allclose(rows[:, labels:], expected, rtol=1e-4, atol=1e-4)
-        activation = self.pool.models[0].tokenizer().activation
-        np.testing.assert_allclose(rows[:, :labels], activated(expected, activation), atol=1e-5)
+        np.testing.assert_allclose(rows[:, labels:], expected, rtol=1e-4, atol=ROUNDING)
+        activation = {"sigmoid": torch.nn.Sigmoid(), "softmax": torch.nn.Softmax(dim=-1)}
+        scores = activation[self.pool.models[0].tokenizer().activation](torch.tensor(expected))
+        np.testing.assert_allclose(rows[:, :labels], scores, atol=1e-5)
+
+    def logits_of_ids(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """Those of a language model, which the library does not cut."""
+        import torch
+
+        first, last = self.model[0], self.model[-1]
+        with torch.inference_mode():
+            found = [first.model(input_ids=torch.tensor([list(ids)])).logits[:, -1:] for ids in rows]
+            return np.array([last({last.module_input_name: one})["scores"].numpy()[0] for one in found])
 
 
 @pytest.fixture(scope="module", params=[(n, r) for n in SCORING for r in RUNTIMES], ids=lambda p: f"{p[0]}-{p[1]}")
@@ -92,11 +105,9 @@ def test_pairs_of_many_callers_share_batches(served: Served) -> None:
     """Sixteen callers at once, each with its own query, get their own scores."""
     queries = [f"{QUERY} {i}" * (1 + i % 3) for i in range(16)]
     with ThreadPoolExecutor(16) as threads:
-        found = list(threads.map(lambda q: served.ask(pairs_of(*DOCUMENTS, query=q), instruction=""), queries))
-    for query, result in zip(queries, found, strict=True):
-        expected = served.logits(pairs_of(*DOCUMENTS, query=query), prompt="")
-        got = result.vectors[:, expected.shape[1] :]
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+        asked = [pairs_of(*DOCUMENTS, LONG, query=query) for query in queries]
+        expected = [served.logits(pairs, prompt="") for pairs in asked]
+        list(threads.map(lambda both: served.require(*both, instruction=""), zip(asked, expected, strict=True)))
 
 
 def test_a_long_document_is_cut(served: Served) -> None:
@@ -111,12 +122,13 @@ def test_a_long_document_is_cut(served: Served) -> None:
 
 def test_the_document_is_cut_and_the_query_stays(served: Served) -> None:
     """On either side, and to fewer tokens than the model's own; `max_tokens_per_doc` counts the document's alone."""
-    if served.animal.causal:
-        return
     tokenizer = served.pool.models[0].tokenizer()
-    query, document = tokenizer.bare([QUERY, LONG])
-    assert tokenizer.template is not None
-    head, middle, tail = tokenizer.template.pair
+    (whole,) = tokenizer.whole([(QUERY, LONG)])
+    query, document = whole.ids[whole.first], whole.ids[whole.last]
+    alone = tokenizer.bare([LONG])[0]
+    assert served.model.tokenizer.decode(document).split() == served.model.tokenizer.decode(alone).split()
+    head, middle = whole.ids[: whole.first.start], whole.ids[whole.first.stop : whole.last.start]
+    tail = whole.ids[whole.last.stop :]
     limit = 2 * len(query) + 24  # else the query would take more than half
     room = limit - len(query) - len(head) - len(middle) - len(tail)
     kept = {"right": document[:room], "left": document[-room:]}
@@ -125,6 +137,15 @@ def test_the_document_is_cut_and_the_query_stays(served: Served) -> None:
         assert list(item.ids) == [*head, *query, *middle, *part, *tail]
     (item,) = _items(served, pairs_of(LONG), max_tokens_per_doc=5)
     assert list(item.ids) == [*head, *query, *middle, *document[:5], *tail]
+    (item,) = _items(served, pairs_of(LONG, query=LONG), max_seq_length=limit)
+    room = limit - len(head) - len(middle) - len(tail)
+    (other,) = tokenizer.whole([(LONG, LONG)])
+    first, last = other.ids[other.first], other.ids[other.last]
+    assert list(item.ids) == [*head, *first[: room // 2], *middle, *last[: room - room // 2], *tail]
+    if served.animal.causal:
+        rows = [[*head, *query, *middle, *part, *tail] for part in kept.values()]
+        for side, row in zip(kept, served.logits_of_ids(rows), strict=True):
+            served.require(pairs_of(LONG), row[None], max_seq_length=limit, truncate=side, instruction="")
 
 
 def _items(served: Served, pairs: Sequence[tuple[str, ...]], **options: Any) -> Any:
@@ -137,18 +158,17 @@ def test_the_best_part_of_a_long_document(served: Served) -> None:
     """`long_documents: chunk` gives the greatest logit of all parts, and reports what was too long."""
     (model,) = served.pool.models
     pairs = pairs_of(LONG, DOCUMENTS[0])
-    if served.animal.causal:
-        with pytest.raises(UnsupportedOption, match="given pairs whole"):
-            served.ask(pairs, long_documents="chunk")
-        return
     result = served.ask(pairs, long_documents="chunk", instruction="")
     items = _items(served, pairs, long_documents="chunk")
     assert sum(item.index == 0 for item in items) > 1
     labels = result.vectors.shape[1] // 2
-    parts = [served.model.tokenizer.decode(item.ids[item.second : -1]) for item in items if item.index == 0]
     assert result.truncated == []
     assert result.tokens == sum(len(item.ids) for item in items)
-    if served.animal.kind == "rerank" and "roberta" not in served.animal.name:
+    if served.animal.causal:
+        best = served.logits_of_ids([item.ids for item in items if item.index == 0]).max()
+        np.testing.assert_allclose(result.vectors[0, labels:], best, rtol=1e-4, atol=ROUNDING)
+    elif served.animal.kind == "rerank" and "roberta" not in served.animal.name:
+        parts = [served.model.tokenizer.decode(item.ids[item.second : -1]) for item in items if item.index == 0]
         best = served.logits(pairs_of(*parts), prompt="").max()
         np.testing.assert_allclose(result.vectors[0, labels:], best, rtol=1e-3, atol=1e-3)
     assert model.kinds == [served.animal.kind]
@@ -174,7 +194,7 @@ def test_a_classifier_takes_texts(served: Served) -> None:
         expected = model(**given).logits.numpy()
     served.require([(text,) for text in DOCUMENTS], expected, instruction="")
     labels = list(served.pool.models[0].tokenizer().labels)
-    assert labels == (["score"] if served.animal.kind == "rerank" else [f"kind {i}" for i in range(3)])
+    assert labels == (["LABEL_0"] if served.animal.kind == "rerank" else [f"kind {i}" for i in range(3)])
 
 
 def test_what_it_cannot_do_is_told(served: Served) -> None:

@@ -29,7 +29,12 @@ class Joins(FakeTokenizer):
     template = None
 
     def whole(self, pairs: Any, prompt: str = "") -> list[Whole]:
-        return [Whole([START, *self.bare([" ".join(pair)])[0], END, END], None, 2) for pair in pairs]
+        return [self._whole(*self.bare(pair)) for pair in pairs]
+
+    def _whole(self, query: list[int], document: list[int]) -> Whole:
+        middle = 1 + len(query)
+        ids = [START, *query, *document, END, END]
+        return Whole(ids, slice(1, middle), slice(middle, len(ids) - 2), typed=False)
 
 
 def measured(*parts: Parts, tokenizer: Tokenizer = TOKENIZER, config: Any = None, **options: Any) -> Measured:
@@ -152,16 +157,46 @@ def test_an_instruction_goes_before_the_query() -> None:
         assert item.parts == (query, "b")
     config = FakeConfig(task="rerank", prompts={"web": "new: "})
     assert measured(("a", "b"), tokenizer=Prompted("rerank"), config=config).items[0].parts == ("new: a", "b")
+    config = FakeConfig(task="rerank", prompts={"other": "else: "})
+    named = measured(("a", "b"), tokenizer=Prompted("rerank"), config=config, prompt_name="other")
+    assert named.items[0].parts == ("else: a", "b")
+    with pytest.raises(InvalidRequest, match="no prompt 'none'; known: other, web"):
+        measured(("a", "b"), tokenizer=Prompted("rerank"), config=config, prompt_name="none")
 
 
 def test_pairs_that_must_be_given_whole() -> None:
-    """Are cut before what follows every document; what needs a document's own ids is refused."""
-    found = measured(("a", "b c d e"), tokenizer=Joins("rerank"), max_seq_length=6)
-    assert list(found.items[0].ids) == [START, *bare("a b c"), END, END]
-    assert found.truncated == [0]
-    for option in ({"long_documents": "chunk"}, {"truncate": "left"}, {"max_tokens_per_doc": 5}):
-        with pytest.raises(UnsupportedOption, match=f"{next(iter(option))}: this model is given pairs whole"):
-            measured(("a", "b"), tokenizer=Joins("rerank"), **option)
+    """Are cut in the document, as others are, and the query only where it would take more than half."""
+
+    def cut(query: str, document: str, **options: Any) -> list[list[int]]:
+        found = measured((query, document), tokenizer=Joins("rerank"), **options)
+        assert found.truncated == ([] if options.get("long_documents") == "chunk" else [0])
+        assert {item.second for item in found.items} == {None}
+        return [list(item.ids) for item in found.items]
+
+    def joined(*texts: str) -> list[list[int]]:
+        return [[START, *bare(text), END, END] for text in texts]
+
+    assert cut("a", "b c d e", max_seq_length=6) == joined("a b c")
+    assert cut("a", "b c d e", max_seq_length=6, truncate="left") == joined("a d e")
+    assert cut("a", "b c d e", max_seq_length=6, long_documents="chunk") == joined("a b c", "a d e")
+    assert cut("a", "b c d e", max_tokens_per_doc=3) == joined("a b c d")
+    assert cut("a b c d e", "f g h", max_seq_length=7) == joined("a b f g")
+
+
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, Joins("rerank")], ids=["joined", "whole"])
+def test_a_library_that_would_cut_in_another_way_is_not_asked(tokenizer: Tokenizer) -> None:
+    """Items that must be run by their ids are of a group of their own, which says so."""
+
+    def by_ids(query: str, document: str, **options: Any) -> set[bool]:
+        items = measured((query, document), tokenizer=tokenizer, **options).items
+        return {"by_ids" in item.group.options for item in items}
+
+    limit = {"max_seq_length": 7}
+    assert by_ids("a", "b") == by_ids("a", "b c d e f g h", **limit) == {False}
+    assert by_ids("a", "b", truncate="left") == by_ids("a", "b", long_documents="chunk") == {False}
+    for options in ({"truncate": "left"}, {"long_documents": "chunk"}, {"max_tokens_per_doc": 2}):
+        assert by_ids("a", "b c d e f g h", **limit, **options) == {True}
+    assert by_ids("a b c d e f", "g h i j k l", **limit) == {True}
 
 
 def test_half_a_character_is_named() -> None:
@@ -186,7 +221,7 @@ def test_a_remote_service_gets_the_pairs() -> None:
     assert left.group == ("rerank", '{"query": "a", "truncate": "left"}')
     told = {"truncate": "error", "instruction": "is: "}
     (other,) = measured(("a", "b"), tokenizer=RemoteTokenizer("rerank"), config=config, **told).items
-    assert other.group == ("rerank", '{"query": "is: a", "truncate": "error"}')
+    assert other.group == ("rerank", '{"instruction": "is: ", "query": "a", "truncate": "error"}')
     (bounded,) = measured(("a", "b"), tokenizer=RemoteTokenizer("rerank"), config=config, max_tokens_per_doc=3).items
     assert bounded.group == ("rerank", '{"max_tokens_per_doc": 3, "query": "a"}')
     for option in ({"long_documents": "chunk"}, {"max_seq_length": 9}):

@@ -14,6 +14,7 @@ from tests.web.conftest import MakeWeb, Web
 RERANKER = "model: rr, alias: r, driver: {type: fake, config: {task: rerank}}"
 CLASSIFIER = "model: cl, driver: {type: fake, config: {task: classify}}"
 EMBEDDER = "model: em"
+KINDS = {"rr": "rerank", "cl": "classify", "em": "embed"}
 QUERY = "red fox"
 DOCUMENTS = ["blue", "a red fox", "the fox", "", "a red fox"]
 BEST_FIRST = [1, 4, 2, 3, 0]
@@ -138,7 +139,8 @@ def test_tei(web: Web) -> None:
     assert answer.json[0]["score"] > 1
     assert "x-compute-tokens" in answer.headers
     answer = web.post("/tei/em/rerank", given)
-    assert (answer.status_code, answer.json["error_type"]) == (422, "Validation")
+    assert (answer.status_code, answer.json["error_type"]) == (424, "Backend")
+    assert "models that can: rr" in answer.json["error"]
     assert web.post("/tei/rr/rerank", {**given, "texts": []}).json["error_type"] == "Empty"
     assert list(web.get("/tei/rr/info").json["model_type"]) == ["reranker"]
     assert web.get("/tei/cl/info").json["model_type"]["classifier"]["id2label"]["2"] == "label 2"
@@ -188,9 +190,47 @@ def test_an_embedder_scores_with_options_of_its_own(web: Web) -> None:
     refused(web.post("/score", {**given, "options": {"truncate": "error"}}), 422, "text_too_long")
     asked = {"model": "em", "input": "a", "labels": ["x", "w " * 600], "options": {"truncate": "error"}}
     refused(web.post("/v1/classify", asked), 400, "text_too_long")
-    for option in ({"long_documents": "chunk"}, {"raw_scores": True}, {"on_error": "partial"}):
-        error = refused(web.post("/score", {**given, "options": option}), 422, "unsupported_option")
-        assert list(error["fields"]) == [f"options.{name}" for name in option]
+    for option in ({"long_documents": "chunk"}, {"instruction": "find: "}, {"max_tokens_per_doc": 9}):
+        for body in ({"options": option}, *([] if "long_documents" in option else [option])):
+            error = refused(web.post("/score", {**given, **body}), 422, "unsupported_option")
+            assert list(error["fields"]) == [f"options.{name}" for name in option]
+    refused(web.post("/score", {**given, "truncation": False}), 422, "text_too_long")
+
+
+def test_an_embedder_names_the_pairs_that_were_cut(web: Web) -> None:
+    """By their own numbers: the second document, or each pair of a query that is too long."""
+    long = "w " * 600
+    for queries, documents, cut in (
+        ("a", ["a", long], [1]),
+        (["a", long, "b"], ["a"] * 3, [1]),
+        (long, ["a", "b"], [0, 1]),
+    ):
+        answer = web.post("/score", {"model": "em", "queries": queries, "documents": documents})
+        assert answer.json["meta"]["truncated"] == cut
+        assert answer.headers["X-Embedpool-Truncated-Texts"] == ",".join(map(str, cut))
+    options = {"truncate": "error", "on_error": "partial"}
+    answer = web.post("/score", {"model": "em", "queries": "a", "documents": ["a", long], "options": options}).json
+    assert [entry["score"] is None for entry in answer["data"]] == [False, True]
+    assert [(error["index"], error["code"]) for error in answer["errors"]] == [(1, "text_too_long")]
+
+
+def test_what_a_model_can_do_is_found_out(make_web: MakeWeb) -> None:
+    """Of one that nobody has asked yet, and that is loaded on demand."""
+    asleep = "driver: {{type: fake, config: {{task: {}}}}}, scaling: {{min: 0}}"
+
+    def fresh() -> Web:
+        return make_web(*(f"model: {name}, {asleep.format(task)}" for name, task in KINDS.items()))
+
+    given = {"query": QUERY, "documents": DOCUMENTS}
+    assert order(fresh().post("/rerank", given).json["results"]) == BEST_FIRST
+    assert order(fresh().post("/rerank", {"query": QUERY, "texts": DOCUMENTS}).json) == BEST_FIRST
+    assert list(fresh().get("/tei/rr/info").json["model_type"]) == ["reranker"]
+    assert list(fresh().get("/tei/cl/info").json["model_type"]) == ["classifier"]
+    assert len(fresh().post("/tei/rr/predict", {"inputs": ["a", "b"]}).json) == 1
+    assert len(fresh().post("/tei/cl", {"inputs": "a"}).json) == 3
+    assert "scoring" not in fresh().post("/score", {"model": "rr", "queries": "a", "documents": "a"}).json["meta"]
+    error = refused(fresh().post("/embed", {"model": "rr", "texts": ["a"]}), 422, "unsupported_task")
+    assert error["message"].endswith("models that can: em")
 
 
 def test_a_document_that_fails_may_leave_the_others(make_web: MakeWeb) -> None:
@@ -229,7 +269,9 @@ def test_a_text_without_labels_may_leave_the_others(make_web: MakeWeb) -> None:
 def test_classify(web: Web) -> None:
     """infinity's answer at the root, vLLM's below /v1: the same numbers."""
     texts = ["a", "b"]
-    infinitys = web.post("/classify", {"model": "cl", "input": texts}).json["data"]
+    answer = web.post("/classify", {"model": "cl", "input": texts}).json
+    assert (answer["meta"]["count"], answer["meta"]["tokens"]) == (2, answer["usage"]["total_tokens"])
+    infinitys = answer["data"]
     vllms = web.post("/v1/classify", {"model": "cl", "input": texts}).json["data"]
     assert web.post("/v1/classify", {"model": "cl", "input": "a"}).json["data"][0]["probs"] == vllms[0]["probs"]
     for one, other in zip(infinitys, vllms, strict=True):
@@ -238,6 +280,13 @@ def test_classify(web: Web) -> None:
         assert (other["num_classes"], len(one)) == (3, 3)
     raw = web.post("/classify", {"model": "cl", "input": texts, "options": {"raw_scores": True}}).json["data"]
     assert sum(entry["score"] for entry in raw[0]) != pytest.approx(1, abs=0.01)
+
+
+def test_no_part_of_a_text_has_all_labels(web: Web) -> None:
+    """So there is no best one."""
+    asked = {"model": "cl", "input": ["a"], "options": {"long_documents": "chunk"}}
+    error = refused(web.post("/classify", asked), 422, "unsupported_option")
+    assert list(error["fields"]) == ["options.long_documents"]
 
 
 def test_classify_among_labels(web: Web) -> None:
@@ -268,6 +317,7 @@ def test_options_are_checked_strictly(web: Web) -> None:
     answer = web.post("/rerank", body(documents=["a", *long]))
     assert answer.json["meta"]["truncated"] == [1]
     assert answer.headers["X-Embedpool-Truncated-Texts"] == "1"
+    refused(web.post("/rerank", body(prompt_name="none")), 422, "validation_error")
     for word in ("instruction", "instruct", "prompt"):
         asked = web.post("/rerank", body(**{word: "blue "})).json["usage"]["total_tokens"]
         assert asked == web.post("/rerank", body()).json["usage"]["total_tokens"] + len(DOCUMENTS)
@@ -292,6 +342,8 @@ def test_the_client(web: Web) -> None:
     scores = client.score([QUERY], DOCUMENTS, model="rr")
     assert scores[1] == np.float32(ranked[0].score)
     assert [max(found, key=found.__getitem__) for found in client.classify(["a"], model="cl")] == ["label 1"]
+    cut = {"max_seq_length": 8, "truncate": "error", "on_error": "partial"}
+    assert [len(found) for found in client.classify(["a", "w " * 9], model="cl", **cut)] == [3, 0]
 
 
 @pytest.fixture

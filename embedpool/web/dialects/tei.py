@@ -17,6 +17,7 @@ from embedpool.errors import (
     InvalidRequest,
     ModelFailed,
     TooManyTexts,
+    UnsupportedTask,
     half_a_character,
     with_half_a_character,
 )
@@ -123,7 +124,7 @@ def _default(pool: Pool, settings: Settings, task: str = "") -> str:
     Raises InvalidRequest and Forbidden.
     """
     enabled = [served for served in here().caller.visible(pool) if served.spec.enabled]
-    able = [served.spec.model for served in enabled if not task or task in served.kinds]
+    able = [served.spec.model for served in enabled if not task or served.can(task)]
     if settings.tei.default_model and (not task or settings.tei.default_model in able):
         name = known(pool, settings.tei.default_model)
     elif len(able) == 1:
@@ -156,7 +157,7 @@ def _whatever_it_is(pool: Pool, settings: Settings, name: str) -> Response:
     document = read_document(here(), settings.limits, whatever_type=True)
     if "query" in document:
         return tei_scores.reranked(pool, settings, name, load(tei_scores.TeiRerankSchema, document))
-    kinds = pool.find(name).kinds
+    kinds = pool.find(name).kinds_at_all()
     if Classify.name in kinds:
         return tei_scores.predicted(pool, settings, name, load(tei_scores.TeiPredictSchema, document))
     body = load(TeiSchema, document)
@@ -328,6 +329,8 @@ def tei_shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], i
         return openai.openai_shape(error, request_id)
     if isinstance(error, EmptyInput):
         kind, status = "Empty", 400
+    elif isinstance(error, UnsupportedTask):
+        kind, status = "Backend", 424
     elif error.status in (400, 413, 415, 422):
         kind, status = "Validation", 422
     elif error.status in (429, 503):

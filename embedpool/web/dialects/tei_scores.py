@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flask import Response
@@ -13,8 +13,7 @@ from embedpool.errors import InvalidRequest
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
 from embedpool.pool.served_model import ServedModel
-from embedpool.tasks.multivector import MultiVector
-from embedpool.tasks.score import SCORES, Classify, Rerank, ScoreOptions, best_first, scores_of
+from embedpool.tasks.score import Classify, Rerank, ScoreOptions, best_first, scores_of
 from embedpool.tasks.sparse import Sparse
 from embedpool.web import submit
 from embedpool.web.body import read_json
@@ -23,6 +22,8 @@ from embedpool.web.dialects import Truncate, texts_of
 from embedpool.web.encoding import json_response
 from embedpool.web.http_request import here
 from embedpool.web.schemas import TEXT_OR_TEXTS, TEXTS, check_texts
+
+KIND_OF = {Rerank.name: "reranker", Classify.name: "classifier"}  # TEI's words
 
 
 class TeiScoreSchema(CompatSchema):
@@ -76,9 +77,9 @@ def predicted(pool: Pool, settings: Settings, name: str, body: Mapping[str, Any]
     parts, is_alone = _parts_of(body["inputs"])
     check_texts([part for pair in parts for part in pair], settings.limits, "inputs")
     served = pool.find(name)
-    task = SCORES.get(next(iter(served.kinds), Classify.name), Classify)
+    task = Rerank if served.can(Rerank.name) else Classify
     result = submit.score(here(), pool, name, task(parts, _score_options(body), "inputs"))
-    labels = list(served.tokenizer().labels)
+    labels = _labels_of(served)
     rows = scores_of(result.vectors, raw=body["raw_scores"])
     found = [[{"score": row[i], "label": labels[i]} for i in best_first(row)] for row in rows]
     return timed(json_response(found[0] if is_alone else found), result)
@@ -110,15 +111,17 @@ def _score_options(body: Mapping[str, Any]) -> ScoreOptions:
 
 def model_type(served: ServedModel) -> dict[str, Any]:
     """TEI's word for the kind of a model, with its labels."""
-    if served.kinds == [Sparse.name]:
-        return {"embedding": {"pooling": "splade"}}
-    if {"embed", MultiVector.name} & set(served.kinds) or not served.kinds:
-        return {"embedding": {}}
-    if served.kinds == [Rerank.name]:
-        return {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}
-    labels = served.tokenizer().labels
+    kind = next((kind for name, kind in KIND_OF.items() if served.can(name)), None)
+    if kind is None:
+        return {"embedding": {"pooling": "splade"} if served.kinds == [Sparse.name] else {}}
+    labels = _labels_of(served)
     id2label = {str(i): label for i, label in enumerate(labels)}
-    return {"classifier": {"id2label": id2label, "label2id": {label: i for i, label in enumerate(labels)}}}
+    return {kind: {"id2label": id2label, "label2id": {label: i for i, label in enumerate(labels)}}}
+
+
+def _labels_of(served: ServedModel) -> Sequence[str]:
+    """Of a remote reranker what TEI calls the label of a model that names none."""
+    return ("LABEL_0",) if served.spec.driver.config.is_remote else served.tokenizer().labels
 
 
 def timed(response: Response, result: Result) -> Response:
