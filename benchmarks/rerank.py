@@ -53,6 +53,7 @@ THOUGHT_S = {"beside embed": 0.1, "beside rerank": 1.0}  # so that they ask for 
 ASKED = {
     "rank100-4": {PREDICT: 1.2, "infinity-torch": 2.0},
     "rank100-16": {PREDICT: 1.2, "infinity-torch": 2.0},
+    "rank10-16": {PREDICT: 1.2, "infinity-torch": 2.0},
 }
 MOST_PADDING, MOST_P99_RATIO, LEAST_BULK_KEPT = 1.1, 3.0, 0.7
 Pairs = tuple[str, list[str]]  # a query and its documents

@@ -22,7 +22,7 @@ from embedpool.cli.files import from_files
 def rerank(arguments: Arguments) -> int:
     """Print a document a line, the best first, its score before it; or files in, a file out."""
     if arguments["--in"]:
-        return from_files(arguments, pairs=True, choose=_only_reranker)
+        return from_files(arguments, pairs=True, choose=only_reranker)
     top_n = None if arguments["--top"] is None else converted("--top", arguments["--top"], int)
     client = client_of(read_settings(arguments))
     if client is None:
@@ -32,7 +32,7 @@ def rerank(arguments: Arguments) -> int:
     if not documents:
         return OK
     with client:
-        model = arguments["--model"] or _only_reranker(client.status()["models"])
+        model = arguments["--model"] or only_reranker(client.status()["models"])
         ranked = client.rerank(arguments["QUERY"], documents, model=model, top_n=top_n, **assignments(arguments))
     for found in ranked:
         document = documents[found.index]
@@ -52,7 +52,8 @@ def _lines(file: str) -> list[str]:
         raise UsageError(f"{file} cannot be read: {error}") from None
 
 
-def _only_reranker(models: list[dict[str, object]]) -> str:
+def only_reranker(models: list[dict[str, object]]) -> str:
+    """The name of the only model that is known to rerank, else of the only one that may. Raises UsageError."""
     names = [str(entry["model"]) for entry in models if entry["kinds"] == ["rerank"]]
     names = names or [str(entry["model"]) for entry in models if not entry["kinds"]]  # of which nothing is known yet
     if len(names) != 1:
