@@ -67,6 +67,7 @@ def test_every_row_of_the_table(make_server: Callable[..., Server], kind: str) -
         EMBEDPOOL_LIMITS__MAX_BODY_BYTES="100000",
         EMBEDPOOL_LIMITS__MAX_TEXTS_PER_REQUEST="100",
         EMBEDPOOL_LIMITS__MAX_CHARS_PER_TEXT="5000",
+        EMBEDPOOL_DEFAULTS__REQUEST_TIMEOUT_S="10",  # so long the pool asks a busy service again
     )
     models = [
         fake("m", alias="a"),
