@@ -215,8 +215,9 @@ class HttpDriver(Driver):
             self._call_ended.notify_all()
 
     def _nobody_to_ask(self) -> UpstreamError:
-        if self._lost is None and (rest_s := self.rest_s()):
-            return UpstreamError("the remote service asks for a pause", remote_status=429, retry_after_s=rest_s)
+        if any(not upstream.fault for upstream in self._upstreams):  # they rest, or did so a moment ago
+            says = "the remote service asks for a pause"
+            return UpstreamError(says, remote_status=429, retry_after_s=self.rest_s())
         return UpstreamError(self._lost or "the remote service is not asked")
 
     def _least_busy(self, tried: Container[Upstream]) -> Upstream | None:

@@ -16,6 +16,7 @@ import pytest
 
 from embedpool.drivers import pace
 from embedpool.drivers.http import HttpDriver
+from embedpool.drivers.upstream import Upstream
 from embedpool.errors import ModelFailed, Overloaded, UpstreamError
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call
@@ -114,7 +115,8 @@ def test_a_full_queue_tells_the_time_of_the_pause(remote: Remote, pool_settings:
         remote.answer = lambda seen: Reply({}, 429, {"Retry-After": "15"})
         with ThreadPoolExecutor(2) as callers:
             waiting = [callers.submit(ask_within, pool, 20, f"text {i}") for i in range(2)]
-            wait_until(pool.find("m").queue.full)
+            served = pool.find("m")
+            wait_until(lambda: served.replicas.rest_s and served.queue.full())  # not before the first was refused
             with pytest.raises(Overloaded) as caught:
                 ask_within(pool, 20, "one more")
             assert 5 < (caught.value.retry_after_s or 0) <= 15
@@ -175,3 +177,17 @@ def test_a_pause_that_is_asked_for_at_the_start_is_kept(remote: Remote, pool_set
             ask(pool, "m", "a")
         assert (caught.value.retry_after_s or 0) > 2900
         assert len(remote.seen) == 1
+
+
+def test_a_pause_that_ends_while_it_is_looked_at_is_still_one(
+    remote: Remote, opened: Callable[..., HttpDriver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call is refused for now, and no text of it is blamed."""
+    driver = opened(retries=0)
+    rests = itertools.chain([0.001], itertools.repeat(0.0))
+    monkeypatch.setattr(Upstream, "rest_s", property(lambda self: next(rests)))
+    with pytest.raises(UpstreamError) as refused:
+        run(driver, ["a"])
+    assert (refused.value.is_busy, refused.value.retry_after_s) == (True, 0.0)
+    assert remote.seen == []
+    assert len(run(driver, ["a"]).rows) == 1
