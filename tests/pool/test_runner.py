@@ -530,6 +530,26 @@ def test_an_innocent_loss_is_counted_against_no_text(count: int, deaths: int) ->
     assert any(item.losses for item in request.items) == (deaths > LOSSES_SPARED)
 
 
+def test_an_announced_loss_is_never_counted() -> None:
+    """A provider takes its nodes back, one after the other: the batch stays whole, until it is served."""
+    driver = Mortal()
+    deaths = 5 * LOSSES_SPARED
+
+    def on_run(texts: list[str]) -> None:
+        if driver.deaths < deaths:
+            driver.deaths += 1
+            driver.lost = Loss("its node was taken away", innocent=True, announced=True)
+            raise ChildProcessError("its node was taken away")
+
+    driver._on_run = on_run
+    bench = Bench(driver)
+    request = Asked("a", "b")
+    serve_reviving(bench, driver, request)
+    assert_served(request)
+    assert driver.calls == [["a", "b"]] * (deaths + 1)
+    assert not any(item.losses or item.spared for item in request.items)
+
+
 def test_a_model_is_not_asked_for_what_it_cannot_do() -> None:
     """Its driver says which tasks it has; another one costs it no call, and the requests beside it nothing."""
     bench = Bench(Scripted())
