@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -30,8 +31,10 @@ def with_what_it_asks_for(wheel: Path, folder: Path) -> tuple[list[str], dict[st
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     python = str(folder / "bin" / "python")
     constraint = ["--constraint", str(ROOT / "conf" / "constraints.txt")]
-    subprocess.run([python, *PIP[1:], "install", *constraint, str(wheel)], check=True)
-    return [python, "-P"], {"PYTHONPATH": ""}
+    nothing_else = {"PYTHONPATH": ""}
+    install = [python, *PIP[1:], "install", *constraint, str(wheel)]
+    subprocess.run(install, env={**os.environ, **nothing_else}, check=True)
+    return [python, "-P"], nothing_else
 
 
 @pytest.mark.timeout(1200)
