@@ -104,7 +104,8 @@ def recipe(server: Server) -> subprocess.CompletedProcess[str]:
         assert there in text, there
         text = text.replace(there, here)
     python = COMMAND.with_name("python")
-    environment = {**server.environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    home = {"HOME": str(server.folder)}  # where Ray keeps the token of a cluster that it starts
+    environment = {**server.environment, **home, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     return subprocess.run(
         [str(python), "-c", text], cwd=server.folder, env=environment, capture_output=True, text=True, timeout=180,
         check=False,
