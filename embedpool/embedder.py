@@ -19,7 +19,8 @@ class Embedder:
     """A model of pool.yml, called with batches: `dataset.map_batches(Embedder, fn_constructor_kwargs={"model": …})`.
 
     It gives the vectors that a server gives for `options`, those of POST /embed. `config` is the path of config.yml,
-    which must be there on every node; default: as everywhere. In a Ray worker it uses the CPUs that Ray has given it.
+    which must be there on every node; default: as everywhere. The model runs in this process, whatever its `place` is:
+    the tool has placed it already. In a Ray worker it uses the CPUs that Ray has given it.
     Raises what loading the model raises.
     """
 
@@ -32,7 +33,7 @@ class Embedder:
         if cpus := _cpus_of_ray():
             limit_cores(math.ceil(cpus))
         settings = load_settings(find_config_yml(config))
-        self._compute = self._stack.enter_context(computing(settings, model, options, pairs=False))
+        self._compute = self._stack.enter_context(computing(settings, model, options, pairs=False, in_threads=True))
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch with its vectors, of shape (rows, dimensions). Raises EmbedpoolError for a text that fails."""

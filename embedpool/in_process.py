@@ -9,7 +9,7 @@ from typing import Any
 
 from embedpool.config.pool_yml import PoolFile
 from embedpool.config.settings import Settings
-from embedpool.config.spec import PoolSpec
+from embedpool.config.spec import PoolSpec, Resources
 from embedpool.errors import ModelNotFound
 from embedpool.jobs.file_job import Compute, Computed
 from embedpool.jobs.sources import Row
@@ -30,14 +30,21 @@ LONGEST_WINDOW_S = 3600.0
 
 
 @contextlib.contextmanager
-def computing(settings: Settings, name: str, options: Mapping[str, Any], *, pairs: bool) -> Iterator[Compute]:
-    """What computes windows with this model, which is loaded for it. Raises ModelNotFound, and why it does not load."""
+def computing(
+    settings: Settings, name: str, options: Mapping[str, Any], *, pairs: bool, in_threads: bool = False
+) -> Iterator[Compute]:
+    """What computes windows with this model, which is loaded for it. Raises ModelNotFound, and why it does not load.
+
+    With `in_threads` it runs in this process, whatever its place is.
+    """
     spec = PoolFile(settings.file(settings.paths.pool_yml)).read()
     found = spec.find(name)
     if found is None:
         raise ModelNotFound(name, [other for model in spec.models for other in model.names])
     on_demand = dataclasses.replace(found.scaling, min=0, idle_ttl_s=LONGEST_WINDOW_S)
     wanted = dataclasses.replace(found, enabled=True, scaling=on_demand)  # the first window waits for it
+    if in_threads:
+        wanted = dataclasses.replace(wanted, place="thread", resources=Resources())
     given = {**options, "on_error": "partial"}
     raw = bool(given.get("raw_scores"))
     if pairs:

@@ -145,9 +145,9 @@ def settle(pool: Pool) -> None:
         assert served.replicas.settled.wait(20)
 
 
-def wait_until(condition: Callable[[], Any]) -> None:
+def wait_until(condition: Callable[[], Any], looks: int = 1000) -> None:
     """Poll; nothing waits that long when all is well."""
-    for _ in range(1000):
+    for _ in range(looks):
         if condition():
             return
         threading.Event().wait(0.01)

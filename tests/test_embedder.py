@@ -10,6 +10,7 @@ import pytest
 import embedpool
 from embedpool.config.spec import DriverSpec, FakeConfig, ModelSpec
 from embedpool.errors import EmbedpoolError, ModelNotFound
+from embedpool.places.process import ProcessPlace
 from tests.conftest import fake_pool_yml, open_fake, run
 
 MODEL = "model: m, alias: a, driver: {type: fake, config: {dim: 8, fault: raise, fault_text: bad}}"
@@ -33,6 +34,20 @@ def test_a_column_gets_its_vectors(config: str) -> None:
         assert found["id"].tolist() == [7, 8]
         with pytest.raises(EmbedpoolError, match="body 'bad': inference_failed"):
             embedder({"body": ["good", "bad"]})
+    finally:
+        embedder.close()
+
+
+@pytest.mark.parametrize("place", ["place: process", "place: ray, resources: {num_cpus: 2}"])
+def test_it_runs_where_it_is_made(config: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a worker of Ray Data an actor of its own would wait for CPUs that the worker has, and a child would use more
+    cores than the worker was given."""
+    pool = Path(config).with_name("pool.yml")
+    pool.write_text(fake_pool_yml(f"{MODEL}, {place}"))
+    monkeypatch.setattr(ProcessPlace, "__init__", lambda *given: pytest.fail("it is no place of its own"))
+    embedder = embedpool.Embedder("a", column="body", config=config)
+    try:
+        assert embedder({"body": ["one"]})["vector"].shape == (1, 8)
     finally:
         embedder.close()
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import ast
+import configparser
+import contextlib
 import functools
 import json
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import embedpool
 
@@ -101,6 +106,40 @@ def test_imports_follow_the_arrows(file: Path) -> None:
     for module in imports(file) & NAMES:
         names = module.split(".")
         assert names[0] == own or {names[0], ".".join(names[:2])} & MAY_IMPORT[own], f"{file} imports {module}"
+
+
+OF_AN_EXTRA = {"lmdb", "openvino", "opentelemetry", "pyarrow", "ray"}  # imported where they are used alone
+WHERE_INSTALLED = {"brotli", "zstandard"}  # decoders of bodies
+
+
+def installed_with(requirements: str) -> set[str]:
+    """The distributions that pip installs for these lines, as far as they are installed here."""
+    found: set[tuple[str, str]] = set()
+    open_ = [(Requirement(line), "") for line in requirements.split("\n") if line]
+    while open_:
+        wanted, of_extra = open_.pop()
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": of_extra}):
+            continue
+        for extra in ("", *wanted.extras):
+            if (one := (canonicalize_name(wanted.name), extra)) not in found:
+                found.add(one)
+                with contextlib.suppress(PackageNotFoundError):
+                    open_ += [(Requirement(line), extra) for line in requires(wanted.name) or []]
+    return {name for name, _ in found}
+
+
+def test_every_import_comes_with_the_package() -> None:
+    """What a fresh environment gets by setup.cfg: a module that only the developers have would be missing there."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    there, distributions = installed_with(parser["options"]["install_requires"]), packages_distributions()
+    imported = {module.split(".")[0] for file in modules() for module in imports(file) - NAMES}
+    missing = {
+        module
+        for module in imported - set(sys.stdlib_module_names) - {"embedpool"}
+        if not {canonicalize_name(name) for name in distributions.get(module, ())} & there
+    }
+    assert missing == OF_AN_EXTRA | WHERE_INSTALLED
 
 
 def test_no_two_files_import_each_other() -> None:

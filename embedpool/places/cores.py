@@ -59,7 +59,8 @@ def _folders() -> Iterator[Path]:
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers and "cpu" not in controllers.split(","):
             continue
-        root = CGROUPS / controllers if controllers else CGROUPS
         group = PurePosixPath(path.lstrip("/"))
-        for level in (group, *group.parents):
-            yield root / level
+        # Version 1 is mounted under the names of its controllers, in either order, and under each of them.
+        for root in {CGROUPS / controllers, CGROUPS / "cpu"} if controllers else {CGROUPS}:
+            for level in (group, *group.parents):
+                yield root / level

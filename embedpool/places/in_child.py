@@ -95,7 +95,7 @@ def _run_slot(driver: Driver, connection: Connection, block: Any, lose: Callable
             try:
                 answer = driver.probe() if batch is None else into_block(driver.run(batch), view)
             except Lost as error:
-                lose(Loss(str(error)))
+                lose(error.loss)
             except BaseException as error:
                 connection.send(portable(error))
             else:

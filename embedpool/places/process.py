@@ -212,7 +212,7 @@ class ProcessPlace(Place):
             else:
                 ending = ending or self._too_slow() or self._too_large()
             if ending:
-                self.lost = self.lost or Loss(f"its process {ending}")
+                self.lost = self.lost or self._loss(ending)
                 self._process.kill()
         self._process.join()
         atexit.unregister(self._process.kill)
@@ -227,6 +227,10 @@ class ProcessPlace(Place):
         self._ended.set()
         if not self._closing.is_set():
             self._lose(self.lost)
+
+    def _loss(self, ending: str) -> Loss:
+        """What is said of a child that is ended here."""
+        return Loss(f"its process {ending}")
 
     def _may_have_grown(self) -> bool:
         """Whether the kernel may have ended it for its own memory, not an operator, nor for what others held.

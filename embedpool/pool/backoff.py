@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from embedpool.errors import UpstreamError
 from embedpool.pool.runner import DriverBroken, DriverLost
+from embedpool.tasks.driver import NoRoom
 
 FIRST_S = 0.5
 LONGEST_S = 60.0
-LONGEST_AFTER_S = ((DriverBroken, 1.0), (UpstreamError, 5.0))  # it does load, so trying again costs little
+# A driver that does load costs little to try again; one without room is asked for again before anybody can think that
+# it is wanted no more.
+LONGEST_AFTER_S = ((DriverBroken, 1.0), (UpstreamError, 5.0), (NoRoom, 1.0))
 LOSSES_TO_FIND_AN_ITEM = 8  # halving a batch of 64, and the item alone
 
 

@@ -20,6 +20,7 @@ from embedpool.pool.settings import PoolSettings
 logger = logging.getLogger(__name__)
 
 LONGEST_ASKED_S = 3600.0  # of a service that asks for a pause when it is opened
+WHERE = ("pid", "node_ip", "node", "resources")  # of a place's description: what differs from replica to replica
 REST_LOOK_S = 0.25  # whether to go on letting a remote service rest
 
 
@@ -58,6 +59,11 @@ class Replica:
     def is_leaving_or_lost(self) -> bool:
         """Whether its threads are to leave the driver, or will have to."""
         return self.leaving.is_set() or (self.runner is not None and self.runner.place.lost is not None)
+
+    def where(self) -> dict[str, object]:
+        """Its name, its state and, while it is open, what its place says of where it runs."""
+        description = self.description if self.runner else {}
+        return {"replica": self.name, "state": self.state} | {k: description[k] for k in WHERE if k in description}
 
     def stuck_s(self, longest_s: float) -> float:
         """How long it has been stuck: every thread of it in a batch of more than `longest_s` seconds. Else 0."""

@@ -124,6 +124,7 @@ class ReplicaSet:
             "progress": None if (progress := self.progress) is None else progress._asdict(),
             "space": self.space,
             "runs_on": next((dict(r.description) for r in replicas if r.description), {}),
+            "replicas_on": [r.where() for r in replicas],
         }
 
     def report(self, progress: Progress | None) -> None:

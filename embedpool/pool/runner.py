@@ -250,9 +250,12 @@ class Runner:
         """Another replica, or this one when it is open again, runs them again: as they were if none can be at fault.
 
         Otherwise in halves, each as the only batch of its place: only an item that is alone when a place is lost,
-        twice, is at fault itself and goes into quarantine.
+        twice, is at fault itself and goes into quarantine. A loss that seems innocent is believed to be so a few times
+        only, since an item that ends its whole machine looks innocent; one that was announced, until the deadline.
         """
-        if loss.innocent and items[0].spared < LOSSES_SPARED:
+        if loss.announced:
+            self.queue.put_back(items)
+        elif loss.innocent and items[0].spared < LOSSES_SPARED:
             for item in items:
                 item.spared += 1
             self.queue.put_back(items)

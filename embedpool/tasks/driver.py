@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from embedpool.errors import ModelFailed
 from embedpool.tasks.item import Batch
 from embedpool.tasks.rows import Answer
 
@@ -125,14 +126,27 @@ def describe(**facts: Any) -> dict[str, object]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Loss:
-    """Why a place can serve no more. An `innocent` one is of a kind that no item can have caused."""
+    """Why a place can serve no more. An `innocent` one is of a kind that no item is likely to have caused.
+
+    An `announced` one was decided elsewhere, such as that a cluster's provider takes a node back: no item can have
+    caused it.
+    """
 
     reason: str
     innocent: bool = False
+    announced: bool = False
 
 
 class Lost(Exception):
-    """Raised by the `run` of a driver that can serve no more, where an item of the batch may be why."""
+    """Raised by the `run` of a driver that can serve no more; an item of the batch may be why."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__(loss.reason)
+        self.loss = loss
+
+
+class NoRoom(ModelFailed):
+    """Nothing has room for the driver at present. It is tried again soon: whoever makes room looks at what is asked."""
 
 
 class Place:

@@ -133,7 +133,7 @@ class _Made:
         if "successor" in entry:
             found["successor"] = entry["successor"] if is_admin else {**entry["successor"], "last_error": None}
         if is_admin:
-            found |= {"last_error": entry["last_error"], "runs_on": runs_on}
+            found |= {name: entry[name] for name in ("last_error", "runs_on", "replicas_on")}
         return found
 
 

@@ -69,6 +69,7 @@ MODEL_STATUS = {
     "model": STRING, "alias": or_null(STRING), "enabled": BOOLEAN, "state": STRING, "driver_type": STRING,
     "kinds": listed(STRING), "progress": PROGRESS, "replicas": COUNT, "replicas_idle": COUNT, "replicas_busy": COUNT,
     "replicas_stuck": COUNT, "rest_s": NUMBER, "space": STRING, "runs_on": {"type": "object"},
+    "replicas_on": listed(open_(replica=STRING, state=STRING)),
     "queue_len": COUNT, "queue_max": COUNT, "scaling": {"type": "object"}, "counters": {"type": "object"},
     "last_error": or_null(STRING), "cached": BOOLEAN,
 }  # fmt: skip

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.deploy.conftest import CONF, said, tool
 from tests.docs import ROOT
@@ -54,11 +55,11 @@ class Engine:
     def podman(self, *arguments: str | Path, code: int = 0) -> str:
         return said(*self._podman, *arguments, code=code)
 
-    def build(self, base: str, wheels: Path, tag: str, *arguments: str) -> None:
+    def build(self, base: str, wheels: Path, tag: str, *arguments: str, code: int = 0) -> str:
         command = [*self._buildah, "bud", "--isolation=chroot", "--format=docker", "--layers"]
         command += ["--build-arg", f"PYTHON_IMAGE={base}", "--build-arg=PIP_NO_INDEX=1"]
         command += ["--build-arg=PIP_FIND_LINKS=/wheels", f"--volume={wheels}:/wheels:ro", f"--tag={tag}"]
-        said(*command, *arguments, f"--file={CONF / 'docker' / 'Dockerfile'}", str(ROOT))
+        return said(*command, *arguments, f"--file={CONF / 'docker' / 'Dockerfile'}", str(ROOT), code=code)
 
     def clear(self) -> None:
         for what in (["rm"], ["volume", "rm"], ["rmi"]):
@@ -136,6 +137,8 @@ def image(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     said(*download, "--dest", wheels, f"{ROOT}[demo,openvino]", "setuptools>=68", "wheel")
     engine.build(base, wheels, "localhost/embedpool-test:cpu")
     engine.build(base, wheels, "localhost/embedpool-test:cpu-demo", "--target=cpu-demo")
+    if torch.version.cuda is None:  # as are the wheels: an image for GPUs that has no use for them is no image
+        assert "torch without CUDA" in engine.build(base, wheels, "embedpool-test:cuda", "--target=cuda", code=1)
     yield "localhost/embedpool-test:cpu-demo"
     shutil.rmtree(wheels)
 

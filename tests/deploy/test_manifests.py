@@ -18,7 +18,7 @@ from tests.deploy.conftest import CONF, said, tool
 
 DOCKER, KUBERNETES = CONF / "docker", CONF / "kubernetes"
 STATE = "/var/lib/embedpool"
-OVERLAYS = ["base", "overlays/gpu", "overlays/keda"]
+OVERLAYS = ["base", "overlays/gpu", "overlays/keda", "overlays/servicemonitor"]
 
 
 def rendered(overlay: str) -> str:
@@ -54,6 +54,17 @@ def settings_of(file: Path) -> Settings:
 def test_the_dockerfile_is_sound() -> None:
     """hadolint, which knows the usual mistakes, finds none."""
     said(tool("hadolint"), DOCKER / "Dockerfile")
+
+
+def test_every_image_that_is_named_can_be_built() -> None:
+    """A tag of the manifests and of compose is a target of the Dockerfile; the base is pinned by its digest."""
+    text = (DOCKER / "Dockerfile").read_text()
+    targets = set(re.findall(r"^FROM \S+ AS (\S+)$", text, flags=re.MULTILINE))
+    files = [DOCKER / "compose.yml", *KUBERNETES.rglob("kustomization.yaml")]
+    named = re.findall(r"(?:newTag: |image: embedpool:)(\S+)", "\n".join(file.read_text() for file in files))
+    assert set(named) == {"cpu", "cuda"}
+    assert set(named) <= targets
+    assert re.search(r"^ARG PYTHON_IMAGE=\S+@sha256:[0-9a-f]{64}$", text, flags=re.MULTILINE)
 
 
 def test_the_compose_file_is_valid() -> None:
@@ -93,7 +104,7 @@ def test_the_server_writes_in_one_folder(file: Path) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_manifests_are_valid(overlay: str, tmp_path: Path) -> None:
-    """Every key of every object is known to Kubernetes' own schemas; of KEDA's object there is none here."""
+    """Every key of every object is known to Kubernetes' own schemas; of KEDA's and Prometheus' there are none here."""
     file = tmp_path / "rendered.yml"
     file.write_text(rendered(overlay))
     assert "ERROR" not in said(tool("kubernetes-validate"), "--strict", file)
@@ -141,7 +152,7 @@ def test_the_name_for_all_pods_stands_for_their_addresses() -> None:
     headless = [found for found in of_kind("base", "Service") if found["spec"].get("clusterIP") == "None"]
     (port,) = headless[0]["spec"]["ports"]
     address = f"dns+http://{headless[0]['metadata']['name']}:{port['port']}/embed"
-    assert address in (CONF.parent / "docs" / "deploy.md").read_text()
+    assert address in (CONF.parent / "docs" / "kubernetes.md").read_text()
 
 
 def test_keda_asks_for_a_metric_that_exists() -> None:
@@ -156,3 +167,18 @@ def test_keda_asks_for_a_metric_that_exists() -> None:
     assert "replicas" not in deployment["spec"]
     models = {model.model for model in pool_yml.parse(file_of("overlays/keda", "pool.yml")).models}
     assert set(re.findall(r'model="([^"]+)"', trigger["metadata"]["query"])) <= models
+
+
+def test_prometheus_reads_each_pod_once() -> None:
+    """By one service that has the port, with a key that the pods know."""
+    overlay = "overlays/servicemonitor"
+    (monitor,) = of_kind(overlay, "ServiceMonitor")
+    (endpoint,) = monitor["spec"]["endpoints"]
+    wanted = monitor["spec"]["selector"]["matchLabels"].items()
+    (service,) = [found for found in of_kind(overlay, "Service") if wanted <= found["metadata"]["labels"].items()]
+    assert service["metadata"]["name"] == "embedpool-pods"
+    assert [port["name"] for port in service["spec"]["ports"]] == [endpoint["port"]]
+    (container,) = pod(overlay)["containers"]
+    keys = [variable["valueFrom"]["secretKeyRef"] for variable in container["env"]]
+    assert endpoint["authorization"]["credentials"] in keys
+    assert endpoint["path"] == "/metrics"

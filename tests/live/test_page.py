@@ -591,12 +591,15 @@ def proxied(url: str, prefix: str) -> Iterator[str]:
 
 
 def test_several_processes(server: Server, visit: Callable[..., Visit]) -> None:
-    """The page says which one answers."""
-    server.write_pool(fake("m"))
+    """The page says which one answers, and which one runs a replica of its own."""
+    server.write_pool({**fake("m"), "place": "process"})
     server.start(EMBEDPOOL_SERVER__WORKERS="2")
     server.wait_ready()
     page = visit(server.url).open()
     pids = {str(child.pid) for child in server.process.children(recursive=True)}
     shown = page.locator("#connection").inner_text()
     assert any(f"pid {pid}" in shown for pid in pids)
+    page.locator("tr.model button.name").click()
+    runs = page.locator("tr.details div", has=page.get_by_title("Where this replica runs")).last.inner_text()
+    assert any(runs.split("\n") == ["m#1", f"ready · process {pid}"] for pid in pids), runs
     server.stop()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import signal
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,21 +20,14 @@ from tests.live.conftest import COMMAND, Server, fake, wait_until
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
 
-RECIPE = """
-import os, sys
-import ray
-from embedpool import Embedder
-
-checkpoints = ray.data.checkpoint.CheckpointConfig(id_column="id", checkpoint_path=os.path.abspath("checkpoints"))
-ray.data.DataContext.get_current().checkpoint_config = checkpoints
-ray.init(num_cpus=2, object_store_memory=200 << 20, include_dashboard=False, log_to_driver=False)
-model = {"model": "m", "config": os.path.abspath(".config/config.yml")}
-workers = ray.data.ActorPoolStrategy(min_size=1, max_size=1)
-texts = ray.data.read_parquet("in.parquet")
-texts.map_batches(
-    Embedder, fn_constructor_kwargs=model, compute=workers, batch_size=64, num_cpus=1, zero_copy_batch=False,
-).write_parquet("out")
-"""
+DOCS = Path(__file__).parents[2] / "docs" / "ray.md"
+ON_THIS_MACHINE = {  # what is another one here than in the docs, which use many machines
+    "import ray\n": "import ray\nray.init(num_cpus=2, object_store_memory=200 << 20, include_dashboard=False)\n",
+    "minilm-l6": "m",
+    "batch_size=256": "batch_size=64",
+    "num_cpus=2,\n    compute": "num_cpus=1,\n    compute",
+    "max_size=8": "max_size=1",
+}
 
 
 def of_the_cluster(server: Server) -> list[psutil.Process]:
@@ -82,15 +77,15 @@ def test_it_ends_with_a_server_that_is_killed(server: Server) -> None:
 @pytest.mark.long
 def test_ray_data(server: Server) -> None:
     """The vectors are those of a server, and what has ended early goes on: each row once."""
-    pool: dict[str, Any] = fake("m", dim=8, fault="raise", fault_text="text 777")
+    pool: dict[str, Any] = {**fake("m", dim=8, fault="raise", fault_text="text 777"), "place": "ray"}
     server.write_pool(pool)
     table = pyarrow.table({"id": list(range(1000)), "text": [f"text {i}" for i in range(1000)]})
-    parquet.write_table(table, server.folder / "in.parquet", row_group_size=100)
+    parquet.write_table(table, server.folder / "texts.parquet", row_group_size=100)
     assert recipe(server).returncode != 0
     server.write_pool(fake("m", dim=8))
     done = recipe(server)
     assert done.returncode == 0, done.stderr
-    rows = parquet.read_table(server.folder / "out").to_pylist()
+    rows = parquet.read_table(server.folder / "vectors").to_pylist()
     assert sorted(row["id"] for row in rows) == list(range(1000))
     server.start()
     server.wait_ready()
@@ -103,9 +98,15 @@ def test_ray_data(server: Server) -> None:
 
 
 def recipe(server: Server) -> subprocess.CompletedProcess[str]:
+    """The one of the docs."""
+    (text,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
+    for there, here in ON_THIS_MACHINE.items():
+        assert there in text, there
+        text = text.replace(there, here)
     python = COMMAND.with_name("python")
-    environment = {**server.environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    home = {"HOME": str(server.folder)}  # where Ray keeps the token of a cluster that it starts
+    environment = {**server.environment, **home, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     return subprocess.run(
-        [str(python), "-c", RECIPE], cwd=server.folder, env=environment, capture_output=True, text=True, timeout=180,
+        [str(python), "-c", text], cwd=server.folder, env=environment, capture_output=True, text=True, timeout=180,
         check=False,
     )  # fmt: skip

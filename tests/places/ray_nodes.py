@@ -1,7 +1,8 @@
 """A Ray cluster of several nodes on this machine, in a program of its own: Ray leaves threads and open files behind.
 
-It reads a command a line from its standard input, as JSON: ["add", name, arguments], ["remove", name] or ["end"], which
-ends the head at once; and answers each with a line.
+It reads a command a line from its standard input, as JSON: ["add", name, arguments], ["remove", name] or
+["end", what], which ends the head's "gcs" (what keeps the cluster's tables) or "raylet" at once; and answers each with
+a line.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ class Nodes:
         """As if its machine had gone."""
         self._command("remove", name)
 
-    def end_the_head(self) -> None:
-        """And what keeps the cluster's tables."""
-        self._command("end")
+    def end(self, what: str) -> None:
+        """Kill the head's `gcs` or its `raylet`."""
+        self._command("end", what)
 
     def _command(self, *words: Any) -> None:
         assert self._process.stdin is not None
@@ -57,9 +58,9 @@ class Nodes:
 
 
 @contextlib.contextmanager
-def running(head_cpus: int = 0) -> Iterator[Nodes]:
+def running(head_cpus: int = 0, port: str = "0") -> Iterator[Nodes]:
     """The program, until it is left."""
-    command = [sys.executable, __file__, str(head_cpus)]
+    command = [sys.executable, __file__, str(head_cpus), port]
     with subprocess.Popen(
         command, env={**os.environ, **QUICK}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, text=True,
@@ -72,11 +73,16 @@ def running(head_cpus: int = 0) -> Iterator[Nodes]:
             process.wait(60)
 
 
-def main(head_cpus: int) -> None:
+def main(head_cpus: int, port: int) -> None:
     """The program."""
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": head_cpus, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+    head = {
+        "num_cpus": head_cpus,
+        "include_dashboard": False,
+        "object_store_memory": STORE_BYTES,
+        "gcs_server_port": port,
+    }
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes: dict[str, Any] = {}
     _say(cluster.address)
@@ -87,8 +93,9 @@ def main(head_cpus: int) -> None:
             nodes[name] = cluster.add_node(object_store_memory=STORE_BYTES, **arguments)
         elif word == "remove":
             cluster.remove_node(nodes.pop(rest[0]), allow_graceful=False)
-        else:
+        elif rest == ["gcs"]:
             cluster.head_node.kill_gcs_server()
+        else:
             cluster.head_node.kill_raylet()
         _say("done")
     cluster.shutdown()
@@ -100,4 +107,4 @@ def _say(answer: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))

@@ -48,6 +48,7 @@ def test_cores_are_those_of_the_container(
     ("0::/of/the/host\n", {"": {"cpu.max": "100000 100000"}}, 1),  # the mount's root is the container's own
     ("4:cpu,cpuacct:/docker/x\n5:memory:/docker/x\n", {"cpu,cpuacct/docker/x": V1}, 2),
     ("4:cpu,cpuacct:/docker/x\n", {"cpu,cpuacct": V1}, 2),  # likewise
+    ("4:cpuacct,cpu:/docker/x\n", {"cpu/docker/x": V1}, 2),  # of which the mount has the names in the other order
     ("4:cpu:/\n", {"cpu": {**V1, "cpu.cfs_quota_us": "-1"}}, 8),
     ("5:memory:/x\n", {"memory/x": V1}, 8),
     ("", {}, 8),

@@ -16,14 +16,13 @@ import psutil
 import pytest
 
 from embedpool.config.settings import Ray
-from embedpool.config.spec import DriverSpec, FakeConfig, ModelSpec, PoolSpec, Resources, Scaling
+from embedpool.config.spec import DriverSpec, FakeConfig, LocalStConfig, ModelSpec, PoolSpec, Resources, Scaling
 from embedpool.drivers import make_driver
 from embedpool.errors import ModelFailed
 from embedpool.places import open_place
-from embedpool.places.ray_place import Host
 from embedpool.pool.pool import Pool
 from embedpool.pool.settings import PoolSettings
-from embedpool.tasks.driver import Folders, Place, Progress
+from embedpool.tasks.driver import Folders, Place, Report, unheard
 from tests.conftest import ask, open_fake, open_fake_tokenizer, run, settle, wait_until
 from tests.places import ray_nodes
 from tests.places.ray_nodes import Nodes
@@ -45,9 +44,8 @@ def cluster() -> Iterator[Nodes]:
 def opened(cluster: Nodes, tmp_path: Path) -> Iterator[Callable[..., Place]]:
     places: list[Place] = []
 
-    def open_one(report: Any = None, resources: Resources | None = None, **config: Any) -> Place:
-        spec = spec_of(resources or Resources(), **config)
-        places.append(open_on(cluster.address, tmp_path, spec, report=report or (lambda progress: None)))
+    def open_one(resources: Resources | None = None, **config: Any) -> Place:
+        places.append(open_on(cluster.address, tmp_path, spec_of(resources or Resources(), **config)))
         return places[-1]
 
     yield open_one
@@ -55,14 +53,39 @@ def opened(cluster: Nodes, tmp_path: Path) -> Iterator[Callable[..., Place]]:
         place.close()
 
 
+@pytest.fixture
+def pools(cluster: Nodes, tmp_path: Path) -> Iterator[Callable[..., Pool]]:
+    """A pool of one model on the cluster, or on another one."""
+    made: list[Pool] = []
+
+    def start(spec: ModelSpec, address: str = cluster.address, wait_for_room_s: float = 5) -> Pool:
+        opens = functools.partial(open_on, address, tmp_path, wait_for_room_s=wait_for_room_s)
+        made.append(Pool(PoolSettings(opens, open_fake_tokenizer, request_timeout_s=60)))
+        made[-1].apply(PoolSpec((spec,)))
+        return made[-1]
+
+    yield start
+    for pool in made:
+        pool.stop()
+
+
 def spec_of(resources: Resources, *, scaling: Scaling | None = None, **config: Any) -> ModelSpec:
     driver = DriverSpec("fake", FakeConfig(**{"dim": 8, "normalize": False, **config}))
     return ModelSpec("org/m", driver, place="ray", resources=resources, scaling=scaling or Scaling())
 
 
-def open_on(address: str, folder: Path, spec: ModelSpec, memory: Any = None, report: Any = None, **more: Any) -> Place:
+def open_on(
+    address: str,
+    folder: Path,
+    spec: ModelSpec,
+    memory: Any = None,
+    report: Report = unheard,
+    *,
+    wait_for_room_s: float = 5,
+) -> Place:
     make = functools.partial(make_driver, spec, Folders(folder / "cache", folder / "state"), {})
-    return open_place(spec, make, report=report, ray=Ray(address=address, wait_for_room_s=5), state_dir=folder, **more)
+    ray = Ray(address=address, wait_for_room_s=wait_for_room_s)
+    return open_place(spec, make, report=report, ray=ray, state_dir=folder)
 
 
 def test_its_vectors_are_those_of_a_thread(opened: Callable[..., Place]) -> None:
@@ -78,24 +101,31 @@ def test_its_vectors_are_those_of_a_thread(opened: Callable[..., Place]) -> None
         place.close()
 
 
-def test_a_load_that_fails_says_why(opened: Callable[..., Place]) -> None:
-    """Whatever the reason is: the model's own, other versions, or that the cluster is not there."""
-    with pytest.raises(Exception, match="fault: load"):
+def test_a_load_that_fails_says_why(cluster: Nodes, opened: Callable[..., Place], tmp_path: Path) -> None:
+    """The node on which, and the model's own reason."""
+    with pytest.raises(ModelFailed, match=r"on the node [\d.]+: RuntimeError: fault: load"):
         opened(fault="load")
-    found = Host(lambda: pytest.fail("it is not opened"), 1).open("0.0.1")
-    assert isinstance(found, ModelFailed)
-    assert "and the server 0.0.1" in found.message
+    missing = ModelSpec("org/m", DriverSpec("local_st", LocalStConfig(path="/nowhere/m")), place="ray")
+    with pytest.raises(ModelFailed, match=r"on the node [\d.]+: .*/nowhere/m"):
+        open_on(cluster.address, tmp_path, missing)
 
 
-def test_no_room_is_told_and_a_node_that_joins_brings_some(cluster: Nodes, opened: Callable[..., Place]) -> None:
-    """The sentence says what is missing; the next try succeeds by itself."""
-    wanted = Resources(num_cpus=1, custom={"fast": 1})
-    told: list[Progress] = []
-    with pytest.raises(ModelFailed, match="no room for it: it needs 1 fast, and there are 0 fast free"):
-        opened(told.append, wanted)
-    assert any("waits for room" in progress.step for progress in told)
+def test_a_node_that_joins_brings_room_by_itself(cluster: Nodes, pools: Callable[..., Pool]) -> None:
+    """Until then the model's error is a sentence with what is missing; nobody has to ask for it again."""
+    pool = pools(spec_of(Resources(num_cpus=1, custom={"fast": 1})), wait_for_room_s=1)
+    told: list[str] = []
+
+    def is_failed() -> bool:
+        told.append(str(pool.find("org/m").snapshot()["progress"]))
+        return pool.find("org/m").state == "failed"
+
+    wait_until(is_failed)
+    assert any("waits for room: it needs" in progress for progress in told)
+    says = pool.find("org/m").replicas.last_error
+    assert "no room for it: it needs 1 fast, and there are 0 fast free" in (says or "")
     cluster.add("fast", num_cpus=1, resources={"fast": 1})
-    assert len(run(opened(resources=wanted), TEXTS).rows) == len(TEXTS)
+    wait_until(lambda: pool.find("org/m").state == "ready")
+    assert len(ask(pool, "org/m", *TEXTS).vectors) == len(TEXTS)
 
 
 def test_an_actor_that_dies_alone_may_be_a_texts_fault(opened: Callable[..., Place]) -> None:
@@ -109,12 +139,28 @@ def test_an_actor_that_dies_alone_may_be_a_texts_fault(opened: Callable[..., Pla
 
 
 def test_a_batch_that_hangs_ends_the_actor(opened: Callable[..., Place]) -> None:
-    """After batch_timeout_s; that is not innocent either."""
+    """After batch_timeout_s; that is not innocent either, since its node answers."""
     place = opened(fault="hang", fault_text="bad", batch_timeout_s=0.5)
+    hanging = {process.pid for process in actors()}
+    assert hanging
     with pytest.raises(ChildProcessError, match="a batch took more than"):
         run(place, ["bad"])
     assert place.lost is not None
     assert not place.lost.innocent
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in hanging))
+
+
+def test_an_idle_actor_that_dies_is_missed_at_once(opened: Callable[..., Place]) -> None:
+    """No batch and no probe has to find out; no text can be why."""
+    place = opened()
+    lost = threading.Event()
+    place.watch(lost.set)
+    for process in actors():
+        process.kill()
+    assert lost.wait(60)
+    assert place.lost is not None
+    assert place.lost.innocent
+    assert "its actor ended while it was idle: " in place.lost.reason
 
 
 def test_a_node_that_goes_is_nobodys_fault(cluster: Nodes, opened: Callable[..., Place]) -> None:
@@ -130,15 +176,16 @@ def test_a_node_that_goes_is_nobodys_fault(cluster: Nodes, opened: Callable[...,
 
 
 @pytest.mark.long
-def test_a_child_whose_cluster_is_gone_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process that serves goes on; the loss is nobody's fault."""
+@pytest.mark.parametrize("what", ["gcs", "raylet"])
+def test_a_child_whose_cluster_is_gone_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """The process that serves goes on; the loss is nobody's fault. Either of the head's processes is enough."""
     for name, value in ray_nodes.QUICK.items():
         monkeypatch.setenv(name, value)
     with ray_nodes.running(head_cpus=1) as alone:
-        place = open_on(alone.address, tmp_path, spec_of(Resources()), report=lambda progress: None)
+        place = open_on(alone.address, tmp_path, spec_of(Resources()))
         lost = threading.Event()
         place.watch(lost.set)
-        alone.end_the_head()
+        alone.end(what)
         with contextlib.suppress(ChildProcessError):
             run(place, TEXTS)
         assert lost.wait(60)
@@ -147,35 +194,54 @@ def test_a_child_whose_cluster_is_gone_ends_alone(tmp_path: Path, monkeypatch: p
         place.close()
 
 
-def test_a_node_is_killed_and_another_added_under_load(cluster: Nodes, tmp_path: Path) -> None:
-    """A thousand requests of sixteen callers: a thousand answers, no text condemned, and it serves on."""
-    cluster.add("dies", num_cpus=1, resources={"work": 2})
-    settings = PoolSettings(
-        functools.partial(open_on, cluster.address, tmp_path), open_fake_tokenizer, request_timeout_s=60
-    )
-    pool = Pool(settings)
-    spec = spec_of(Resources(num_cpus=0.5, custom={"work": 1}), scaling=Scaling(min=2, max=2), delay_ms=3)
-    here = open_fake(ModelSpec("org/m", DriverSpec("fake", FakeConfig(dim=8))))
-    try:
-        pool.apply(PoolSpec((spec,)))
+@pytest.mark.long
+def test_a_cluster_that_comes_back_is_joined_again(pools: Callable[..., Pool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the model fails with a sentence; with it the model is ready by itself."""
+    for name, value in ray_nodes.QUICK.items():
+        monkeypatch.setenv(name, value)
+    with ray_nodes.running(head_cpus=1) as first:
+        pool = pools(spec_of(Resources()), first.address)
         settle(pool)
-        done = iter(range(10_000))
+        before = ask(pool, "org/m", *TEXTS).vectors
+        first.end("gcs")
+        first.end("raylet")
+        wait_until(lambda: pool.find("org/m").state == "failed", 6000)
+        assert "cannot be joined: nothing answers" in (pool.find("org/m").replicas.last_error or "")
+    with ray_nodes.running(head_cpus=1, port=first.address.rpartition(":")[2]):
+        wait_until(lambda: pool.find("org/m").state == "ready", 6000)
+        np.testing.assert_array_equal(ask(pool, "org/m", *TEXTS).vectors, before)
 
-        def one(number: int) -> None:
-            texts = [f"request {number} text {i}" for i in range(3)]
-            np.testing.assert_allclose(ask(pool, "org/m", *texts).vectors, run(here, texts).rows.values, atol=1e-6)
-            next(done)
 
-        with ThreadPoolExecutor(16) as callers:
-            asked = [callers.submit(one, number) for number in range(1000)]
-            wait_until(lambda: sum(one.done() for one in asked) > 200)
-            cluster.remove("dies")
-            cluster.add("joins", num_cpus=1, resources={"work": 2})
-            for request in asked:
-                request.result()
-        assert pool.find("org/m").state == "ready"
-    finally:
-        pool.stop()
+def test_a_node_is_killed_and_another_added_under_load(cluster: Nodes, pools: Callable[..., Pool]) -> None:
+    """A thousand requests of sixteen callers: a thousand answers, no text condemned, and it serves all the time."""
+    for name in ("survives", "dies"):
+        cluster.add(name, num_cpus=1, resources={"work": 1})
+    wanted = Resources(num_cpus=0.5, custom={"work": 1})
+    pool = pools(spec_of(wanted, scaling=Scaling(min=2, max=2), delay_ms=3))
+    here = open_fake(ModelSpec("org/m", DriverSpec("fake", FakeConfig(dim=8))))
+    settle(pool)
+    wait_until(lambda: pool.find("org/m").snapshot()["replicas_idle"] == 2)
+    nodes = {one["node"] for one in pool.find("org/m").snapshot()["replicas_on"]}
+    assert len(nodes) == 2
+
+    def one(number: int) -> None:
+        texts = [f"request {number} text {i}" for i in range(3)]
+        np.testing.assert_allclose(ask(pool, "org/m", *texts).vectors, run(here, texts).rows.values, atol=1e-6)
+
+    with ThreadPoolExecutor(16) as callers:
+        asked = [callers.submit(one, number) for number in range(1000)]
+
+        def more_are_done(than: int) -> None:
+            wait_until(lambda: sum(one.done() for one in asked) > than)
+
+        more_are_done(200)
+        cluster.remove("dies")
+        more_are_done(sum(one.done() for one in asked) + 200)  # by the one that is left
+        cluster.add("joins", num_cpus=1, resources={"work": 1})
+        for request in asked:
+            request.result()
+    wait_until(lambda: pool.find("org/m").snapshot()["replicas_idle"] == 2)
+    assert len({one["node"] for one in pool.find("org/m").snapshot()["replicas_on"]} & nodes) == 1
 
 
 def test_an_actor_goes_with_its_place(opened: Callable[..., Place]) -> None:

@@ -8,6 +8,7 @@ from embedpool.errors import UpstreamError
 from embedpool.pool import backoff
 from embedpool.pool.backoff import LOSSES_TO_FIND_AN_ITEM, Backoff
 from embedpool.pool.runner import DriverBroken, DriverLost
+from embedpool.tasks.driver import NoRoom
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +18,8 @@ def _real_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "longest_s"), [(OSError("down"), 60), (DriverBroken("broken"), 1), (UpstreamError("down"), 5)]
+    ("error", "longest_s"),
+    [(OSError("down"), 60), (DriverBroken("broken"), 1), (UpstreamError("down"), 5), (NoRoom("4 CPU"), 1)],
 )
 def test_the_pause_doubles_up_to_a_bound(error: Exception, longest_s: float) -> None:
     """Retries begin half a second apart and are never more than a minute apart, less where they cost little."""

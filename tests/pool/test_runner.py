@@ -409,17 +409,18 @@ def test_a_text_that_arrives_while_its_equal_runs_shares_what_comes_of_it(bad: t
 
 
 class Mortal(Scripted):
-    """A driver whose process some texts end; `revive` is what opening it anew does."""
+    """A driver whose process some texts end, or the node of it; `revive` is what opening it anew does."""
 
-    def __init__(self, *deadly: str) -> None:
+    def __init__(self, *deadly: str, loss: Loss = Loss("its process was ended by SIGSEGV")) -> None:  # noqa: B008
         super().__init__(self._die_of)
         self.deadly = deadly
+        self.loss = loss
         self.deaths = 0
 
     def _die_of(self, texts: list[str]) -> None:
         if any(text in self.deadly for text in texts):
             self.deaths += 1
-            self.lost = Loss("its process was ended by SIGSEGV")
+            self.lost = self.loss
             raise ChildProcessError(self.lost.reason)
 
     def revive(self) -> None:
@@ -528,6 +529,38 @@ def test_an_innocent_loss_is_counted_against_no_text(count: int, deaths: int) ->
     assert_served(request)
     assert driver.calls[: LOSSES_SPARED + 1] == [batch] * (LOSSES_SPARED + 1)
     assert any(item.losses for item in request.items) == (deaths > LOSSES_SPARED)
+
+
+def test_a_text_that_ends_whole_nodes_is_found_all_the_same() -> None:
+    """Each time its loss looks innocent; it costs three nodes more than one that ends a process, and nobody else."""
+    driver = Mortal("deadly", loss=Loss("its node is gone", innocent=True))
+    requests = [Asked("deadly"), Asked("a", "b")]
+    serve_reviving(Bench(driver), driver, *requests)
+    assert "its node is gone" in str(error_of(requests[0]))
+    assert_served(requests[1])
+    plain = Mortal("deadly")
+    serve_reviving(Bench(plain), plain, Asked("deadly"), Asked("a", "b"))
+    assert driver.deaths == plain.deaths + LOSSES_SPARED
+
+
+def test_an_announced_loss_is_never_counted() -> None:
+    """A provider takes its nodes back, one after the other: the batch stays whole, until it is served."""
+    driver = Mortal()
+    deaths = 5 * LOSSES_SPARED
+
+    def on_run(texts: list[str]) -> None:
+        if driver.deaths < deaths:
+            driver.deaths += 1
+            driver.lost = Loss("its node was taken away", innocent=True, announced=True)
+            raise ChildProcessError("its node was taken away")
+
+    driver._on_run = on_run
+    bench = Bench(driver)
+    request = Asked("a", "b")
+    serve_reviving(bench, driver, request)
+    assert_served(request)
+    assert driver.calls == [["a", "b"]] * (deaths + 1)
+    assert not any(item.losses or item.spared for item in request.items)
 
 
 def test_a_model_is_not_asked_for_what_it_cannot_do() -> None:

@@ -456,6 +456,18 @@ def test_idle_replicas_above_min_leave(serve) -> None:
     assert sum(driver.closed.is_set() for driver in opener.opened) == 1
 
 
+def test_each_replica_tells_where_it_runs(serve) -> None:
+    """They may be on different nodes, of which one entry for all would name the first alone."""
+    facts = [Facts(description={"kind": "embed", "node": node, "node_ip": "10.0.0.5"}) for node in ("n1", "n2")]
+    served, _ = serve(*[lambda found=found: Scripted(facts=found) for found in facts], min=2, max=2)
+    settled(served)
+    wait_until(lambda: served.snapshot()["replicas_idle"] == 2)
+    told = served.snapshot()["replicas_on"]
+    assert {one["node"] for one in told} == {"n1", "n2"}
+    of_one = {"replica": "m#1", "state": "ready", "node_ip": "10.0.0.5", "node": told[0]["node"]}
+    assert told[0] == of_one
+
+
 def test_a_larger_min_loads_at_once(serve) -> None:
     """Raising min loads the further replicas without waiting for work."""
     served, opener = serve()

@@ -161,6 +161,7 @@ def test_live_shows_the_pool(web: Web) -> None:
     assert em["runs_on"]["dim"] == web.status("em")["runs_on"]["dim"]
     assert em["counters"] == web.status("em")["counters"]
     assert (em["space"], em["queue_max"]) == (web.status("em")["space"], web.status("em")["queue_max"])
+    assert em["replicas_on"] == [{"replica": "em#1", "state": "ready"}]
     assert document["admin"] is True
     assert {"pid", "host", "reload"} <= set(document)
     assert document["step_s"] == STEP_S
@@ -199,7 +200,7 @@ def test_what_only_those_see_who_may_manage(make_web: MakeWeb) -> None:
     assert stranger["admin"] is False
     assert not {"pid", "host", "reload", "candidates"} & set(stranger)
     assert entry(stranger, "broken")["in_trouble"] is True
-    assert "last_error" not in entry(stranger, "broken")
+    assert not {"last_error", "replicas_on"} & set(entry(stranger, "broken"))
     assert "fault: load" not in json.dumps(stranger)
     assert "fault: load" in entry(live(web), "broken")["last_error"]
     proxied = live(web, headers={"X-Forwarded-For": "192.0.2.7"})

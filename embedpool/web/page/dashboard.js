@@ -138,6 +138,8 @@ function progress(found) {
   return html`<div class="progress">${step}${total ? html` <progress max=${total} value=${done}></progress> ${Math.round((100 * done) / total)}%` : " …"}</div>`;
 }
 
+const OF_ONE = ["dim", "labels", "kind", "pid", "node", "node_ip", "raylet", "resources"]; // shown elsewhere, or of one replica
+
 function details(app, model) {
   const { counters, last_minute: minute, runs_on: on } = model;
   const known = [
@@ -149,7 +151,8 @@ function details(app, model) {
     ["Batch, p95", time(minute.batch_p95_ms), "Compute time of a batch"],
     ["Replicas", `${model.scaling.min} to ${model.scaling.max}`],
     ["Errors since then", Object.keys(counters.errors).length ? codes(counters.errors) : "none"],
-    ...Object.entries(on).filter(([name]) => !["dim", "labels", "kind"].includes(name)).map(([name, value]) => [name.replaceAll("_", " "), show(value)]),
+    ...(model.replicas_on ?? []).filter((one) => one.pid || one.node).map((one) => [one.replica, where(one), "Where this replica runs"]),
+    ...Object.entries(on).filter(([name]) => !OF_ONE.includes(name)).map(([name, value]) => [name.replaceAll("_", " "), show(value)]),
   ];
   return html`<div class="charts">
       <figure><figcaption>Texts a second</figcaption><div class="chart" data-model=${model.model} data-sync=${model.model} data-chart="rate"></div></figure>
@@ -157,6 +160,12 @@ function details(app, model) {
       <figure><figcaption>Texts in the queue</figcaption><div class="chart" data-model=${model.model} data-sync=${model.model} data-chart="queue"></div></figure></div>
     <dl class="known">${known.map(([title, value, says]) => html`<div><dt title=${says ?? nothing}>${title}</dt><dd>${value}</dd></div>`)}</dl>
     ${app.live.admin ? actions(app, model) : nothing}`;
+}
+
+/** A replica's state, its node of a cluster, its process. */
+function where({ state, pid, node, node_ip: ip, resources }) {
+  const parts = [state, node ? `node ${ip} (${node.slice(0, 8)})` : `process ${pid}`, resources && show(resources)];
+  return parts.filter(Boolean).join(" · ");
 }
 
 function known_of({ cache_hits: hits, cache_misses: misses }) {
