@@ -127,7 +127,7 @@ def kind_of(path: str) -> str:
 OF_NOTHING = {
     **{("post", path): 400 for path in ("/v1/files", "/v1/batches")},
     **{(method, f"/v1/files/{{name}}{end}"): 404 for method, end in (("get", ""), ("delete", ""), ("get", "/content"))},
-    ("get", "/v1/batches/{name}"): 404, ("post", "/v1/batches/{name}/cancel"): 404, ("post", "/predict"): 422,
+    ("get", "/v1/batches/{name}"): 404, ("post", "/v1/batches/{name}/cancel"): 404, ("post", "/predict"): 424,
 }  # fmt: skip
 OPERATIONS = [
     (

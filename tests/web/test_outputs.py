@@ -283,7 +283,7 @@ def test_tei(web: Web) -> None:
     )
     assert [np.shape(row) for row in web.post("/tei/m/embed_all", {"inputs": TEXTS}).json] == [(5, 384), (3, 384)]
     refused = web.post("/tei/m/embed_sparse", {"inputs": TEXTS})
-    assert (refused.status_code, set(refused.json)) == (422, {"error", "error_type"})
+    assert (refused.status_code, set(refused.json)) == (424, {"error", "error_type"})
 
 
 def test_jinas_multi_vectors(web: Web) -> None:
