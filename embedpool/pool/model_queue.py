@@ -84,7 +84,8 @@ class ModelQueue(queue.Queue[Item]):
         if request not in self._order:
             call = request.call
             request.left = max(request.tokens, work_of(item))
-            self._order.enter(request, call.caller, call.weight, call.share, request.left, alike=_likeness(request))
+            caller = call.caller, call.is_bulk  # what nobody waits for is a caller of its own
+            self._order.enter(request, caller, call.weight, call.share, request.left, alike=_likeness(request))
         if self._joins(item):
             self._order.serve(work_of(item))
             self._is_through(item)

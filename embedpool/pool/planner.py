@@ -69,8 +69,8 @@ class Slots:
             return max([end - self._clock() for end in self._ends.values()] + [0.0])
 
     def queries_are_about(self, window: Sequence[Item]) -> bool:
-        """Whether a request with one input, which is to pass others, waits beside other work, or did lately."""
-        if len({len(item.request.task) == 1 for item in window}) > 1:
+        """Whether a query, a request with one input that somebody waits for, waits beside other work, or did lately."""
+        if len({len(item.request.task) == 1 and not item.request.call.is_bulk for item in window}) > 1:
             self._queries_at = self._clock()
         return self._clock() - self._queries_at < QUERIES_ABOUT_S
 

@@ -138,6 +138,9 @@ def test_batches_are_shorter_while_queries_wait_beside_other_work() -> None:
     slots, planner = Slots(lambda: now[0]), Planner(64, 16_384, cost=Cost(0.002, 0.0001))
     query, others = Asked("a").items, Asked("b", "c").items
     assert not any(map(slots.queries_are_about, ([*query, *query], others)))
+    bulk = Asked("d", is_bulk=True).items  # a line of a batch is no query, though it has one text
+    assert not any(map(slots.queries_are_about, ([*bulk, *bulk], [*bulk, *others])))
+    assert Slots(lambda: now[0]).queries_are_about([*query, *bulk])
     assert slots.queries_are_about([*others, *query])
     now[0] += QUERIES_ABOUT_S - 0.1
     assert slots.queries_are_about(others)

@@ -25,7 +25,7 @@ from embedpool.web.body import OWN_HOSTS, read_document
 from embedpool.web.compat import CompatSchema
 from embedpool.web.dialects.openai import openai_shape
 from embedpool.web.encoding import json_response
-from embedpool.web.http_request import OWNER, SHARE, here
+from embedpool.web.http_request import OWNER, here
 from embedpool.web.manage import refuse_strangers
 from embedpool.web.schemas import load
 
@@ -37,7 +37,6 @@ ENDPOINTS = (
 DAY_S = 86400
 LONGEST_LIVES_S = 30 * DAY_S
 MOST_PARTS = 20
-BATCH_SHARE = 0.25  # of a request, for all lines of a batch that are under way
 WINDOW = re.compile(r"([1-9][0-9]{0,3})([hd])\Z")
 JSONL = "application/jsonl"
 
@@ -268,11 +267,11 @@ def _pieces(stream: IO[bytes]) -> Any:
 # --- a line of a batch
 
 
-def executed(app: Flask, url: str, body: bytes, owner: str, at_once: int) -> Executed:
+def executed(app: Flask, url: str, body: bytes, owner: str) -> Executed:
     """A line goes the road of every request, for the key that made the batch, as that key is now."""
     builder = EnvironBuilder(
         method="POST", path=url, data=body, content_type="application/json",
-        environ_overrides={OWNER: owner, SHARE: BATCH_SHARE / at_once},
+        environ_overrides={OWNER: owner},
     )  # fmt: skip
     try:
         pieces, status, headers = run_wsgi_app(app.wsgi_app, builder.get_environ(), buffered=True)

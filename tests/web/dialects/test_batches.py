@@ -19,6 +19,7 @@ from embedpool.jobs import batch_input
 from embedpool.jobs import batches as engine
 from embedpool.jobs.batches import Executed, Runner
 from embedpool.jobs.store import FINISHED, Store
+from embedpool.pool.request import Call
 from embedpool.pool.settings import PoolSettings
 from embedpool.web.dialects.batches import STORE, executed
 from tests.conftest import settle, wait_until
@@ -39,7 +40,7 @@ def store_of(web: Web) -> Store:
 
 
 def runner_of(web: Web) -> Runner:
-    return Runner(store_of(web), lambda url, body, owner: executed(web.app, url, body, owner, 4), web.metrics)
+    return Runner(store_of(web), lambda url, body, owner: executed(web.app, url, body, owner), web.metrics)
 
 
 def line(custom_id: str, text: Any = "a", url: str = "/v1/embeddings", **more: Any) -> str:
@@ -238,7 +239,7 @@ def test_it_is_seen_how_far_it_is(web: Web, monkeypatch: pytest.MonkeyPatch) -> 
 
     def execute(url: str, body: bytes, owner: str) -> Executed:
         seen.append(batch(web, batch_id))
-        return executed(web.app, url, body, owner, 1)
+        return executed(web.app, url, body, owner)
 
     Runner(store_of(web), execute, web.metrics).step()
     under_way = [one for one in seen if one["request_counts"]["completed"]]
@@ -272,6 +273,17 @@ def test_a_runner_is_woken(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
         wait_until(lambda: batch(web, second)["status"] == "completed")
     finally:
         runner.stop()
+
+
+def test_lines_are_bulk_work(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a quarter of their key's weight; nothing that a request says makes it so."""
+    calls: list[Call] = []
+    real = web.pool.submit
+    monkeypatch.setattr(web.pool, "submit", lambda model, task, call: (calls.append(call), real(model, task, call))[1])
+    begun(web, line("a"))
+    runner_of(web).step()
+    web.post("/v1/embeddings", {"model": "m", "input": "a"}, headers={"embedpool.owner": "", "Embedpool-Owner": ""})
+    assert [(call.is_bulk, call.weight, call.share) for call in calls] == [(True, 0.25, 1.0), (False, 1.0, 1.0)]
 
 
 def test_without_failures_there_is_no_error_file(web: Web) -> None:
@@ -354,7 +366,7 @@ def test_a_batch_that_is_cancelled(web: Web, monkeypatch: pytest.MonkeyPatch) ->
         served.append(json.loads(body)["input"])
         if len(served) == 3:
             assert web.post(f"/v1/batches/{batch_id}/cancel").json["status"] == "cancelling"
-        return executed(web.app, url, body, owner, 1)
+        return executed(web.app, url, body, owner)
 
     Runner(store_of(web), execute).step()
     found = batch(web, batch_id)
@@ -391,7 +403,7 @@ def test_a_busy_pool_is_asked_again(web: Web, monkeypatch: pytest.MonkeyPatch) -
 
     def execute(url: str, body: bytes, owner: str) -> Executed:
         status = next(busy, None)
-        return Executed(status, b"{}", "") if status else executed(web.app, url, body, owner, 1)
+        return Executed(status, b"{}", "") if status else executed(web.app, url, body, owner)
 
     Runner(store_of(web), execute).step()
     assert batch(web, batch_id)["request_counts"] == {"total": 2, "completed": 2, "failed": 0}
@@ -622,7 +634,7 @@ def test_nobody_waits_for_the_batches_of_others(keyed: Keyed, monkeypatch: pytes
             reached.set()
             assert opened.wait(20)
         seen.append(text)
-        return executed(web.app, url, body, owner, 1)
+        return executed(web.app, url, body, owner)
 
     long, after_it = made(first, "long"), made(first, "next")
     runner = Runner(store_of(web), execute, web.metrics)
