@@ -25,6 +25,7 @@ class Line:
     custom_id: str
     body: bytes
     end: int  # bytes of the file up to its end
+    model: Any = None
 
 
 class Fault(NamedTuple):
@@ -105,7 +106,9 @@ def _lines(file: Any, start: int) -> Iterator[Line]:
     for raw in _raw_lines(file):
         if raw.strip():
             found = orjson.loads(raw.removeprefix(b"\xef\xbb\xbf") if end == 0 else raw)
-            yield Line(found["custom_id"], orjson.dumps(found["body"]), end + len(raw))
+            body, model = found["body"], found["body"].get("model")
+            known = model if isinstance(model, str) else None
+            yield Line(found["custom_id"], orjson.dumps(body), end + len(raw), known)
         end += len(raw)
 
 

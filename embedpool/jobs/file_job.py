@@ -61,6 +61,7 @@ class FileJob:
         self._work = {**work, "files": files.fingerprint(), "version": VERSION}
         self._job = sink.path.with_name(sink.path.name + JOB)
         self._failed = GrowingFile(sink.path.with_name(sink.path.name + FAILED))
+        self._kept: dict[str, Any] = {}  # what the job's own file says
         self.space = ""
         self.progress = Progress()
         self.total_bytes = files.total_bytes
@@ -94,8 +95,8 @@ class FileJob:
             self._sink.finish({**self._work, "space": self.space})
             self._failed.sync()
         finally:
-            self._sink.close()
-            self._failed.close()
+            self._sink.close(self._kept.get("sink", {}))
+            self._failed.close(self._kept.get("failed_bytes", 0))
         return self._end()
 
     def _begin(self, sink_state: dict[str, Any]) -> None:
@@ -122,6 +123,7 @@ class FileJob:
                 if known["work"].get(name) != json.loads(json.dumps(self._work[name])):
                     says = f"{name} was {known['work'].get(name)}, and is {self._work[name]}"
                     raise InvalidRequest(f"{self._job} is of another job: {says}; delete it to begin anew")
+            self._kept = known
             self.progress, self.space = Progress(**known["progress"]), known["space"]
         self._failed.open_at(known.get("failed_bytes", 0))
         state: dict[str, Any] = known.get("sink", {})
@@ -163,6 +165,7 @@ class FileJob:
             "progress": dataclasses.asdict(self.progress),
         }
         write_json(self._job, known)
+        self._kept = known
 
 
 def _of_good(rows: Sequence[Row], compute: Compute) -> Computed | None:

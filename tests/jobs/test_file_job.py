@@ -25,6 +25,7 @@ from embedpool.jobs.sinks import ABOUT, SCORE, VECTOR, sink_of
 from embedpool.jobs.sources import Files, Row
 from embedpool.jobs.windows import answered
 from embedpool.outputs import SparseRow
+from tests.disks import fill, small_disk
 
 FIXTURES = hypothesis.HealthCheck.function_scoped_fixture
 WIDTH = 4
@@ -145,6 +146,31 @@ def test_a_job_that_is_cut_off_goes_on(
     assert failed == sorted(i for i, text in enumerate(texts) if text == "bad")
     assert len(again) <= count + 2 * 3 * len(ends)  # two windows a time were under way at most
     assert not any(name.endswith((".job", ".part", ".parts", ".new")) for name in left_over(folder))
+
+
+@pytest.mark.parametrize("out", OUTS)
+def test_a_full_disk_ends_a_job_that_can_go_on(tmp_path: Path, out: str) -> None:
+    """In the middle of it: what is half written is cut off, and when there is room nothing is computed again."""
+    texts = [f"text {i}" for i in range(12)]
+    with small_disk(tmp_path / "disk") as disk:
+        texts_file(disk, texts)
+        models = Model(), Model()
+
+        def compute(rows: Sequence[Row]) -> Computed:
+            if rows[0].index == 6:
+                fill(disk / "waste")
+            return models[0](rows)
+
+        with pytest.raises(OSError, match="No space left"):
+            job_of(disk, out).run(compute)
+        assert not list(disk.glob("*.new"))
+        kept = json.loads((disk / f"{out}.job").read_text())
+        if "bytes" in kept["sink"]:
+            assert (disk / f"{out}.part").stat().st_size == kept["sink"]["bytes"]
+        (disk / "waste").unlink()
+        assert job_of(disk, out).run(models[1]).rows == 12
+        assert found_in(disk / out) == {f"id-{i}": vector(text) for i, text in enumerate(texts)}
+        assert not {"text 0", "text 1", "text 2"} & set(models[1].computed)
 
 
 def tear(folder: Path, out: str, torn: bytes) -> None:
