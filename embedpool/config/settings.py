@@ -160,8 +160,8 @@ class Batching:
     max_batch_ms: float = option(
         0,
         "longest run time planned for a batch, estimated from timings at warm-up: a new query may have to wait "
-        "this long; 0 = 50 ms or 10 times the fixed cost of a call, whichever is larger, and half of it while requests "
-        "with one text wait beside other work",
+        "this long; 0 = 50 ms or 10 times the fixed cost of a call, whichever is larger, half of it while requests "
+        "with one text wait beside other work, and a quarter for a batch that begins with one of them",
         minimum=0,
     )
     max_wait_ms: float = option(
