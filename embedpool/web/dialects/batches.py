@@ -39,6 +39,7 @@ ENDPOINTS = (
 DAY_S = 86400
 LONGEST_LIVES_S = 30 * DAY_S
 MOST_PARTS = 20
+ANCHOR = "created_at"
 WINDOW = re.compile(r"([1-9][0-9]{0,3})([hd])\Z")
 JSONL = "application/jsonl"
 
@@ -105,7 +106,8 @@ def _add_files(routes: Blueprint, limits: Limits) -> None:
                 raise InvalidRequest(f"file: {says}", fields={"file": says})
             if path.stat().st_size > limits.max_file_bytes:
                 raise BodyTooLarge(f"the file is over the limit of {limits.max_file_bytes} bytes")
-            expires_at = store.now() + _lives_s(form.get("expires_after[seconds]"))
+            asked = {key: form.get(f"expires_after[{key}]") for key in ("anchor", "seconds")}
+            expires_at = store.now() + _lives_s("expires_after", asked)
             found = store.enter(file_id, _owner(), filename=filename[:512], purpose=purpose, expires_at=expires_at)
         return json_response(found)
 
@@ -139,14 +141,16 @@ def _add_batches(routes: Blueprint, limits: Limits) -> None:
     def create() -> Response:
         body = load(BatchSchema, read_document(here(), limits, whatever_type=False))
         store = _store()
-        store.file(body["input_file_id"], _owner())
+        if store.file(body["input_file_id"], _owner())["purpose"] != "batch":
+            says = "is of results, not of requests"
+            raise InvalidRequest(f"input_file_id: {says}", fields={"input_file_id": says})
         if body["endpoint"] not in ENDPOINTS:
             says = f"must be one of {', '.join(ENDPOINTS)}"
             raise InvalidRequest(f"endpoint: {says}", fields={"endpoint": says})
         if len(body.get("metadata") or {}) > 16:
             raise InvalidRequest("metadata: at most 16 pairs", fields={"metadata": "at most 16 pairs"})
         now = store.now()
-        lives_s = _lives_s((body.get("output_expires_after") or {}).get("seconds"))
+        lives_s = _lives_s("output_expires_after", body.get("output_expires_after") or {})
         return json_response(store.new_batch(_owner(), _fresh(body, now), lives_s=lives_s))
 
     @routes.get("/v1/batches")
@@ -224,15 +228,19 @@ def _received(path: Path) -> tuple[Mapping[str, str], str]:
     return form, given.filename or ""
 
 
-def _lives_s(given: Any) -> int:
+def _lives_s(name: str, asked: Mapping[str, Any]) -> int:
     """How long a file is kept. Raises InvalidRequest."""
-    if given in (None, ""):
-        return LONGEST_LIVES_S
-    with contextlib.suppress(TypeError, ValueError):
-        if 3600 <= int(given) <= LONGEST_LIVES_S:
-            return int(given)
+    given, anchor = (asked.get(key) for key in ("seconds", "anchor"))
     says = f"seconds must be 3600 to {LONGEST_LIVES_S}"
-    raise InvalidRequest(f"expires_after: {says}", fields={"expires_after": says})
+    if anchor not in (None, "", ANCHOR):
+        says = f"anchor must be {ANCHOR}"
+    elif given in (None, ""):
+        return LONGEST_LIVES_S
+    else:
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            if 3600 <= int(given) <= LONGEST_LIVES_S:
+                return int(given)
+    raise InvalidRequest(f"{name}: {says}", fields={name: says})
 
 
 def _fresh(body: Mapping[str, Any], now: int) -> Document:

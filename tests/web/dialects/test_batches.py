@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from embedpool.config.settings import Limits, Paths, Security, Settings
 from embedpool.jobs import batch_input, batch_run
 from embedpool.jobs import batches as engine
 from embedpool.jobs import store as storage
+from embedpool.jobs.batch_input import Checked
 from embedpool.jobs.batch_run import BatchRun, Executed
 from embedpool.jobs.batches import Runner
 from embedpool.jobs.store import FINISHED, Store
@@ -134,6 +136,7 @@ def test_lists_are_paged(web: Web) -> None:
         ({"purpose": "fine-tune"}, "a.jsonl", "purpose"),
         ({}, "a.txt", "Must be .jsonl"),
         ({"expires_after[seconds]": "5"}, "a.jsonl", "expires_after"),
+        ({"expires_after[seconds]": "3600", "expires_after[anchor]": "now"}, "a.jsonl", "anchor"),
     ],
 )
 def test_what_is_no_batch_file_is_refused(web: Web, form: dict[str, str], name: str, says: str) -> None:
@@ -395,6 +398,8 @@ def test_an_input_that_is_none_fails_the_batch(web: Web, lines: list[str], code:
         ({"endpoint": "/v1/models"}, 400),
         ({"completion_window": "soon"}, 400), ({"metadata": {"a": "x" * 600}}, 400),
         ({"metadata": {str(i): "x" for i in range(17)}}, 400), ({"input_file_id": None}, 400),
+        ({"output_expires_after": {"anchor": "completed_at", "seconds": 3600}}, 400),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 1e400}}, 400),
     ],
 )  # fmt: skip
 def test_what_is_wrong_at_once(web: Web, change: dict[str, Any], status: int) -> None:
@@ -410,6 +415,39 @@ def test_what_is_wrong_at_once(web: Web, change: dict[str, Any], status: int) ->
         "/v1/files/x/content",
     ):
         assert web.get(path).status_code == 404
+
+
+def test_results_are_no_requests(web: Web) -> None:
+    """OpenAI refuses them at once, too."""
+    batch_id = begun(web, line("a"))
+    runner_of(web).step()
+    body = {"input_file_id": batch(web, batch_id)["output_file_id"], "endpoint": "/v1/embeddings"}
+    assert web.post("/v1/batches", body).status_code == 400
+
+
+def test_ids_that_are_used_again_are_told_with_their_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the lines, and never for a hash alone."""
+    lines = [line(f"id-{i % 40}", url="/v1/rerank" if i == 50 else "/v1/embeddings") for i in range(60)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    checked = Checked(tmp_path / "in.jsonl", "/v1/embeddings")
+    assert [fault.line for fault in checked.faults] == list(range(41, 61))
+    codes = {fault.line: fault.code for fault in checked.faults}
+    assert {codes.pop(51), *codes.values()} == {"mismatched_url", "duplicate_custom_id"}
+    monkeypatch.setattr(batch_input, "hash", lambda custom_id: 7, raising=False)
+    (tmp_path / "in.jsonl").write_text("\n".join(lines[:40]))
+    assert Checked(tmp_path / "in.jsonl", "/v1/embeddings").faults == []
+
+
+@pytest.mark.parametrize("lines", [20_000])
+def test_checking_many_lines_takes_little_memory(tmp_path: Path, lines: int) -> None:
+    """A few bytes a line: a million take less than 40 MB."""
+    (tmp_path / "in.jsonl").write_text("\n".join(line(f"id-{i}") for i in range(lines)))
+    tracemalloc.start()
+    try:
+        assert Checked(tmp_path / "in.jsonl", "/v1/embeddings").requests == lines
+        assert tracemalloc.get_traced_memory()[1] < 40 * lines + 100_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_batch_that_is_cancelled(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -722,6 +760,14 @@ def test_whatever_is_uploaded(web: Web, count: int, caplog: pytest.LogCaptureFix
             faults = found["errors"]["data"]
             assert faults
             assert all(fault["message"] and (fault["line"] or fault["code"] == "empty_file") for fault in faults)
+        failed = lines_in(web, found["error_file_id"])
+        assert len(failed) == found["request_counts"]["failed"]
+        for one in failed:  # the id names the line
+            assert sum(f'"custom_id": "{one["custom_id"]}"' in given for given in content.decode().split("\n")) == 1
+        left = {path.name for path in store_of(web).place_of(answer.json["id"]).iterdir()}
+        assert left <= {"batch.json", "paused", "output.jsonl", "errors.jsonl"} - {
+            name for name in ("output.jsonl", "errors.jsonl") if found["status"] == "completed"
+        }
         for name in filter(None, (file_id, found["output_file_id"], found["error_file_id"])):
             assert web.delete(f"/v1/files/{name}").status_code == 200
 
