@@ -11,7 +11,7 @@ import glob
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from embedpool.errors import InvalidRequest
 
@@ -73,14 +73,24 @@ class Files:
         if not isinstance(record, dict):
             return Row(index, index, (), end, record.says if isinstance(record, _Broken) else "it is no object")
         given = record.get(self._id_column) if self._id_column else index
-        if self._id_column and not isinstance(given, str | int):
-            return Row(index, index, (), end, f"it has no {self._id_column}")
+        if self._id_column and not _is_id(given):
+            says = (
+                f"its {self._id_column} is no text and no number of 64 bits"
+                if given is not None
+                else (f"it has no {self._id_column}")
+            )
+            return Row(index, index, (), end, says)
         parts = tuple(record.get(name) for name in self._columns)
         missing = [name for name, part in zip(self._columns, parts, strict=True) if not isinstance(part, str)]
-        identity = given if isinstance(given, str | int) else index
+        identity = given if _is_id(given) else index
         if missing:
             return Row(index, identity, (), end, f"{', '.join(missing)}: not a text")
         return Row(index, identity, tuple(str(part) for part in parts), end)
+
+
+def _is_id(given: Any) -> TypeGuard[str | int]:
+    """Whether every kind of file of results can hold it."""
+    return isinstance(given, str) or (type(given) is int and -(2**63) <= given < 2**63)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

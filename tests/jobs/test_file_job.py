@@ -149,6 +149,38 @@ def test_a_job_that_is_cut_off_goes_on(
 
 
 @pytest.mark.parametrize("out", OUTS)
+def test_an_id_that_no_file_of_results_holds_fails_alone(tmp_path: Path, out: str) -> None:
+    """A number of more than 64 bits, say; the largest of 64 is one."""
+    given = [2**63 - 1, -(2**63), 2**63, 10**30, True, 7]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": "a", "id": one}) + "\n" for one in given))
+    done = job_of(tmp_path, out).run(Model())
+    assert (done.rows, done.failed) == (6, 3)
+    failed = [json.loads(one) for one in (tmp_path / f"{out}.failed.jsonl").read_text().splitlines()]
+    assert [(one["index"], one["code"]) for one in failed] == [
+        (2, "invalid_row"),
+        (3, "invalid_row"),
+        (4, "invalid_row"),
+    ]
+    assert list(found_in(tmp_path / out)) == [2**63 - 1, -(2**63), 7]
+
+
+def test_two_processes_are_not_at_the_same_job(tmp_path: Path) -> None:
+    """They would write each other's results away; the second is told so, and the first goes on."""
+    texts_file(tmp_path, [f"text {i}" for i in range(9)])
+    model = Model()
+
+    def compute(rows: Sequence[Row]) -> Computed:
+        if rows[0].index == 3:
+            with pytest.raises(InvalidRequest, match="another process"):
+                job_of(tmp_path, "out.npy").run(Model())
+        return model(rows)
+
+    assert job_of(tmp_path, "out.npy").run(compute).rows == 9
+    assert len(found_in(tmp_path / "out.npy")) == 9
+    assert left_over(tmp_path) == {"out.npy", "out.ids.jsonl"}
+
+
+@pytest.mark.parametrize("out", OUTS)
 def test_a_full_disk_ends_a_job_that_can_go_on(tmp_path: Path, out: str) -> None:
     """In the middle of it: what is half written is cut off, and when there is room nothing is computed again."""
     texts = [f"text {i}" for i in range(12)]
