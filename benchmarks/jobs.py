@@ -63,11 +63,13 @@ def main() -> None:
     rows = []
     for name, title in RATIOS.items():
         values = [one[name] for one in measured]
-        is_least, bound = BOUNDS.get(name, (">=", 0.0))
         middle = statistics.median(values)
-        met = middle >= bound if is_least == ">=" else middle <= bound
-        asked = f"{is_least} {bound}" if bound else ""
-        rows.append([title, asked, f"{middle:.2f} ({min(values):.2f}, {max(values):.2f})", "yes" if met else "**no**"])
+        asked = met = ""
+        if name in BOUNDS:
+            is_least, bound = BOUNDS[name]
+            asked = f"{is_least} {bound}"
+            met = "yes" if (middle >= bound if is_least == ">=" else middle <= bound) else "**no**"
+        rows.append([title, asked, f"{middle:.2f} ({min(values):.2f}, {max(values):.2f})", met])
     found = table(["what", "asked", "measured", "met"], rows)
     print(found)
     if arguments["--write"]:
