@@ -18,6 +18,7 @@ import pytest
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from embedpool import __version__
 from embedpool.errors import InvalidRequest, ModelChanged
 from embedpool.jobs import file_job
 from embedpool.jobs.file_job import Computed, FileJob
@@ -269,7 +270,7 @@ def test_what_made_a_parquet_file_stands_in_it(tmp_path: Path) -> None:
         assert file.schema_arrow.field("vector").type == pyarrow.list_(pyarrow.float32(), WIDTH)
         about = json.loads(file.schema_arrow.metadata[ABOUT])
         assert file.metadata.num_row_groups == 1
-    assert (about["model"], about["space"], about["options"]) == ("m", "s1", {"dimensions": 4})
+    assert about == {"model": "m", "space": "s1", "options": {"dimensions": 4}, "version": __version__}  # no paths
 
 
 def test_scores(tmp_path: Path) -> None:
