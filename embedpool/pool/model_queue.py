@@ -246,8 +246,8 @@ class ModelQueue(queue.Queue[Item]):
     ) -> list[Item]:
         """The items of one batch, each with its duplicates.
 
-        `plan_under_lock` is given the first WINDOW items in the order of service and names places in it, ascending, the
-        first one's among them; requests wait to get in until it returns. Waits up to `timeout_s` (None: until woken)
+        `plan_under_lock` is given the first WINDOW items in the order of service and names places in it, ascending;
+        requests wait to get in until it returns. Waits up to `timeout_s` (None: until woken)
         for an item and up to `max_wait_s` for `enough` of them. [] means that nothing came, or that `wake()` was
         called. `leaving()` is asked under the lock: a `wake()` after it turned true is not missed.
         """

@@ -73,6 +73,13 @@ class Slots:
         with self._lock:
             return max([end - self._clock() for end in self._ends.values()] + [0.0])
 
+    def others_busy_s(self) -> float:
+        """How long until one of the others has ended; 0 where one has no batch, or there is none."""
+        with self._lock:
+            if len(self._ends) < self.count - 1:
+                return 0.0
+            return max(min((end - self._clock() for end in self._ends.values()), default=0.0), 0.0)
+
     def queries_are_about(self, window: Sequence[Item]) -> bool:
         """Whether a query waits beside other work, or did lately."""
         if len(set(map(_is_query, window))) > 1:
@@ -122,10 +129,13 @@ class Planner:
         if not self.cost:
             return self.max_tokens
         fixed_s = self.cost.fixed_s
-        bound_s = max(SHORT_BATCH_S, LEAST_FIXED_COSTS * fixed_s)
-        longest_s = self.max_s or bound_s * (BESIDE_QUERIES ** (1 + is_query) if queries else 1.0)
+        longest_s = self._longest_s(self.cost, queries=queries, is_query=is_query)
         within_s = min(longest_s, busy_s + max(longest_s / slots, FIXED_COSTS_BETWEEN_OTHERS * fixed_s))
         return max(min(self.max_tokens, int((within_s - fixed_s) / self.cost.token_s)), 1)
+
+    def _longest_s(self, cost: Cost, *, queries: bool, is_query: bool = False) -> float:
+        bound_s = max(SHORT_BATCH_S, LEAST_FIXED_COSTS * cost.fixed_s)
+        return self.max_s or bound_s * (BESIDE_QUERIES ** (1 + is_query) if queries else 1.0)
 
     def predicted_s(self, lengths: Sequence[int]) -> float:
         """Run time of a batch of items of these lengths, in seconds; 0 if the driver's cost is not known."""
@@ -186,6 +196,23 @@ class Planner:
                 return place
         return len(window)
 
+    def _start(self, window: Sequence[Item], slots: Slots) -> int:
+        """From where on it is planned while queries are about: bulk work leaves them a slot.
+
+        A bulk item that takes longer than a batch may waits while all other slots are busy for as long; then it is its
+        turn again.
+        """
+        if not self.cost or slots.others_busy_s() <= (longest_s := self._longest_s(self.cost, queries=True)):
+            return 0
+        return next(
+            (
+                place
+                for place, item in enumerate(window)
+                if not item.request.call.is_bulk or self.predicted_s([item.tokens]) <= longest_s
+            ),
+            0,
+        )
+
     def plan_under_lock(self, window: Sequence[Item], slots: Slots) -> Sequence[int]:
         """Choose a batch that begins now, in this thread; whatever fails, the next item can go alone.
 
@@ -193,7 +220,9 @@ class Planner:
         """
         try:
             queries = slots.queries_are_about(window)
-            places = self.choose(window, slots.busy_s(), slots.count, queries=queries)
+            start = self._start(window, slots) if queries else 0
+            found = self.choose(window[start:], slots.busy_s(), slots.count, queries=queries)
+            places = [start + place for place in found]
             slots.begin(self.predicted_s([window[place].tokens for place in places]))
             return places
         except Exception:
