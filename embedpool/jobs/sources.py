@@ -185,13 +185,23 @@ def _parquet(path: Path, wanted: Sequence[str]) -> Records:
     try:
         with ParquetFile(path) as file:
             _require_columns(path, wanted, file.schema_arrow.names)
-            size, total, done = path.stat().st_size, max(file.metadata.num_rows, 1), 0
+            ends = _ends(file.metadata, wanted, path.stat().st_size)
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=list(wanted)):
-                for record in batch.to_pylist():
-                    done += 1
-                    yield record, size * done // total
+                yield from zip(batch.to_pylist(), ends)  # noqa: B905  (the ends go on)
     except pyarrow.ArrowException as error:
         raise InvalidRequest(f"{path}: {error}") from None
+
+
+def _ends(metadata: Any, wanted: Sequence[str], size: int) -> Iterator[int]:
+    """How much of a parquet file's `size` has been read with each row: by what its columns take in each row group."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    columns = ([group.column(i) for i in range(group.num_columns)] for group in groups)
+    taken = [sum(c.total_uncompressed_size for c in of if c.path_in_schema in wanted) for of in columns]
+    before, total = 0, max(sum(taken), 1)
+    for group, bytes_ in zip(groups, taken, strict=True):
+        for row in range(1, group.num_rows + 1):
+            yield size * (before * group.num_rows + bytes_ * row) // (total * group.num_rows)
+        before += bytes_
 
 
 def _require_columns(path: Path, wanted: Sequence[str], there: Sequence[str]) -> None:

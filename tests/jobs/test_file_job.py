@@ -149,6 +149,17 @@ def test_a_job_that_is_cut_off_goes_on(
     assert not any(name.endswith((".job", ".part", ".parts", ".new")) for name in left_over(folder))
 
 
+def test_how_far_a_parquet_file_is_tells_how_long_its_texts_are(tmp_path: Path) -> None:
+    """Not how many rows: the time that is left follows from it."""
+    texts = [*(f"short {i}" for i in range(100)), *(f"{i} " + "long " * 99 for i in range(100))]
+    table = pyarrow.table({"text": texts, "other": ["x" * 5000] * 100 + [""] * 100})
+    parquet.write_table(table, tmp_path / "in.parquet", row_group_size=50, use_dictionary=False)
+    ends = [row.end for row in Files([str(tmp_path / "in.parquet")], ["text"], None).rows()]
+    size = (tmp_path / "in.parquet").stat().st_size
+    assert (len(ends), ends, ends[-1]) == (200, sorted(ends), size)
+    assert ends[99] < size / 20
+
+
 @pytest.mark.parametrize("out", OUTS)
 def test_an_id_that_no_file_of_results_holds_fails_alone(tmp_path: Path, out: str) -> None:
     """A number of more than 64 bits, say; the largest of 64 is one."""
