@@ -197,6 +197,7 @@ class Limits:
     )
     max_stream_body_bytes: int = option(1_073_741_824, "size of a request body of lines (NDJSON)", minimum=1)
     max_file_bytes: int = option(536_870_912, "size of an uploaded file of a batch", minimum=1)
+    max_batch_requests: int = option(1_000_000, "requests in such a file", minimum=1)
     max_files_bytes: int = option(
         10_737_418_240, "files and results of batches on the disk, together; above it 507", minimum=1
     )

@@ -44,7 +44,9 @@ class Fault(NamedTuple):
 class Checked:
     """What a file is found to hold. `before_each` is called before each line, and may raise."""
 
-    def __init__(self, path: Path, endpoint: str, before_each: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, path: Path, endpoint: str, before_each: Callable[[], None] = lambda: None, most: int = MOST_LINES
+    ) -> None:
         self.faults: list[Fault] = []
         self.requests = 0
         self.models: set[Any] = set()  # two at most
@@ -61,8 +63,9 @@ class Checked:
             return
         if not self.requests:
             self.faults.append(Fault("empty_file", "the input file holds no request"))
-        if self.requests > MOST_LINES:
-            self.faults.append(Fault("too_many_tasks", f"the input file holds more than {MOST_LINES} requests"))
+        if self.requests > most:
+            says = f"the input file holds {self.requests} requests, and may hold {most} (limits.max_batch_requests)"
+            self.faults.append(Fault("too_many_tasks", says))
 
     def _check(self, file: Any, before_each: Callable[[], None]) -> None:
         for number, found in _documents(file):

@@ -105,7 +105,7 @@ class BatchRun:
         if self._store.cancelled_at(self._batch["id"]):
             self._become("cancelled")
             return
-        found = Checked(self._input, self._batch["endpoint"], self._raise_if_stopping)
+        found = Checked(self._input, self._batch["endpoint"], self._raise_if_stopping, self._store.most_requests)
         if found.faults:
             self.fail(found.faults)
             return

@@ -21,6 +21,7 @@ from typing import Any
 from filelock import FileLock
 
 from embedpool.errors import InvalidRequest, NotFound, StorageError
+from embedpool.jobs.batch_input import MOST_LINES
 from embedpool.jobs.durable import read_json, write_json
 
 FILES, BATCHES = "files", "batches"
@@ -37,13 +38,19 @@ Document = dict[str, Any]
 
 
 class Store:
-    """Files and batches of all callers; `most_bytes` bounds what they take together. Thread-safe."""
+    """Files and batches of all callers; `most_bytes` bounds what they take together. Thread-safe.
 
-    def __init__(self, folder: Path, most_bytes: int, clock: Callable[[], float] = time.time) -> None:
+    A file that is to be run may hold `most_requests`.
+    """
+
+    def __init__(
+        self, folder: Path, most_bytes: int, clock: Callable[[], float] = time.time, *, most_requests: int = MOST_LINES
+    ) -> None:
         self.folder = folder
         self.clock = clock
         self.has_new = threading.Event()  # a batch was made by this process
         self.most_bytes = most_bytes
+        self.most_requests = most_requests
         self._finished: set[str] = set()  # batches that are, and will stay so
 
     # --- files

@@ -417,6 +417,17 @@ def test_what_is_wrong_at_once(web: Web, change: dict[str, Any], status: int) ->
         assert web.get(path).status_code == 404
 
 
+def test_a_file_holds_so_many_requests(make_web: MakeWeb) -> None:
+    """By the settings."""
+    web = make_web(MODEL, settings=Settings(limits=Limits(max_batch_requests=2)))
+    first, second = begun(web, line("a"), line("b")), begun(web, line("a"), line("b"), line("c"))
+    runner = runner_of(web)
+    assert (runner.step(), runner.step()) == (True, True)
+    assert batch(web, first)["status"] == "completed"
+    (fault,) = batch(web, second)["errors"]["data"]
+    assert (fault["code"], "limits.max_batch_requests" in fault["message"]) == ("too_many_tasks", True)
+
+
 def test_results_are_no_requests(web: Web) -> None:
     """OpenAI refuses them at once, too."""
     batch_id = begun(web, line("a"))
