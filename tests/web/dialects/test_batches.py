@@ -602,6 +602,31 @@ def test_a_full_disk_pauses_it(web: Web, monkeypatch: pytest.MonkeyPatch) -> Non
     assert [one["custom_id"] for one in lines_in(web, found["output_file_id"])] == [f"id-{i}" for i in range(9)]
 
 
+def test_a_window_that_cannot_be_kept_takes_no_room(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its answers were written: they are cut off, and computed again when there is room."""
+    monkeypatch.setattr(batch_input, "WINDOW_LINES", 2)
+    monkeypatch.setattr(engine, "PAUSE_S", 0.0)
+    batch_id = begun(web, *(line(f"id-{i}") for i in range(9)))
+    real, left = Store.keep, [3]  # in progress, and two windows
+
+    def keep(self: Store, known: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        real(self, known)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "keep", keep)
+        runner_of(web).step()
+    place = store_of(web).place_of(batch_id)
+    at = json.loads((place / "batch.json").read_text())["at"]
+    assert (place / "output.jsonl").stat().st_size == at["output"] > 0
+    assert "No space left" in batch(web, batch_id)["paused"]
+    runner_of(web).step()
+    good = lines_in(web, batch(web, batch_id)["output_file_id"])
+    assert [one["custom_id"] for one in good] == [f"id-{i}" for i in range(9)]
+
+
 @pytest.mark.parametrize("is_foreseen", [True, False])
 def test_a_disk_that_is_full(
     make_web: MakeWeb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_foreseen: bool
