@@ -200,18 +200,14 @@ class Planner:
         """From where on it is planned while queries are about: bulk work leaves them a slot.
 
         A bulk item that takes longer than a batch may waits while all other slots are busy for as long; then it is its
-        turn again.
+        turn again. Where nothing else is there to do, the shortest goes.
         """
         if not self.cost or slots.others_busy_s() <= (longest_s := self._longest_s(self.cost, queries=True)):
             return 0
-        return next(
-            (
-                place
-                for place, item in enumerate(window)
-                if not item.request.call.is_bulk or self.predicted_s([item.tokens]) <= longest_s
-            ),
-            0,
-        )
+        for place, item in enumerate(window):
+            if not item.request.call.is_bulk or self.predicted_s([item.tokens]) <= longest_s:
+                return place
+        return min(range(len(window)), key=lambda place: window[place].tokens)
 
     def plan_under_lock(self, window: Sequence[Item], slots: Slots) -> Sequence[int]:
         """Choose a batch that begins now, in this thread; whatever fails, the next item can go alone.
