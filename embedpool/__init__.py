@@ -42,9 +42,9 @@ cache/row_bytes.py. tasks/ defines the contracts of tasks, drivers, places and t
 them.
 
 Work that outlives a request: jobs/windows.py, the engine, which web/ndjson.py uses too. jobs/file_job.py goes from
-jobs/sources.py to jobs/sinks.py, for cli/files.py, on a server or by in_process.py. jobs/batches.py runs the batches
-that web/dialects/batches.py enters into jobs/store.py: jobs/batch_input.py checks what they ask for, and jobs/speed.py
-tells how fast they are. jobs/durable.py is their hand on the disk.
+jobs/sources.py to jobs/sinks.py, for cli/files.py, on a server or by in_process.py. jobs/batches.py says which of the
+batches runs that web/dialects/batches.py enters into jobs/store.py, and jobs/batch_run.py runs it: jobs/batch_input.py
+checks what it asks for, and jobs/speed.py tells how fast it is. jobs/durable.py is their hand on the disk.
 
 Beside the road: serve/ (sockets, processes, signals), server.py (where the parts meet), config/ (config.yml, pool.yml,
 keys.yml), reconcile.py (pool.yml becomes the live pool), logs.py, tracing.py, bounds.py, errors.py,

@@ -19,7 +19,7 @@ from embedpool.config.settings import Settings
 from embedpool.config.spec import ModelSpec
 from embedpool.config.watch import Watch
 from embedpool.drivers import make_driver, open_tokenizer
-from embedpool.jobs.batches import LINES_AT_ONCE, Runner
+from embedpool.jobs.batches import Runner
 from embedpool.logs import configure_logging
 from embedpool.places import open_place
 from embedpool.pool.cache import Cache
@@ -109,7 +109,7 @@ class EmbedpoolApp:
         if settings.hot_reload.enabled:
             self.pool.catch_up = self.reconciler.catch_up
         self.flask: Flask = create_app(self.pool, self.reconciler, settings, self.metrics)
-        execute = functools.partial(batches.executed, self.flask, at_once=LINES_AT_ONCE)
+        execute = functools.partial(batches.executed, self.flask)
         self._batches = Runner(self.flask.extensions[batches.STORE], execute, self.metrics)
         self._spans = tracing.start() if settings.tracing.enabled else None
         self._watch: Watch | None = None

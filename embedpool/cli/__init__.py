@@ -18,9 +18,9 @@ Usage:
   embedpool unregister --model M [--json] [--config FILE]
   embedpool pull MODEL [--revision R] [--to DIR] [--convert] [--set KEY=VALUE]... [--json] [--config FILE]
   embedpool embed [--model M] [--output NAMES] [--set KEY=VALUE]... [--config FILE] [--] TEXT...
-  embedpool embed (--in FILE)... [--out FILE] [--column C] [--id-column C] [--model M] [--output NAMES]
+  embedpool embed (--in FILE)... [MORE]... [--out FILE] [--column C] [--id-column C] [--model M] [--output NAMES]
                   [--resume] [--local] [--set KEY=VALUE]... [--config FILE]
-  embedpool rerank (--in FILE)... [--out FILE] [--query-column C] [--column C] [--id-column C] [--model M]
+  embedpool rerank (--in FILE)... [MORE]... [--out FILE] [--query-column C] [--column C] [--id-column C] [--model M]
                    [--resume] [--local] [--set KEY=VALUE]... [--config FILE]
   embedpool rerank [--model M] [--top N] [--set KEY=VALUE]... [--json] [--config FILE] [--] QUERY [FILE]
   embedpool batch create FILE [--endpoint E] [--window W] [--json] [--config FILE]
@@ -102,7 +102,7 @@ Options:
   --disabled          Register the model without serving it.
   --replace           Replace a model registered with a different spec.
   --set KEY=VALUE     Any other key of driver.config, or an option of embed or rerank; YAML, or a text.
-  --in FILE           File of inputs, a folder of such, or a glob: txt (a text a line), jsonl, csv, tsv, parquet.
+  --in FILE           Files of inputs, a folder of such, or a glob: txt (a text a line), jsonl, csv, tsv, parquet.
   --out FILE          File of results: jsonl, npy or parquet; default the first input's name and .vectors.jsonl, or
                       .scores.jsonl.
   --output NAMES      What is wanted of each text: dense, sparse or multivector, or several of them with commas between;

@@ -46,8 +46,9 @@ def from_files(arguments: Arguments, *, pairs: bool, choose: Callable[[list[dict
     columns = [arguments["--query-column"] or QUERY, arguments["--column"] or DOCUMENT] if pairs else [
         arguments["--column"] or TEXT
     ]  # fmt: skip
-    files = Files(arguments["--in"], columns, arguments["--id-column"])
-    out = Path(arguments["--out"] or Path(arguments["--in"][0]).name + OUT[pairs])
+    given = [*arguments["--in"], *arguments["MORE"]]  # where the shell has made several of a glob
+    files = Files(given, columns, arguments["--id-column"])
+    out = Path(arguments["--out"] or Path(given[0]).name + OUT[pairs])
     settings = read_settings(arguments)
     with contextlib.ExitStack() as stack:
         client = None if arguments["--local"] else client_of(settings)

@@ -160,8 +160,8 @@ class Batching:
     max_batch_ms: float = option(
         0,
         "longest run time planned for a batch, estimated from timings at warm-up: a new query may have to wait "
-        "this long; 0 = 50 ms or 10 times the fixed cost of a call, whichever is larger, and half of it while requests "
-        "with one text wait beside other work",
+        "this long; 0 = 50 ms or 10 times the fixed cost of a call, whichever is larger, half of it while requests "
+        "with one text wait beside other work, and a quarter for a batch that begins with one of them",
         minimum=0,
     )
     max_wait_ms: float = option(
@@ -197,6 +197,7 @@ class Limits:
     )
     max_stream_body_bytes: int = option(1_073_741_824, "size of a request body of lines (NDJSON)", minimum=1)
     max_file_bytes: int = option(536_870_912, "size of an uploaded file of a batch", minimum=1)
+    max_batch_requests: int = option(1_000_000, "requests in such a file", minimum=1)
     max_files_bytes: int = option(
         10_737_418_240, "files and results of batches on the disk, together; above it 507", minimum=1
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -12,13 +13,18 @@ from embedpool.errors import InvalidRequest
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Put a document in the place of the one before."""
+    """Put a document in the place of the one before; where that cannot be done nothing of it is left."""
     new = path.with_name(path.name + ".new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(document))
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    try:
+        with new.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(document))
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -35,6 +41,7 @@ class GrowingFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.bytes = 0
+        self._synced = 0
         self._file: IO[bytes] | None = None
 
     def open_at(self, size: int) -> None:
@@ -48,7 +55,7 @@ class GrowingFile:
             raise InvalidRequest(f"{self.path} is shorter than it was")
         self._file.truncate(size)
         self._file.seek(size)
-        self.bytes = size
+        self.bytes = self._synced = size
 
     def append(self, content: bytes) -> None:
         """At the end."""
@@ -68,10 +75,14 @@ class GrowingFile:
         assert self._file is not None
         self._file.flush()
         os.fsync(self._file.fileno())
+        self._synced = self.bytes
         return self.bytes
 
-    def close(self) -> None:
-        """It may be closed already."""
+    def close(self, size: int | None = None) -> None:
+        """Cut back to a size, or to what was synced: the rest takes no room. It may be closed already."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):  # the disk may be too full for what it holds still
+                file.close()
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, self._synced if size is None else size)

@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from embedpool import __version__
 from embedpool.errors import InvalidRequest, ModelChanged
 from embedpool.jobs.durable import GrowingFile, write_json
 from embedpool.jobs.sinks import Sink
@@ -24,6 +26,7 @@ from embedpool.jobs.windows import answered, in_windows
 
 WINDOW_ROWS, WINDOW_CHARS = 500, 2_000_000  # two of them are under way
 JOB, FAILED = ".job", ".failed.jsonl"
+LOCK = ".lock"
 VERSION = 1
 
 
@@ -58,9 +61,11 @@ class FileJob:
     def __init__(self, files: Files, sink: Sink, work: Mapping[str, Any]) -> None:
         self._files = files
         self._sink = sink
+        self._about = {**work, "version": __version__}
         self._work = {**work, "files": files.fingerprint(), "version": VERSION}
         self._job = sink.path.with_name(sink.path.name + JOB)
         self._failed = GrowingFile(sink.path.with_name(sink.path.name + FAILED))
+        self._kept: dict[str, Any] = {}  # what the job's own file says
         self.space = ""
         self.progress = Progress()
         self.total_bytes = files.total_bytes
@@ -77,6 +82,17 @@ class FileJob:
 
     def run(self, compute: Compute, tell: Callable[[Progress], None] = lambda progress: None) -> Progress:
         """Until all is done; goes on where it was. Raises what `compute` raises, InvalidRequest and ModelChanged."""
+        lock = FileLock(self._job.with_name(self._job.name + LOCK))
+        try:
+            with lock.acquire(timeout=0):
+                try:
+                    return self._run(compute, tell)
+                finally:
+                    Path(lock.lock_file).unlink(missing_ok=True)
+        except Timeout:
+            raise InvalidRequest(f"{self._job}: another process is at this job") from None
+
+    def _run(self, compute: Compute, tell: Callable[[Progress], None]) -> Progress:
         sink_state = self._resume()
         if sink_state and self._sink.path.exists():  # all was done but to say so
             return self._end()
@@ -91,11 +107,11 @@ class FileJob:
                 for rows, computed in found:
                     self._write(rows, computed)
                     tell(self.progress)
-            self._sink.finish({**self._work, "space": self.space})
+            self._sink.finish({**self._about, "space": self.space})
             self._failed.sync()
         finally:
-            self._sink.close()
-            self._failed.close()
+            self._sink.close(self._kept.get("sink", {}))
+            self._failed.close(self._kept.get("failed_bytes", 0))
         return self._end()
 
     def _begin(self, sink_state: dict[str, Any]) -> None:
@@ -122,6 +138,7 @@ class FileJob:
                 if known["work"].get(name) != json.loads(json.dumps(self._work[name])):
                     says = f"{name} was {known['work'].get(name)}, and is {self._work[name]}"
                     raise InvalidRequest(f"{self._job} is of another job: {says}; delete it to begin anew")
+            self._kept = known
             self.progress, self.space = Progress(**known["progress"]), known["space"]
         self._failed.open_at(known.get("failed_bytes", 0))
         state: dict[str, Any] = known.get("sink", {})
@@ -163,6 +180,7 @@ class FileJob:
             "progress": dataclasses.asdict(self.progress),
         }
         write_json(self._job, known)
+        self._kept = known
 
 
 def _of_good(rows: Sequence[Row], compute: Compute) -> Computed | None:

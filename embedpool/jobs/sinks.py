@@ -6,6 +6,7 @@ While a job is under way its results lie beside the file that they will be, unde
 from __future__ import annotations
 
 import abc
+import contextlib
 import importlib.util
 import json
 import os
@@ -24,7 +25,7 @@ from embedpool.jobs.sources import Row
 from embedpool.outputs import SparseRow
 
 VECTOR, SCORE, OUTPUTS = "vector", "score", "outputs"
-PART, IDS, PARTS = ".part", ".ids.jsonl", ".parts"
+PART, IDS, PARTS, NEW = ".part", ".ids.jsonl", ".parts", ".new"
 GROUP_ROWS = 8192  # of a row group of a parquet file, at least where there are so many
 ABOUT = b"embedpool"  # the key of a parquet file's metadata
 NPY_HEAD_BYTES = 128
@@ -61,8 +62,8 @@ class Sink(abc.ABC):
         """The file has its name: nothing else is needed any more."""
 
     @abc.abstractmethod
-    def close(self) -> None:
-        """Let go of open files."""
+    def close(self, state: State) -> None:
+        """Let go of open files; one that is not finished is cut back to a state, so that the rest takes no room."""
 
 
 def sink_of(path: Path, column: str) -> Sink:
@@ -111,8 +112,8 @@ class Jsonl(Sink):
         self._file.path.replace(self.path)
 
     @override
-    def close(self) -> None:
-        self._file.close()
+    def close(self, state: State) -> None:
+        self._file.close(state.get("bytes", 0))
 
 
 class Npy(Sink):
@@ -166,9 +167,9 @@ class Npy(Sink):
             file.path.replace(path)
 
     @override
-    def close(self) -> None:
-        self._file.close()
-        self._ids.close()
+    def close(self, state: State) -> None:
+        self._file.close(state.get("bytes", 0))
+        self._ids.close(state.get("ids_bytes", 0))
 
 
 class Parquet(Sink):
@@ -191,17 +192,21 @@ class Parquet(Sink):
     def begin(self, state: State) -> None:
         self._parts = state.get("parts", 0)
         self._folder.mkdir(exist_ok=True)
-        for file in self._folder.iterdir():
-            if not file.stem.isdecimal() or int(file.stem) >= self._parts:
-                file.unlink()
+        self._drop(state)
         if missing := [number for number in range(self._parts) if not self._part(number).exists()]:
             raise InvalidRequest(f"{self._part(missing[0])} is gone")
+
+    def _drop(self, state: State) -> None:
+        """The parts that are none of a state."""
+        for file in self._folder.iterdir():
+            if file.suffix == NEW or not file.stem.isdecimal() or int(file.stem) >= state.get("parts", 0):
+                file.unlink()
 
     @override
     def write(self, rows: Sequence[Row], values: Values) -> None:
         from pyarrow import parquet
 
-        new = self._part(self._parts).with_suffix(".new")
+        new = self._part(self._parts).with_suffix(NEW)
         parquet.write_table(self._table(rows, values), new)
         with new.open("rb") as file:
             os.fsync(file.fileno())
@@ -240,8 +245,9 @@ class Parquet(Sink):
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @override
-    def close(self) -> None:
-        pass
+    def close(self, state: State) -> None:
+        with contextlib.suppress(OSError):
+            self._drop(state)
 
     def _part(self, number: int) -> Path:
         return self._folder / f"{number:08}.parquet"

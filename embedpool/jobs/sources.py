@@ -11,7 +11,7 @@ import glob
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from embedpool.errors import InvalidRequest
 
@@ -73,14 +73,24 @@ class Files:
         if not isinstance(record, dict):
             return Row(index, index, (), end, record.says if isinstance(record, _Broken) else "it is no object")
         given = record.get(self._id_column) if self._id_column else index
-        if self._id_column and not isinstance(given, str | int):
-            return Row(index, index, (), end, f"it has no {self._id_column}")
+        if self._id_column and not _is_id(given):
+            says = (
+                f"its {self._id_column} is no text and no number of 64 bits"
+                if given is not None
+                else (f"it has no {self._id_column}")
+            )
+            return Row(index, index, (), end, says)
         parts = tuple(record.get(name) for name in self._columns)
         missing = [name for name, part in zip(self._columns, parts, strict=True) if not isinstance(part, str)]
-        identity = given if isinstance(given, str | int) else index
+        identity = given if _is_id(given) else index
         if missing:
             return Row(index, identity, (), end, f"{', '.join(missing)}: not a text")
         return Row(index, identity, tuple(str(part) for part in parts), end)
+
+
+def _is_id(given: Any) -> TypeGuard[str | int]:
+    """Whether every kind of file of results can hold it."""
+    return isinstance(given, str) or (type(given) is int and -(2**63) <= given < 2**63)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -175,13 +185,23 @@ def _parquet(path: Path, wanted: Sequence[str]) -> Records:
     try:
         with ParquetFile(path) as file:
             _require_columns(path, wanted, file.schema_arrow.names)
-            size, total, done = path.stat().st_size, max(file.metadata.num_rows, 1), 0
+            ends = _ends(file.metadata, wanted, path.stat().st_size)
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=list(wanted)):
-                for record in batch.to_pylist():
-                    done += 1
-                    yield record, size * done // total
+                yield from zip(batch.to_pylist(), ends)  # noqa: B905  (the ends go on)
     except pyarrow.ArrowException as error:
         raise InvalidRequest(f"{path}: {error}") from None
+
+
+def _ends(metadata: Any, wanted: Sequence[str], size: int) -> Iterator[int]:
+    """How much of a parquet file's `size` has been read with each row: by what its columns take in each row group."""
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    columns = ([group.column(i) for i in range(group.num_columns)] for group in groups)
+    taken = [sum(c.total_uncompressed_size for c in of if c.path_in_schema in wanted) for of in columns]
+    before, total = 0, max(sum(taken), 1)
+    for group, bytes_ in zip(groups, taken, strict=True):
+        for row in range(1, group.num_rows + 1):
+            yield size * (before * group.num_rows + bytes_ * row) // (total * group.num_rows)
+        before += bytes_
 
 
 def _require_columns(path: Path, wanted: Sequence[str], there: Sequence[str]) -> None:

@@ -34,7 +34,7 @@ class _Caller:
 
     __slots__ = ("active", "name", "shares", "time", "weight")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: Hashable) -> None:
         self.name, self.weight, self.time, self.shares = name, 1.0, 0.0, 0.0
         self.active: list[tuple[float, int, _Share]] = []
 
@@ -59,7 +59,7 @@ class FairOrder:
 
     def __init__(self) -> None:
         self._time = 0.0
-        self._callers: dict[str, _Caller] = {}  # active in the ideal server
+        self._callers: dict[Hashable, _Caller] = {}  # active in the ideal server
         self._known: dict[Any, _Share] = {}  # requests that have not left the real one
         self._overdue: dict[Any, _Share] = {}  # of these, those that have ended in the ideal one, in that order
         self._alike: dict[Hashable, dict[Any, None]] = {}  # those that are about equal, in the order of their arrival
@@ -68,7 +68,9 @@ class FairOrder:
     def __contains__(self, key: Any) -> bool:
         return key in self._known
 
-    def enter(self, key: Any, caller: str, weight: float, share: float, work: float, *, alike: Hashable = None) -> None:
+    def enter(
+        self, key: Any, caller: Hashable, weight: float, share: float, work: float, *, alike: Hashable = None
+    ) -> None:
         """A request comes, with so much work; of its caller's requests it has a `share` of 1, or less of one.
 
         Requests of a caller with the same `alike`, but None, are about equal.

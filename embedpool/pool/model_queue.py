@@ -84,7 +84,8 @@ class ModelQueue(queue.Queue[Item]):
         if request not in self._order:
             call = request.call
             request.left = max(request.tokens, work_of(item))
-            self._order.enter(request, call.caller, call.weight, call.share, request.left, alike=_likeness(request))
+            caller = call.caller, call.is_bulk  # what nobody waits for is a caller of its own
+            self._order.enter(request, caller, call.weight, call.share, request.left, alike=_likeness(request))
         if self._joins(item):
             self._order.serve(work_of(item))
             self._is_through(item)
@@ -245,8 +246,8 @@ class ModelQueue(queue.Queue[Item]):
     ) -> list[Item]:
         """The items of one batch, each with its duplicates.
 
-        `plan_under_lock` is given the first WINDOW items in the order of service and names places in it, ascending, the
-        first one's among them; requests wait to get in until it returns. Waits up to `timeout_s` (None: until woken)
+        `plan_under_lock` is given the first WINDOW items in the order of service and names places in it, ascending;
+        requests wait to get in until it returns. Waits up to `timeout_s` (None: until woken)
         for an item and up to `max_wait_s` for `enough` of them. [] means that nothing came, or that `wake()` was
         called. `leaving()` is asked under the lock: a `wake()` after it turned true is not missed.
         """

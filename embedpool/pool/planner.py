@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 SHORT_BATCH_S = 0.05  # how long a query waits for the running batch, where the operator says nothing
 LEAST_FIXED_COSTS = 10  # but no batch is cut shorter than so many fixed costs: they would take more of the machine
-BESIDE_QUERIES = 0.5  # of both, while queries wait beside other work
+BESIDE_QUERIES = 0.5  # of both, while queries wait beside other work; of that again, where the batch is for one
 QUERIES_ABOUT_S = 2.0  # so long after one did the next is expected
 FIXED_COSTS_BETWEEN_OTHERS = 2  # likewise for a batch that is cut to end between the others
 REACH_BATCHES = 12  # see Planner._reach
@@ -49,6 +49,11 @@ def cuts(lengths: Sequence[int], fixed_tokens: float, max_tokens: int, max_items
     return ends[::-1]
 
 
+def _is_query(item: Item) -> bool:
+    """Whether it is of a request with one input that somebody waits for, which is to pass others."""
+    return len(item.request.task) == 1 and not item.request.call.is_bulk
+
+
 class Slots:
     """The batches that run for one model, one in each slot (a thread of a replica), and when each should have ended.
 
@@ -68,9 +73,16 @@ class Slots:
         with self._lock:
             return max([end - self._clock() for end in self._ends.values()] + [0.0])
 
+    def others_busy_s(self) -> float:
+        """How long until one of the others has ended; 0 where one has no batch, or there is none."""
+        with self._lock:
+            if len(self._ends) < self.count - 1:
+                return 0.0
+            return max(min((end - self._clock() for end in self._ends.values()), default=0.0), 0.0)
+
     def queries_are_about(self, window: Sequence[Item]) -> bool:
-        """Whether a request with one input, which is to pass others, waits beside other work, or did lately."""
-        if len({len(item.request.task) == 1 for item in window}) > 1:
+        """Whether a query waits beside other work, or did lately."""
+        if len(set(map(_is_query, window))) > 1:
             self._queries_at = self._clock()
         return self._clock() - self._queries_at < QUERIES_ABOUT_S
 
@@ -91,7 +103,8 @@ class Planner:
 
     A batch is never planned to run longer than `max_s`, because a running one cannot be interrupted: that bounds how
     long an arriving query waits for it. Without `max_s` the bound is 50 ms, or ten fixed costs where these are more,
-    and half of that while `queries` are about.
+    half of that while `queries` are about, and a quarter for a batch that is a query's turn: what rides along delays it
+    once more.
 
     With several `slots`, which run a batch each at once, a batch is sized to end at most bound ÷ slots after the last
     running one, where possible: so a query that finds all slots busy waits no longer than that until one is free.
@@ -109,15 +122,20 @@ class Planner:
         """The fixed cost of a call, in padded tokens."""
         return self.cost.fixed_s / self.cost.token_s if self.cost else UNKNOWN_FIXED_TOKENS
 
-    def largest_tokens(self, busy_s: float = 0.0, slots: int = 1, *, queries: bool = False) -> int:
+    def largest_tokens(
+        self, busy_s: float = 0.0, slots: int = 1, *, queries: bool = False, is_query: bool = False
+    ) -> int:
         """Padded tokens of the longest batch that begins now, while other slots are busy for `busy_s` more seconds."""
         if not self.cost:
             return self.max_tokens
         fixed_s = self.cost.fixed_s
-        bound_s = max(SHORT_BATCH_S, LEAST_FIXED_COSTS * fixed_s)
-        longest_s = self.max_s or (bound_s * BESIDE_QUERIES if queries else bound_s)
+        longest_s = self._longest_s(self.cost, queries=queries, is_query=is_query)
         within_s = min(longest_s, busy_s + max(longest_s / slots, FIXED_COSTS_BETWEEN_OTHERS * fixed_s))
         return max(min(self.max_tokens, int((within_s - fixed_s) / self.cost.token_s)), 1)
+
+    def _longest_s(self, cost: Cost, *, queries: bool, is_query: bool = False) -> float:
+        bound_s = max(SHORT_BATCH_S, LEAST_FIXED_COSTS * cost.fixed_s)
+        return self.max_s or bound_s * (BESIDE_QUERIES ** (1 + is_query) if queries else 1.0)
 
     def predicted_s(self, lengths: Sequence[int]) -> float:
         """Run time of a batch of items of these lengths, in seconds; 0 if the driver's cost is not known."""
@@ -133,14 +151,14 @@ class Planner:
         groups never share a batch.
         """
         group = window[0].group
+        most = self.largest_tokens(busy_s, slots, queries=queries, is_query=_is_query(window[0]))
         if not self.pads:
-            most = self.largest_tokens(busy_s, slots, queries=queries) if self.cost else math.inf
-            return self._filled([place for place, item in enumerate(window) if item.group == group], window, most)
+            places = [place for place, item in enumerate(window) if item.group == group]
+            return self._filled(places, window, most if self.cost else math.inf)
         window = window[: self._reach(window)]
         order = sorted((item.tokens, place) for place, item in enumerate(window) if item.group == group)
         longest = order[-1][0]
         total = sum(tokens for tokens, _ in order)
-        most = self.largest_tokens(busy_s, slots, queries=queries)
         if len(order) <= self.max_items and len(order) * longest <= min(most, total + self.fixed_tokens):
             return sorted(place for _, place in order)  # padding all of them costs less than a second call
         first = next(i for i, (_, place) in enumerate(order) if place == 0)
@@ -178,6 +196,19 @@ class Planner:
                 return place
         return len(window)
 
+    def _start(self, window: Sequence[Item], slots: Slots) -> int:
+        """From where on it is planned while queries are about: bulk work leaves them a slot.
+
+        A bulk item that takes longer than a batch may waits while all other slots are busy for as long; then it is its
+        turn again. Where nothing else is there to do, the shortest goes.
+        """
+        if not self.cost or slots.others_busy_s() <= (longest_s := self._longest_s(self.cost, queries=True)):
+            return 0
+        for place, item in enumerate(window):
+            if not item.request.call.is_bulk or self.predicted_s([item.tokens]) <= longest_s:
+                return place
+        return min(range(len(window)), key=lambda place: window[place].tokens)
+
     def plan_under_lock(self, window: Sequence[Item], slots: Slots) -> Sequence[int]:
         """Choose a batch that begins now, in this thread; whatever fails, the next item can go alone.
 
@@ -185,7 +216,9 @@ class Planner:
         """
         try:
             queries = slots.queries_are_about(window)
-            places = self.choose(window, slots.busy_s(), slots.count, queries=queries)
+            start = self._start(window, slots) if queries else 0
+            found = self.choose(window[start:], slots.busy_s(), slots.count, queries=queries)
+            places = [start + place for place in found]
             slots.begin(self.predicted_s([window[place].tokens for place in places]))
             return places
         except Exception:

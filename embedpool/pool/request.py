@@ -40,6 +40,7 @@ class Call:
     caller: str = ""  # the id of an API key
     weight: float = 1.0  # the caller's part of the machine, beside other callers
     share: float = 1.0  # this request's part of it, beside others of the caller
+    is_bulk: bool = False  # of work that nobody waits for, whose requests share a weight of their own
     client_gone: Callable[[], bool] = lambda: False
     require: Callable[[ModelSpec], None] = lambda spec: None  # raises Forbidden for a model that is not for the caller
     # raises AnswerTooLarge for so many numbers, of vectors of this width

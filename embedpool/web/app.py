@@ -108,7 +108,9 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
     for dialect in DIALECTS:
         app.register_blueprint(dialect.blueprint(pool, settings))
     folder = settings.file(settings.paths.state_dir)
-    app.extensions[batches.STORE] = Store(folder, settings.limits.max_files_bytes)
+    app.extensions[batches.STORE] = Store(
+        folder, settings.limits.max_files_bytes, most_requests=settings.limits.max_batch_requests
+    )
     app.register_blueprint(observe.blueprint(pool, reconciler, metrics, access))
     app.register_blueprint(manage.blueprint(pool, reconciler, settings, access))
     app.register_blueprint(openapi.blueprint())

@@ -17,7 +17,7 @@ from embedpool.web.access import NOBODY
 
 MOST_HOPS = 4
 BEGAN_AT = "embedpool.began_at"  # see serve/connections.py
-OWNER, SHARE = "embedpool.owner", "embedpool.share"  # of a line of a batch, which no header can say
+OWNER = "embedpool.owner"  # of a line of a batch, which no header can say
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
 
 
@@ -55,7 +55,6 @@ class HttpRequest(Request):
         self.trace = tracing.trace_of(self.headers) if TRACEPARENT in self.environ else {}
         self.span: Any = None
         self.caller = NOBODY
-        self.share = float(self.environ.get(SHARE, 1.0))
         given = self.environ.get(REQUEST_ID_GIVEN, "")
         self.id = given if REQUEST_ID.match(given) else f"{random.getrandbits(128):032x}"  # no secret
 

@@ -104,8 +104,7 @@ def refuse_strangers(of: Request, own_hosts: set[str], *, has_key: bool) -> None
     Raises Forbidden. A web page can make a browser send requests to loopback: its Origin or, after DNS
     rebinding, its Host tells it apart. What came through a proxy is not a loopback request, whoever connected last.
     """
-    if host_of(f"//{of.host}") not in own_hosts:
-        raise Forbidden(f"management is not answered under the Host {of.host!r}; see security.allowed_hosts")
+    require_own_host(of, own_hosts)
     origin = of.headers.get("Origin")
     if origin is not None and origin.partition("://")[2].lower() != of.host.lower():  # another port is another origin
         raise Forbidden("management is closed to other origins")
@@ -115,6 +114,12 @@ def refuse_strangers(of: Request, own_hosts: set[str], *, has_key: bool) -> None
         raise Forbidden("management is closed to requests that came through a proxy")
     if not _is_loopback(of.remote_addr):
         raise Forbidden("management is closed to other machines; see security.admin_key_env")
+
+
+def require_own_host(of: Request, own_hosts: set[str], what: str = "management is") -> None:
+    """Raises Forbidden for a request that a browser was misled to send here, by a name that is not ours."""
+    if host_of(f"//{of.host}") not in own_hosts:
+        raise Forbidden(f"{what} not answered under the Host {of.host!r}; see security.allowed_hosts")
 
 
 def _is_loopback(address: str | None) -> bool:

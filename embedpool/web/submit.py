@@ -15,8 +15,10 @@ from embedpool.tasks.late_chunking import LateChunking, Tokens
 from embedpool.tasks.score import Rerank, Score
 from embedpool.tasks.task import Task
 from embedpool.web.encoding import NUMBER_BYTES, Names
-from embedpool.web.http_request import HttpRequest
+from embedpool.web.http_request import OWNER, HttpRequest
 from embedpool.web.schemas import timeout_s
+
+BULK_WEIGHT = 0.25  # of a key's own, for all lines of its batches that are under way
 
 
 def require(http: HttpRequest, what: str, numbers: float, forms: Sequence[str]) -> None:
@@ -143,14 +145,15 @@ def call_of(
 
     A deadline `within_s` is counted from now, the others from the request's first byte.
     """
-    says = http.says_of_caches
+    says, is_bulk = http.says_of_caches, OWNER in http.environ
     return Call(
         arrived_at=pool.clock(),
         age_s=0.0 if math.isfinite(within_s) else http.age_s,
         timeout_s=min(timeout_s(http) or math.inf, within_s, pool.request_timeout_s),
         caller=http.caller.key.id if http.caller.key else "",
-        weight=http.caller.weight,
-        share=share * http.share,
+        weight=http.caller.weight * (BULK_WEIGHT if is_bulk else 1.0),
+        share=share,
+        is_bulk=is_bulk,
         require=http.caller.require_spec,
         client_gone=client_gone or http.client_gone,
         is_patient=is_patient,

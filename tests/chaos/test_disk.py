@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import resource
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.chaos.conftest import Figures, foreground
+from tests.disks import fill, small_disk
 from tests.live.conftest import Server, fake
 
 # Root writes where nobody may; without these capabilities it does not.
@@ -68,35 +67,12 @@ def test_a_folder_of_another_and_then_a_limit_on_files(server: Server, tmp_path:
     figures("refusals", 2 * REFUSALS_A_DISK + 1)
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of 2 MB."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    try:
-        subprocess.run(command, capture_output=True, text=True, check=True)
-    except FileNotFoundError:
-        pytest.skip("there is no mount here")
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"nothing can be mounted here: {error.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
 def keep_pool_in(folder: Path, server: Server) -> None:
     """A folder of its own: pid file and log stay where they can be written."""
     folder.mkdir(exist_ok=True)
     server.pool_yml = folder / "pool.yml"
     server.environment["EMBEDPOOL_PATHS__POOL_YML"] = str(server.pool_yml)
     server.write_pool(fake("m"))
-
-
-def fill(file: Path) -> None:
-    with file.open("wb", buffering=0) as waste, contextlib.suppress(OSError):
-        while True:
-            waste.write(bytes(512))
 
 
 def refuses_changes(server: Server) -> None:

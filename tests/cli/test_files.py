@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from embedpool.cli import main
 from embedpool.cli.files import _shown
 from embedpool.jobs import speed
 from embedpool.jobs.file_job import Progress
 
 JOB: Any = SimpleNamespace(total_bytes=1000)
+
+
+def test_several_files_as_a_shell_makes_them_of_a_glob(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is read; one that is not there is named."""
+    (tmp_path / "a.txt").write_text("a\n")
+    missing = str(tmp_path / "b.txt")
+    for command in ("embed", "rerank"):
+        assert main([command, "--in", str(tmp_path / "a.txt"), missing, "--out", str(tmp_path / "out.npy")]) == 1
+        assert f"no file is {missing}" in capsys.readouterr().err
 
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from embedpool import __version__
 from embedpool.errors import InvalidRequest, ModelChanged
 from embedpool.jobs import file_job
 from embedpool.jobs.file_job import Computed, FileJob
@@ -25,6 +26,7 @@ from embedpool.jobs.sinks import ABOUT, SCORE, VECTOR, sink_of
 from embedpool.jobs.sources import Files, Row
 from embedpool.jobs.windows import answered
 from embedpool.outputs import SparseRow
+from tests.disks import fill, small_disk
 
 FIXTURES = hypothesis.HealthCheck.function_scoped_fixture
 WIDTH = 4
@@ -147,6 +149,74 @@ def test_a_job_that_is_cut_off_goes_on(
     assert not any(name.endswith((".job", ".part", ".parts", ".new")) for name in left_over(folder))
 
 
+def test_how_far_a_parquet_file_is_tells_how_long_its_texts_are(tmp_path: Path) -> None:
+    """Not how many rows: the time that is left follows from it."""
+    texts = [*(f"short {i}" for i in range(100)), *(f"{i} " + "long " * 99 for i in range(100))]
+    table = pyarrow.table({"text": texts, "other": ["x" * 5000] * 100 + [""] * 100})
+    parquet.write_table(table, tmp_path / "in.parquet", row_group_size=50, use_dictionary=False)
+    ends = [row.end for row in Files([str(tmp_path / "in.parquet")], ["text"], None).rows()]
+    size = (tmp_path / "in.parquet").stat().st_size
+    assert (len(ends), ends, ends[-1]) == (200, sorted(ends), size)
+    assert ends[99] < size / 20
+
+
+@pytest.mark.parametrize("out", OUTS)
+def test_an_id_that_no_file_of_results_holds_fails_alone(tmp_path: Path, out: str) -> None:
+    """A number of more than 64 bits, say; the largest of 64 is one."""
+    given = [2**63 - 1, -(2**63), 2**63, 10**30, True, 7]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": "a", "id": one}) + "\n" for one in given))
+    done = job_of(tmp_path, out).run(Model())
+    assert (done.rows, done.failed) == (6, 3)
+    failed = [json.loads(one) for one in (tmp_path / f"{out}.failed.jsonl").read_text().splitlines()]
+    assert [(one["index"], one["code"]) for one in failed] == [
+        (2, "invalid_row"),
+        (3, "invalid_row"),
+        (4, "invalid_row"),
+    ]
+    assert list(found_in(tmp_path / out)) == [2**63 - 1, -(2**63), 7]
+
+
+def test_two_processes_are_not_at_the_same_job(tmp_path: Path) -> None:
+    """They would write each other's results away; the second is told so, and the first goes on."""
+    texts_file(tmp_path, [f"text {i}" for i in range(9)])
+    model = Model()
+
+    def compute(rows: Sequence[Row]) -> Computed:
+        if rows[0].index == 3:
+            with pytest.raises(InvalidRequest, match="another process"):
+                job_of(tmp_path, "out.npy").run(Model())
+        return model(rows)
+
+    assert job_of(tmp_path, "out.npy").run(compute).rows == 9
+    assert len(found_in(tmp_path / "out.npy")) == 9
+    assert left_over(tmp_path) == {"out.npy", "out.ids.jsonl"}
+
+
+@pytest.mark.parametrize("out", OUTS)
+def test_a_full_disk_ends_a_job_that_can_go_on(tmp_path: Path, out: str) -> None:
+    """In the middle of it: what is half written is cut off, and when there is room nothing is computed again."""
+    texts = [f"text {i}" for i in range(12)]
+    with small_disk(tmp_path / "disk") as disk:
+        texts_file(disk, texts)
+        models = Model(), Model()
+
+        def compute(rows: Sequence[Row]) -> Computed:
+            if rows[0].index == 6:
+                fill(disk / "waste")
+            return models[0](rows)
+
+        with pytest.raises(OSError, match="No space left"):
+            job_of(disk, out).run(compute)
+        assert not list(disk.glob("*.new"))
+        kept = json.loads((disk / f"{out}.job").read_text())
+        if "bytes" in kept["sink"]:
+            assert (disk / f"{out}.part").stat().st_size == kept["sink"]["bytes"]
+        (disk / "waste").unlink()
+        assert job_of(disk, out).run(models[1]).rows == 12
+        assert found_in(disk / out) == {f"id-{i}": vector(text) for i, text in enumerate(texts)}
+        assert not {"text 0", "text 1", "text 2"} & set(models[1].computed)
+
+
 def tear(folder: Path, out: str, torn: bytes) -> None:
     """As a kill in the middle of a write leaves files."""
     for name in (f"{out}.part", f"{out}.failed.jsonl", "out.ids.jsonl.part"):
@@ -211,7 +281,7 @@ def test_what_made_a_parquet_file_stands_in_it(tmp_path: Path) -> None:
         assert file.schema_arrow.field("vector").type == pyarrow.list_(pyarrow.float32(), WIDTH)
         about = json.loads(file.schema_arrow.metadata[ABOUT])
         assert file.metadata.num_row_groups == 1
-    assert (about["model"], about["space"], about["options"]) == ("m", "s1", {"dimensions": 4})
+    assert about == {"model": "m", "space": "s1", "options": {"dimensions": 4}, "version": __version__}  # no paths
 
 
 def test_scores(tmp_path: Path) -> None:

@@ -161,6 +161,21 @@ def test_a_weight_buys_a_share() -> None:
     assert 290 <= served.count("heavy") <= 310
 
 
+@pytest.mark.parametrize("of", ["mine", "another's"])
+def test_bulk_work_has_a_weight_of_its_own(of: str) -> None:
+    """Beside its key's other requests as beside those of others, however many there are of it, and however alike."""
+    waiting_queue = ModelQueue(1000, still())
+    kinds = {"bulk": {"caller": "mine", "is_bulk": True, "weight": 0.25}, "other": {"caller": of}}
+    for name in ["bulk"] * 16 + ["other"] * 4:
+        sized(2, 5, **kinds[name]).admitted_to(waiting_queue)
+    served = []
+    for _ in range(1000):
+        request = requests_of(waiting_queue.take(first(2), 0))[0]
+        served.append("bulk" if request.call.is_bulk else "other")
+        sized(2, 5, **kinds[served[-1]]).admitted_to(waiting_queue)
+    assert 180 <= served.count("bulk") <= 210
+
+
 def test_many_requests_of_one_caller_take_no_more_than_one_of_another() -> None:
     """A key's share is its own, not each request's."""
     waiting_queue = ModelQueue(1000, still())

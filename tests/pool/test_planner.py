@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from embedpool.pool.planner import QUERIES_ABOUT_S, UNKNOWN_FIXED_TOKENS, Planner, Slots, cuts
 from embedpool.tasks.driver import Cost
-from embedpool.tasks.item import Group
-from tests.pool.scripted import Asked
+from embedpool.tasks.item import Group, Item
+from tests.pool.scripted import PATIENCE_S, Asked, in_thread
 
 LENGTHS = st.lists(st.integers(0, 300), min_size=1, max_size=40).map(sorted)
 FIXED = st.floats(0, 1000)
@@ -138,6 +138,9 @@ def test_batches_are_shorter_while_queries_wait_beside_other_work() -> None:
     slots, planner = Slots(lambda: now[0]), Planner(64, 16_384, cost=Cost(0.002, 0.0001))
     query, others = Asked("a").items, Asked("b", "c").items
     assert not any(map(slots.queries_are_about, ([*query, *query], others)))
+    bulk = Asked("d", is_bulk=True).items  # a line of a batch is no query, though it has one text
+    assert not any(map(slots.queries_are_about, ([*bulk, *bulk], [*bulk, *others])))
+    assert Slots(lambda: now[0]).queries_are_about([*query, *bulk])
     assert slots.queries_are_about([*others, *query])
     now[0] += QUERIES_ABOUT_S - 0.1
     assert slots.queries_are_about(others)
@@ -145,8 +148,34 @@ def test_batches_are_shorter_while_queries_wait_beside_other_work() -> None:
     assert not slots.queries_are_about(others)
     half = dataclasses.replace(planner, max_s=0.025)
     assert planner.largest_tokens(queries=True) == half.largest_tokens() < planner.largest_tokens() == 480
+    places = planner.choose(Asked("q" * 10).items + Asked(*("x" * 10 for _ in range(60))).items, queries=True)
+    quarter = dataclasses.replace(planner, max_s=0.0125)
+    assert 10 * len(places) <= quarter.largest_tokens() < 10 * len(places) + 10  # what rides along delays the query
     bounded = dataclasses.replace(planner, max_s=0.05)
     assert bounded.largest_tokens(queries=True) == bounded.largest_tokens() == 480
+
+
+def test_bulk_work_that_takes_long_leaves_queries_a_slot() -> None:
+    """It waits while the others run as long, and no longer; what somebody waits for never does."""
+    now = [100.0]
+    planner = Planner(64, 16_384, cost=Cost(0.002, 0.001))
+
+    def planned(window: list[Item], others_busy_s: float | None, count: int = 2) -> int:
+        slots = Slots(lambda: now[0])
+        slots.count = count
+        slots.queries_are_about([*Asked("q").items, *Asked("a", "b").items])
+        if others_busy_s is not None:
+            in_thread(slots.begin, others_busy_s).result(PATIENCE_S)
+        return planner.plan_under_lock(window, slots)[0]
+
+    long, short = Asked("x" * 100, is_bulk=True).items, Asked("y", is_bulk=True).items
+    window = [*long, *Asked("z" * 100, is_bulk=True).items, *short]
+    assert planned(window, 1.0) == 2
+    assert [planned(window, busy_s) for busy_s in (0.02, None)] == [0, 0]
+    assert planned(window, None, count=1) == 0
+    assert planned([*long, *Asked("x" * 60, is_bulk=True).items, *long], 1.0) == 1, "nothing shorter is there to do"
+    assert planned([*Asked("x" * 100).items, *short], 1.0) == 0
+    assert planned([*Asked("x" * 100, "y").items, *short], 1.0) == 0
 
 
 def test_many_slots_do_not_make_a_batch_of_nothing() -> None:

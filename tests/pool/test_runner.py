@@ -274,7 +274,7 @@ def test_a_broken_driver_is_told_and_everybody_gets_an_answer(broken_from: int, 
             raise RuntimeError("broken")
 
     driver = Scripted(failing("a", "b", "c"), on_probe=probe)
-    bench = Bench(driver, planner=Planner(3, 100, cost=Cost(1, 1)))
+    bench = Bench(driver, planner=Planner(3, 100, max_s=10, cost=Cost(1, 1)))
     failed, waiting = [Asked("a", "b"), Asked("c")], Asked("d" * 50)
     for request in (*failed, waiting):
         request.admitted_to(bench.queue)

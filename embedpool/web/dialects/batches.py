@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,22 +12,23 @@ from typing import IO, Any
 import orjson
 from flask import Blueprint, Flask, Response, current_app, request
 from marshmallow import fields, validate
+from typing_extensions import override
 from werkzeug.datastructures import Headers
 from werkzeug.formparser import FormDataParser
-from werkzeug.test import EnvironBuilder, run_wsgi_app
+from werkzeug.test import EnvironBuilder
 
 from embedpool.config.fields import StrictInteger
 from embedpool.config.settings import FORM_BYTES, Limits, Settings
 from embedpool.errors import BodyTooLarge, InvalidRequest, StorageError
-from embedpool.jobs.batches import Executed
+from embedpool.jobs.batch_run import Executed
 from embedpool.jobs.store import FINISHED, Document, Store
 from embedpool.pool.pool import Pool
 from embedpool.web.body import OWN_HOSTS, read_document
 from embedpool.web.compat import CompatSchema
 from embedpool.web.dialects.openai import openai_shape
 from embedpool.web.encoding import json_response
-from embedpool.web.http_request import OWNER, SHARE, here
-from embedpool.web.manage import refuse_strangers
+from embedpool.web.http_request import OWNER, here
+from embedpool.web.manage import refuse_strangers, require_own_host
 from embedpool.web.schemas import load
 
 STORE = "embedpool.store"  # of an app's extensions
@@ -37,7 +39,7 @@ ENDPOINTS = (
 DAY_S = 86400
 LONGEST_LIVES_S = 30 * DAY_S
 MOST_PARTS = 20
-BATCH_SHARE = 0.25  # of a request, for all lines of a batch that are under way
+ANCHOR = "created_at"
 WINDOW = re.compile(r"([1-9][0-9]{0,3})([hd])\Z")
 JSONL = "application/jsonl"
 
@@ -73,8 +75,11 @@ def blueprint(pool: Pool, settings: Settings) -> Blueprint:
 
     @routes.before_request
     def let_in() -> None:
-        if request.method not in ("GET", "HEAD", "OPTIONS"):
-            refuse_strangers(request, current_app.extensions[OWN_HOSTS], has_key=True)
+        own_hosts = current_app.extensions[OWN_HOSTS]
+        if request.method in ("GET", "HEAD"):  # after DNS rebinding a page of another name would read texts
+            require_own_host(request, own_hosts, "files and batches are")
+        elif request.method != "OPTIONS":
+            refuse_strangers(request, own_hosts, has_key=True)
 
     return routes
 
@@ -88,9 +93,8 @@ def _add_files(routes: Blueprint, limits: Limits) -> None:
         if request.mimetype != "multipart/form-data":
             raise InvalidRequest("file: send multipart/form-data with a file and a purpose", fields={"file": "no form"})
         store = _store()
-        store.require_room(length)
         file_id = store.new_file_id()
-        with store.receiving(file_id) as path:
+        with store.receiving(file_id, length) as path:
             form, filename = _received(path)
             purpose = form.get("purpose", "")
             if purpose != "batch":
@@ -102,7 +106,8 @@ def _add_files(routes: Blueprint, limits: Limits) -> None:
                 raise InvalidRequest(f"file: {says}", fields={"file": says})
             if path.stat().st_size > limits.max_file_bytes:
                 raise BodyTooLarge(f"the file is over the limit of {limits.max_file_bytes} bytes")
-            expires_at = store.now() + _lives_s(form.get("expires_after[seconds]"))
+            asked = {key: form.get(f"expires_after[{key}]") for key in ("anchor", "seconds")}
+            expires_at = store.now() + _lives_s("expires_after", asked)
             found = store.enter(file_id, _owner(), filename=filename[:512], purpose=purpose, expires_at=expires_at)
         return json_response(found)
 
@@ -118,8 +123,6 @@ def _add_files(routes: Blueprint, limits: Limits) -> None:
 
     @routes.delete("/v1/files/<name>")
     def delete(name: str) -> Response:
-        if _store().is_in_use(name):
-            raise InvalidRequest("a batch that is not finished reads this file; cancel it first")
         _store().delete_file(name, _owner())
         return json_response({"id": name, "object": "file", "deleted": True})
 
@@ -138,15 +141,17 @@ def _add_batches(routes: Blueprint, limits: Limits) -> None:
     def create() -> Response:
         body = load(BatchSchema, read_document(here(), limits, whatever_type=False))
         store = _store()
-        store.file(body["input_file_id"], _owner())
+        if store.file(body["input_file_id"], _owner())["purpose"] != "batch":
+            says = "is of results, not of requests"
+            raise InvalidRequest(f"input_file_id: {says}", fields={"input_file_id": says})
         if body["endpoint"] not in ENDPOINTS:
             says = f"must be one of {', '.join(ENDPOINTS)}"
             raise InvalidRequest(f"endpoint: {says}", fields={"endpoint": says})
         if len(body.get("metadata") or {}) > 16:
             raise InvalidRequest("metadata: at most 16 pairs", fields={"metadata": "at most 16 pairs"})
         now = store.now()
-        lives_s = _lives_s((body.get("output_expires_after") or {}).get("seconds"))
-        return json_response(store.new_batch(_owner(), _fresh(body, now), forget_at=now + lives_s))
+        lives_s = _lives_s("output_expires_after", body.get("output_expires_after") or {})
+        return json_response(store.new_batch(_owner(), _fresh(body, now), lives_s=lives_s))
 
     @routes.get("/v1/batches")
     def batches() -> Response:
@@ -176,9 +181,20 @@ def _owner() -> str:
     return key.id if key else ""
 
 
+class _Counting(io.BufferedRandom):
+    """A file over what has its place; `written` bytes are its content."""
+
+    written = 0
+
+    @override
+    def write(self, content: Any) -> int:
+        self.written += len(content)
+        return super().write(content)
+
+
 def _received(path: Path) -> tuple[Mapping[str, str], str]:
     """The form's fields and the name of its file, whose content goes there piece by piece. Raises InvalidRequest."""
-    opened: list[IO[bytes]] = []
+    opened: list[_Counting] = []
 
     def into(
         total_content_length: int | None,
@@ -188,7 +204,7 @@ def _received(path: Path) -> tuple[Mapping[str, str], str]:
     ) -> IO[bytes]:
         if opened:
             raise InvalidRequest("file: one is enough", fields={"file": "one is enough"})
-        opened.append(path.open("w+b"))
+        opened.append(_Counting(io.FileIO(path, "r+")))
         return opened[0]
 
     parser = FormDataParser(
@@ -196,6 +212,8 @@ def _received(path: Path) -> tuple[Mapping[str, str], str]:
     )
     try:
         _, form, files = parser.parse(request.stream, request.mimetype, request.content_length, request.mimetype_params)
+        for stream in opened:
+            stream.truncate(stream.written)
     except ValueError as error:
         raise InvalidRequest(f"file: the form cannot be read: {error}", fields={"file": str(error)}) from None
     except OSError as error:
@@ -210,15 +228,19 @@ def _received(path: Path) -> tuple[Mapping[str, str], str]:
     return form, given.filename or ""
 
 
-def _lives_s(given: Any) -> int:
+def _lives_s(name: str, asked: Mapping[str, Any]) -> int:
     """How long a file is kept. Raises InvalidRequest."""
-    if given in (None, ""):
-        return LONGEST_LIVES_S
-    with contextlib.suppress(TypeError, ValueError):
-        if 3600 <= int(given) <= LONGEST_LIVES_S:
-            return int(given)
+    given, anchor = (asked.get(key) for key in ("seconds", "anchor"))
     says = f"seconds must be 3600 to {LONGEST_LIVES_S}"
-    raise InvalidRequest(f"expires_after: {says}", fields={"expires_after": says})
+    if anchor not in (None, "", ANCHOR):
+        says = f"anchor must be {ANCHOR}"
+    elif given in (None, ""):
+        return LONGEST_LIVES_S
+    else:
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            if 3600 <= int(given) <= LONGEST_LIVES_S:
+                return int(given)
+    raise InvalidRequest(f"{name}: {says}", fields={name: says})
 
 
 def _fresh(body: Mapping[str, Any], now: int) -> Document:
@@ -268,23 +290,20 @@ def _pieces(stream: IO[bytes]) -> Any:
 # --- a line of a batch
 
 
-def executed(app: Flask, url: str, body: bytes, owner: str, at_once: int) -> Executed:
+def executed(app: Flask, url: str, body: bytes, owner: str) -> Executed:
     """A line goes the road of every request, for the key that made the batch, as that key is now."""
     builder = EnvironBuilder(
-        method="POST", path=url, data=body, content_type="application/json",
-        environ_overrides={OWNER: owner, SHARE: BATCH_SHARE / at_once},
-    )  # fmt: skip
-    try:
-        pieces, status, headers = run_wsgi_app(app.wsgi_app, builder.get_environ(), buffered=True)
-        content = b"".join(pieces)
-    finally:
-        builder.close()
-    told = headers.get("Retry-After", "")
-    tokens = _tokens_in(content, headers) if status.startswith("200") else 0
-    return Executed(
-        int(status.split()[0]), content, headers.get("X-Request-Id", ""), tokens,
-        float(told) if told.isdecimal() else 1.0,
-    )  # fmt: skip
+        method="POST", path=url, data=body, content_type="application/json", environ_overrides={OWNER: owner}
+    )
+    with contextlib.closing(builder), app.request_context(builder.get_environ()):
+        with app.full_dispatch_request() as response:
+            content, headers = response.get_data(), response.headers
+        told = headers.get("Retry-After", "")
+        return Executed(
+            response.status_code, content, headers.get("X-Request-Id", ""),
+            _tokens_in(content, headers) if response.status_code == 200 else 0,
+            float(told) if told.isdecimal() else 1.0, here().error_code,
+        )  # fmt: skip
 
 
 def _tokens_in(content: bytes, headers: Headers) -> int:

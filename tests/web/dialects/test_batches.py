@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,19 @@ import pytest
 from hypothesis import strategies as st
 
 from embedpool.config.keys import keys_file, make_key
-from embedpool.config.settings import Limits, Security, Settings
-from embedpool.jobs import batch_input
+from embedpool.config.settings import Limits, Paths, Security, Settings
+from embedpool.jobs import batch_input, batch_run
 from embedpool.jobs import batches as engine
-from embedpool.jobs.batches import Executed, Runner
+from embedpool.jobs import store as storage
+from embedpool.jobs.batch_input import Checked
+from embedpool.jobs.batch_run import BatchRun, Executed
+from embedpool.jobs.batches import Runner
 from embedpool.jobs.store import FINISHED, Store
+from embedpool.pool.request import Call
 from embedpool.pool.settings import PoolSettings
 from embedpool.web.dialects.batches import STORE, executed
 from tests.conftest import settle, wait_until
+from tests.disks import fill, small_disk
 from tests.web.conftest import MakeWeb, Web, serving
 
 MODEL = "model: m, driver: {type: fake, config: {fault: raise, fault_text: bad}}"
@@ -39,7 +45,7 @@ def store_of(web: Web) -> Store:
 
 
 def runner_of(web: Web) -> Runner:
-    return Runner(store_of(web), lambda url, body, owner: executed(web.app, url, body, owner, 4), web.metrics)
+    return Runner(store_of(web), lambda url, body, owner: executed(web.app, url, body, owner), web.metrics)
 
 
 def line(custom_id: str, text: Any = "a", url: str = "/v1/embeddings", **more: Any) -> str:
@@ -130,6 +136,7 @@ def test_lists_are_paged(web: Web) -> None:
         ({"purpose": "fine-tune"}, "a.jsonl", "purpose"),
         ({}, "a.txt", "Must be .jsonl"),
         ({"expires_after[seconds]": "5"}, "a.jsonl", "expires_after"),
+        ({"expires_after[seconds]": "3600", "expires_after[anchor]": "now"}, "a.jsonl", "anchor"),
     ],
 )
 def test_what_is_no_batch_file_is_refused(web: Web, form: dict[str, str], name: str, says: str) -> None:
@@ -156,11 +163,31 @@ def test_there_is_room_for_so_much(make_web: MakeWeb) -> None:
     assert upload(web, "x" * 900).status_code == 200
 
 
+def test_uploads_at_the_same_time_have_the_room_of_one(make_web: MakeWeb) -> None:
+    """What is announced counts from the beginning, and what is not there is given back."""
+    web = make_web(MODEL, settings=Settings(limits=Limits(max_files_bytes=4000)))
+    store = store_of(web)
+    with store.receiving(store.new_file_id(), 3000) as path:
+        assert upload(web, "x" * 1500).status_code == 507
+        path.write_bytes(b"x")
+    assert upload(web, "x" * 1500).status_code == 200
+
+
 def test_a_web_page_cannot_upload(web: Web) -> None:
     """A form is what any may send."""
     for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}):
         assert upload(web, "x", headers=headers).status_code == 403
         assert web.post("/v1/batches", {}, headers=headers).status_code == 403
+
+
+def test_a_web_page_cannot_read(web: Web) -> None:
+    """After DNS rebinding it asks under a name of its own."""
+    batch_id = begun(web, line("a"))
+    file_id = batch(web, batch_id)["input_file_id"]
+    files = ("/v1/files", f"/v1/files/{file_id}", f"/v1/files/{file_id}/content")
+    for path in (*files, "/v1/batches", f"/v1/batches/{batch_id}"):
+        assert web.get(path).status_code == 200
+        assert web.get(path, headers={"Host": "evil.example"}).status_code == 403
 
 
 # --- batches
@@ -238,7 +265,7 @@ def test_it_is_seen_how_far_it_is(web: Web, monkeypatch: pytest.MonkeyPatch) -> 
 
     def execute(url: str, body: bytes, owner: str) -> Executed:
         seen.append(batch(web, batch_id))
-        return executed(web.app, url, body, owner, 1)
+        return executed(web.app, url, body, owner)
 
     Runner(store_of(web), execute, web.metrics).step()
     under_way = [one for one in seen if one["request_counts"]["completed"]]
@@ -272,6 +299,50 @@ def test_a_runner_is_woken(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
         wait_until(lambda: batch(web, second)["status"] == "completed")
     finally:
         runner.stop()
+
+
+def test_lines_are_bulk_work(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a quarter of their key's weight; nothing that a request says makes it so."""
+    calls: list[Call] = []
+    real = web.pool.submit
+    monkeypatch.setattr(web.pool, "submit", lambda model, task, call: (calls.append(call), real(model, task, call))[1])
+    begun(web, line("a"))
+    runner_of(web).step()
+    web.post("/v1/embeddings", {"model": "m", "input": "a"}, headers={"embedpool.owner": "", "Embedpool-Owner": ""})
+    assert [(call.is_bulk, call.weight, call.share) for call in calls] == [(True, 0.25, 1.0), (False, 1.0, 1.0)]
+
+
+def test_no_turn_is_needed_to_fail_or_to_end(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a long batch one that is malformed, cancelled or expired ends, and a valid one says that it is."""
+    monkeypatch.setattr(engine, "LOOK_EVERY_S", 0.01)
+    opened, reached = threading.Event(), threading.Event()
+
+    def execute(url: str, body: bytes, owner: str) -> Executed:
+        reached.set()
+        assert opened.wait(20)
+        return executed(web.app, url, body, owner)
+
+    long = begun(web, line("long"))
+    runner = Runner(store_of(web), execute, web.metrics)
+    runner.start()
+    try:
+        assert reached.wait(20)
+        broken, cancelled, valid = begun(web, "{no json"), begun(web, line("a"), line("b")), begun(web, line("a"))
+        late = begun(web, line("a"), completion_window="1h")
+        wait_until(lambda: batch(web, broken)["status"] == "failed")
+        wait_until(lambda: batch(web, valid)["status"] == "in_progress")
+        web.post(f"/v1/batches/{cancelled}/cancel")
+        wait_until(lambda: batch(web, cancelled)["status"] == "cancelled")
+        now = store_of(web).clock()
+        store_of(web).clock = lambda: now + 3601
+        wait_until(lambda: batch(web, late)["status"] == "expired")
+        assert batch(web, long)["status"] == "in_progress"
+        opened.set()
+        wait_until(lambda: batch(web, valid)["status"] == "completed")
+    finally:
+        opened.set()
+        runner.stop()
+    assert batch(web, cancelled)["request_counts"] in ({"total": n, "completed": 0, "failed": n} for n in (0, 2))
 
 
 def test_without_failures_there_is_no_error_file(web: Web) -> None:
@@ -327,6 +398,8 @@ def test_an_input_that_is_none_fails_the_batch(web: Web, lines: list[str], code:
         ({"endpoint": "/v1/models"}, 400),
         ({"completion_window": "soon"}, 400), ({"metadata": {"a": "x" * 600}}, 400),
         ({"metadata": {str(i): "x" for i in range(17)}}, 400), ({"input_file_id": None}, 400),
+        ({"output_expires_after": {"anchor": "completed_at", "seconds": 3600}}, 400),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 1e400}}, 400),
     ],
 )  # fmt: skip
 def test_what_is_wrong_at_once(web: Web, change: dict[str, Any], status: int) -> None:
@@ -344,6 +417,50 @@ def test_what_is_wrong_at_once(web: Web, change: dict[str, Any], status: int) ->
         assert web.get(path).status_code == 404
 
 
+def test_a_file_holds_so_many_requests(make_web: MakeWeb) -> None:
+    """By the settings."""
+    web = make_web(MODEL, settings=Settings(limits=Limits(max_batch_requests=2)))
+    first, second = begun(web, line("a"), line("b")), begun(web, line("a"), line("b"), line("c"))
+    runner = runner_of(web)
+    assert (runner.step(), runner.step()) == (True, True)
+    assert batch(web, first)["status"] == "completed"
+    (fault,) = batch(web, second)["errors"]["data"]
+    assert (fault["code"], "limits.max_batch_requests" in fault["message"]) == ("too_many_tasks", True)
+
+
+def test_results_are_no_requests(web: Web) -> None:
+    """OpenAI refuses them at once, too."""
+    batch_id = begun(web, line("a"))
+    runner_of(web).step()
+    body = {"input_file_id": batch(web, batch_id)["output_file_id"], "endpoint": "/v1/embeddings"}
+    assert web.post("/v1/batches", body).status_code == 400
+
+
+def test_ids_that_are_used_again_are_told_with_their_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the lines, and never for a hash alone."""
+    lines = [line(f"id-{i % 40}", url="/v1/rerank" if i == 50 else "/v1/embeddings") for i in range(60)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    checked = Checked(tmp_path / "in.jsonl", "/v1/embeddings")
+    assert [fault.line for fault in checked.faults] == list(range(41, 61))
+    codes = {fault.line: fault.code for fault in checked.faults}
+    assert {codes.pop(51), *codes.values()} == {"mismatched_url", "duplicate_custom_id"}
+    monkeypatch.setattr(batch_input, "hash", lambda custom_id: 7, raising=False)
+    (tmp_path / "in.jsonl").write_text("\n".join(lines[:40]))
+    assert Checked(tmp_path / "in.jsonl", "/v1/embeddings").faults == []
+
+
+@pytest.mark.parametrize("lines", [20_000])
+def test_checking_many_lines_takes_little_memory(tmp_path: Path, lines: int) -> None:
+    """A few bytes a line: a million take less than 40 MB."""
+    (tmp_path / "in.jsonl").write_text("\n".join(line(f"id-{i}") for i in range(lines)))
+    tracemalloc.start()
+    try:
+        assert Checked(tmp_path / "in.jsonl", "/v1/embeddings").requests == lines
+        assert tracemalloc.get_traced_memory()[1] < 40 * lines + 100_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_batch_that_is_cancelled(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keeps what is finished; the rest is told that it did not run."""
     monkeypatch.setattr(batch_input, "WINDOW_LINES", 2)
@@ -354,7 +471,7 @@ def test_a_batch_that_is_cancelled(web: Web, monkeypatch: pytest.MonkeyPatch) ->
         served.append(json.loads(body)["input"])
         if len(served) == 3:
             assert web.post(f"/v1/batches/{batch_id}/cancel").json["status"] == "cancelling"
-        return executed(web.app, url, body, owner, 1)
+        return executed(web.app, url, body, owner)
 
     Runner(store_of(web), execute).step()
     found = batch(web, batch_id)
@@ -383,15 +500,78 @@ def test_a_batch_that_expires(web: Web) -> None:
     assert web.get("/v1/batches").json["data"] == []
 
 
+def test_results_are_kept_from_the_end_on(web: Web) -> None:
+    """However long it took until then."""
+    batch_id = begun(web, line("a"), output_expires_after={"anchor": "created_at", "seconds": 3600})
+    store, now = store_of(web), store_of(web).clock()
+    store.clock = lambda: now + 7200
+    runner_of(web).step()
+    store.prune()
+    found = batch(web, batch_id)
+    file = web.get(f"/v1/files/{found['output_file_id']}").json
+    assert file["expires_at"] - found["completed_at"] == 3600
+    store.clock = lambda: now + 7200 + 3600 + 1
+    store.prune()
+    assert web.get("/v1/batches").json["data"] == []
+    assert [one["purpose"] for one in web.get("/v1/files").json["data"]] == ["batch"]
+
+
+def test_a_batch_whose_input_is_gone_fails(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after it was checked: it says so, and the next one runs."""
+    first, second = begun(web, line("a")), begun(web, line("b"))
+    runner = runner_of(web)
+    runner._run_one(store_of(web).to_run()[0], BatchRun.check)
+    assert batch(web, first)["status"] == "in_progress"
+    store_of(web).content(batch(web, first)["input_file_id"]).unlink()
+    assert (runner.step(), runner.step()) == (True, True)
+    assert batch(web, first)["status"] == "failed"
+    assert "input file is gone" in batch(web, first)["errors"]["data"][0]["message"]
+    assert batch(web, second)["status"] == "completed"
+
+
+def test_what_fails_for_long_fails_the_line(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line that always takes too long, and those of a model that cannot be loaded: none holds up the others."""
+    monkeypatch.setattr(batch_run, "LONGEST_WAIT_S", 0.0)
+    monkeypatch.setattr(batch_input, "WINDOW_LINES", 2)
+    texts = ["slow", "a", "broken", "b", "broken", "c", "broken"]
+    batch_id = begun(web, *(line(f"{i}", text, model=text) for i, text in enumerate(texts)))
+    asked: list[str] = []
+
+    def execute(url: str, body: bytes, owner: str) -> Executed:
+        text = json.loads(body)["input"]
+        asked.append(text)
+        codes = {"slow": (504, "deadline_exceeded"), "broken": (503, "model_failed")}
+        return Executed(codes[text][0], b"{}", "", code=codes[text][1]) if text in codes else Executed(200, b"{}", "")
+
+    Runner(store_of(web), execute).step()
+    assert batch(web, batch_id)["request_counts"] == {"total": 7, "completed": 3, "failed": 4}
+    failed = lines_in(web, batch(web, batch_id)["error_file_id"])
+    assert [one["response"]["status_code"] for one in failed] == [504, 503, 503, 503]
+    most = batch_run.MOST_TRIES
+    assert asked.count("slow") == most["deadline_exceeded"]
+    assert asked.count("broken") <= 2 * most["model_failed"] + 1  # two windows are under way at a time
+
+
+def test_an_answer_tells_its_error(web: Web) -> None:
+    """In the words of the contract, whatever the dialect."""
+    for url, body, code in (
+        ("/v1/embeddings", {"input": "a"}, "model_not_found"), ("/embed", {"texts": ["a"]}, "model_not_found"),
+        ("/v1/rerank", {"query": "a", "documents": ["a"]}, "model_not_found"),
+        ("/embed", {"inputs": 7}, "validation_error"),
+    ):  # fmt: skip
+        assert executed(web.app, url, json.dumps({"model": "nobody", **body}).encode(), "").code == code
+    assert executed(web.app, "/v1/embeddings", b'{"model": "m", "input": "a"}', "").code == ""
+
+
 def test_a_busy_pool_is_asked_again(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until it has room: no line fails for that."""
-    monkeypatch.setattr(engine, "LONGEST_WAIT_S", 0.001)
+    monkeypatch.setattr(batch_run, "LONGEST_WAIT_S", 0.001)
     batch_id = begun(web, line("a"), line("b"))
     busy = iter([429, 503, 504, 429, 503])
 
     def execute(url: str, body: bytes, owner: str) -> Executed:
         status = next(busy, None)
-        return Executed(status, b"{}", "") if status else executed(web.app, url, body, owner, 1)
+        return Executed(status, b"{}", "") if status else executed(web.app, url, body, owner)
 
     Runner(store_of(web), execute).step()
     assert batch(web, batch_id)["request_counts"] == {"total": 2, "completed": 2, "failed": 0}
@@ -402,7 +582,7 @@ def test_a_full_disk_pauses_it(web: Web, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(batch_input, "WINDOW_LINES", 2)
     monkeypatch.setattr(engine, "PAUSE_S", 0.0)
     batch_id = begun(web, *(line(f"id-{i}", f"text {i}") for i in range(9)))
-    real, writes = engine.GrowingFile.append, iter(range(100))
+    real, writes = batch_run.GrowingFile.append, iter(range(100))
 
     def append(self: Any, content: bytes) -> None:
         if next(writes) in (5, 9):
@@ -410,7 +590,7 @@ def test_a_full_disk_pauses_it(web: Web, monkeypatch: pytest.MonkeyPatch) -> Non
             raise OSError(28, "No space left on device")
         real(self, content)
 
-    monkeypatch.setattr(engine.GrowingFile, "append", append)
+    monkeypatch.setattr(batch_run.GrowingFile, "append", append)
     runner = runner_of(web)
     runner.step()
     assert batch(web, batch_id)["status"] == "in_progress"
@@ -420,6 +600,81 @@ def test_a_full_disk_pauses_it(web: Web, monkeypatch: pytest.MonkeyPatch) -> Non
     found = batch(web, batch_id)
     assert (found["paused"], found["request_counts"]["completed"]) == (None, 9)
     assert [one["custom_id"] for one in lines_in(web, found["output_file_id"])] == [f"id-{i}" for i in range(9)]
+
+
+def test_a_window_that_cannot_be_kept_takes_no_room(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its answers were written: they are cut off, and computed again when there is room."""
+    monkeypatch.setattr(batch_input, "WINDOW_LINES", 2)
+    monkeypatch.setattr(engine, "PAUSE_S", 0.0)
+    batch_id = begun(web, *(line(f"id-{i}") for i in range(9)))
+    real, left = Store.keep, [3]  # in progress, and two windows
+
+    def keep(self: Store, known: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        real(self, known)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "keep", keep)
+        runner_of(web).step()
+    place = store_of(web).place_of(batch_id)
+    at = json.loads((place / "batch.json").read_text())["at"]
+    assert (place / "output.jsonl").stat().st_size == at["output"] > 0
+    assert "No space left" in batch(web, batch_id)["paused"]
+    runner_of(web).step()
+    good = lines_in(web, batch(web, batch_id)["output_file_id"])
+    assert [one["custom_id"] for one in good] == [f"id-{i}" for i in range(9)]
+
+
+@pytest.mark.parametrize("is_foreseen", [True, False])
+def test_a_disk_that_is_full(
+    make_web: MakeWeb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_foreseen: bool
+) -> None:
+    """Not a byte is free: what is asked is refused, what runs pauses and says so, and goes on when there is room."""
+    monkeypatch.setattr(engine, "PAUSE_S", 0.0)
+    monkeypatch.setattr(batch_input, "WINDOW_LINES", 4)
+    if not is_foreseen:
+        monkeypatch.setattr(storage, "SPARE_BYTES", -(1 << 40))
+    with small_disk(tmp_path / "disk") as disk:
+        web = make_web(MODEL, settings=Settings(paths=Paths(state_dir=str(disk / "state"))))
+        batch_id = begun(web, *(line(f"id-{i}", f"text {i}") for i in range(40)))
+        file_id = batch(web, batch_id)["input_file_id"]
+        served: list[str] = []
+
+        def execute(url: str, body: bytes, owner: str) -> Executed:
+            served.append(json.loads(body)["input"])
+            if served[-1] == "text 20" and served.count("text 20") == 1:
+                fill(disk / "waste")
+            return executed(web.app, url, body, owner)
+
+        runner = Runner(store_of(web), execute)
+        runner.step()
+        found, place = batch(web, batch_id), store_of(web).place_of(batch_id)
+        assert (found["status"], found["requests_s"], found["seconds_left"]) == ("in_progress", None, None)
+        assert found["paused"].startswith("paused: ")
+        at = json.loads((place / "batch.json").read_text())["at"]
+        assert (place / "output.jsonl").stat().st_size == at["output"] > 0
+        computed = len(served)
+        fill(disk / "waste2")
+        before = sorted(store_of(web).folder.glob("*/*/*"))
+        again = {"input_file_id": file_id, "endpoint": "/v1/embeddings"}
+        for answer in (
+            upload(web, "x" * 10_000), web.post("/v1/batches", again), web.post(f"/v1/batches/{batch_id}/cancel")
+        ):  # fmt: skip
+            assert (answer.status_code, answer.json["error"]["code"]) == (507, "storage_error"), answer.text
+        assert sorted(store_of(web).folder.glob("*/*/*")) == before
+        runner.step()
+        assert "paused" in batch(web, batch_id)["paused"]
+        assert (len(served) == computed) == is_foreseen  # nothing is computed for which there is no room
+        for waste in disk.glob("waste*"):
+            waste.unlink()
+        runner.step()
+        found = batch(web, batch_id)
+        assert (found["status"], found["paused"]) == ("completed", None)
+        good = [one["custom_id"] for one in lines_in(web, found["output_file_id"])]
+        assert good == [f"id-{i}" for i in range(40)]
+        assert upload(web, "x").status_code == 200
 
 
 def test_results_have_as_much_room_as_files(make_web: MakeWeb, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,6 +796,14 @@ def test_whatever_is_uploaded(web: Web, count: int, caplog: pytest.LogCaptureFix
             faults = found["errors"]["data"]
             assert faults
             assert all(fault["message"] and (fault["line"] or fault["code"] == "empty_file") for fault in faults)
+        failed = lines_in(web, found["error_file_id"])
+        assert len(failed) == found["request_counts"]["failed"]
+        for one in failed:  # the id names the line
+            assert sum(f'"custom_id": "{one["custom_id"]}"' in given for given in content.decode().split("\n")) == 1
+        left = {path.name for path in store_of(web).place_of(answer.json["id"]).iterdir()}
+        assert left <= {"batch.json", "paused", "output.jsonl", "errors.jsonl"} - {
+            name for name in ("output.jsonl", "errors.jsonl") if found["status"] == "completed"
+        }
         for name in filter(None, (file_id, found["output_file_id"], found["error_file_id"])):
             assert web.delete(f"/v1/files/{name}").status_code == 200
 
@@ -585,6 +848,7 @@ def test_everybody_sees_their_own(keyed: Keyed) -> None:
     assert web.post("/v1/batches", body, headers=theirs).status_code == 404
     assert web.post(f"/v1/batches/{batch_id}/cancel", headers=theirs).status_code == 404
     assert web.delete(f"/v1/files/{file_id}", headers=mine).status_code == 400  # it is in use
+    assert web.delete(f"/v1/files/{file_id}", headers=theirs).status_code == 404  # which is nobody else's business
     runner_of(web).step()
     found = web.get(f"/v1/batches/{batch_id}", headers=mine).json
     assert found["request_counts"] == {"total": 2, "completed": 1, "failed": 1}
@@ -622,7 +886,7 @@ def test_nobody_waits_for_the_batches_of_others(keyed: Keyed, monkeypatch: pytes
             reached.set()
             assert opened.wait(20)
         seen.append(text)
-        return executed(web.app, url, body, owner, 1)
+        return executed(web.app, url, body, owner)
 
     long, after_it = made(first, "long"), made(first, "next")
     runner = Runner(store_of(web), execute, web.metrics)
@@ -631,7 +895,7 @@ def test_nobody_waits_for_the_batches_of_others(keyed: Keyed, monkeypatch: pytes
         wait_until(lambda: reached.is_set() and not failing)
         other = made(second, "other")
         wait_until(lambda: web.get(f"/v1/batches/{other}", headers=second).json["status"] == "completed")
-        assert web.get(f"/v1/batches/{after_it}", headers=first).json["status"] == "validating"
+        assert web.get(f"/v1/batches/{after_it}", headers=first).json["status"] == "in_progress"  # it is valid
         opened.set()
         for batch_id in (long, after_it):
             wait_until(
