@@ -28,8 +28,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from benchmarks.reranker import reranker_folder
 from benchmarks.servers import CACHE
 from benchmarks.texts import mixed, model_folder, short
+from tests.live.browser import CHROMIUM, QUIET
 from tests.live.conftest import Server, fake
-from tests.live.test_page import CHROMIUM, QUIET, TABS
+from tests.live.test_page import TABS
 
 DOCS = Path(__file__).parents[1] / "docs"
 SIZES = {"wide": {"width": 1440, "height": 900}, "narrow": {"width": 390, "height": 844}}
