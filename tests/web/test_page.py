@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,32 @@ def test_it_is_light() -> None:
     """All of it, compressed as a proxy would."""
     files = [file.read_bytes() for file in ui.FOLDER.rglob("*") if file.suffix in ui.TYPES]
     assert sum(len(gzip.compress(content)) for content in files) < 120_000
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_numbers_of_the_heat_map_are_legible(scheme: int) -> None:
+    """The contrast of the ink with each of the 21 shades, in the light and the dark scheme."""
+    css = (ui.FOLDER / "style.css").read_text()
+
+    def colour(name: str) -> np.ndarray:
+        found = re.search(rf"--{name}: light-dark\((#\w+), (#\w+)\)", css)
+        assert found
+        digits = found[1 + scheme].removeprefix("#")
+        digits = digits if len(digits) == 6 else "".join(2 * digit for digit in digits)
+        return np.array([int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)])
+
+    def luminance(srgb: np.ndarray) -> float:
+        linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    assert "color-mix(in srgb, var(--heat) var(--part), var(--card)); color: var(--ink)" in css
+    parts = {int(number): int(part) / 100 for number, part in re.findall(r"\.shade-(\d+) { --part: (\d+)%; }", css)}
+    assert sorted(parts) == list(range(21))
+    ink = luminance(colour("ink"))
+    for number, part in parts.items():
+        ground = luminance(part * colour("heat") + (1 - part) * colour("card"))
+        contrast = (max(ink, ground) + 0.05) / (min(ink, ground) + 0.05)
+        assert contrast >= 4.5, f"shade {number}: {contrast:.2f}"
 
 
 @pytest.mark.parametrize("name", ["nothing.js", "../access.py", "%2e%2e/access.py", "vendor/uplot/LICENSE", "vendor"])
