@@ -159,6 +159,7 @@ class _Made:
             "truncation_side": tokenizer.truncation_side if tokenizer else None,
             "max_tokens": served.known_max_tokens(),
             "in_trouble": entry["last_error"] is not None,
+            "error_age_s": None if (age_s := served.replicas.last_error_age_s) is None else round(age_s),
             "retry_s": round(served.replicas.retry_after_s) if entry["state"] == "failed" else None,
             "last_minute": self._history.last_minute(served),
         }

@@ -239,6 +239,9 @@ def test_what_only_those_see_who_may_manage(make_web: MakeWeb) -> None:
     assert "last_error" not in entry(stranger, "broken")
     assert "fault: load" not in json.dumps(stranger)
     assert "fault: load" in entry(live(web), "broken")["last_error"]
+    assert entry(stranger, "broken")["error_age_s"] >= 0
+    assert entry(stranger, "broken")["retry_s"] >= 1
+    assert (entry(stranger, "em")["error_age_s"], entry(stranger, "em")["retry_s"]) == (None, None)
     proxied = live(web, headers={"X-Forwarded-For": "192.0.2.7"})
     assert proxied["admin"] is False
 
