@@ -234,6 +234,8 @@ def test_cosines_are_those_of_numpy(served: Server, visit: Callable[..., Visit])
     expect(page.locator(".told").nth(2)).to_contain_text("prompt of the query none, of the lines none")
     seen.tab("map")
     seen.run()
+    for name in ("code", "compare", "vectors", "map"):  # whose texts are embedded alike
+        seen.tab(name)
     with roots(page, at_most=FEW):
         redraw(page)
     with roots(page, at_most=2 * (4 + 3) + FEW):  # of the nearest lines alone

@@ -56,6 +56,8 @@ const once = (make) => {
 };
 const [cosinesOf, principalOf] = [once(cosines), once(principal)];
 
+/** Tabs whose texts are embedded alike share a result. */
+const asksAs = (tab) => (QUERIED.includes(tab) ? tab : TABS[tab][1]);
 const lines = () => state.text.split("\n").filter((line) => line.trim() !== "").slice(0, MOST_LINES);
 /** A multi-vector model reranks by the vectors of tokens. */
 const does = (model, kind) => model.kinds.includes(kind) || (kind === "rerank" && model.kinds.includes("multivector"));
@@ -75,8 +77,7 @@ export function playground(app) {
   const needsQuery = ["search", "side", "rerank", "match"].includes(state.tab) || (state.tab === "code" && kind === "rerank");
   const choose = (tab) => {
     if (TABS[tab][1]) state.lastKind = TABS[tab][1];
-    const asks = (one) => (QUERIED.includes(one) ? one : TABS[one][1]);
-    if (asks(tab) !== asks(state.tab)) state.result = null;
+    if (tab !== "code" && state.result?.of !== asksAs(tab)) state.result = null;
     state.tab = tab;
     app.redraw();
   };
@@ -103,7 +104,7 @@ export function playground(app) {
           ${state.running ? "Asking …" : { search: "Search", match: "Match", rerank: "Rerank", classify: "Classify", side: "Compare both", map: "Draw" }[state.tab] ?? "Embed"}</button>`}
         <span class="quiet">${lines().length} ${lines().length === 1 ? "line" : "lines"}${lines().length === MOST_LINES ? ", no more count here" : ""}</span>
       </form>
-      <section class="result" aria-live="off">${state.result?.failed ? html`<div class="card failed message" role="alert">${state.result.failed}</div>`
+      <section class="result" aria-live="off">${state.result?.failed && state.tab !== "code" ? html`<div class="card failed message" role="alert">${state.result.failed}</div>`
         : unlessSame([state.tab === "code" ? {} : state.tab, state.result, state.stretch, state.hovered, model?.max_tokens, model?.truncation_side], () => TABS[state.tab][2](app, model))}</section>`
     : html`<section class="card empty"><h2>No ${{ embed: "embedder", sparse: "sparse model", multivector: "multi-vector model", rerank: "reranker", classify: "classifier" }[kind]} here</h2><p>Register one, for example:</p>
         <pre>${{
@@ -167,7 +168,7 @@ async function run(app) {
   if (!given.length) return app.say("Write a line of text first.", true);
   [state.running, state.result] = [true, null];
   app.redraw();
-  const began = performance.now(), { visit } = app;
+  const began = performance.now(), { visit } = app, of = asksAs(state.tab);
   const asking = { rerank: askRerank, sparse: askSparse, multivector: askMatch, classify: askClassify }[kindOf(state.tab)] ?? askVectors;
   let result = null;
   try {
@@ -178,7 +179,7 @@ async function run(app) {
     result = { failed: error.message };
   } finally {
     state.running = false;
-    if (visit === app.visit) state.result = result; // else it was another key's
+    if (visit === app.visit && result) state.result = { ...result, of }; // else it was another key's
     app.redraw();
   }
 }
