@@ -1,7 +1,7 @@
 // Batches: how far each is, what failed, its results as files. Asked for while it is looked at.
 import { html, nothing } from "./vendor/lit-html/lit-html.js";
 import { repeat } from "./vendor/lit-html/directives/repeat.js";
-import { compact, duration } from "./charts.js";
+import { compact, duration, exact } from "./charts.js";
 import { save } from "./files.js";
 import { ask, fetchFile, look, refusal } from "./server.js";
 
@@ -50,7 +50,7 @@ function card(app, batch) {
       ${failed ? html`<span class="bad">${failed.toLocaleString("en")} failed</span>` : nothing}
       ${batch.requests_s === null ? nothing : html`<span>${compact(batch.requests_s)} requests/s</span>`}
       ${batch.seconds_left ? html`<span>${duration(batch.seconds_left)} left</span>` : nothing}
-      ${batch.usage ? html`<span class="quiet">${compact(batch.usage.total_tokens)} tokens</span>` : nothing}</div>` : nothing}
+      ${batch.usage ? html`<span class="quiet">${exact(batch.usage.total_tokens)} tokens</span>` : nothing}</div>` : nothing}
     ${status === "paused" ? html`<p class="bad">${batch.paused}</p>` : nothing}
     ${batch.errors ? html`<ul class="bad">${batch.errors.data.map((fault) => html`<li>${fault.line ? `line ${fault.line}: ` : ""}${fault.message} <code>${fault.code}</code></li>`)}</ul>` : nothing}
     ${UNFINISHED.includes(batch.status) || files.length ? html`<div class="bar">

@@ -436,7 +436,7 @@ function dotAt(x, y, labelY, label, text, hover) {
 }
 
 /** The chosen dot once more, above all others; its place among them is kept for the keyboard. */
-const above = (x, y, labelY, label) => svg`<g class="dot chosen" aria-hidden="true"><circle cx=${x} cy=${y} r="7"></circle>${labelAt(x, labelY, label)}</g>`;
+const above = (x, y, labelY, label) => svg`<g class="dot chosen" aria-hidden="true"><circle cx=${x} cy=${y} r="6"></circle>${labelAt(x, labelY, label)}</g>`;
 
 function showSide() {
   const { result } = state;
