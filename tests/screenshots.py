@@ -41,6 +41,7 @@ A kitten naps on the couch.
 Interest rates went up again.
 The central bank raised its rate.
 How do I bake sourdough bread?"""
+VARIANTS = 100  # of a text, so that the cache does not know all of them
 STRANGE = "שלום עולם, זה טקסט מימין לשמאל\n👩‍👩‍👧‍👦 👍🏽 emoji 🎉\nمرحبا بالعالم\n" + "word " * 300  # noqa: RUF001
 
 
@@ -119,7 +120,8 @@ def working(server: Server) -> Iterator[None]:
     def client(number: int) -> None:
         chance = random.Random(number)
         while not over.wait(chance.expovariate(1.2 + math.sin((time.monotonic() - began) / 45 + number / 2))):
-            some = chance.sample(texts, chance.choice((1, 1, 1, 4, 16)))
+            sampled = chance.sample(texts, chance.choice((1, 1, 1, 4, 16)))
+            some = [f"{text} {chance.randrange(VARIANTS)}" for text in sampled]
             with contextlib.suppress(requests.RequestException):
                 if number % 4:
                     server.embed("minilm-l6", some)

@@ -108,8 +108,8 @@ function row(app, model) {
   return html`<tr class="model ${model.state}">
     <td data-title="State"><span class="state ${model.state}" title=${says}><span aria-hidden="true">${icon}</span> ${word}</span></td>
     <th scope="row" data-title="Model"><button class="plain name" aria-expanded=${isOpen} @click=${toggle}><span class="turn" aria-hidden="true">▸</span><bdi>${model.model}</bdi></button>
-      <button class="plain copy" title="Copy the name" aria-label="Copy the name ${model.model}" @click=${() => copy(app, model.model, `${model.model} is in the clipboard.`)}>${copyIcon}</button>
-      <div class="quiet facts">${facts(model)}</div>
+      <div class="quiet facts">${facts(model)}
+        <button class="plain copy" title="Copy the name" aria-label="Copy the name ${model.model}" @click=${() => copy(app, model.model, `${model.model} is in the clipboard.`)}>${copyIcon}</button></div>
       ${model.in_trouble ? html`<div class="trouble">${model.last_error ?? "in trouble; what is wrong is shown to whoever may manage"}${model.error_age_s === null ? nothing : html`<span class="quiet">, ${duration(model.error_age_s)} ago.</span>`}${model.retry_s ? html`<span class="quiet"> The server tries again in ${duration(model.retry_s)}.</span>` : nothing}</div>` : nothing}
       ${progress(model.progress)}
       ${model.successor ? html`<div class="quiet">a changed one is ${model.successor.state} ${progress(model.successor.progress)}</div>` : nothing}</th>
