@@ -65,12 +65,12 @@ def _open_pages(port: int, count: int) -> Iterator[list[int]]:
 
     def page(number: int) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        known = 0
+        known, process = 0, ""
         wait_s = STEP_S * number / count
         while not over.wait(wait_s):
-            connection.request("GET", f"/live?since={known}")
+            connection.request("GET", f"/live?since={known}&process={process}")
             document: dict[str, Any] = json.loads(connection.getresponse().read())
-            known, wait_s = document["number"], STEP_S
+            known, process, wait_s = document["number"], document["process"], STEP_S
             polls.append(known)
         connection.close()
 

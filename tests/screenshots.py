@@ -11,6 +11,7 @@ Options:
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import random
@@ -28,8 +29,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from benchmarks.reranker import reranker_folder
 from benchmarks.servers import CACHE
 from benchmarks.texts import mixed, model_folder, short
+from tests.live.browser import CHROMIUM, QUIET
 from tests.live.conftest import Server, fake
-from tests.live.test_page import CHROMIUM, QUIET, TABS
+from tests.live.test_page import TABS, given
 
 DOCS = Path(__file__).parents[1] / "docs"
 SIZES = {"wide": {"width": 1440, "height": 900}, "narrow": {"width": 390, "height": 844}}
@@ -39,6 +41,7 @@ A kitten naps on the couch.
 Interest rates went up again.
 The central bank raised its rate.
 How do I bake sourdough bread?"""
+VARIANTS = 100  # of a text, so that the cache does not know all of them
 STRANGE = "שלום עולם, זה טקסט מימין לשמאל\n👩‍👩‍👧‍👦 👍🏽 emoji 🎉\nمرحبا بالعالم\n" + "word " * 300  # noqa: RUF001
 
 
@@ -61,7 +64,20 @@ def many() -> list[dict[str, Any]]:
     names = [f"organisation-with-a-long-name/a-model-with-a-very-long-name-{i}-multilingual-v{i}.0" for i in range(28)]
     return [fake(name, alias=f"alias-{i}" if i % 3 else None) for i, name in enumerate(names)] + [
         fake("broken/model", fault="load"), {"model": "switched/off", "enabled": False, "driver": {"type": "fake"}},
+        *(fake(f"a/{task}", task=task) for task in ("rerank", "classify", "sparse", "multivector")),
     ]  # fmt: skip
+
+
+def batches(server: Server) -> None:
+    """One that ends well but for a line, where there is a model, and one that has a fault."""
+    for model in [one["model"] for one in server.get("/status").json()["models"]][:1]:
+        texts = [*short(200), 7]
+        bodies = [{"model": model, "input": text} for text in texts]
+        lines = [
+            {"custom_id": str(i), "method": "POST", "url": "/v1/embeddings", "body": b} for i, b in enumerate(bodies)
+        ]
+        given(server, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    given(server, b'{"custom_id": "a"}\n')
 
 
 def main() -> None:
@@ -104,7 +120,8 @@ def working(server: Server) -> Iterator[None]:
     def client(number: int) -> None:
         chance = random.Random(number)
         while not over.wait(chance.expovariate(1.2 + math.sin((time.monotonic() - began) / 45 + number / 2))):
-            some = chance.sample(texts, chance.choice((1, 1, 1, 4, 16)))
+            sampled = chance.sample(texts, chance.choice((1, 1, 1, 4, 16)))
+            some = [f"{text} {chance.randrange(VARIANTS)}" for text in sampled]
             with contextlib.suppress(requests.RequestException):
                 if number % 4:
                     server.embed("minilm-l6", some)
@@ -155,6 +172,7 @@ def pictures_of_docs(browser: Browser, server: Server) -> None:
 
 def all_views(browser: Browser, server: Server, folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    batches(server)
     for scheme in ("light", "dark"):
         for size in SIZES:
             page = opened(browser, server, size, scheme, "#models")
@@ -165,7 +183,11 @@ def all_views(browser: Browser, server: Server, folder: Path, name: str) -> None
             page.get_by_role("button", name="Register a model").click()
             page.locator("form.register").wait_for()
             page.screenshot(path=folder / f"{name}-register-{scheme}-{size}.png", full_page=True)
+            page.goto(f"{server.url}/ui#jobs")
+            page.locator(".job").first.wait_for()
+            page.screenshot(path=folder / f"{name}-jobs-{scheme}-{size}.png", full_page=True)
             page.goto(f"{server.url}/ui#log")
+            page.locator("table.log").wait_for()
             page.screenshot(path=folder / f"{name}-log-{scheme}-{size}.png", full_page=True)
             page.goto(f"{server.url}/ui#playground")
             for tab in TABS:

@@ -50,6 +50,7 @@ class ReplicaSet:
 
     def __post_init__(self) -> None:
         self.last_error: str | None = None
+        self._last_error_at = 0.0
         self.progress: Progress | None = None  # of what is being opened, as it was reported last
         self.space = ""  # whose numbers all rows are; empty before the first load
         self.widths: Mapping[str, int | None] = {}  # numbers of a vector by task; empty before the first load
@@ -98,6 +99,11 @@ class ReplicaSet:
         if stuck_s := self._stuck_s(self._replicas):
             return f"it is stuck: its batches have been running for {stuck_s:.0f} s"
         return self.last_error
+
+    @property
+    def last_error_age_s(self) -> float | None:
+        """How long ago the last error was; None without one."""
+        return None if self.last_error is None else self.settings.clock() - self._last_error_at
 
     @property
     def retry_after_s(self) -> float:
@@ -157,7 +163,7 @@ class ReplicaSet:
     def failed_without_one(self, error: BaseException, says: str | None) -> None:
         """A load on demand has failed, or what must precede it."""
         with self._lock:
-            self.last_error = says
+            self.last_error, self._last_error_at = says, self.settings.clock()
             self._backoff.failed(error)
             self._retry_at = self.settings.clock() + self._backoff.pause_s
 
@@ -357,7 +363,7 @@ class ReplicaSet:
             self.on_ready()
         elif replica.state == "failed":
             self.queue.wake()  # its other threads are to leave
-            self.last_error = replica.last_error
+            self.last_error, self._last_error_at = replica.last_error, self.settings.clock()
             with self._lock:
                 failed = self.state == "failed"
             if failed:

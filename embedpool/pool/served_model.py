@@ -25,7 +25,7 @@ from embedpool.pool.model_queue import ModelQueue
 from embedpool.pool.replica_set import ReplicaSet
 from embedpool.pool.settings import PoolSettings
 from embedpool.pool.stats import ModelStats
-from embedpool.tasks.embed import limit_fault
+from embedpool.tasks.embed import limit_fault, limit_of
 from embedpool.tasks.task import kinds_of
 from embedpool.tasks.tokenizer import Tokenizer
 
@@ -183,12 +183,12 @@ class ServedModel:
 
     def known_max_tokens(self) -> int | None:
         """As `max_tokens`, as far as that is known without opening anything."""
-        own = self._tokenizer.default_max_tokens if self._tokenizer else None
-        return self.spec.driver.config.max_seq_length or own
+        config = self.spec.driver.config
+        return limit_of(None, config, self._tokenizer) if self._tokenizer else config.max_seq_length
 
     def max_tokens(self) -> int | None:
         """Tokens that it keeps of a text, as far as that is known."""
-        return self.spec.driver.config.max_seq_length or self._open_tokenizer().default_max_tokens
+        return limit_of(None, self.spec.driver.config, self._open_tokenizer())
 
     def _open_tokenizer(self, timeout_s: float = -1) -> Tokenizer:
         if self._tokenizer is None:

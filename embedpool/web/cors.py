@@ -14,8 +14,8 @@ METHODS = "GET, POST, HEAD, OPTIONS"
 LONGEST_S = 600  # that a browser keeps the answer to its question
 EXPOSED = (
     "Retry-After", "X-Request-Id", "X-Embedpool-Cached", "X-Embedpool-Failed", "X-Embedpool-Ignored",
-    "X-Embedpool-Model", "X-Embedpool-Space", "X-Embedpool-Token-Ids", "X-Embedpool-Tokens", "X-Embedpool-Truncated",
-    "X-Embedpool-Truncated-Texts",
+    "X-Embedpool-Model", "X-Embedpool-Prompt", "X-Embedpool-Space", "X-Embedpool-Token-Ids", "X-Embedpool-Tokens",
+    "X-Embedpool-Truncated", "X-Embedpool-Truncated-Texts",
 )  # fmt: skip
 
 

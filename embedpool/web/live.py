@@ -1,6 +1,7 @@
 """What the page asks for: GET /live, the pool as it is, and GET /log, the last requests.
 
-A document is made once a sample for each set of models that a key may see, however many pages ask for it.
+A document is made once a sample for each set of models that a key may see, however many pages ask for it. The pages
+differ in how much of the lines they know; what is new to each is put in.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ import os
 import platform
 import secrets
 import threading
-from typing import Any
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import orjson
 from flask import Blueprint, Response, current_app, request
 
 from embedpool import __version__
 from embedpool.errors import Forbidden
 from embedpool.pool.pool import Pool
 from embedpool.pool.served_model import ServedModel
+from embedpool.pool.stats import SECONDS
 from embedpool.reconcile import Reconciler
 from embedpool.web.access import Access, Caller
 from embedpool.web.body import OWN_HOSTS
@@ -37,23 +42,26 @@ FACTS = ("kind", "dim", "device", "backend", "compute_dtype", "labels", "routes"
 def blueprint(pool: Pool, reconciler: Reconciler, history: History, recent: Recent, access: Access) -> Blueprint:
     """The routes of the page's data."""
     routes = Blueprint("live", __name__)
-    made = _Made(pool, reconciler, history)
+    process = secrets.token_hex(3)  # tells the processes of a server apart, and nothing else
+    made = _Made(pool, reconciler, history, process)
+
+    def since() -> int:
+        """What the page has of this process; of another's numbers it has nothing."""
+        return _number("since") if request.args.get("process") == process else 0
 
     @routes.get("/live")
     def live() -> Response:
         history.sample_if_due()
-        since = _number("since")
-        if not history.number - STILL_KNOWN <= since <= history.number:
-            since = 0
         caller = here().caller
-        return Response(made.document(caller, since, is_admin=may_manage(caller, access)), mimetype="application/json")
+        document = made.document(caller, since(), is_admin=may_manage(caller, access))
+        return Response(document, mimetype="application/json")
 
     @routes.get("/log")
     def log() -> Response:
         if not may_manage(here().caller, access):
             raise Forbidden("the log asks for a key of scope admin")
-        since = _number("since")
-        return json_response({"requests": recent.after(since), "number": recent.number})
+        found = recent.after(since())
+        return json_response({"requests": found, "number": recent.number, "process": process})
 
     return routes
 
@@ -69,53 +77,77 @@ def may_manage(caller: Caller, access: Access) -> bool:
     return True
 
 
+class _Document(NamedTuple):
+    """What stands before the models, each of them without its lines, and whose lines these are."""
+
+    head: bytes
+    models: Sequence[tuple[bytes, ServedModel]]
+
+
 class _Made:
     """The documents of the current sample, by who may see what."""
 
-    def __init__(self, pool: Pool, reconciler: Reconciler, history: History) -> None:
+    def __init__(self, pool: Pool, reconciler: Reconciler, history: History, process: str) -> None:
         self._pool = pool
         self._reconciler = reconciler
         self._history = history
-        self._process = secrets.token_hex(3)  # tells the processes of a server apart, and nothing else
+        self._process = process
+        self._began = time.monotonic()
         self._number = -1
-        self._documents: dict[tuple[Any, ...], bytes] = {}
+        self._documents: dict[tuple[Any, ...], _Document] = {}
+        self._whole: dict[tuple[Any, ...], bytes] = {}  # with the lines after a sample
         self._lock = threading.Lock()
 
     def document(self, caller: Caller, since: int, *, is_admin: bool) -> bytes:
         """Made by the first who asks after a sample; the others wait for it, which takes milliseconds."""
-        visible = caller.visible(self._pool)
-        key = (is_admin, since, tuple(served.spec.model for served in visible))
+        visible, candidates = caller.visible(self._pool), caller.visible_of(self._pool.candidates)
+        names = (tuple(served.spec.model for served in some) for some in (visible, candidates))
+        key = (is_admin, caller.is_limited, *names)
         with self._lock:
             if self._number != self._history.number:
-                self._documents, self._number = {}, self._history.number
-            if key not in self._documents:
-                self._documents[key] = json_response(self._make(visible, since, is_admin=is_admin)).get_data()
-            return self._documents[key]
+                self._documents, self._whole, self._number = {}, {}, self._history.number
+            if not self._number - STILL_KNOWN <= since <= self._number:
+                since = 0
+            if (found := self._whole.get((since, *key))) is None:
+                if key not in self._documents:
+                    has_cache = is_admin and not caller.is_limited
+                    head = self._head(candidates, is_admin=is_admin, has_cache=has_cache)
+                    models = [(_rendered(self._model(served, is_admin=is_admin)), served) for served in visible]
+                    self._documents[key] = _Document(_rendered(head), models)
+                found = self._whole[(since, *key)] = self._with_lines(self._documents[key], since)
+            return found
 
-    def _make(self, visible: list[ServedModel], since: int, *, is_admin: bool) -> dict[str, Any]:
+    def _with_lines(self, document: _Document, since: int) -> bytes:
+        """Two objects are joined by leaving out the brackets between them."""
+        models = (
+            model[:-1] + b',"series":' + _rendered(self._history.series(served, since)) + b"}"
+            for model, served in document.models
+        )
+        return document.head[:-1] + b',"since":%d,"models":[' % since + b",".join(models) + b"]}"
+
+    def _head(self, candidates: Sequence[ServedModel], *, is_admin: bool, has_cache: bool) -> dict[str, Any]:
         reload = self._reconciler.last_reload or {}
         found = {
             "number": self._history.number,
-            "since": since,
             "step_s": STEP_S,
             "kept": KEPT,
+            "longest_ms": 1000 * SECONDS[-1],
             "version": __version__,
             "process": self._process,
+            "uptime_s": round(time.monotonic() - self._began),
             "admin": is_admin,
             "stopping": self._pool.draining,
             "reload_ok": reload.get("ok"),
-            "models": [self._model(served, since, is_admin=is_admin) for served in visible],
         }
         if is_admin:
             found |= {"pid": os.getpid(), "host": platform.node(), "reload": reload}
-            found["cache"] = self._pool.cache.state()
+            found["cache"] = self._pool.cache.state() if has_cache else None
             found["candidates"] = [
-                {"model": served.spec.model, "alias": served.spec.alias, **served.outlook()}
-                for served in self._pool.candidates
+                {"model": served.spec.model, "alias": served.spec.alias, **served.outlook()} for served in candidates
             ]
         return found
 
-    def _model(self, served: ServedModel, since: int, *, is_admin: bool) -> dict[str, Any]:
+    def _model(self, served: ServedModel, *, is_admin: bool) -> dict[str, Any]:
         entry = served.snapshot()
         spec, runs_on, tokenizer = served.spec, entry["runs_on"], served.opened_tokenizer
         found = {name: entry[name] for name in TOLD} | {
@@ -127,14 +159,19 @@ class _Made:
             "truncation_side": tokenizer.truncation_side if tokenizer else None,
             "max_tokens": served.known_max_tokens(),
             "in_trouble": entry["last_error"] is not None,
+            "error_age_s": None if (age_s := served.replicas.last_error_age_s) is None else round(age_s),
+            "retry_s": round(served.replicas.retry_after_s) if entry["state"] == "failed" else None,
             "last_minute": self._history.last_minute(served),
-            "series": self._history.series(served, since),
         }
         if "successor" in entry:
             found["successor"] = entry["successor"] if is_admin else {**entry["successor"], "last_error": None}
         if is_admin:
             found |= {name: entry[name] for name in ("last_error", "runs_on", "replicas_on")}
         return found
+
+
+def _rendered(document: Any) -> bytes:
+    return orjson.dumps(document)
 
 
 def _number(name: str) -> int:

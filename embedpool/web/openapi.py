@@ -95,6 +95,7 @@ def _since(description: str) -> dict[str, Any]:
     return _query("since", description, {"type": "integer", "minimum": 0})
 
 
+OF_PROCESS = _query("process", "The `process` of that answer: each counts for itself.", {"type": "string"})
 MODEL = _path("name", "Name or alias of a model.")
 OF_ID: dict[str, Any] = {"error": "OpenAIError", "parameters": (_path("name", "Id of a file or a batch."),)}
 TIMEOUT = {
@@ -284,11 +285,11 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("post", "/v1/batches/{name}/cancel"): operation("OpenAI", "End it", "OpenAIBatch", **OF_ID),
     ("get", "/live"): operation(
         "Watching", "What the page shows: models, the last minute, and what is new of the last ten", "Live",
-        parameters=(_since("The `number` of the document that is known."),),
+        parameters=(_since("The `number` of the document that is known."), OF_PROCESS),
     ),
     ("get", "/log"): operation(
         "Watching", "The last requests; for whoever may manage", "Log",
-        parameters=(_since("The `number` of the last answer."),),
+        parameters=(_since("The `number` of the last answer."), OF_PROCESS),
     ),
     ("post", "/models/register"): operation(
         "Management", "Add or replace a model", "Managed", RegisterSchema, status=("200", "202"),

@@ -167,11 +167,13 @@ SCHEMAS: dict[str, Schema] = {
     "OpenAIBatch": BATCH,
     "OpenAIBatches": open_(object=STRING, data=listed(BATCH), has_more=BOOLEAN),
     "Live": open_(
-        number=COUNT, since=COUNT, step_s=NUMBER, kept=COUNT, version=STRING, process=STRING, admin=BOOLEAN,
-        stopping=BOOLEAN, reload_ok=or_null(BOOLEAN),
+        number=COUNT, since=COUNT, step_s=NUMBER, kept=COUNT, longest_ms=NUMBER, version=STRING, process=STRING,
+        uptime_s=COUNT, admin=BOOLEAN, stopping=BOOLEAN, reload_ok=or_null(BOOLEAN),
         models=listed(open_(model=STRING, state=STRING, last_minute={"type": "object"}, series={"type": "object"})),
     ),
-    "Log": closed(number=COUNT, requests=listed(open_(number=COUNT, at=NUMBER, method=STRING, path=STRING))),
+    "Log": closed(
+        number=COUNT, process=STRING, requests=listed(open_(number=COUNT, at=NUMBER, method=STRING, path=STRING)),
+    ),
     "Scored": open_(
         id=STRING, model=STRING, usage=USAGE, data=listed(open_(index=COUNT, object=STRING, score=or_null(NUMBER))),
     ),

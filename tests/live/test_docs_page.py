@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-
+from tests.live.browser import QUIET, browser_path, needs_browser
 from tests.live.conftest import Server, fake
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-QUIET = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update",
-)  # fmt: skip
 
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@needs_browser
 def test_the_page_shows_every_operation(server: Server, kind: str, tmp_path: Path) -> None:
     """The page builds itself from this server alone, and shows each path of the document."""
     server.write_pool(fake("m"))
@@ -25,7 +17,11 @@ def test_the_page_shows_every_operation(server: Server, kind: str, tmp_path: Pat
     server.wait_ready()
     flags = (f"--user-data-dir={tmp_path}", "--timeout=60000", "--virtual-time-budget=20000", "--dump-dom")
     done = subprocess.run(
-        [CHROMIUM, *QUIET, *flags, f"{server.url}/docs"], capture_output=True, text=True, timeout=180, check=True
+        [browser_path(), "--headless", *QUIET, *flags, f"{server.url}/docs"],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=True,
     )
     for path, item in server.get("/openapi.json").json()["paths"].items():
         assert f'data-path="{path}"' in done.stdout

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,32 +22,31 @@ import numpy as np
 import psutil
 import pytest
 import requests
-from playwright.sync_api import Browser, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, Download, Page, Request, Route, expect, sync_playwright
 
-from tests.live.conftest import Server, fake
+from embedpool.config.keys import id_of
+from tests.live.browser import QUIET, axe_source, browser_path, needs_browser
+from tests.live.conftest import Server, fake, wait_until
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-QUIET = (
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update",
-)  # fmt: skip
-AXE = Path(sys.prefix) / "clients" / "node_modules" / "axe-core" / "axe.min.js"
+FEW = 4  # square roots that the browser itself may take; 4 texts have 32 for their cosines
 TABS = ("vectors", "compare", "search", "map", "side", "sparse", "match", "rerank", "classify", "code")
 WIDE, NARROW = {"width": 1440, "height": 900}, {"width": 360, "height": 740}
 WAIT_MS = 20_000
+LIVE, LOG = re.compile(r"/live(\?|$)"), re.compile(r"/log\?")  # not the scripts of these names
+PROMPTS = {"query": "query: ", "document": "this passage: "}
 ANGRY = "<img src=x onerror=document.title='angry'>"
 WATCH = """
 window.violations = [];
 document.addEventListener("securitypolicyviolation", (event) => violations.push(event.violatedDirective));
 """
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=list(QUIET))
+        found = playwright.chromium.launch(executable_path=browser_path(), args=list(QUIET))
         yield found
         found.close()
 
@@ -105,10 +107,14 @@ def visit(browser: Browser) -> Iterator[Callable[..., Visit]]:
         yield make
 
 
-@pytest.fixture
-def served(server: Server) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all tests that leave it as it was."""
+    server = Server(tmp_path_factory.mktemp("served"), {})
+    server.environment = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDPOOL_")}
+    server.cli("init")
     server.write_pool(
-        fake("org/embedder", alias="em", max_seq_length=8),
+        fake("org/embedder", alias="em", max_seq_length=8, prompts=PROMPTS),
         fake("reranker", task="rerank"),
         fake("classifier", task="classify"),
         fake("second"),
@@ -172,8 +178,8 @@ def look(page: Page) -> list[str]:
     wrong = []
     if page.evaluate("document.documentElement.scrollWidth") > page.viewport_size["width"]:  # type: ignore[index]
         wrong.append("it is wider than the window")
-    if AXE.exists():
-        page.evaluate(AXE.read_text())
+    if axe := axe_source():
+        page.evaluate(axe)
         violations = page.evaluate("axe.run().then((found) => found.violations)")
         wrong += [
             f"{one['id']}: {[node['html'] for node in one['nodes']][:3]}"
@@ -195,7 +201,7 @@ def test_numbers_are_those_of_the_metrics(served: Server, visit: Callable[..., V
             if line.startswith(f'embedpool_{name}_total{{model="org/embedder"'):
                 told[name] = round(float(line.split()[-1]))
     expect(page.locator("tr.details")).to_contain_text(
-        f"{told['requests']} requests, {told['items']} texts, {told['tokens']} tokens"
+        f"{told['requests']:,} requests, {told['items']:,} texts, {told['tokens']:,} tokens"
     )
 
 
@@ -208,14 +214,47 @@ def test_cosines_are_those_of_numpy(served: Server, visit: Callable[..., Visit])
     seen.tab("compare")
     seen.run()
     vectors = np.array(served.vectors("em", texts, normalize=True))
+    with roots(page, at_most=FEW):
+        redraw(page)
+        page.get_by_label("stretch the colours").check()
     cells = [float(cell) for cell in page.locator("table.heat tbody td").all_text_contents()]
     assert cells == pytest.approx((vectors @ vectors.T).ravel().tolist(), abs=0.00501)
     seen.tab("search")
     page.locator("input.query").fill("a query")
     seen.run()
     query = np.array(served.vectors("em", ["a query"], normalize=True, input_type="query"))[0]
+    documents = np.array(served.vectors("em", texts, normalize=True, input_type="document"))
     scores = [float(one) for one in page.locator(".ranked .score").all_text_contents()]
-    assert scores == pytest.approx(sorted(vectors @ query, reverse=True), abs=1e-4)
+    assert scores == pytest.approx(sorted(documents @ query, reverse=True), abs=1e-4)
+    expect(page.locator(".told")).to_contain_text("prompt of the query query: , of the lines this passage:")
+    seen.tab("side")
+    page.get_by_label("Beside it").select_option("second")
+    seen.run()
+    expect(page.locator(".told").nth(1)).to_contain_text("prompt of the query query: , of the lines this passage:")
+    expect(page.locator(".told").nth(2)).to_contain_text("prompt of the query none, of the lines none")
+    seen.tab("map")
+    seen.run()
+    for name in ("code", "compare", "vectors", "map"):  # whose texts are embedded alike
+        seen.tab(name)
+    with roots(page, at_most=FEW):
+        redraw(page)
+    with roots(page, at_most=2 * (4 + 3) + FEW):  # of the nearest lines alone
+        page.locator(".dot:not(.chosen)").last.hover()
+        expect(page.locator("svg .dot").last).to_have_class("dot chosen")
+
+
+@contextlib.contextmanager
+def roots(page: Page, at_most: int) -> Iterator[None]:
+    """Meanwhile no more square roots are taken: what is shown is not computed anew whenever the page is drawn."""
+    page.evaluate("window.sqrt ??= Math.sqrt; window.roots = 0; Math.sqrt = (x) => { roots += 1; return sqrt(x); }")
+    yield
+    assert page.evaluate("roots") <= at_most
+
+
+def redraw(page: Page) -> None:
+    """As every poll does."""
+    page.get_by_role("button", name="Pause").click()
+    page.get_by_role("button", name="Go on").click()
 
 
 def test_sparse_rows_and_vectors_of_tokens(served: Server, visit: Callable[..., Visit]) -> None:
@@ -273,15 +312,19 @@ def test_what_is_cut_is_shown(served: Server, visit: Callable[..., Visit], side:
     page = seen.open("#playground")
     page.locator("details.options summary").click()
     page.get_by_label("Texts that are too long").select_option(side)
+    page.get_by_label("What the texts are for").select_option("document")
     seen.write(" ".join(words), "short")
     seen.run()
     first, second = page.locator("article.vector").all()
     kept = first.locator(".token:not(.lost):not(.special)").all_text_contents()
-    assert kept == (words[:6] if side == "right" else words[-6:])
-    expect(first).to_contain_text(f"14 tokens at the {'end' if side == 'right' else 'beginning'} are lost")
+    prompt = ["this", "passage:"]
+    assert kept == [*prompt, *(words[:4] if side == "right" else words[-4:])]
+    assert first.locator(".token.prompt").all_text_contents() == prompt
+    expect(first).to_contain_text(f"16 tokens at the {'end' if side == 'right' else 'beginning'} are lost")
+    expect(page.locator(".told")).to_contain_text("prompt this passage:")
     assert second.locator(".lost").count() == 0
-    alone, whole = served.vectors("em", [" ".join(kept)]), served.vectors("em", [" ".join(words)], truncate=side)
-    np.testing.assert_allclose(alone, whole)
+    whole = served.vectors("em", [" ".join(words)], truncate=side, input_type="document")
+    np.testing.assert_allclose(served.vectors("em", [" ".join(kept)]), whole)
 
 
 def test_files_hold_the_vectors(served: Server, visit: Callable[..., Visit], tmp_path: Path) -> None:
@@ -302,36 +345,114 @@ def test_files_hold_the_vectors(served: Server, visit: Callable[..., Visit], tmp
     lines = [json.loads(line) for line in saved["jsonl"].read_text().splitlines()]
     assert [line["text"] for line in lines] == texts
     np.testing.assert_allclose([line["vector"] for line in lines], expected, atol=1e-6)
+    downloads: list[Download] = []
+    page.on("download", lambda one: downloads.append(one))  # noqa: PLW0108  (as above)
+    page.get_by_role("button", name=".tsv").click()
+    while len(downloads) < 2:
+        page.wait_for_event("download")
+    for download in downloads:
+        download.save_as(tmp_path / download.suggested_filename)
+    np.testing.assert_allclose(np.loadtxt(tmp_path / "vectors.tsv", delimiter="\t"), expected, atol=1e-6)
+    assert (tmp_path / "texts.tsv").read_text() == "one\ntwo words\n"
 
 
-def test_the_code_does_what_it_says(served: Server, visit: Callable[..., Visit], tmp_path: Path) -> None:
-    """Every snippet runs, and gives the vectors of the texts, which hold quotation marks of each kind."""
-    texts = ['it\'s "true"', "null \\ and $HOME"]
+# Runs programs, each a module of its own, and prints what each calls `name`.
+EACH = """
+import json, sys, numpy
+for code in json.load(sys.stdin):
+    found = {}
+    exec(code, found)
+    print(json.dumps(numpy.asarray(found["vectors"]).tolist()))
+"""
+APIS = ["embedpool", "OpenAI", "text-embeddings-inference", "Cohere", "Jina", "Voyage", "infinity", "Ollama"]
+LIBRARIES = {"embedpool", "openai", "cohere", "huggingface_hub", "ollama", "requests"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"input_type": "query", "dimensions": 100, "truncate": "left", "normalize": False},
+        {"prompt_name": "document"},
+    ],
+    ids=["none", "many", "a prompt"],
+)
+def test_the_code_does_what_it_says(served: Server, visit: Callable[..., Visit], options: dict[str, Any]) -> None:
+    """Every snippet of every API runs and gives the vectors that /embed gives for the same texts, which hold quotation
+    marks of each kind, and options; unless its comment says that the library has no way to say one of these."""
+    texts = ['it\'s "true"', "null \\ and $HOME", "one two three four five six seven eight nine"]
     seen = visit(served.url)
     page = seen.open("#playground")
     seen.write(*texts)
+    choose(page, options)
     seen.tab("code")
-    expected = served.vectors("em", texts, input_type="document")
-    ran = []
-    for section in page.locator("section.code").all():
-        title, code = section.locator("h3").inner_text(), section.locator("pre").inner_text()
-        if title.startswith("Python"):
-            program = f"{code}\nimport json\nimport numpy\nprint(json.dumps(numpy.asarray(vectors).tolist()))"
-            said = run(sys.executable, "-c", program)
-        elif title == "JavaScript":
-            if shutil.which("node") is None:
-                continue
-            (tmp_path / "code.mjs").write_text(f"{code}\nconsole.log(JSON.stringify(vectors));")
-            said = run("node", str(tmp_path / "code.mjs"))
+    expected = served.vectors("em", texts, **options)
+    assert page.locator("label.api option").all_text_contents() == APIS
+    told: dict[str, dict[str, str]] = {}
+    for api in APIS:
+        page.locator("label.api select").select_option(api)
+        sections = page.locator("section.code").all()
+        told[api] = {one.locator("h3").inner_text(): one.locator("pre").inner_text() for one in sections}
+        body = json.loads(run("bash", "-c", told[api]["curl"]))
+        np.testing.assert_allclose(vectors_in(body), expected, atol=1e-6, err_msg=f"{api}: curl")
+    python = {(api, title): code for api in APIS for title, code in told[api].items() if title.startswith("Python")}
+    assert {title.removeprefix("Python: ") for _, title in python} == LIBRARIES
+    given = json.dumps(list(python.values()))
+    said = run("env", "-u", "HF_HUB_OFFLINE", sys.executable, "-c", EACH, given=given).splitlines()
+    for (where, code), line in zip(python.items(), said, strict=True):
+        differs = not np.allclose(json.loads(line), expected, atol=1e-6)
+        assert differs == ("its vectors are others" in code), where
+    if shutil.which("node"):
+        snippets = [f"{{ {told[api]['JavaScript']}\nconsole.log(JSON.stringify(vectors)); }}" for api in APIS]
+        said = run("node", "--input-type=module", "-e", "\n".join(snippets)).splitlines()
+        for api, line in zip(APIS, said, strict=True):
+            np.testing.assert_allclose(json.loads(line), expected, atol=1e-6, err_msg=f"{api}: JavaScript")
+
+
+def choose(page: Page, options: dict[str, Any]) -> None:
+    """Set them in the form of the playground."""
+    page.locator("details.options summary").click()
+    labels = {
+        "input_type": "What the texts are for", "truncate": "Texts that are too long", "normalize": "Length 1",
+        "prompt_name": "Prompt",
+    }  # fmt: skip
+    for name, value in options.items():
+        if name == "dimensions":
+            page.get_by_label("Dimensions").fill(str(value))
         else:
-            said = json.dumps(json.loads(run("bash", "-c", code))["vectors"])
-        np.testing.assert_allclose(json.loads(said.splitlines()[-1]), expected, atol=1e-6, err_msg=title)
-        ran.append(title)
-    assert {"curl", "Python: openai", "Python: cohere", "Python: requests", "Python: embedpool"} <= set(ran)
+            page.get_by_label(labels[name]).select_option(str(value).lower())
 
 
-def run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+def vectors_in(body: Any) -> Any:
+    """Wherever an API has them."""
+    if isinstance(body, list):
+        return body
+    found = body.get("vectors") or body.get("embeddings") or [one["embedding"] for one in body.get("data")]
+    return found["float"] if isinstance(found, dict) else found
+
+
+@pytest.mark.parametrize("tab", ["sparse", "match", "rerank", "classify"])
+def test_the_code_of_other_kinds_runs(served: Server, visit: Callable[..., Visit], tab: str) -> None:
+    """As curl, in every API that has them: nothing is ignored or refused."""
+    seen = visit(served.url)
+    page = seen.open("#playground")
+    seen.tab(tab)
+    if tab == "sparse":
+        choose(page, {"input_type": "query", "truncate": "left"})
+    seen.tab("code")
+    apis = page.locator("label.api option").all_text_contents()
+    assert apis[:2] == APIS[:2:2] + APIS[2:3]
+    for api in apis:
+        page.locator("label.api select").select_option(api)
+        code = page.locator("section.code pre").first.inner_text()
+        head, _, body = run("bash", "-c", code.replace("curl -s", "curl -si", 1)).partition("\n\n")
+        assert "200 OK" in head.splitlines()[0], f"{api}: {body}"
+        assert "X-Embedpool-Ignored" not in head
+        assert json.loads(body)
+
+
+def run(*command: str, given: str | None = None) -> str:
+    done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -380,12 +501,19 @@ def test_it_says_that_the_server_is_gone_and_comes_back(server: Server, visit: C
     server.wait_ready()
     seen = visit(server.url)
     page = seen.open()
+    page.locator("button.name").click()
+    page.locator(".chart canvas").first.wait_for()
     port = urlsplit(server.url).port
     family = [server.process, *server.process.children(recursive=True)]
     for process in family:
         process.kill()
     psutil.wait_procs(family, timeout=20)
     expect(page.locator("#banner")).to_contain_text("The server does not answer", timeout=WAIT_MS)
+    drawn = page.evaluate("uPlot.sync('m').plots.map((chart) => [chart.data[0].at(-1), chart.scales.x.max])")
+    newest_s = page.evaluate("import('./ui/app.js').then(({ app }) => app.newestAt / 1000)")
+    assert drawn == [[newest_s, newest_s]] * 3  # not of now, when nothing is known
+    page.locator("button.name").click()
+    assert page.evaluate("uPlot.sync('m').plots.length") == 0  # nobody sees them: they are given up
     server.pid_file.unlink(missing_ok=True)
     server.cli("pool", "start", "--detach", "--port", str(port))
     server.wait_ready()
@@ -408,10 +536,16 @@ def test_how_often_it_asks(served: Server, visit: Callable[..., Visit]) -> None:
         return len(polls()) - before
 
     def polls() -> list[str]:
-        return [one.url for one in seen.asked if "/live" in one.url]
+        return [one.url for one in seen.asked if any(f"/{path}" in one.url for path in ("live", "log?", "v1/"))]
 
-    assert 5 <= asked_in(20) <= 10
+    for view in ("models", "jobs", "log", "playground"):
+        page.evaluate(f"location.hash = '{view}'")
+        asked_in(2)
+        assert 5 <= asked_in(20) <= 10, view
+    assert "process=" in next(url for url in reversed(polls()) if "/live" in url)
+    page.evaluate("location.hash = 'jobs'")
     page.get_by_role("button", name="Pause").click()
+    asked_in(2)
     assert asked_in(10) == 0
     page.get_by_role("button", name="Go on").click()
     assert asked_in(10) >= 3
@@ -423,6 +557,62 @@ def test_how_often_it_asks(served: Server, visit: Callable[..., Visit]) -> None:
     assert asked_in(20) == 0
     page.evaluate("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
     assert asked_in(10) >= 3
+    page.evaluate("location.hash = 'models'")
+    page.route(LIVE, lambda route: None)  # a server that hangs
+    asked_in(30)
+    expect(page.locator("#banner")).to_contain_text("The server does not answer")
+    page.unroute(LIVE)
+    asked_in(20)
+    expect(page.locator("#banner")).to_be_empty()
+
+
+def test_an_answer_to_another_key_is_none(served: Server, visit: Callable[..., Visit]) -> None:
+    """What was asked with the key before is not shown, however late it comes; before any answer the page stands."""
+    seen = visit(served.url)
+    page = seen.page
+    held: list[Route] = []
+    page.route(LIVE, lambda route: route.continue_() if held else held.append(route))
+    page.goto(f"{served.url}/ui")
+    expect(page.locator("#nav")).to_contain_text("Playground")
+    expect(page.locator("#main")).to_contain_text("Asking the server")
+    assert page.locator(".age").count() == 0
+    seen.use_key("another")
+    page.locator("tr.model").first.wait_for()
+    for route in held:
+        route.fulfill(status=401, json={"error": {"code": "unauthorized", "message": "late"}})
+    page.evaluate("fetch('health').then(() => 0)")
+    assert page.locator("tr.model").count() > 0
+    assert "late" not in page.content()
+
+
+def test_by_keyboard_alone(served: Server, visit: Callable[..., Visit]) -> None:
+    """A view, a row, an order, a tab, and a text that is copied where the browser has no clipboard for the page."""
+    seen = visit(served.url)
+    page = seen.open()
+    page.keyboard.press("Tab")
+    expect(page.locator(":focus")).to_have_text("Skip to the content")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Texts/s").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("th[aria-sort=descending]")).to_contain_text("Texts/s")
+    page.locator("button.name").first.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("tr.details")).to_be_visible()
+    page.keyboard.press("Space")
+    expect(page.locator("tr.details")).to_have_count(0)
+    page.get_by_role("link", name="Playground").focus()
+    page.keyboard.press("Enter")
+    page.locator("#tab-vectors").focus()
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator(":focus")).to_have_id("tab-code")
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    page.get_by_role("button", name="Copy").first.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#said")).to_contain_text("in the clipboard")
+    page.locator("form.ask textarea").fill("")
+    page.locator("form.ask textarea").focus()
+    page.keyboard.press("Control+V")
+    expect(page.locator("form.ask textarea")).to_have_value(re.compile("^curl -s http"))
 
 
 def test_keys(make_server: Callable[..., Server], visit: Callable[..., Visit]) -> None:
@@ -442,7 +632,7 @@ def test_keys(make_server: Callable[..., Server], visit: Callable[..., Visit]) -
     page.goto(f"{server.url}/ui")
     expect(page.locator("#main")).to_contain_text("A key is asked for")
     seen.use_key("wrong-key-1234567")
-    expect(page.locator("#main")).to_contain_text("key", timeout=WAIT_MS)
+    expect(page.locator("#main")).to_contain_text("(401 unauthorized)", timeout=WAIT_MS)
     seen.use_key("letmein-embed-1234567")
     expect(page.locator("tr.model.failed")).to_contain_text("in trouble", timeout=WAIT_MS)
     assert "fault: load" not in page.content()
@@ -451,13 +641,22 @@ def test_keys(make_server: Callable[..., Server], visit: Callable[..., Visit]) -
     expect(page.locator("tr.model.failed")).to_contain_text("fault: load", timeout=WAIT_MS)
     page.locator("tr.model", has_text="m").first.locator("button.name").click()
     page.get_by_role("button", name="Disable").click()
-    expect(page.locator("#said")).to_contain_text("done", timeout=WAIT_MS)
+    expect(page.locator("#said")).to_contain_text("Disable m: m is disabled (200)", timeout=WAIT_MS)
     found = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")
     everything = page.content() + page.url + found + "".join(one.url for one in seen.asked)
     assert "letmein" not in everything
     assert "letmein" not in server.log.read_text()
     models = requests.get(f"{server.url}/status", headers=wait_for_key, timeout=20).json()["models"]
     assert {one["model"]: one["enabled"] for one in models} == {"m": False, "broken": True}
+    key = server.run("key", "create", "--scopes", "admin").stdout.strip()
+    seen.use_key(key)
+    expect(page.locator("tr.model.disabled")).to_contain_text("m", timeout=WAIT_MS)
+    page.get_by_role("button", name="Pause").click()
+    server.cli("key", "revoke", "--id", id_of(key), "--yes")
+    as_admin = {"Authorization": f"Bearer {key}"}
+    wait_until(lambda: server.get("/status", headers=as_admin).status_code == 401)
+    page.get_by_role("button", name="Enable").click()
+    expect(page.locator("#said")).to_contain_text("(401 unauthorized)", timeout=WAIT_MS)
     server.environment["EMBEDPOOL_CLIENT__API_KEY_ENV"] = "EMBEDPOOL_SECRET_A"
     server.stop()
 
@@ -535,7 +734,7 @@ def test_a_fault_of_pool_yml_is_shown_with_its_line(served: Server, visit: Calla
     expect(page.locator(".card.failed")).to_have_count(0, timeout=WAIT_MS)
 
 
-@pytest.mark.parametrize("path", ["/pool/ui", "/pool/ui/"])
+@pytest.mark.parametrize("path", ["/pool/ui", "/pool/ui/", "/pool/ui/index.html"])
 def test_behind_a_prefix(served: Server, visit: Callable[..., Visit], path: str) -> None:
     """Of a proxy that takes it away; with a slash at the end, too."""
     with proxied(served.url, "/pool") as url:
@@ -545,6 +744,7 @@ def test_behind_a_prefix(served: Server, visit: Callable[..., Visit], path: str)
         seen.run()
         expect(page.locator("article.vector").first).to_contain_text("norm", timeout=WAIT_MS)
         assert all(urlsplit(one.url).path.startswith("/pool/") for one in seen.asked)
+        assert page.get_by_role("link", name="API").evaluate("link => link.href") == f"{url}/pool/docs"
         seen.require_calm()
 
 
@@ -591,15 +791,71 @@ def proxied(url: str, prefix: str) -> Iterator[str]:
 
 
 def test_several_processes(server: Server, visit: Callable[..., Visit]) -> None:
-    """The page says which one answers, and which one runs a replica of its own."""
+    """The page says which one answers and where its replicas run, and waits for a model that this one has not yet."""
     server.write_pool({**fake("m"), "place": "process"})
     server.start(EMBEDPOOL_SERVER__WORKERS="2")
     server.wait_ready()
-    page = visit(server.url).open()
+    connections: dict[str, requests.Session] = {}
+
+    def both() -> bool:  # a connection stays with the process that took it
+        fresh = requests.Session()
+        connections.setdefault(fresh.get(f"{server.url}/live", timeout=20).json()["process"], fresh)
+        return len(connections) == 2
+
+    wait_until(both)
+    turns = itertools.cycle(connections)
+    shown = []
+
+    def by_turns(route: Route) -> None:
+        process = next(turns)
+        body = connections[process].get(route.request.url, timeout=20).text
+        shown.append(json.loads(body))
+        route.fulfill(body=body, content_type="application/json")
+
+    for number, connection in enumerate(connections.values()):
+        for _ in range(3 + number):
+            connection.post(f"{server.url}/embed", json={"model": "m", "texts": ["a"]}, timeout=20)
+    seen = visit(server.url)
+    page = seen.page
+    page.clock.install()
+    page.route(LIVE, by_turns)
+    page.route(LOG, by_turns)
+    seen.open()
     pids = {str(child.pid) for child in server.process.children(recursive=True)}
-    shown = page.locator("#connection").inner_text()
-    assert any(f"pid {pid}" in shown for pid in pids)
     page.locator("tr.model button.name").click()
     runs = page.locator("tr.details div", has=page.get_by_title("Where this replica runs")).last.inner_text()
     assert any(runs.split("\n") == ["m#1", f"ready · process {pid}"] for pid in pids), runs
+    app = "import('./ui/app.js').then(({ app }) => [app.live.number, app.live.process, app.series.m.queue.length])"
+    for _ in range(4):
+        page.clock.run_for(2000)
+        number, process, points = settled(page, app)
+        assert (number, process, points) == (shown[-1]["number"], shown[-1]["process"], number)
+        assert any(f"pid {pid}" in page.locator("#connection").inner_text() for pid in pids)
+    page.evaluate("location.hash = 'log'")
+    for _ in range(4):
+        page.clock.run_for(2000)
+        settled(page)
+    of = next(answer["process"] for answer in reversed(shown) if "requests" in answer)
+    expect(page.locator("#main")).to_contain_text(f"Of the process {of}")
+    assert page.locator("table.log tbody tr", has_text="/embed").count() == 3 + [*connections].index(of)
+    page.evaluate("location.hash = 'models'")
+    page.get_by_role("button", name="Register a model").click()
+    page.locator("select[name=driver_type]").select_option("fake")
+    page.locator("input[name=model]").fill("mine")
+    page.route(LIVE, lambda route: route.fulfill(json={**shown[0], "number": len(shown)}))  # it has not heard
+    page.locator("form.register").get_by_role("button", name="Register").click()
+    for _ in range(3):
+        settled(page)
+        page.clock.run_for(2000)
+    expect(page.locator("#said")).to_contain_text("mine is loading")
+    page.unroute(LIVE)
+    wait_until(lambda: all(one.get(f"{server.url}/ready/mine", timeout=20).ok for one in connections.values()))
+    settled(page)
+    page.clock.run_for(2000)
+    expect(page.locator("#said")).to_contain_text("mine is ready")
     server.stop()
+
+
+def settled(page: Page, then: str = "0") -> Any:
+    """When the page waits for no answer: what an expression is then."""
+    return page.evaluate(f"import('./ui/app.js').then(({{ app }}) => app.asking()).then(() => {then})")

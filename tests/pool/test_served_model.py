@@ -929,6 +929,16 @@ def test_a_limit_that_no_start_would_accept_is_not_followed(serve, limit: int) -
     assert served.snapshot()["last_error"] is None
 
 
+def test_the_tokens_that_it_keeps_are_those_that_a_text_is_cut_to(serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the model's files promise more than it has positions, or than it keeps of any text, the least counts."""
+    served, _ = serve()
+    assert served.replicas.settled.wait(PATIENCE_S)
+    for own, positions, most_kept, expected in ((1024, 512, None, 512), (64, 512, None, 64), (256, 512, 32, 32)):
+        for name, value in (("default_max_tokens", own), ("max_tokens", positions), ("most_kept", most_kept)):
+            monkeypatch.setattr(served.tokenizer(), name, value)
+        assert served.known_max_tokens() == served.max_tokens() == expected
+
+
 def test_a_replica_of_another_space_does_not_serve(serve) -> None:
     """Its files were replaced while the model was served: it says so, until the model is switched off and on."""
     first = Scripted(facts=Facts(space="a"))

@@ -473,3 +473,17 @@ def test_the_head_of_a_request_is_judged_as_the_whole(guarded: Guarded, monkeypa
     ):  # fmt: skip
         refused = refusal(app, "POST", path, {"Authorization": f"Bearer {key}"} if key else {})
         assert (refused[0] if refused else None) == status, path
+
+
+def test_an_admin_key_for_some_models_is_shown_these_on_the_page(guarded: Guarded) -> None:
+    """Neither others that are being registered, nor what the cache of all holds."""
+    whole, part = guarded.key(scopes=("admin",)), guarded.key(scopes=("admin",), models=("m",))
+    seen = {}
+    with guarded.web.pool.prepared(dataclasses.replace(guarded.web.pool.find("new").spec, model="newer"), 20):
+        for key in (whole, part):
+            seen[key] = guarded.ask("get", "/live", key).json
+    assert [one["model"] for one in seen[whole]["candidates"]] == ["newer"]
+    assert seen[whole]["cache"]["memory"]
+    assert seen[part]["admin"] is True
+    assert [one["alias"] for one in seen[part]["models"]] == ["m"]
+    assert (seen[part]["candidates"], seen[part]["cache"]) == ([], None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ def web(make_web: MakeWeb) -> Web:
 
 
 def live(web: Web, since: int | None = None, **arguments: Any) -> dict[str, Any]:
-    answer = web.get("/live" if since is None else f"/live?since={since}", **arguments)
+    """With `since` as a page asks that knows so many samples of this process."""
+    query = {} if since is None else {"since": since, "process": web.get("/live").json["process"]}
+    answer = web.get("/live", query_string=query, **arguments)
     assert answer.status_code == 200
     found: dict[str, Any] = answer.json
     return found
@@ -189,8 +192,42 @@ def test_a_page_is_told_what_is_new(web: Web, monkeypatch: pytest.MonkeyPatch) -
         document = live(web, since)
         assert len(entry(document, "em")["series"]["queue"]) == told
         assert document["since"] == (since if told < 20 else 0)
+    process = live(web)["process"]
     for nonsense in ("x", "-1", "9" * 30, "²"):
-        assert web.get(f"/live?since={nonsense}").json["since"] == 0
+        assert web.get(f"/live?since={nonsense}&process={process}").json["since"] == 0
+
+
+def test_a_number_is_one_of_its_process(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a page has of another process, which counts nearly alike, is nothing here."""
+    history = web.app.extensions[HISTORY]
+    for _ in range(9):
+        monkeypatch.setattr(history, "_next_at", 0.0)
+        history.sample_if_due()
+    monkeypatch.setattr(history, "_next_at", float("inf"))
+    web.post("/embed", {"model": "em", "texts": ["a"]})
+    process = live(web)["process"]
+    for query, told, requests in ((f"process={process}", 1, 0), ("process=abcdef", 9, 1), ("", 9, 1)):
+        document = web.get(f"/live?since=8&{query}").json
+        assert (document["since"], len(entry(document, "em")["series"]["queue"])) == (8 if told == 1 else 0, told)
+        log = web.get(f"/log?since=1&{query}").json
+        assert (log["process"], len(log["requests"])) == (process, requests)
+
+
+def test_the_lines_alone_are_made_for_those_who_know_some(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever pages know already, a model is looked at once a sample."""
+    history = web.app.extensions[HISTORY]
+    for _ in range(9):
+        monkeypatch.setattr(history, "_next_at", 0.0)
+        history.sample_if_due()
+    monkeypatch.setattr(history, "_next_at", float("inf"))
+    looked = []
+    last_minute = history.last_minute
+    monkeypatch.setattr(history, "last_minute", lambda served: looked.append(served.spec.model) or last_minute(served))
+    documents = [live(web, since) for since in (0, 5, 6, 7, 8, 9)]
+    assert looked == ["em", "rr"]
+    assert [len(entry(document, "em")["series"]["queue"]) for document in documents] == [9, 4, 3, 2, 1, 0]
+    alike = [{**document, "since": 0, "models": None} for document in documents]
+    assert alike == [alike[0]] * 6
 
 
 def test_what_only_those_see_who_may_manage(make_web: MakeWeb) -> None:
@@ -203,6 +240,9 @@ def test_what_only_those_see_who_may_manage(make_web: MakeWeb) -> None:
     assert not {"last_error", "replicas_on"} & set(entry(stranger, "broken"))
     assert "fault: load" not in json.dumps(stranger)
     assert "fault: load" in entry(live(web), "broken")["last_error"]
+    assert entry(stranger, "broken")["error_age_s"] >= 0
+    assert entry(stranger, "broken")["retry_s"] >= 1
+    assert (entry(stranger, "em")["error_age_s"], entry(stranger, "em")["retry_s"]) == (None, None)
     proxied = live(web, headers={"X-Forwarded-For": "192.0.2.7"})
     assert proxied["admin"] is False
 
@@ -214,7 +254,7 @@ def test_the_log_shows_the_last_requests(web: Web) -> None:
     """Newest last, without texts; not those of the page itself and of probes that went well."""
     for path in ("/live", "/log", "/ui", "/ui/app.js", "/health", "/metrics"):
         assert web.get(path).status_code == 200
-    assert web.get("/log").json == {"number": 0, "requests": []}
+    assert web.get("/log").json == {"number": 0, "requests": [], "process": live(web)["process"]}
     web.post("/embed", {"model": "em", "texts": ["secret words"]})
     web.post("/rerank", {"model": "rr", "query": "secret", "documents": ["words"]})
     answer = web.get("/log").json
@@ -222,7 +262,8 @@ def test_the_log_shows_the_last_requests(web: Web) -> None:
         ("/embed", 200, "em", 1), ("/rerank", 200, "rr", 2),
     ]  # fmt: skip
     assert "secret" not in json.dumps(answer)
-    assert [one["number"] for one in web.get("/log?since=1").json["requests"]] == [2]
+    process = answer["process"]
+    assert [one["number"] for one in web.get(f"/log?since=1&process={process}").json["requests"]] == [2]
     for _ in range(520):
         web.post("/embed", {})
     answer = web.get("/log").json
@@ -256,6 +297,32 @@ def test_it_is_light() -> None:
     """All of it, compressed as a proxy would."""
     files = [file.read_bytes() for file in ui.FOLDER.rglob("*") if file.suffix in ui.TYPES]
     assert sum(len(gzip.compress(content)) for content in files) < 120_000
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_numbers_of_the_heat_map_are_legible(scheme: int) -> None:
+    """The contrast of the ink with each of the 21 shades, in the light and the dark scheme."""
+    css = (ui.FOLDER / "style.css").read_text()
+
+    def colour(name: str) -> np.ndarray:
+        found = re.search(rf"--{name}: light-dark\((#\w+), (#\w+)\)", css)
+        assert found
+        digits = found[1 + scheme].removeprefix("#")
+        digits = digits if len(digits) == 6 else "".join(2 * digit for digit in digits)
+        return np.array([int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)])
+
+    def luminance(srgb: np.ndarray) -> float:
+        linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    assert "color-mix(in srgb, var(--heat) var(--part), var(--card)); color: var(--ink)" in css
+    parts = {int(number): int(part) / 100 for number, part in re.findall(r"\.shade-(\d+) { --part: (\d+)%; }", css)}
+    assert sorted(parts) == list(range(21))
+    ink = luminance(colour("ink"))
+    for number, part in parts.items():
+        ground = luminance(part * colour("heat") + (1 - part) * colour("card"))
+        contrast = (max(ink, ground) + 0.05) / (min(ink, ground) + 0.05)
+        assert contrast >= 4.5, f"shade {number}: {contrast:.2f}"
 
 
 @pytest.mark.parametrize("name", ["nothing.js", "../access.py", "%2e%2e/access.py", "vendor/uplot/LICENSE", "vendor"])

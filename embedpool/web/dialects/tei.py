@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import quote
 
 from flask import Blueprint, Response, request
 from marshmallow import fields, validate
@@ -22,7 +23,7 @@ from embedpool.errors import (
     with_half_a_character,
 )
 from embedpool.pool.pool import Pool
-from embedpool.tasks.embed import EmbedOptions, prompt_of
+from embedpool.tasks.embed import INPUT_TYPES, EmbedOptions, prompt_of, routed
 from embedpool.tasks.multivector import MultiVector
 from embedpool.tasks.score import Classify, Rerank
 from embedpool.tasks.sparse import Sparse
@@ -38,6 +39,7 @@ from embedpool.web.schemas import TEXT_OR_TEXTS, TEXTS, check_texts, embed_optio
 Action = Callable[[Pool, Settings, str], Response]
 
 TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": (1 << 32) - 1}}
+PROMPT_HEADER = "X-Embedpool-Prompt"  # of an answer with tokens: what stands before each text, percent-encoded
 MOST_TOKENIZED = 262_144  # characters, or ids, of a request to /tokenize or /decode
 
 
@@ -76,6 +78,7 @@ class TokenizeSchema(CompatSchema):
     inputs = fields.Raw(required=True, metadata=TEXT_OR_TEXTS)
     add_special_tokens = YesOrNo(load_default=True)
     prompt_name = fields.String()
+    input_type = fields.String(validate=validate.OneOf(INPUT_TYPES))
 
 
 class DecodeSchema(CompatSchema):
@@ -243,13 +246,16 @@ def _tokenize(pool: Pool, settings: Settings, name: str) -> Response:
     _bound(sum(map(len, texts)), "characters")
     if broken := with_half_a_character(texts):
         raise half_a_character(broken, "inputs")
-    options = EmbedOptions(prompt_name=body.get("prompt_name"))
+    options = EmbedOptions(prompt_name=body.get("prompt_name"), input_type=body.get("input_type"))
     with pool.permit():
         served = pool.find(name)
         tokenizer = served.tokenizer()
         prompt, _ = prompt_of(options, served.spec.driver.config, tokenizer)
-        found = tokenizer.tokens([prompt + text for text in texts], special=body["add_special_tokens"])
-        return json_response([[token._asdict() for token in tokens] for tokens in found])
+        of_route = routed(options, tokenizer) if options.input_type is not None else tokenizer
+        found = of_route.tokens([prompt + text for text in texts], special=body["add_special_tokens"])
+        answer = json_response([[token._asdict() for token in tokens] for tokens in found])
+    answer.headers[PROMPT_HEADER] = quote(prompt)
+    return answer
 
 
 def _decode(pool: Pool, settings: Settings, name: str) -> Response:

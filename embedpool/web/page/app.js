@@ -1,13 +1,16 @@
 // The page: which view is shown, the poll of /live, the key, and what the server said last.
-import { html, render, nothing } from "./vendor/lit-html/lit-html.js";
-import { ask, hasKey, setKey } from "./server.js";
+import { html, nothing, render } from "./vendor/lit-html/lit-html.js";
+import { base, hasKey, look, setKey } from "./server.js";
+import { duration } from "./charts.js";
 import { dashboard, drawCharts } from "./dashboard.js";
 import { playground } from "./playground.js";
-import { jobs } from "./jobs.js";
-import { requestLog } from "./log.js";
+import { jobs, loadJobs } from "./jobs.js";
+import { loadLog, requestLog } from "./log.js";
 
 const POLL_MS = 2000, LONGEST_MS = 10000, MISSED = 3, SERIES = ["texts_s", "p50_ms", "p95_ms", "p99_ms", "queue"];
-const VIEWS = { models: ["Models", dashboard], playground: ["Playground", playground], jobs: ["Jobs", jobs], log: ["Requests", requestLog] };
+const VIEWS = { // title, what is drawn, what else is asked for while it is looked at
+  models: ["Models", dashboard], playground: ["Playground", playground], jobs: ["Jobs", jobs, loadJobs], log: ["Requests", requestLog, loadLog],
+};
 
 export const app = {
   live: null, // the last document of /live
@@ -17,47 +20,66 @@ export const app = {
   refused: null, // the answer where a key is missing or wrong
   isPaused: false,
   view: "models",
+  visit: 0, // counts the keys that were used: what one was shown is not for the next
   redraw,
   say,
   poll,
+  watch,
+  asking: () => Promise.resolve(running), // until the answer that is under way has been drawn
   model: (name) => app.live?.models.find((one) => one.model === name || one.alias === name),
 };
 
-let timer = 0, wait = POLL_MS, process_ = null, asking = false;
+// --- the poll: one question at a time, none while nobody looks, and with those of the view one in two seconds
 
-// --- the poll: one at a time, none while nobody looks
+const watchers = new Set(), processes = new Set();
+let timer = 0, wait = POLL_MS, running = null, wasOfView = false;
 
-async function poll() {
+/** Ask now, if it is not too much. `isForced`: also while it is paused, and anew after what is being asked. */
+function poll(isForced = false) {
+  if (running) return isForced ? running.then(() => poll(true)) : running;
   clearTimeout(timer);
-  if (document.hidden || app.isPaused || asking) return;
-  asking = true;
-  const answer = await ask(`live?since=${app.live?.number ?? 0}`);
-  asking = false;
-  if (answer.ok && answer.document?.models) {
-    take(answer.document);
-    [app.missed, app.refused, wait] = [0, null, POLL_MS];
-  } else if (answer.status === 401 || answer.status === 403) {
-    [app.refused, app.live, wait] = [answer, null, LONGEST_MS];
-  } else {
+  if (document.hidden || (app.isPaused && !isForced && !watchers.size)) return Promise.resolve();
+  const mine = turn().finally(() => { if (running === mine) running = null; });
+  running = mine;
+  return mine;
+}
+
+async function turn() {
+  const { visit } = app;
+  const ofView = app.live && !wasOfView ? VIEWS[app.view][2]?.(app) : null;
+  wasOfView = Boolean(ofView);
+  const answer = await (ofView ?? look(app.live ? `live?since=${app.live.number}&process=${app.live.process}` : "live"));
+  if (visit !== app.visit) return; // it is another key's
+  timer = setTimeout(poll, POLL_MS); // whatever goes wrong below
+  if (answer.ok && !ofView && answer.document?.models) take(answer.document);
+  if (!ofView && (answer.status === 401 || answer.status === 403)) [app.refused, app.live, app.missed, wait] = [answer, null, 0, LONGEST_MS];
+  else if (answer.ok || (ofView && answer.status)) [app.missed, wait] = [0, POLL_MS];
+  else {
     app.missed += 1;
     if (app.missed >= MISSED) wait = Math.min(wait * 1.5, LONGEST_MS);
   }
-  redraw();
+  clearTimeout(timer);
   timer = setTimeout(poll, wait);
+  redraw();
 }
 
 function take(live) {
-  const isNew = process_ === live.process && live.since > 0;
-  for (const model of live.models) {
-    const known = isNew ? app.series[model.model] : null;
-    app.series[model.model] = Object.fromEntries(
-      SERIES.map((name) => [name, [...(known?.[name] ?? []), ...model.series[name]].slice(-live.kept)]),
-    );
-  }
-  if (process_ !== null && process_ !== live.process) say(`Another process of the server answers now: ${named(live)}.`);
-  if (app.live?.number !== live.number || process_ !== live.process) app.newestAt = Date.now();
-  process_ = live.process;
-  app.live = live;
+  const isMore = live.since > 0 && app.live?.process === live.process;
+  app.series = Object.fromEntries(live.models.map((model) => [model.model, Object.fromEntries(SERIES.map((name) => {
+    const known = isMore ? app.series[model.model]?.[name] ?? [] : [];
+    return [name, [...known, ...model.series[name]].slice(-live.kept)];
+  }))]));
+  if (app.live?.number !== live.number || app.live.process !== live.process) app.newestAt = Date.now();
+  if (processes.size && !processes.has(live.process)) say(`Another process of the server answers now, ${named(live)}. Each counts for itself.`);
+  processes.add(live.process);
+  [app.live, app.refused] = [live, null];
+  for (const isOver of watchers) if (isOver(live)) watchers.delete(isOver);
+}
+
+/** Tell `isOver` of each answer until it says yes; meanwhile a pause does not hold. */
+function watch(isOver) {
+  watchers.add(isOver);
+  poll(true);
 }
 
 const named = (live) => (live.pid ? `pid ${live.pid} on ${live.host}` : live.process);
@@ -87,7 +109,7 @@ function redraw() {
   );
   drawConnection();
   render(VIEWS[app.view][1](app), document.getElementById("main"));
-  if (app.view === "models") drawCharts(app);
+  drawCharts(app);
 }
 
 function drawConnection() {
@@ -103,16 +125,18 @@ function drawConnection() {
   render(html`
     ${live ? html`<span class="age ${state}" title="The server takes a sample every ${live.step_s} s">
         as of ${seconds} s ago${app.isPaused ? ", paused" : ""}</span>
+      <span class="quiet wide">every ${POLL_MS / 1000} s</span>
       <button class="plain" @click=${pause}>${app.isPaused ? "Go on" : "Pause"}</button>
-      <span class="quiet wide" title="The process that answers">${live.version} · ${named(live)}${live.stopping ? " · stopping" : ""}</span>` : nothing}
-    <a class="plain wide" href=${"docs"}>API</a>
+      <span class="quiet wide" title="The process that answers">${live.version} · ${named(live)} · up ${duration(live.uptime_s)}${live.stopping ? " · stopping" : ""}</span>` : nothing}
+    <a class="plain wide" href=${new URL("docs", base)}>API</a>
+    ${hasKey() ? nothing : html`<a class="plain wide" href=${new URL("metrics", base)}>Metrics</a>`}
     <details class="key"><summary>${hasKey() ? "Key ✓" : "Key"}</summary>
       <form @submit=${useKey}>
         <label>API key <input type="password" name="key" autocomplete="off" spellcheck="false"></label>
         <label><input type="checkbox" name="remember"> remember in this tab</label>
         <button>Use it</button> ${hasKey() ? html`<button type="button" @click=${forgetKey}>Forget it</button>` : nothing}
         <p class="quiet">The page keeps it in memory and sends it to this server alone.
-          <code>embedpool key create --scope admin</code> makes one.</p>
+          <code>embedpool key create --scopes admin</code> makes one.</p>
       </form></details>`, document.getElementById("connection"));
 }
 
@@ -138,14 +162,19 @@ function forgetKey(event) {
 }
 
 function startAnew() {
-  [app.live, app.series, app.refused, process_] = [null, {}, null, null];
+  watchers.clear();
+  [app.live, app.series, app.refused, app.visit, running, wait] = [null, {}, null, app.visit + 1, null, POLL_MS];
   redraw();
-  poll();
+  poll(true);
 }
 
-addEventListener("hashchange", redraw);
+addEventListener("hashchange", () => {
+  redraw();
+  wasOfView = false;
+  if (VIEWS[app.view][2]) poll(true);
+});
 document.getElementById("main").replaceChildren();
-addEventListener("resize", () => app.view === "models" && drawCharts(app));
+addEventListener("resize", () => drawCharts(app));
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 redraw();
 poll();

@@ -28,7 +28,16 @@ export function sparkline(values, kept, said) {
     ${svg`<path class="still" d=${`M0 ${HEIGHT - 2}H${WIDTH}`}/><path class="area" d=${area}/><path class="line" d=${line}/>`}</svg>`;
 }
 
-const drawn = new WeakMap();
+const drawn = new Map(); // element → its chart
+
+/** Give up the charts of rows that are closed. */
+export function forgetClosed() {
+  for (const [element, chart] of drawn) {
+    if (element.isConnected) continue;
+    chart.destroy();
+    drawn.delete(element);
+  }
+}
 
 /** A colour of the style sheet as a canvas takes it, in the scheme that holds. */
 function resolved(element, name) {
@@ -40,11 +49,10 @@ function resolved(element, name) {
 
 const COLOURS = ["--line-1", "--line-2", "--line-3"];
 
-/** Draw, or draw anew, lines over the last ten minutes in `element`; `lines` are `[{label, values}]`. */
-export function draw(element, lines, { unit, step, kept }) {
+/** Draw, or draw anew, lines over the ten minutes up to the newest sample in `element`; `lines` are `[{label, values}]`. */
+export function draw(element, lines, { newest, step, kept }) {
   const length = Math.max(...lines.map(({ values }) => values.length), 1);
-  const now = Date.now() / 1000;
-  const times = Array.from({ length }, (_, i) => now - (length - 1 - i) * step);
+  const times = Array.from({ length }, (_, i) => newest - (length - 1 - i) * step);
   const data = [times, ...lines.map(({ values }) => values)];
   const width = Math.max(element.clientWidth, 200);
   let chart = drawn.get(element);
@@ -55,10 +63,11 @@ export function draw(element, lines, { unit, step, kept }) {
   }
   if (!chart) {
     const axis = { stroke: colour("--quiet"), grid: { stroke: colour("--rule"), width: 1 }, ticks: { show: false }, font: "11px system-ui" };
+    const until = () => chart?.newest ?? newest;
     chart = new uPlot({
       width, height: 150, cursor: { sync: { key: element.dataset.sync }, points: { size: 6 } }, legend: { show: false },
       padding: [8, 8, 0, 0],
-      scales: { x: { time: true, range: () => [Date.now() / 1000 - kept * step, Date.now() / 1000] }, y: { range: (_, low, high) => [0, high ? high * 1.1 : 1] } },
+      scales: { x: { time: true, range: () => [until() - kept * step, until()] }, y: { range: (_, low, high) => [0, high ? high * 1.1 : 1] } },
       axes: [
         { ...axis, values: (_, ticks) => ticks.map((at) => new Date(at * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" })), space: 60 },
         { ...axis, size: 52, values: (_, ticks) => ticks.map((one) => `${compact(one)}`) },
@@ -68,10 +77,10 @@ export function draw(element, lines, { unit, step, kept }) {
     chart.scheme = colour("--line-1");
     drawn.set(element, chart);
   } else {
+    chart.newest = newest;
     if (chart.width !== width) chart.setSize({ width, height: 150 });
     chart.setData(data);
   }
-  element.title = unit;
 }
 
 /** A bar of a share from 0 to 1; what it shows stands beside it as a number. */
@@ -86,9 +95,18 @@ export function compact(number) {
   return number >= 100 || Number.isInteger(number) ? Math.round(number).toLocaleString("en") : String(+number.toFixed(number < 1 ? 2 : 1));
 }
 
-/** Milliseconds as the bound of a bucket. */
-export function time(ms) {
-  if (ms === null || ms === undefined) return "–";
+/** 12,345, for where there is room. */
+export const exact = (number) => number.toLocaleString("en");
+
+export function duration(seconds) {
+  if (seconds < 90) return `${seconds} s`;
+  if (seconds < 5400) return `${Math.round(seconds / 60)} min`;
+  return seconds < 129600 ? `${+(seconds / 3600).toFixed(1)} h` : `${Math.round(seconds / 86400)} days`;
+}
+
+/** Milliseconds as the bound of a bucket; where there `is` something and no bound, it took longer than the `longest`. */
+export function time(ms, is, longest) {
+  if (ms === null || ms === undefined) return is ? `> ${longest / 1000} s` : "–";
   return ms >= 1000 ? `≤ ${ms / 1000} s` : `≤ ${ms} ms`;
 }
 

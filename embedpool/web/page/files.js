@@ -1,4 +1,4 @@
-// Vectors as files that a person saves.
+// Vectors as files that a person saves, and texts that a person copies.
 
 /** NumPy's format, float32, of shape (texts, width). */
 export function npy(vectors) {
@@ -26,4 +26,23 @@ export function save(name, content, type) {
   link.download = name;
   link.click();
   setTimeout(() => URL.revokeObjectURL(url), 1000);
+}
+
+/** Into the clipboard, also where the page came over plain http from another host, which has no `navigator.clipboard`. */
+export async function copy(app, text, says) {
+  const isDone = await (navigator.clipboard?.writeText(text) ?? Promise.reject()).then(() => true, () => copySelected(text));
+  app.say(isDone ? says : "The browser does not let the page copy; select the text instead.", !isDone);
+}
+
+function copySelected(text) {
+  const area = document.createElement("textarea");
+  area.value = text;
+  area.className = "hidden";
+  const before = document.activeElement;
+  document.body.append(area);
+  area.select();
+  const isDone = document.execCommand("copy");
+  area.remove();
+  before?.focus();
+  return isDone;
 }

@@ -1,9 +1,9 @@
 // Batches: how far each is, what failed, its results as files. Asked for while it is looked at.
 import { html, nothing } from "./vendor/lit-html/lit-html.js";
 import { repeat } from "./vendor/lit-html/directives/repeat.js";
-import { compact } from "./charts.js";
+import { compact, duration, exact } from "./charts.js";
 import { save } from "./files.js";
-import { ask, fetchFile } from "./server.js";
+import { ask, fetchFile, look, refusal } from "./server.js";
 
 const SHOWN = 100;
 const STATES = { // what a status looks like; the colours are those of models
@@ -11,24 +11,27 @@ const STATES = { // what a status looks like; the colours are those of models
   cancelling: ["◑", "draining"], completed: ["●", "ready"], failed: ["▲", "failed"], expired: ["○", "disabled"], cancelled: ["○", "disabled"],
 };
 const UNFINISHED = ["validating", "in_progress", "finalizing"];
-let batches = null, more = false, refusal = "", askedFor = null;
+let batches = null, more = false, refused = "", visit = 0;
+
+/** Asked for while it is looked at. */
+export async function loadJobs(app) {
+  const mine = app.visit;
+  if (visit !== mine) [batches, visit] = [null, mine];
+  const answer = await look(`v1/batches?limit=${SHOWN}`);
+  if (mine !== app.visit) return answer;
+  refused = answer.ok ? "" : refusal(answer);
+  if (answer.ok) [batches, more] = [answer.document.data, answer.document.has_more];
+  return answer;
+}
 
 export function jobs(app) {
-  if (!app.live) return html`<p class="quiet">${app.refused ? `${app.refused.says}: enter a key above.` : "Asking the server …"}</p>`;
-  const asked = `${app.live.process} ${app.live.number}`;
-  if (askedFor !== asked) {
-    askedFor = asked;
-    ask(`v1/batches?limit=${SHOWN}`).then((answer) => {
-      refusal = answer.ok ? "" : answer.says;
-      if (answer.ok) [batches, more] = [answer.document.data, answer.document.has_more];
-      app.redraw();
-    });
-  }
-  if (!batches) return html`<p class="quiet">${refusal || "Asking the server …"}</p>`;
+  if (!app.live) return html`<p class="quiet">${app.refused ? `${refusal(app.refused)}: enter a key above.` : "Asking the server …"}</p>`;
+  if (visit !== app.visit) batches = null;
+  if (!batches) return html`<p class="quiet">${refused || "Asking the server …"}</p>`;
   if (!batches.length) return html`<section class="card empty"><h2>No batch yet</h2>
     <p>A batch runs a file of requests, a line each, beside what else is asked of the server:</p>
     <pre>embedpool batch create requests.jsonl</pre></section>`;
-  return html`${refusal ? html`<p class="bad">${refusal}</p>` : nothing}
+  return html`${refused ? html`<p class="bad">${refused}</p>` : nothing}
     ${repeat(batches, (batch) => batch.id, (batch) => card(app, batch))}
     ${more ? html`<p class="quiet">Older ones are not shown: <code>embedpool batch list</code> shows all.</p>` : nothing}`;
 }
@@ -47,7 +50,7 @@ function card(app, batch) {
       ${failed ? html`<span class="bad">${failed.toLocaleString("en")} failed</span>` : nothing}
       ${batch.requests_s === null ? nothing : html`<span>${compact(batch.requests_s)} requests/s</span>`}
       ${batch.seconds_left ? html`<span>${duration(batch.seconds_left)} left</span>` : nothing}
-      ${batch.usage ? html`<span class="quiet">${compact(batch.usage.total_tokens)} tokens</span>` : nothing}</div>` : nothing}
+      ${batch.usage ? html`<span class="quiet">${exact(batch.usage.total_tokens)} tokens</span>` : nothing}</div>` : nothing}
     ${status === "paused" ? html`<p class="bad">${batch.paused}</p>` : nothing}
     ${batch.errors ? html`<ul class="bad">${batch.errors.data.map((fault) => html`<li>${fault.line ? `line ${fault.line}: ` : ""}${fault.message} <code>${fault.code}</code></li>`)}</ul>` : nothing}
     ${UNFINISHED.includes(batch.status) || files.length ? html`<div class="bar">
@@ -55,15 +58,10 @@ function card(app, batch) {
       ${UNFINISHED.includes(batch.status) ? html`<button class="danger" @click=${() => cancel(app, batch.id)}>Cancel</button>` : nothing}</div>` : nothing}</section>`;
 }
 
-function duration(seconds) {
-  if (seconds < 90) return `${seconds} s`;
-  return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${+(seconds / 3600).toFixed(1)} h`;
-}
-
 async function cancel(app, id) {
   const answer = await ask(`v1/batches/${id}/cancel`, {});
-  app.say(answer.ok ? `${id} is ${answer.document.status}; what is done is kept.` : answer.says, !answer.ok);
-  askedFor = null;
+  app.say(answer.ok ? `${id} is ${answer.document.status}; what is done is kept.` : refusal(answer), !answer.ok);
+  await loadJobs(app);
   app.redraw();
 }
 

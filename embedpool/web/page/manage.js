@@ -1,20 +1,27 @@
 // What an admin may do. Nothing is assumed: each action shows the server's own answer, and then the new state.
 import { html, nothing } from "./vendor/lit-html/lit-html.js";
-import { ask, inPath } from "./server.js";
+import { ask, inPath, refusal } from "./server.js";
 
 const FORM_FIRST = ["model", "alias", "driver_type"];
 const DRIVER_FIRST = ["path", "base_url", "protocol", "model", "api_key"];
-const WAITS_MS = 1000;
-let schemas = null, isOpen = false, driver = "local_st", running = null, asked = {};
+const MOST_ABSENT = 5; // answers: another process of the server hears of a registration a little later
+let schemas = null, isOpen = false, driver = "local_st", running = null, asked = {}, visit = 0;
 
 /** Send an action, show what the server said, and look at the pool again. */
 async function act(app, what, path, body, method) {
   app.say(`${what} …`);
   const answer = await ask(path, body, method);
-  const says = answer.ok ? "done" : `${answer.says} (${answer.status}${answer.document?.error?.code ? ` ${answer.document.error.code}` : ""})`;
-  app.say(`${what}: ${says}`, !answer.ok);
-  app.poll();
+  app.say(`${what}: ${answer.ok ? `${outcome(answer.document)} (${answer.status})` : refusal(answer)}`, !answer.ok);
+  app.poll(true);
   return answer;
+}
+
+/** What the server's answer says that is so now. */
+function outcome(found) {
+  if (found.removed) return `${found.model} is removed`;
+  if (found.state) return `${found.model}${found.alias ? ` as ${found.alias}` : ""} is ${found.state}`;
+  if (found.last_reload) return found.last_reload.ok ? "pool.yml is followed" : found.last_reload.error;
+  return found.cache ? `the memory holds ${found.cache.memory.entries} rows${found.cache.disk ? `, the disk ${found.cache.disk.entries}` : ""}` : "done";
 }
 
 export function actions(app, model) {
@@ -39,11 +46,12 @@ export function actions(app, model) {
 }
 
 function settings(app, model) {
+  if (visit !== app.visit) [asked, visit] = [{}, app.visit];
   const found = asked[model.model];
   if (!found || found.space !== model.space || found.alias !== model.alias || found.enabled !== model.enabled) {
     asked[model.model] = { text: found?.text ?? "…", space: model.space, alias: model.alias, enabled: model.enabled };
     ask(`models/${inPath(model.model)}`).then((answer) => {
-      asked[model.model].text = answer.ok ? JSON.stringify(answer.document.spec, null, 2) : answer.says;
+      if (asked[model.model]) asked[model.model].text = answer.ok ? JSON.stringify(answer.document.spec, null, 2) : refusal(answer);
       app.redraw();
     });
   }
@@ -65,7 +73,7 @@ export function registration(app) {
     isOpen = !isOpen;
     if (isOpen && !schemas) {
       const answer = await ask("openapi.json");
-      if (!answer.ok) return app.say(answer.says, true);
+      if (!answer.ok) return app.say(refusal(answer), true);
       schemas = answer.document.components.schemas;
     }
     app.redraw();
@@ -145,16 +153,21 @@ async function register(app, event) {
 }
 
 /** Say when it is ready or why it is not; meanwhile its row shows how far it is. */
-async function follow(app, name) {
-  for (;;) {
-    await new Promise((done) => { setTimeout(done, WAITS_MS); });
-    await app.poll();
+function follow(app, name) {
+  let absent = 0;
+  app.watch((live) => {
     const model = app.model(name);
-    const candidate = app.live?.candidates?.find((one) => one.model === name);
-    if (model?.state === "ready") return app.say(`${name} is ready.`);
-    if (model?.state === "failed") return app.say(`${name} failed: ${model.last_error ?? "see its row"}`, true);
-    if (!model && !candidate) return app.say(`${name} is not registered: the server's log says why.`, true);
-    if (model && !["loading", "draining"].includes(model.state)) return app.say(`${name} is ${model.state}.`);
-    app.say(`${name} is loading${candidate?.progress ? `: ${candidate.progress.step}` : ""} …`);
-  }
+    const candidate = live.candidates?.find((one) => one.model === name);
+    absent = model || candidate ? 0 : absent + 1;
+    if (absent > MOST_ABSENT) app.say(`${name} is not registered: the server's log says why.`, true);
+    else if (model?.state === "ready") app.say(`${name} is ready.`);
+    else if (model?.state === "failed") app.say(`${name} failed: ${model.last_error ?? "see its row"}`, true);
+    else if (model && !["loading", "draining"].includes(model.state)) app.say(`${name} is ${model.state}.`);
+    else {
+      const progress = model?.progress ?? candidate?.progress;
+      app.say(`${name} is loading${progress ? `: ${progress.step}` : ""} …`);
+      return false;
+    }
+    return true;
+  });
 }

@@ -84,15 +84,18 @@ export function bestProducts(query, document) {
 }
 
 /**
- * Which tokens of a text a model keeps: `true` or `false` for each. Special tokens stay; of the rest so many as the
- * limit leaves room for, from the left, or with side "left" from the right behind the tokens of the prompt.
+ * Which tokens of a text a model keeps: `true` or `false` for each. The special tokens around the text stay; of the rest
+ * so many as the limit leaves room for, from the left, or with side "left" from the right behind the first `promptTokens`.
  */
-export function kept(tokens, limit, side, promptCharacters) {
+export function kept(tokens, limit, side, promptTokens) {
   if (limit === null || tokens.length <= limit) return tokens.map(() => true);
-  const own = tokens.map((token, i) => i).filter((i) => !tokens[i].special);
-  const ofPrompt = side === "left" ? own.filter((i) => tokens[i].stop !== null && tokens[i].stop <= promptCharacters) : [];
-  const room = Math.max(limit - (tokens.length - own.length) - ofPrompt.length, 0);
-  const rest = own.slice(ofPrompt.length);
-  const chosen = new Set([...ofPrompt, ...(side === "left" ? rest.slice(rest.length - room) : rest.slice(0, room))]);
-  return tokens.map((token, i) => token.special || chosen.has(i));
+  const head = Math.max(tokens.findIndex((token) => !token.special), 0);
+  const tail = tokens.length - 1 - tokens.findLastIndex((token) => !token.special);
+  const end = tokens.length - tail, room = Math.max(limit - tail, head);
+  const first = side === "left" ? Math.min(Math.max(promptTokens, head), room) : room;
+  const last = Math.max(end - (room - first), first);
+  return tokens.map((_, i) => i < Math.min(first, end) || i >= last);
 }
+
+/** How many of a text's first tokens are a prompt's, by the tokens of the prompt alone: one at its end that ends a text is none. */
+export const promptTokensOf = (tokens) => tokens.length - (tokens.at(-1)?.special ? 1 : 0);

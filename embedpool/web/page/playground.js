@@ -1,13 +1,14 @@
 // Try a model: lines of text in, and what becomes of them. Nothing is kept, and texts go to this server alone.
-import { html, nothing, svg } from "./vendor/lit-html/lit-html.js";
+import { html, noChange, nothing, svg } from "./vendor/lit-html/lit-html.js";
+import { Directive, directive } from "./vendor/lit-html/directive.js";
 import { live as liveValue } from "./vendor/lit-html/directives/live.js";
-import { ask, inPath } from "./server.js";
+import { ask, inPath, refusal } from "./server.js";
 import { classifying, embedding, otherOutput, reranking } from "./code.js";
 import { bar } from "./charts.js";
-import { jsonl, labelsTsv, npy, save, tsv } from "./files.js";
-import { bestProducts, cosine, cosines, kept, norm, order, principal, rankCorrelation } from "./maths.js";
+import { copy, jsonl, labelsTsv, npy, save, tsv } from "./files.js";
+import { bestProducts, cosine, cosines, kept, norm, order, principal, promptTokensOf, rankCorrelation } from "./maths.js";
 
-const MOST_LINES = 200, MOST_LABELS = 15, LONGEST_LABEL = 28, MOST_WEIGHTS = 16;
+const MOST_LINES = 200, MOST_LABELS = 15, LONGEST_LABEL = 28, MOST_WEIGHTS = 16, LETTER_WIDTH = 7;
 const EXAMPLE = `The cat sleeps on the sofa.
 A kitten naps on the couch.
 Interest rates went up again.
@@ -27,9 +28,36 @@ const TABS = { // name → title, the kind of model that can do it, what it does
 };
 const state = {
   tab: "vectors", models: {}, other: "", text: EXAMPLE, query: "Where does the cat rest?", prompt: "", input_type: "", dimensions: "", truncate: "", normalize: "",
-  result: null, running: false, stretch: false, hovered: null,
+  result: null, running: false, stretch: false, hovered: null, api: "embedpool", visit: 0,
 };
+const OPTIONS = { embed: ["prompt", "input_type", "dimensions", "truncate", "normalize"], sparse: ["prompt", "input_type", "truncate"], multivector: ["truncate"] };
+const QUERIED = ["search", "side"]; // tabs whose texts are documents to a query, so that their vectors may be others
 
+/** Drawn anew only where one of `known` is another: the page is drawn at every poll, and some of it is large. */
+const unlessSame = directive(class extends Directive {
+  render(known, make) {
+    return make();
+  }
+
+  update(part, [known, make]) {
+    if (this.known?.every((one, i) => one === known[i])) return noChange;
+    this.known = known;
+    return make();
+  }
+});
+
+/** What was made of an object the last time. */
+const once = (make) => {
+  const made = new WeakMap();
+  return (of) => {
+    if (!made.has(of)) made.set(of, make(of));
+    return made.get(of);
+  };
+};
+const [cosinesOf, principalOf] = [once(cosines), once(principal)];
+
+/** Tabs whose texts are embedded alike share a result. */
+const asksAs = (tab) => (QUERIED.includes(tab) ? tab : TABS[tab][1]);
 const lines = () => state.text.split("\n").filter((line) => line.trim() !== "").slice(0, MOST_LINES);
 /** A multi-vector model reranks by the vectors of tokens. */
 const does = (model, kind) => model.kinds.includes(kind) || (kind === "rerank" && model.kinds.includes("multivector"));
@@ -40,7 +68,8 @@ const can = (app, kind) => app.live.models
 const kindOf = (tab) => TABS[tab][1] ?? state.lastKind ?? "embed";
 
 export function playground(app) {
-  if (!app.live) return html`<p class="quiet">${app.refused ? app.refused.says : "Asking the server …"}</p>`;
+  if (state.visit !== app.visit) [state.result, state.visit] = [null, app.visit];
+  if (!app.live) return html`<p class="quiet">${app.refused ? refusal(app.refused) : "Asking the server …"}</p>`;
   const able = can(app, kindOf(state.tab));
   const kind = kindOf(state.tab);
   if (!able.some((model) => model.model === state.models[kind])) state.models[kind] = able[0]?.model ?? "";
@@ -48,8 +77,7 @@ export function playground(app) {
   const needsQuery = ["search", "side", "rerank", "match"].includes(state.tab) || (state.tab === "code" && kind === "rerank");
   const choose = (tab) => {
     if (TABS[tab][1]) state.lastKind = TABS[tab][1];
-    if (TABS[tab][1] !== kind || tab === "side" || state.tab === "side") state.result = null;
-    if (["search", "rerank"].includes(tab) && state.result && !state.result.query) state.result = null;
+    if (tab !== "code" && state.result?.of !== asksAs(tab)) state.result = null;
     state.tab = tab;
     app.redraw();
   };
@@ -68,15 +96,16 @@ export function playground(app) {
     ${able.length ? html`<form class="card ask" @submit=${(event) => { event.preventDefault(); run(app); }}>
         ${choice(app, "Model", able, kind)}
         ${state.tab === "side" ? choice(app, "Beside it", can(app, "embed"), "other") : nothing}
-        ${needsQuery ? html`<label>Query <input class="query" .value=${liveValue(state.query)} @input=${set("query")}></label>` : nothing}
+        ${needsQuery ? html`<label>Query <input class="query" dir="auto" autocomplete="off" spellcheck="false" .value=${liveValue(state.query)} @input=${set(app, "query")}></label>` : nothing}
         <label>${needsQuery ? "Documents, one a line" : "Texts, one a line"}
-          <textarea rows="9" dir="auto" spellcheck="false" .value=${liveValue(state.text)} @input=${set("text")}></textarea></label>
-        ${kind === "embed" ? options(app, model) : nothing}
+          <textarea rows="9" dir="auto" spellcheck="false" .value=${liveValue(state.text)} @input=${set(app, "text")}></textarea></label>
+        ${OPTIONS[kind] ? options(app, model, OPTIONS[kind]) : nothing}
         ${state.tab === "code" ? nothing : html`<button class="first" ?disabled=${state.running}>
           ${state.running ? "Asking …" : { search: "Search", match: "Match", rerank: "Rerank", classify: "Classify", side: "Compare both", map: "Draw" }[state.tab] ?? "Embed"}</button>`}
         <span class="quiet">${lines().length} ${lines().length === 1 ? "line" : "lines"}${lines().length === MOST_LINES ? ", no more count here" : ""}</span>
       </form>
-      <section class="result" aria-live="off">${state.result?.failed ? html`<div class="card failed message" role="alert">${state.result.failed}</div>` : TABS[state.tab][2](app, model)}</section>`
+      <section class="result" aria-live="off">${state.result?.failed && state.tab !== "code" ? html`<div class="card failed message" role="alert">${state.result.failed}</div>`
+        : unlessSame([state.tab === "code" ? {} : state.tab, state.result, state.stretch, state.hovered, model?.max_tokens, model?.truncation_side], () => TABS[state.tab][2](app, model))}</section>`
     : html`<section class="card empty"><h2>No ${{ embed: "embedder", sparse: "sparse model", multivector: "multi-vector model", rerank: "reranker", classify: "classifier" }[kind]} here</h2><p>Register one, for example:</p>
         <pre>${{
           embed: "embedpool register --model sentence-transformers/all-MiniLM-L6-v2 --type local_st",
@@ -87,7 +116,10 @@ export function playground(app) {
         }[kind]}</pre></section>`}</div>`;
 }
 
-const set = (name) => (event) => { state[name] = event.target.value; };
+const set = (app, name) => (event) => {
+  state[name] = event.target.value;
+  app.redraw();
+};
 
 function choice(app, title, able, slot) {
   if (slot === "other") state.other ||= (able.find((one) => one.model !== state.models.embed && one.state === "ready") ?? able[0])?.model ?? "";
@@ -103,29 +135,29 @@ function choice(app, title, able, slot) {
     <option value=${one.model} ?selected=${one.model === chosen}>${one.alias ?? one.model}${one.runs_on.dim ? ` (${one.runs_on.dim})` : ""}${one.state === "ready" ? "" : `, ${one.state}`}</option>`)}</select></label>`;
 }
 
-function options(app, model) {
+function options(app, model, names) {
   const prompts = Object.entries(model?.prompts ?? {});
   const change = (name) => (event) => { state[name] = event.target.value; app.redraw(); };
+  const choices = (name, title, all) => (names.includes(name) ? html`<label>${title}<select @change=${change(name)}>${all.map(([one, says]) => html`
+      <option value=${one} ?selected=${one === state[name]}>${says}</option>`)}</select></label>` : nothing);
   return html`<details class="options"><summary>Options</summary><div class="fields">
-    ${prompts.length ? html`<label>Prompt<select @change=${change("prompt")}><option value="">the model's own</option>
-      ${prompts.map(([name, text]) => html`<option value=${name} title=${text} ?selected=${name === state.prompt}>${name}: ${text}</option>`)}</select></label>` : nothing}
-    <label>What the texts are for<select @change=${change("input_type")}>${["", "query", "document", "classification", "clustering"].map((one) => html`
-      <option value=${one} ?selected=${one === state.input_type}>${one || "not said"}</option>`)}</select></label>
-    <label>Dimensions<input type="number" min="1" max=${model?.runs_on.dim ?? nothing} placeholder=${model?.runs_on.dim ?? "all"} .value=${liveValue(state.dimensions)} @input=${set("dimensions")}></label>
-    <label>Texts that are too long<select @change=${change("truncate")}>${[["", "as the model does"], ["right", "lose their end"], ["left", "lose their beginning"], ["error", "are an error"]].map(([one, says]) => html`
-      <option value=${one} ?selected=${one === state.truncate}>${says}</option>`)}</select></label>
-    <label>Length 1<select @change=${change("normalize")}>${[["", "as the model does"], ["true", "yes"], ["false", "no"]].map(([one, says]) => html`
-      <option value=${one} ?selected=${one === state.normalize}>${says}</option>`)}</select></label></div></details>`;
+    ${prompts.length ? choices("prompt", "Prompt", [["", "the model's own"], ...prompts.map(([name, text]) => [name, `${name}: ${text}`])]) : nothing}
+    ${choices("input_type", "What the texts are for", ["", "query", "document", "classification", "clustering"].map((one) => [one, one || (QUERIED.includes(state.tab) ? "documents" : "not said")]))}
+    ${names.includes("dimensions") ? html`<label>Dimensions<input type="number" min="1" max=${model?.runs_on.dim ?? nothing} placeholder=${model?.runs_on.dim ?? "all"} .value=${liveValue(state.dimensions)} @input=${set(app, "dimensions")}></label>` : nothing}
+    ${choices("truncate", "Texts that are too long", [["", "as the model does"], ["right", "lose their end"], ["left", "lose their beginning"], ["error", "are an error"]])}
+    ${choices("normalize", "Length 1", [["", "as the model does"], ["true", "yes"], ["false", "no"]])}</div></details>`;
 }
 
 /** The options as /embed has them. */
 function chosenOptions() {
+  const names = OPTIONS[kindOf(state.tab)] ?? [];
+  const given = (name) => (names.includes(name) ? state[name] : "");
   const found = {};
-  if (state.prompt) found.prompt_name = state.prompt;
-  else if (state.input_type) found.input_type = state.input_type;
-  if (Number(state.dimensions) > 0) found.dimensions = Number(state.dimensions);
-  if (state.truncate) found.truncate = state.truncate;
-  if (state.normalize) found.normalize = state.normalize === "true";
+  if (given("prompt")) found.prompt_name = state.prompt;
+  else if (given("input_type")) found.input_type = state.input_type;
+  if (Number(given("dimensions")) > 0) found.dimensions = Number(state.dimensions);
+  if (given("truncate")) found.truncate = state.truncate;
+  if (given("normalize")) found.normalize = state.normalize === "true";
   return found;
 }
 
@@ -136,20 +168,18 @@ async function run(app) {
   if (!given.length) return app.say("Write a line of text first.", true);
   [state.running, state.result] = [true, null];
   app.redraw();
-  const began = performance.now();
+  const began = performance.now(), { visit } = app, of = asksAs(state.tab);
+  const asking = { rerank: askRerank, sparse: askSparse, multivector: askMatch, classify: askClassify }[kindOf(state.tab)] ?? askVectors;
+  let result = null;
   try {
-    const kind = kindOf(state.tab);
-    if (kind === "rerank") state.result = await askRerank(app, given);
-    else if (kind === "sparse") state.result = await askSparse(app, given);
-    else if (kind === "multivector") state.result = await askMatch(given);
-    else if (kind === "classify") state.result = await askClassify(app, given);
-    else state.result = await askVectors(app, given);
-    if (state.result) state.result.took_ms = performance.now() - began;
+    result = await asking(app, given);
+    result.took_ms = performance.now() - began;
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
-    state.result = { failed: error.message };
+    result = { failed: error.message };
   } finally {
     state.running = false;
+    if (visit === app.visit && result) state.result = { ...result, of }; // else it was another key's
     app.redraw();
   }
 }
@@ -158,44 +188,56 @@ class Refused extends Error {}
 
 async function asked(path, body) {
   const answer = await ask(path, body);
-  if (!answer.ok) throw new Refused(`${answer.says} (${answer.status}${answer.document?.error?.code ? ` ${answer.document.error.code}` : ""})`);
+  if (!answer.ok) throw new Refused(refusal(answer));
   return answer;
 }
 
-async function embed(model, texts, more = {}) {
-  const { document, headers } = await asked("embed", { model, texts, options: { ...chosenOptions(), ...more } });
+async function embed(model, texts, options) {
+  const { document, headers } = await asked("embed", { model, texts, options });
   return { vectors: document.vectors, dim: document.dim, meta: document.meta, space: headers.get("X-Embedpool-Space") };
 }
 
 async function askVectors(app, texts) {
+  const { tab, query } = state;
+  const { prompt_name, ...others } = chosenOptions();
   const model = state.models.embed;
-  const found = { texts, model, options: chosenOptions(), ...(await embed(model, texts)) };
-  if (state.tab === "vectors") Object.assign(found, await tokensOf(app.model(model), texts));
-  if (state.tab === "search" || state.tab === "side") {
-    found.query = state.query;
-    found.asked = (await queryVector(app, model)).vectors[0];
+  if (!QUERIED.includes(tab)) {
+    const options = prompt_name ? { ...others, prompt_name } : others;
+    return { texts, model, options, ...(await embed(model, texts, options)), ...(await tokensOf(app.model(model), texts, options)) };
   }
-  if (state.tab === "side") {
-    found.other = { model: state.other, ...(await embed(state.other, texts, { prompt_name: undefined, dimensions: undefined })) };
-    found.other.asked = (await queryVector(app, state.other)).vectors[0];
-  }
+  // Lines are documents unless something else is said, the query is a query.
+  const ofLines = { input_type: "document", ...others }, ofQuery = { ...others, input_type: "query" };
+  const against = async (name, lines, one) => ({
+    model: name, ...(await embed(name, texts, lines)), asked: (await embed(name, [query], one)).vectors[0],
+    prompts: await Promise.all([one, lines].map((options) => promptOf(app.model(name), options))),
+  });
+  const found = { texts, query, ...(await against(model, prompt_name ? { ...others, prompt_name } : ofLines, ofQuery)) };
+  if (tab === "side") found.other = await against(state.other, { ...ofLines, dimensions: undefined }, { ...ofQuery, dimensions: undefined });
   return found;
 }
 
-/** A query is embedded as one where the model tells queries from documents. */
-const queryVector = (app, model) =>
-  embed(model, [state.query], { input_type: "query", prompt_name: undefined, ...(model === state.models.embed ? {} : { dimensions: undefined }) });
+const tokenized = (model, inputs, { prompt_name, input_type }) =>
+  ask(`tei/${inPath(model.model)}/tokenize`, { inputs, add_special_tokens: true, prompt_name, input_type });
+const promptIn = (answer) => decodeURIComponent(answer.headers.get("X-Embedpool-Prompt") ?? "");
 
-async function tokensOf(model, texts) {
+/** Tokens of texts as the model reads them, behind the prompt of the options; those of the prompt alone come last. */
+async function tokensOf(model, texts, options) {
   if (model.is_remote) return { noTokens: "A remote service keeps its tokens to itself." };
-  const { prompt_name } = chosenOptions();
-  const answer = await ask(`tei/${inPath(model.model)}/tokenize`, { inputs: texts, add_special_tokens: true, ...(prompt_name ? { prompt_name } : {}) });
-  return answer.ok ? { tokens: answer.document, prompt: prompt_name ? model.prompts[prompt_name] ?? "" : "" } : { noTokens: answer.says };
+  const answer = await tokenized(model, [...texts, ""], options);
+  if (!answer.ok) return { noTokens: refusal(answer) };
+  return { tokens: answer.document.slice(0, -1), prompt: promptIn(answer), promptTokens: promptTokensOf(answer.document.at(-1)) };
+}
+
+/** What stands before each text; null where only the service knows. */
+async function promptOf(model, options) {
+  if (model.is_remote) return null;
+  const answer = await tokenized(model, [""], options);
+  return answer.ok ? promptIn(answer) : null;
 }
 
 async function askSparse(app, texts) {
   const model = state.models.sparse;
-  const ask = (more) => asked("embed", { model, texts, options: { output: "sparse", top_k: MOST_WEIGHTS, ...more } });
+  const ask = (more) => asked("embed", { model, texts, options: { ...chosenOptions(), output: "sparse", top_k: MOST_WEIGHTS, ...more } });
   try {
     const { document } = await ask(app.model(model).is_remote ? {} : { tokens: true });
     return { texts, sparse: document.vectors, meta: document.meta };
@@ -206,9 +248,9 @@ async function askSparse(app, texts) {
   }
 }
 
-async function askMatch(texts) {
+async function askMatch(app, texts) {
   const vectors = async (some, type) =>
-    (await asked("embed", { model: state.models.multivector, texts: some, options: { output: "multivector", input_type: type } })).document;
+    (await asked("embed", { model: state.models.multivector, texts: some, options: { ...chosenOptions(), output: "multivector", input_type: type } })).document;
   const [query, documents] = [await vectors([state.query], "query"), await vectors(texts, "document")];
   return { texts, query: state.query, dim: documents.dim, meta: documents.meta, products: documents.vectors.map((one) => bestProducts(query.vectors[0], one)) };
 }
@@ -232,6 +274,10 @@ const cut = (text) => {
 const hint = (text) => html`<p class="quiet hint">${text}</p>`;
 const bdi = (text) => html`<bdi>${text}</bdi>`;
 
+const quoted = (text) => html`<code class="prompt">${text}</code>`;
+const promptsOf = ({ prompts: [ofQuery, ofLines] }) => html`prompt of the query ${said(ofQuery)}, of the lines ${said(ofLines)}`;
+const said = (prompt) => (prompt === null ? "the service's own" : prompt ? quoted(prompt) : "none");
+
 function told(result) {
   const { meta } = result;
   return html`<p class="told quiet">${[
@@ -240,6 +286,8 @@ function told(result) {
     meta && typeof meta.tokens === "number" && `${meta.tokens} tokens`,
     meta && `queue ${meta.queue_ms.toFixed(1)} ms, compute ${meta.compute_ms.toFixed(1)} ms, ${meta.total_ms.toFixed(1)} ms on the server`,
     result.took_ms && `${result.took_ms.toFixed(0)} ms here`,
+    result.prompt && html`prompt ${quoted(result.prompt)}`,
+    result.prompts && promptsOf(result),
   ].filter(Boolean).map((part, i) => html`${i ? " · " : ""}${part}`)}</p>`;
 }
 
@@ -251,7 +299,7 @@ function showVectors(app, model) {
     ${result.noTokens ? html`<p class="quiet">${result.noTokens}</p>` : nothing}
     ${result.texts.map((text, i) => vector(result, text, i, limit, model))}
     <div class="bar">Save ${[["npy", saveNpy], ["jsonl", saveJsonl], ["tsv", saveTsv]].map(([name, action]) => html`<button @click=${() => action(result)}>.${name}</button>`)}
-      <button @click=${() => navigator.clipboard.writeText(JSON.stringify(result.vectors)).then(() => app.say("The vectors are in the clipboard."))}>Copy JSON</button></div>`;
+      <button @click=${() => copy(app, JSON.stringify(result.vectors), "The vectors are in the clipboard.")}>Copy JSON</button></div>`;
 }
 
 const saveNpy = ({ vectors }) => save("vectors.npy", npy(vectors), "application/octet-stream");
@@ -266,11 +314,13 @@ function vector(result, text, i, limit, model) {
   const tokens = result.tokens?.[i];
   const wasCut = result.meta.truncated.includes(i);
   const side = result.options.truncate === "left" ? "left" : model?.truncation_side ?? "right";
-  const stays = tokens ? kept(tokens, wasCut ? limit : null, side, Array.from(result.prompt ?? "").length) : [];
+  const stays = tokens ? kept(tokens, wasCut ? limit : null, side, result.options.truncate === "left" ? result.promptTokens : 0) : [];
+  const ofPrompt = Array.from(result.prompt ?? "").length; // characters
+  const looks = (token, j) => `token ${token.special ? "special" : token.stop <= ofPrompt ? "prompt" : ""} ${stays[j] ? "" : "lost"}`;
   const lost = stays.filter((one) => !one).length;
   return html`<article class="card vector">
     <h3>${bdi(text)}</h3>
-    ${tokens ? html`<p class="tokens" dir="auto">${tokens.map((token, j) => html`<span class="token ${token.special ? "special" : ""} ${stays[j] ? "" : "lost"}" title="id ${token.id}${stays[j] ? "" : ", cut off"}">${token.text}</span>`)}</p>` : nothing}
+    ${tokens ? html`<p class="tokens" dir="auto">${tokens.map((token, j) => html`<span class=${looks(token, j)} title="id ${token.id}${!token.special && token.stop <= ofPrompt ? ", of the prompt" : ""}${stays[j] ? "" : ", cut off"}">${token.text}</span>`)}</p>` : nothing}
     <p class="quiet">${tokens ? html`${tokens.length} tokens · ` : nothing}${wasCut ? html`<span class="bad">cut: ${lost ? `${lost} tokens at the ${side === "left" ? "beginning" : "end"} are lost` : "the service says so"}</span> · ` : nothing}norm ${norm(numbers).toFixed(4)}</p>
     <p class="numbers"><code>${numbers.slice(0, 8).map((one) => one.toFixed(4)).join("  ")}${numbers.length > 8 ? "  …" : ""}</code></p></article>`;
 }
@@ -278,7 +328,7 @@ function vector(result, text, i, limit, model) {
 function showCompare(app) {
   const { result } = state;
   if (!result?.vectors) return hint("How alike the lines are: the cosine of each pair.");
-  const found = cosines(result.vectors);
+  const found = cosinesOf(result.vectors);
   const off = found.flatMap((row, i) => row.filter((_, j) => i !== j));
   const [low, high] = state.stretch && off.length ? [Math.min(...off), Math.max(...off)] : [-1, 1];
   const shade = (one) => Math.max(0, Math.min(20, Math.round((20 * (one - low)) / (high - low || 1))));
@@ -344,7 +394,7 @@ function showClassify() {
 function showMap(app) {
   const { result } = state;
   if (!result?.vectors) return hint("The lines on the two axes along which their vectors differ most.");
-  const found = principal(result.vectors);
+  const found = principalOf(result.vectors);
   if (found.reason) return html`<p class="card">${found.reason}</p>`;
   const [across, up] = [0, 1].map((axis) => Math.max(...found.points.map((point) => Math.abs(point[axis])), 1e-9));
   const most = Math.max(across, up);
@@ -353,19 +403,24 @@ function showMap(app) {
   const hovered = state.hovered !== null && state.hovered < result.texts.length ? state.hovered : null;
   const hover = (i) => () => { state.hovered = i; app.redraw(); };
   const places = found.points.map(at);
-  const label = (i) => { // beside its dot; lower where an earlier one stands
-    let [x, y] = places[i];
-    for (let j = 0; j < i; j++) if (Math.abs(places[j][0] - x) < 60 && Math.abs(places[j][1] - y) < 14) y += 15;
-    return y;
-  };
   const many = found.points.length > MOST_LABELS;
+  const labels = result.texts.map((text, i) => (many ? `${i + 1}` : cut(text)));
+  const taken = []; // [left, right, height] of the labels so far
+  const heights = places.map(([x, y], i) => { // beside its dot; lower where an earlier one stands
+    const width = 10 + LETTER_WIDTH * labels[i].length;
+    const [left, right] = x > 300 ? [x - width, x] : [x, x + width];
+    let height = y;
+    while (taken.some(([from, to, other]) => from < right && left < to && Math.abs(other - height) < 14)) height += 15;
+    taken.push([left, right, height]);
+    return height;
+  });
   return html`${told(result)}
     <figure class="card map"><svg viewBox="0 0 600 420" role="group" aria-label="Map of the lines">
       <path class="axis" d="M20 210H580M300 15V405"/>
       ${found.points.map((_, i) => {
         const [x, y] = places[i];
-        return dotAt(x, y, label(i), many ? `${i + 1}` : cut(result.texts[i]), result.texts[i], hover(i), i === hovered);
-      })}</svg>
+        return dotAt(x, y, heights[i], labels[i], result.texts[i], hover(i));
+      })}${hovered === null ? nothing : above(...places[hovered], heights[hovered], labels[hovered])}</svg>
       <figcaption>The two axes show ${Math.round(100 * (found.shares[0] + found.shares[1]))}% of what tells the vectors apart
         (${Math.round(100 * found.shares[0])}% across, ${Math.round(100 * found.shares[1])}% up). Distances here are not similarities.</figcaption></figure>
     ${hovered === null ? hint("Point at a dot, or reach it with the Tab key, to see which lines are nearest to it by all numbers of its vector.")
@@ -373,10 +428,15 @@ function showMap(app) {
         <ol class="ranked">${near(hovered).filter((j) => j !== hovered).map((j) => html`<li><span class="score">${cosine(result.vectors[hovered], result.vectors[j]).toFixed(3)}</span> <span class="what">${bdi(result.texts[j])}</span></li>`)}</ol></div>`}`;
 }
 
-function dotAt(x, y, labelY, label, text, hover, isChosen) {
-  return svg`<g class=${isChosen ? "dot chosen" : "dot"} tabindex="0" role="img" aria-label=${text} @mouseenter=${hover} @focus=${hover}>
-    <title>${text}</title><circle cx=${x} cy=${y} r="6"></circle><text x=${x + (x > 300 ? -10 : 10)} y=${labelY + 4} text-anchor=${x > 300 ? "end" : "start"}>${label}</text></g>`;
+const labelAt = (x, y, label) => svg`<text x=${x + (x > 300 ? -10 : 10)} y=${y + 4} text-anchor=${x > 300 ? "end" : "start"}>${label}</text>`;
+
+function dotAt(x, y, labelY, label, text, hover) {
+  return svg`<g class="dot" tabindex="0" role="img" aria-label=${text} @mouseenter=${hover} @focus=${hover}>
+    <title>${text}</title><circle cx=${x} cy=${y} r="6"></circle>${labelAt(x, labelY, label)}</g>`;
 }
+
+/** The chosen dot once more, above all others; its place among them is kept for the keyboard. */
+const above = (x, y, labelY, label) => svg`<g class="dot chosen" aria-hidden="true"><circle cx=${x} cy=${y} r="6"></circle>${labelAt(x, labelY, label)}</g>`;
 
 function showSide() {
   const { result } = state;
@@ -392,14 +452,21 @@ function showSide() {
   const moved = (from, to) => from.map((rank, i) => (rank === to[i] ? "" : rank > to[i] ? `▲ ${rank - to[i]} there` : `▼ ${to[i] - rank} there`));
   return html`<p class="told quiet">Rank correlation ${rankCorrelation(first, second).toFixed(3)}.
       ${result.space && result.space === result.other.space ? "Both give vectors of one space." : "Their vectors are of different spaces: a store that holds those of one has to be filled anew for the other."}</p>
+    ${[result, result.other].map((one) => html`<p class="told quiet">${bdi(one.model)}: ${promptsOf(one)}</p>`)}
     <div class="two"><div class="card"><h3>${bdi(result.model)} <small class="quiet">${result.dim} numbers</small></h3>${bars(result.texts, first, 3, moved(before, after))}</div>
       <div class="card"><h3>${bdi(result.other.model)} <small class="quiet">${result.other.dim} numbers</small></h3>${bars(result.texts, second, 3)}</div></div>`;
 }
 
-function showCode(app) {
+function showCode(app, model) {
   const kind = kindOf("code");
   const name = state.models[kind];
-  const snippets = ["sparse", "multivector"].includes(kind) ? otherOutput(name, lines(), kind) : kind === "rerank" ? reranking(name, state.query, lines()) : kind === "classify" ? classifying(name, lines()) : embedding(name, lines(), chosenOptions());
-  const copy = (text) => navigator.clipboard.writeText(text).then(() => app.say("It is in the clipboard."));
-  return html`${snippets.map(([title, text]) => html`<section class="card code"><div class="bar"><h3>${title}</h3><button @click=${() => copy(text)}>Copy</button></div><pre tabindex="0">${text}</pre></section>`)}`;
+  const apis = {
+    embed: () => embedding(name, lines(), chosenOptions(), model?.truncation_side), rerank: () => reranking(name, state.query, lines()),
+    classify: () => classifying(name, lines()),
+  }[kind]?.() ?? otherOutput(name, lines(), kind, chosenOptions(), model?.truncation_side);
+  if (!(state.api in apis)) state.api = "embedpool";
+  return html`<label class="api">API<select @change=${(event) => { state.api = event.target.value; app.redraw(); }}>${Object.keys(apis).map((one) => html`
+      <option ?selected=${one === state.api}>${one}</option>`)}</select></label>
+    ${apis[state.api].map(([title, text]) => html`<section class="card code"><div class="bar"><h3>${title}</h3>
+      <button @click=${() => copy(app, text, "It is in the clipboard.")}>Copy</button></div><pre tabindex="0">${text}</pre></section>`)}`;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -141,6 +142,21 @@ def test_tokenize(web: Web) -> None:
     bare = web.post("/tei/m/tokenize", {"inputs": "a", "add_special_tokens": False, "prompt_name": "query"}).json
     assert [token["text"] for token in bare[0]] == ["find:", "a"]
     assert "limit" not in refused(web.post("/tei/m/tokenize", {"inputs": "a", "prompt_name": "x"}), 422, "Validation")
+
+
+def test_tokens_are_told_with_the_prompt_that_vectors_have(make_web: MakeWeb) -> None:
+    """By name, by what the texts are for, in the words of any API, or none; the header says it as it is."""
+    web = make_web("model: m, driver: {type: fake, config: {prompts: {query: 'Über: ', document: 'text: '}}}")
+    for given, prompt in (
+        ({}, ""), ({"input_type": "query"}, "Über: "), ({"input_type": "search_document"}, "text: "),
+        ({"prompt_name": "query"}, "Über: "), ({"prompt_name": "query", "input_type": "document"}, "Über: "),
+        ({"input_type": "clustering"}, ""),
+    ):  # fmt: skip
+        answer = web.post("/tei/m/tokenize", {"inputs": "a b", **given})
+        assert unquote(answer.headers["X-Embedpool-Prompt"]) == prompt
+        assert [token["text"] for token in answer.json[0]] == ["<s>", *prompt.split(), "a", "b", "</s>"]
+        np.testing.assert_allclose(vectors(web, [prompt + "a b"]), vectors(web, ["a b"], **given))
+    assert "input_type" in refused(web.post("/tei/m/tokenize", {"inputs": "a", "input_type": "x"}), 422, "Validation")
 
 
 def test_decode(web: Web) -> None:
