@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +14,10 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from embedpool.drivers.model_files import read_json, transformer_settings
-from embedpool.errors import ModelFailed
+from embedpool.errors import ModelFailed, UnsupportedOption
 
 TEMPLATE_FILE = "chat_template.jinja"
 STRUCTURED = "structured"
-MARKS = ("@query@", "@document@")  # stand for a pair to find out what a template puts around it
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -60,9 +60,12 @@ class ChatPairs:
             raise ModelFailed(f"{folder}: its chat template cannot be used for pairs: {error}") from None
 
     def render(self, query: str, document: str, prompt: str = "") -> Rendered:
-        """The text that the model reads; the prompt is the system's message."""
-        text = self._text(query, document, prompt)
-        before, between, behind = map(len, self._around(prompt))
+        """The text that the model reads; the prompt is the system's message. Raises UnsupportedOption."""
+        try:
+            text = self._text(query, document, prompt)
+            before, between, behind = map(len, self._around(prompt))
+        except (jinja2.TemplateError, ValueError) as error:
+            raise UnsupportedOption(f"the model's chat template refuses this: {error}") from None
         end, shortest = len(text) - behind, len(query.strip())  # templates may strip it, or the document
         stop = text.find(self._around(prompt).between, before + shortest, end)
         stop = stop if stop >= 0 else before
@@ -70,10 +73,12 @@ class ChatPairs:
 
     def _found_around(self, prompt: str) -> Around:
         """Raises ValueError for a template that puts a pair in another way."""
-        before, query, rest = self._text(*MARKS, prompt).partition(MARKS[0])
-        between, document, behind = rest.partition(MARKS[1])
-        if not (query and document):
-            raise ValueError("it does not put the document behind the query")
+        query, document = secrets.token_hex(), secrets.token_hex()  # stand for a pair, and nowhere else
+        text = self._text(query, document, prompt)
+        before, found_query, rest = text.partition(query)
+        between, found_document, behind = rest.partition(document)
+        if not (found_query and found_document) or query in rest or document in behind:
+            raise ValueError("it does not put the query and then the document, each once")
         return Around(before, between, behind)
 
     def _text(self, query: str, document: str, prompt: str) -> str:

@@ -240,13 +240,14 @@ class FolderTokenizer(Tokenizer):
             encodings = self._tokenizer.encode_batch([one.text for one in said], add_special_tokens=False)
             return [_of_chat(found, one) for found, one in zip(encodings, said, strict=True)]
         given = [pair if len(pair) > 1 else pair[0] for pair in pairs]
-        return [_as_whole(found) for found in self._tokenizer.encode_batch(given)]
+        encodings = self._tokenizer.encode_batch(given)
+        return [_as_whole(found, len(pair) > 1) for found, pair in zip(encodings, pairs, strict=True)]
 
     def _found_template(self) -> Template | None:
         """What the tokenizer puts around the parts of pairs, if it always joins them so."""
         (first, second), *_ = PAIRS
-        found = _as_whole(self._tokenizer.encode(first, second))
-        if not found.typed:
+        found = _as_whole(self._tokenizer.encode(first, second), True)
+        if not found.ids[found.last]:
             return None
         head, middle = found.ids[: found.first.start], found.ids[found.first.stop : found.last.start]
         template = Template((self._head, self._tail), (head, middle, found.ids[found.last.stop :]))
@@ -310,18 +311,19 @@ def _special_names(folder: Path) -> dict[str, str]:
     return {name: token for name, token in named.items() if name.endswith("_token") and isinstance(token, str)}
 
 
-def _as_whole(encoding: tokenizers.Encoding) -> Whole:
+def _as_whole(encoding: tokenizers.Encoding, is_pair: bool) -> Whole:
     """Of a text alone, or of a pair that the tokenizer has joined."""
-    parts = encoding.sequence_ids
-    first, last = ([i for i, part in enumerate(parts) if part == which] for which in (0, 1))
-    if last:
-        return Whole(encoding.ids, _those(first), _those(last), typed=True)
-    return Whole(encoding.ids, slice(0, 0), _those(first), typed=False)
+    parts, types = encoding.sequence_ids, encoding.type_ids
+    first = _those([i for i, part in enumerate(parts) if part == 0], 0)
+    if not is_pair:
+        return Whole(encoding.ids, slice(0, 0), first, typed=False)
+    empty_at = types.index(1) if 1 in types else first.stop  # what stands around an empty document shows its place
+    return Whole(encoding.ids, first, _those([i for i, part in enumerate(parts) if part == 1], empty_at), typed=True)
 
 
-def _those(places: list[int]) -> slice:
+def _those(places: list[int], empty_at: int) -> slice:
     """Places in a row."""
-    return slice(places[0], places[-1] + 1) if places else slice(0, 0)
+    return slice(places[0], places[-1] + 1) if places else slice(empty_at, empty_at)
 
 
 def _of_chat(encoding: tokenizers.Encoding, said: Rendered) -> Whole:

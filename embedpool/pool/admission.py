@@ -121,7 +121,7 @@ class Admission:
             rows=rows,
             width=raw.width,
             tokens=counted,
-            truncated=sorted(request.truncated),
+            truncated=sorted(set(request.truncated)),  # of a pair both parts may be
             measure_ms=1000 * (measured_at - call.arrived_at),
             queue_ms=1000 * max(request.started_at - call.arrived_at, 0),
             compute_ms=1000 * request.compute_s,

@@ -68,11 +68,15 @@ class Pool:
     def _naming_those_that_can(self, task: Task, call: Call, error: UnsupportedTask) -> UnsupportedTask:
         """The error, with the models that the caller may ask instead."""
         able: list[str] = []
+        asleep: list[str] = []
         for served in self.models:
             with contextlib.suppress(Forbidden):
                 call.require(served.spec)
-                able += [served.spec.model] if served.can(task.name) else []
+                able += [served.spec.model] if task.name in served.kinds else []
+                asleep += [] if served.kinds else [served.spec.model]
         told = f"models that can: {', '.join(able)}" if able else "no registered model can"
+        if asleep and not able:
+            told = f"models that may, which nobody has asked yet: {', '.join(asleep)}"
         return UnsupportedTask(f"{error.message}; {told}")
 
     @contextlib.contextmanager

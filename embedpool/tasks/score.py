@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from typing_extensions import override
 
 from embedpool.config.spec import DriverConfig
-from embedpool.errors import EmbedpoolError, UnsupportedOption
+from embedpool.errors import EmbedpoolError, InvalidRequest, UnsupportedOption
 from embedpool.tasks.embed import EmbedOptions, group_of, limit_of, prompt_of, slices
 from embedpool.tasks.item import Group, Item, Keys
 from embedpool.tasks.rows import Rows
@@ -260,12 +260,17 @@ class _Joiner:
         self, head: list[int], first: list[int], middle: list[int], last: list[int], tail: list[int], *, typed: bool
     ) -> Joined:
         specials = len(head) + len(middle) + len(tail)
+        if self._limit is not None and specials >= self._limit:
+            path = f"options.{'instruction' if self._prompt else 'max_seq_length'}"
+            says = f"{specials} tokens stand around a pair, the limit of all is {self._limit}"
+            raise InvalidRequest(f"{path}: {says}", fields={path: says})
         full = specials + len(first) + len(last)
         query = first
         kept = self._cut(last, self._options.max_tokens_per_doc)
-        room = None if self._limit is None else max(self._limit - specials, 0)
+        room = None if self._limit is None else self._limit - specials
         if room is not None and len(query) + len(kept) > room:
-            query = query[: max(room // 2, room - len(kept))]
+            half = (room + (len(query) > len(kept))) // 2  # the longer part has the odd one, as tokenizers do it
+            query = query[: max(half, room - len(kept))]
             parts = self._parts_of(kept, max(room - len(query), 0))
         else:
             parts = [kept]
@@ -273,7 +278,8 @@ class _Joiner:
         second = len(begin) if typed else None
         rows = [[*begin, *part, *tail] for part in parts]
         is_query_whole = len(query) == len(first)
-        by_ids = not (is_query_whole and len(parts) == 1 and parts[0] == last[: len(parts[0])] and kept is last)
+        is_alike = is_query_whole or (bool(last) and not self._tokenizer.told)  # what is told is cut at its end
+        by_ids = not (is_alike and len(parts) == 1 and parts[0] == last[: len(parts[0])] and kept is last)
         if is_query_whole and sum(map(len, parts)) == len(last):
             return Joined(rows, second, by_ids=by_ids)
         says = f"{full} tokens, the limit is {self._limit}"

@@ -6,7 +6,7 @@ slip of an option that changes numbers: nobody would notice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -17,6 +17,7 @@ from marshmallow import fields
 from embedpool.config.fields import StrictSchema, shown
 from embedpool.errors import LONGEST_NAME
 from embedpool.pool.pool import Pool
+from embedpool.pool.served_model import ServedModel
 from embedpool.web.http_request import here
 
 IGNORED_HEADER = "X-Embedpool-Ignored"
@@ -76,3 +77,10 @@ def known(pool: Pool, name: str) -> str:
             if pool.knows(found):
                 return found
     return name
+
+
+def names_able(models: Iterable[ServedModel], task: str) -> list[str]:
+    """Those that are known to be able; if there is none, those that turn out to be when they are looked at."""
+    models = list(models)
+    able = [served.spec.model for served in models if task in served.kinds]
+    return able or [served.spec.model for served in models if not served.kinds and served.can(task)]

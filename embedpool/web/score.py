@@ -33,7 +33,7 @@ from embedpool.tasks.score import (
 )
 from embedpool.web import submit
 from embedpool.web.body import read_document
-from embedpool.web.compat import CompatSchema, YesOrNo, known
+from embedpool.web.compat import CompatSchema, YesOrNo, known, names_able
 from embedpool.web.dialects import tei
 from embedpool.web.encoding import errors_of, json_response, timing
 from embedpool.web.http_request import here
@@ -159,8 +159,8 @@ def blueprint(pool: Pool, settings: Settings) -> Blueprint:
     return routes
 
 
-def score_options(body: Mapping[str, Any]) -> ScoreOptions:
-    """The task's options of a loaded body; `options` count before its other fields."""
+def score_options(body: Mapping[str, Any], limits: Limits) -> ScoreOptions:
+    """The task's options of a loaded body; `options` count before its other fields. Raises InvalidRequest."""
     found: dict[str, Any] = {}
     if "truncation" in body:
         found["truncate"] = "right" if body["truncation"] else "error"
@@ -173,7 +173,9 @@ def score_options(body: Mapping[str, Any]) -> ScoreOptions:
     ):
         if name in body:
             found[meant] = body[name]
-    return ScoreOptions(**{**found, **{name: value for name, value in body["options"].items() if name != "raw_scores"}})
+    found |= {name: value for name, value in body["options"].items() if name != "raw_scores"}
+    check_texts([found.get("instruction", "")], limits, "instruction")
+    return ScoreOptions(**found)
 
 
 # --- reranking
@@ -188,7 +190,7 @@ def reranked(pool: Pool, limits: Limits, document: Mapping[str, Any]) -> tuple[d
     check_texts(texts, limits, "documents")
     check_texts([query], limits, "query")
     name = the_model(pool, body.get("model"), Rerank.name)
-    result = submit.score(here(), pool, name, Rerank([(query, text) for text in texts], score_options(body)))
+    result = submit.score(here(), pool, name, Rerank([(query, text) for text in texts], score_options(body, limits)))
     return body, result, given
 
 
@@ -249,9 +251,9 @@ def the_model(pool: Pool, name: str | None, task: str) -> str:
     if name and name not in NO_MODEL:
         return known(pool, name)
     visible = here().caller.visible(pool)
-    able = [served.spec.model for served in visible if served.can(task)]
+    able = names_able(visible, task)
     if not able and task == Rerank.name:
-        able = [served.spec.model for served in visible if served.can(MultiVector.name)]
+        able = names_able(visible, MultiVector.name)
     if len(able) == 1:
         return able[0]
     says = f"name one of {', '.join(able)}" if able else f"no registered model can {task}"
@@ -288,7 +290,7 @@ def _scored(pool: Pool, limits: Limits) -> Response:
     pairs = _pairs(first, second)
     check_texts([second for _, second in pairs], limits, path)
     name = the_model(pool, body.get("model"), Rerank.name)
-    result = submit.score(here(), pool, name, Rerank(pairs, score_options(body), path), also=WAYS)
+    result = submit.score(here(), pool, name, Rerank(pairs, score_options(body, limits), path), also=WAYS)
     way = submit.way_of(pool, name, WAYS)
     scoring = {"scoring": way.scoring} if way else {}
     scores = [row if row is None else row[0] for row in chosen(body, result)]
@@ -330,7 +332,8 @@ def _classified(
     body = load(ClassifySchema, document or read_document(here(), limits, whatever_type=True))
     texts = _inputs(body["input"], limits)
     name = the_model(pool, body.get("model"), Classify.name)
-    result = submit.score(here(), pool, name, Classify([(text,) for text in texts], score_options(body), "input"))
+    task = Classify([(text,) for text in texts], score_options(body, limits), "input")
+    result = submit.score(here(), pool, name, task)
     return body, result, labels_of(pool, name)
 
 
@@ -353,7 +356,7 @@ def _among_labels(pool: Pool, limits: Limits, body: Mapping[str, Any]) -> Respon
     """Jina's classification without training: the softmax of an embedder's cosines to the labels."""
     texts, labels = _inputs(body["input"], limits), check_texts(body["labels"], limits, "labels")
     name = the_model(pool, body.get("model"), "embed")
-    result = submit.embed(here(), pool, name, [*texts, *labels], _of_vectors(score_options(body)), forms=())
+    result = submit.embed(here(), pool, name, [*texts, *labels], _of_vectors(score_options(body, limits)), forms=())
     cosines = result.vectors[: len(texts)] @ result.vectors[len(texts) :].T
     data = []
     for i, row in enumerate(activated(cosines, SOFTMAX)):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from embedpool.drivers.chat_pairs import ChatPairs
-from embedpool.errors import ModelFailed
+from embedpool.errors import ModelFailed, UnsupportedOption
 
 QUERY = "{{ messages[-2]['content'] }}"
 DOCUMENT = "{{ messages[-1]['content'] }}"
@@ -41,9 +41,26 @@ def test_a_template_may_strip_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "template", [f"{DOCUMENT} {QUERY}", QUERY, "nothing of it", f"{QUERY} {{{{ raise_exception('no') }}}}"]
+    "template",
+    [
+        f"{DOCUMENT} {QUERY}",
+        f"{QUERY} {DOCUMENT} {QUERY}",
+        QUERY,
+        "nothing of it",
+        f"{QUERY} {{{{ raise_exception('no') }}}}",
+    ],
 )
 def test_a_template_that_puts_pairs_in_another_way_is_refused(tmp_path: Path, template: str) -> None:
     """At load: nobody could tell what is cut."""
     with pytest.raises(ModelFailed, match="its chat template cannot be used for pairs"):
         pairs_of(tmp_path, template)
+
+
+def test_a_template_may_have_no_place_for_an_instruction(tmp_path: Path) -> None:
+    """Then who gives one is told."""
+    pairs = pairs_of(
+        tmp_path, f"{{% if messages|length > 2 %}}{{{{ raise_exception('no system') }}}}{{% endif %}}{PLAIN}"
+    )
+    assert pairs.render("a", "b").text == "q: a\nd: b answer:"
+    with pytest.raises(UnsupportedOption, match="no system"):
+        pairs.render("a", "b", "find: ")

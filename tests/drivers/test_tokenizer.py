@@ -320,3 +320,19 @@ def test_a_broken_file_is_named(
     with pytest.raises(ModelFailed, match=says) as caught:
         tokenizer_in(tmp_path)
     assert str(tmp_path / file) in caught.value.message
+
+
+@pytest.mark.parametrize("document", ["a fox", ""])
+@pytest.mark.parametrize("query", ["what is it?", ""])
+def test_the_parts_of_a_pair_that_the_tokenizer_joins(
+    tokenizer: FolderTokenizer, transformers_tokenizer: Any, query: str, document: str
+) -> None:
+    """Are where they belong, whichever is empty; of a text alone the last part is all of it."""
+    (pair,) = tokenizer.whole([(query, document)])
+    bare = tokenizer.bare([query, document])
+    assert [pair.ids[pair.first], pair.ids[pair.last]] == bare
+    expected = transformers_tokenizer(query, document)
+    assert pair.ids == expected["input_ids"]
+    assert pair.last.start == expected["token_type_ids"].index(1)
+    (alone,) = tokenizer.whole([(query,)])
+    assert (alone.ids[alone.first], alone.ids[alone.last], alone.typed) == ([], bare[0], False)

@@ -90,7 +90,8 @@ def test_the_document_is_cut_and_never_the_query_first(query: str, document: str
     assert kept_d == (d[: len(kept_d)] if side == "right" else d[len(d) - len(kept_d) :])
     if len(q) + len(d) > room:
         assert len(kept_q) + len(kept_d) == room
-        assert len(kept_q) == min(len(q), max(room // 2, room - len(d)))
+        half = (room + (len(q) > len(d))) // 2  # of an odd number the longer part has one more, as tokenizers cut
+        assert len(kept_q) == min(len(q), max(half, room - len(d)))
 
 
 @hypothesis.given(document=words.filter(bool), limit=st.integers(6, 12))
@@ -183,9 +184,10 @@ def test_pairs_that_must_be_given_whole() -> None:
     assert cut("a b c d e", "f g h", max_seq_length=7) == joined("a b f g")
 
 
-@pytest.mark.parametrize("tokenizer", [TOKENIZER, Joins("rerank")], ids=["joined", "whole"])
-def test_a_library_that_would_cut_in_another_way_is_not_asked(tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("kind", [FakeTokenizer, Joins])
+def test_a_library_that_would_cut_in_another_way_is_not_asked(kind: type[FakeTokenizer]) -> None:
     """Items that must be run by their ids are of a group of their own, which says so."""
+    tokenizer = kind("rerank")
 
     def by_ids(query: str, document: str, **options: Any) -> set[bool]:
         items = measured((query, document), tokenizer=tokenizer, **options).items
@@ -196,7 +198,34 @@ def test_a_library_that_would_cut_in_another_way_is_not_asked(tokenizer: Tokeniz
     assert by_ids("a", "b", truncate="left") == by_ids("a", "b", long_documents="chunk") == {False}
     for options in ({"truncate": "left"}, {"long_documents": "chunk"}, {"max_tokens_per_doc": 2}):
         assert by_ids("a", "b c d e f g h", **limit, **options) == {True}
-    assert by_ids("a b c d e f", "g h i j k l", **limit) == {True}
+    assert by_ids("a b c d e f", "g h i j k l", **limit) == {False}  # tokenizers cut so, too
+    assert by_ids("a b c d e f", "", **limit) == {True}
+    tokenizer.told = ("prompt", "limit", "side")  # type: ignore[misc]
+    assert by_ids("a", "b c d e f g h", **limit) == {False}
+    assert by_ids("a b c d e f", "g h i j k l", **limit) == {True}  # what is told is cut at the end of it all
+
+
+def test_an_instruction_that_leaves_no_room_is_refused() -> None:
+    """The system's message of a causal reranker is not cut; nor is any other text around pairs."""
+
+    class Told(Joins):
+        told = ("prompt", "limit", "side")
+
+        def whole(self, pairs: Any, prompt: str = "") -> list[Whole]:
+            before = self.bare([prompt])[0]
+            return [
+                Whole([*before, *ids], moved(first, len(before)), moved(last, len(before)), typed)
+                for ids, first, last, typed in super().whole(pairs)
+            ]
+
+    def moved(part: slice, by: int) -> slice:
+        return slice(part.start + by, part.stop + by)
+
+    found = measured(("a", "b c d e f"), tokenizer=Told("rerank"), max_seq_length=9, instruction="find it")
+    assert [len(item.ids or ()) for item in found.items] == [9]
+    with pytest.raises(InvalidRequest, match="5 tokens stand around a pair, the limit of all is 5") as refused:
+        measured(("a", "b"), tokenizer=Told("rerank"), max_seq_length=5, instruction="find it")
+    assert list(refused.value.fields) == ["options.instruction"]
 
 
 def test_half_a_character_is_named() -> None:

@@ -230,7 +230,7 @@ def test_what_a_model_can_do_is_found_out(make_web: MakeWeb) -> None:
     assert len(fresh().post("/tei/cl", {"inputs": "a"}).json) == 3
     assert "scoring" not in fresh().post("/score", {"model": "rr", "queries": "a", "documents": "a"}).json["meta"]
     error = refused(fresh().post("/embed", {"model": "rr", "texts": ["a"]}), 422, "unsupported_task")
-    assert error["message"].endswith("models that can: em")
+    assert error["message"].endswith("models that may, which nobody has asked yet: cl, em")
 
 
 def test_a_document_that_fails_may_leave_the_others(make_web: MakeWeb) -> None:

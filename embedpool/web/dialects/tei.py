@@ -29,7 +29,7 @@ from embedpool.tasks.score import Classify, Rerank
 from embedpool.tasks.sparse import Sparse
 from embedpool.web import submit
 from embedpool.web.body import read_document, read_json
-from embedpool.web.compat import CompatSchema, YesOrNo, known
+from embedpool.web.compat import CompatSchema, YesOrNo, known, names_able
 from embedpool.web.dialects import CommonOptions, Truncate, openai, options_of, part_of, tei_scores, texts_of
 from embedpool.web.dialects.tei_scores import timed
 from embedpool.web.encoding import forms_of, json_response
@@ -127,7 +127,7 @@ def _default(pool: Pool, settings: Settings, task: str = "") -> str:
     Raises InvalidRequest and Forbidden.
     """
     enabled = [served for served in here().caller.visible(pool) if served.spec.enabled]
-    able = [served.spec.model for served in enabled if not task or served.can(task)]
+    able = names_able(enabled, task) if task else [served.spec.model for served in enabled]
     if settings.tei.default_model and (not task or settings.tei.default_model in able):
         name = known(pool, settings.tei.default_model)
     elif len(able) == 1:

@@ -121,7 +121,9 @@ def model_type(served: ServedModel) -> dict[str, Any]:
 
 def _labels_of(served: ServedModel) -> Sequence[str]:
     """Of a remote reranker what TEI calls the label of a model that names none."""
-    return ("LABEL_0",) if served.spec.driver.config.is_remote else served.tokenizer().labels
+    return (
+        ("LABEL_0",) if served.spec.driver.config.is_remote else (served.opened_tokenizer or served.tokenizer()).labels
+    )
 
 
 def timed(response: Response, result: Result) -> Response:
