@@ -125,7 +125,7 @@ def test_an_error_is_the_servers(client: Client) -> None:
 
 def arguments(**given: Any) -> dict[str, Any]:
     names = ("--in", "--out", "--column", "--query-column", "--id-column", "--output", "--model", "--config")
-    return {**dict.fromkeys(names), "--set": [], "--local": False, "--resume": False, **given}
+    return {**dict.fromkeys(names), "MORE": [], "--set": [], "--local": False, "--resume": False, **given}
 
 
 def test_the_command_prints_a_row_a_line(
