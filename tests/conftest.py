@@ -16,7 +16,7 @@ import pytest
 from embedpool.config import pool_yml
 from embedpool.config.spec import ModelSpec, PoolSpec
 from embedpool.drivers import make_driver, open_tokenizer
-from embedpool.places import open_place
+from embedpool.places import cores, open_place
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Call, Result
 from embedpool.pool.settings import PoolSettings
@@ -92,6 +92,12 @@ def open_fake(spec: ModelSpec, memory: dict[str, Any] | None = None, report: Rep
 def open_fake_tokenizer(spec: ModelSpec, report: Report = unheard) -> Tokenizer:
     """`open_tokenizer`, likewise."""
     return open_tokenizer(spec, NOWHERE)
+
+
+@pytest.fixture(autouse=True)
+def _all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test lets this process use holds for this test alone."""
+    monkeypatch.setattr(cores, "_most", None)
 
 
 @pytest.fixture
