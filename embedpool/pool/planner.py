@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 SHORT_BATCH_S = 0.05  # how long a query waits for the running batch, where the operator says nothing
 LEAST_FIXED_COSTS = 10  # but no batch is cut shorter than so many fixed costs: they would take more of the machine
-BESIDE_QUERIES = 0.5  # of both, while queries wait beside other work; of that again, where the batch is for one
+BESIDE_QUERIES = 0.5  # of both, while queries wait beside other work; of that again, where one rides with bulk work
 QUERIES_ABOUT_S = 2.0  # so long after one did the next is expected
 FIXED_COSTS_BETWEEN_OTHERS = 2  # likewise for a batch that is cut to end between the others
 REACH_BATCHES = 12  # see Planner._reach
@@ -103,8 +103,8 @@ class Planner:
 
     A batch is never planned to run longer than `max_s`, because a running one cannot be interrupted: that bounds how
     long an arriving query waits for it. Without `max_s` the bound is 50 ms, or ten fixed costs where these are more,
-    half of that while `queries` are about, and a quarter for a batch that is a query's turn: what rides along delays it
-    once more.
+    half of that while `queries` are about, and a quarter for a batch that is a query's turn beside bulk work: what rides
+    along delays the query once more, and nobody waits for it.
 
     With several `slots`, which run a batch each at once, a batch is sized to end at most bound ÷ slots after the last
     running one, where possible: so a query that finds all slots busy waits no longer than that until one is free.
@@ -151,7 +151,8 @@ class Planner:
         groups never share a batch.
         """
         group = window[0].group
-        most = self.largest_tokens(busy_s, slots, queries=queries, is_query=_is_query(window[0]))
+        is_query = queries and _is_query(window[0]) and any(item.request.call.is_bulk for item in window)
+        most = self.largest_tokens(busy_s, slots, queries=queries, is_query=is_query)
         if not self.pads:
             places = [place for place, item in enumerate(window) if item.group == group]
             return self._filled(places, window, most if self.cost else math.inf)
