@@ -103,8 +103,8 @@ class Planner:
 
     A batch is never planned to run longer than `max_s`, because a running one cannot be interrupted: that bounds how
     long an arriving query waits for it. Without `max_s` the bound is 50 ms, or ten fixed costs where these are more,
-    half of that while `queries` are about, and a quarter for a batch that is a query's turn beside bulk work: what rides
-    along delays the query once more, and nobody waits for it.
+    half of that while `queries` are about, and a quarter for a batch that is a query's turn beside bulk work: what
+    rides along delays the query once more, and nobody waits for it.
 
     With several `slots`, which run a batch each at once, a batch is sized to end at most bound ÷ slots after the last
     running one, where possible: so a query that finds all slots busy waits no longer than that until one is free.
