@@ -55,7 +55,9 @@ def test_equal_parts_are_computed_once(way: type[ByVectors]) -> None:
 
 
 def test_a_limit_is_that_of_the_documents() -> None:
-    """For queries a multi-vector model has its own."""
+    """For queries a multi-vector model has its own: one between the two is not cut."""
+    query = MaxSim([("a b c", "b")], ScoreOptions(max_seq_length=4))
+    assert query.measure(FakeConfig(task=MaxSim.name), tokenizer_of(MaxSim)).truncated == []
     found = measured(MaxSim, max_seq_length=4)
     assert [len(item.ids or ()) for item in found.items if item.index == 2] == [LIMIT, 4]  # a query is filled up
     assert [len(item.ids or ()) for item in found.items if item.index == 1] == [LIMIT, 3]
