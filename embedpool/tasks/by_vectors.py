@@ -47,6 +47,7 @@ class ByVectors(Score):
         )
         by_query = {item.index: item for item in asked.items}
         by_document = {item.index: item for item in found.items}
+        cut_queries, cut_documents = set(asked.truncated), set(found.truncated)
         items: list[Item] = []
         truncated: list[int] = []
         too_long: dict[int, str] = {}
@@ -55,7 +56,7 @@ class ByVectors(Score):
             if error := asked.refused.get(of_query) or found.refused.get(number):
                 too_long[i] = error.message
                 continue
-            if of_query in asked.truncated or number in found.truncated:
+            if of_query in cut_queries or number in cut_documents:
                 truncated.append(i)
             query, document = by_query[of_query], by_document[number]
             document.index, document.piece = i, 1
