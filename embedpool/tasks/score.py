@@ -278,14 +278,15 @@ class _Joiner:
         second = len(begin) if typed else None
         rows = [[*begin, *part, *tail] for part in parts]
         is_query_whole = len(query) == len(first)
-        is_alike = is_query_whole or (bool(last) and not self._tokenizer.told)  # what is told is cut at its end
-        by_ids = not (is_alike and len(parts) == 1 and parts[0] == last[: len(parts[0])] and kept is last)
         if is_query_whole and sum(map(len, parts)) == len(last):
-            return Joined(rows, second, by_ids=by_ids)
+            return Joined(rows, second, by_ids=len(parts) > 1)
         says = f"{full} tokens, the limit is {self._limit}"
-        if room is None or full <= room + specials:
+        if self._limit is None or full <= self._limit:
             says = f"{len(last)} tokens, max_tokens_per_doc is {self._options.max_tokens_per_doc}"
-        return Joined(rows, second, says, by_ids)
+        # A library cuts by the limit alone, at the right; of what it is told the end, of a pair the longer part.
+        cuts_query = is_query_whole or (bool(last) and not self._tokenizer.told)
+        cuts_document = len(kept) == len(last) and parts == [last[: len(parts[0])]]
+        return Joined(rows, second, says, by_ids=not (cuts_query and cuts_document))
 
     def _parts_of(self, ids: list[int], room: int) -> list[list[int]]:
         if self._options.long_documents != "chunk" or not room:

@@ -167,12 +167,11 @@ def score_options(body: Mapping[str, Any], limits: Limits) -> ScoreOptions:
     for name, meant in (("max_tokens_per_doc",) * 2, ("truncate_prompt_tokens", "max_seq_length")):
         if body.get(name, 0) > 0:
             found[meant] = body[name]
-    for name, meant in (
-        *((word, "instruction") for word in ("instruction", "instruct", "prompt")),
-        ("prompt_name",) * 2,
-    ):
+    for name in ("instruction", "instruct", "prompt"):
         if name in body:
-            found[meant] = body[name]
+            found["instruction"] = body[name]
+    if "prompt_name" in body:
+        found["prompt_name"] = body["prompt_name"]
     found |= {name: value for name, value in body["options"].items() if name != "raw_scores"}
     check_texts([found.get("instruction", "")], limits, "instruction")
     return ScoreOptions(**found)
