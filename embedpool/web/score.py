@@ -285,11 +285,12 @@ def _beside(result: Result, count: int, **meta: Any) -> dict[str, Any]:
 def _scored(pool: Pool, limits: Limits) -> Response:
     """In the order of the request; of an embedder the cosine, of a multi-vector model the sum of the best products."""
     body = load(ScoreSchema, read_document(here(), limits, whatever_type=True))
-    first, second, path = _sides(body)
+    first, second, names = _sides(body)
     pairs = _pairs(first, second)
-    check_texts([second for _, second in pairs], limits, path)
+    for side, name in enumerate(names):
+        check_texts([pair[side] for pair in pairs], limits, name)
     name = the_model(pool, body.get("model"), Rerank.name)
-    result = submit.score(here(), pool, name, Rerank(pairs, score_options(body, limits), path), also=WAYS)
+    result = submit.score(here(), pool, name, Rerank(pairs, score_options(body, limits), names[1]), also=WAYS)
     way = submit.way_of(pool, name, WAYS)
     scoring = {"scoring": way.scoring} if way else {}
     scores = [row if row is None else row[0] for row in chosen(body, result)]
@@ -301,12 +302,12 @@ def _scored(pool: Pool, limits: Limits) -> Response:
 SIDES = (("queries", "documents"), ("queries", "items"), ("text_1", "text_2"), ("data_1", "data_2"))
 
 
-def _sides(body: Mapping[str, Any]) -> tuple[list[str], list[str], str]:
-    """Both sides, and what the second is called. Raises InvalidRequest."""
+def _sides(body: Mapping[str, Any]) -> tuple[list[str], list[str], tuple[str, str]]:
+    """Both sides, and what they are called. Raises InvalidRequest."""
     for names in SIDES:
         if all(name in body for name in names):
             first, second = ([body[name]] if not isinstance(body[name], list) else body[name] for name in names)
-            return *([text_of(one, names[i]) for one in side] for i, side in enumerate((first, second))), names[1]  # type: ignore[return-value]
+            return [text_of(one, names[0]) for one in first], [text_of(one, names[1]) for one in second], names
     message = f"give {', or '.join(' and '.join(names) for names in SIDES)}"
     raise InvalidRequest(f"documents: {message}", fields={"documents": message})
 

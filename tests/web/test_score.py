@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from embedpool.client import Client
+from embedpool.config.settings import Limits, Settings
 from tests.web.conftest import MakeWeb, Web
 
 RERANKER = "model: rr, alias: r, driver: {type: fake, config: {task: rerank}}"
@@ -174,6 +175,19 @@ def test_score(web: Web) -> None:
                 assert order(data) == list(range(len(DOCUMENTS)))
     refused(web.post("/score", {"model": "rr", "queries": ["a", "b"], "documents": ["a"] * 3}), 422, "validation_error")
     refused(web.post("/score", {"model": "rr", "queries": "a"}), 422, "validation_error")
+
+
+def test_the_first_text_has_the_limit_of_all(make_web: MakeWeb) -> None:
+    """On every route that compares one text with others."""
+    web = make_web(RERANKER, EMBEDDER, settings=Settings(limits=Limits(max_chars_per_text=20)))
+    long = "a" * 21
+    for model in ("rr", "em"):
+        asked = {"model": model, "text_1": ["a", long], "text_2": ["a", "b"]}
+        assert list(refused(web.post("/score", asked), 422, "validation_error")["fields"]) == ["text_1[1]"]
+    refused(web.post("/rerank", {"model": "rr", "query": long, "documents": ["a"]}), 422, "validation_error")
+    compared = {"inputs": {"source_sentence": long, "sentences": ["a"]}}
+    assert "source_sentence" in web.post("/tei/em/similarity", compared).json["error"]
+    assert web.post("/tei/rr/rerank", {"query": long, "texts": ["a"]}).status_code == 422
 
 
 def test_an_embedder_scores_by_the_cosine(web: Web) -> None:

@@ -210,6 +210,7 @@ def _embed_all(pool: Pool, settings: Settings, name: str) -> Response:
 
 def _similarity(pool: Pool, settings: Settings, name: str) -> Response:
     body = read_json(here(), SimilaritySchema, settings.limits)
+    check_texts([body["inputs"]["source_sentence"]], settings.limits, "inputs.source_sentence")
     sentences = check_texts(body["inputs"]["sentences"], settings.limits, "inputs.sentences")
     options = {**_options(pool, name, body["parameters"]), "normalize": True, "dtype": "float32"}
     texts = [body["inputs"]["source_sentence"], *sentences]
