@@ -29,8 +29,8 @@ from embedpool.tasks.tokenizer import Tokenizer
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-# Threads that live as long as the process: of libraries, and one that looks whether any compiled graph rests.
-FOR_GOOD = ("tqdm", "TMonitor", "OpenVINO", "pytest_timeout", "give-back-memory")
+# Threads that live as long as the process: of libraries, and one that tends compiled graphs.
+FOR_GOOD = ("tqdm", "TMonitor", "OpenVINO", "pytest_timeout", "tend-graphs")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

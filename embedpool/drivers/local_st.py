@@ -217,7 +217,7 @@ class LocalStDriver(Driver):
             tokenizer = pipeline.tokenizer
             for ids in tokenizer.encode(texts):
                 batch = probe_batch(ids=[ids], task=tokenizer.tasks[0])
-                worst = min(worst, nearness(pipeline.run(batch), lossy[route].run(batch)))
+                worst = min(worst, nearness(pipeline.run_beside(batch), lossy[route].run_beside(batch)))
             batch = _batch_of(tokenizer, 8, 32)
             exact_s, lossy_s = (_seconds(of_it, batch) for of_it in (pipeline, lossy[route]))
             gain = min(gain, exact_s / lossy_s)

@@ -34,6 +34,8 @@ COMPILED_TWICE_BYTES = 256_000_000  # of weights, of all graphs that are; each c
 LONG_ROW_STEP = {"float32": 4, "bfloat16": 16, "float16": 16}  # see packing.py; matrix units take 16 rows at once
 REST_S = 10.0  # for which what a batch of many tokens took is kept for the next one
 MANY_TOKENS = 1024
+LONE_BATCHES = 32  # so many that ran alone are worth a second copy of the weights
+LONE_REST_S = 600.0  # for which that is kept without any
 OF_NOTHING, WEIGHT, BIAS = ".npy", ".vocabulary.npy", ".vocabulary-bias.npy"  # files beside a graph
 
 
@@ -112,15 +114,16 @@ def graph_of(file: Path, dtype: str, threads: int) -> Graph:
             others = {each.file: each.twice_bytes for each in _GRAPHS.values() if each.file != file}
             room = COMPILED_TWICE_BYTES - sum(others.values())
             found = _GRAPHS[file, dtype, threads] = Graph(file, dtype, threads, room)
-            _start_to_give_back()
+            _start_to_tend()
         return found
 
 
 class Graph:
-    """A graph compiled to run in up to `threads` threads at once, on a core each; a batch that runs alone has them all.
+    """A graph compiled to run in up to `threads` threads at once, on a core each.
 
-    That takes a second copy of the weights, so only graphs of up to `most_twice_bytes` have it; a batch of the others
-    always has one core. The vectors of tokens, its second output if it has one, have a copy once they are asked for.
+    Where batches often run alone it is compiled again, so that such a one has all cores. That takes a second copy of
+    the weights, so only graphs of up to `most_twice_bytes` have it, and only while they are asked so. The vectors of
+    tokens, its second output if it has one, have a copy once they are asked for.
     """
 
     def __init__(self, file: Path, dtype: str, threads: int, most_twice_bytes: int = COMPILED_TWICE_BYTES) -> None:
@@ -128,12 +131,11 @@ class Graph:
         self._threads = threads
         self._weights = file.with_suffix(".bin")
         self.beside_others = Compiled(file, dtype, threads=threads, streams=threads)
-        self._alone = self.beside_others
-        self.twice_bytes = 0  # of weights that it has twice
         size_bytes = self._weights.stat().st_size
-        if threads > 1 and size_bytes <= most_twice_bytes:
-            self._alone = Compiled(file, dtype, threads=threads, streams=1)
-            self.twice_bytes = size_bytes
+        self.twice_bytes = size_bytes if threads > 1 and size_bytes <= most_twice_bytes else 0  # what it may have twice
+        self._alone: Compiled | None = None
+        self._lone_batches = 0  # that ran without `_alone`
+        self._lone_at = 0.0  # when one ran last, on the monotonic clock
         _drop_mapped(self._weights)
         self._running = 0
         self._ran_at: float | None = None  # when a batch ran last, on the monotonic clock; None after a rest
@@ -157,13 +159,21 @@ class Graph:
 
     @property
     def cores_alone(self) -> str:
-        """How many cores a batch has that runs alone, for /status."""
-        return "one" if self._alone is self.beside_others else "all"
+        """How many cores a batch has that runs alone, where many do, for /status."""
+        return "all" if self.twice_bytes else "one"
 
     def __call__(self, inputs: dict[str, Any], read: Read = copied) -> Any:
         """Inputs of one batch → what is read of its output."""
         with self._noted(inputs) as others:
-            return (self.beside_others if others else self._alone)(inputs, read)
+            if others:
+                return self.beside_others(inputs, read)
+            self._lone_at = time.monotonic()
+            if self._alone:
+                return self._alone(inputs, read)
+            self._lone_batches += 1  # by one thread at a time, since none runs beside it
+            if self._lone_batches == LONE_BATCHES:
+                _TENDS_NOW.set()
+            return self.beside_others(inputs, read)
 
     @contextlib.contextmanager
     def _noted(self, inputs: dict[str, Any]) -> Iterator[int]:
@@ -180,6 +190,24 @@ class Graph:
                 if inputs["input_ids"].size >= MANY_TOKENS:
                     self._large_at = self._ran_at
 
+    def copy_for_lone_batches(self, now_s: float) -> bool:
+        """Have the second copy if it is worth it, and let go of it after a long rest. Gives whether memory is free.
+
+        No two threads call it at once.
+        """
+        if self._alone is None:
+            if self._lone_batches < LONE_BATCHES or not self.twice_bytes:
+                return False
+            self._lone_batches = 0  # if this fails it is tried again after as many
+            self._alone = Compiled(self.file, self.dtype, threads=self._threads, streams=1)
+            _drop_mapped(self._weights)
+            return True
+        with self._lock:
+            if self._running or now_s - self._lone_at < LONE_REST_S:
+                return False
+            self._alone = None
+        return True
+
     def give_back(self, now_s: float) -> bool:
         """After a rest let go of the weights' file, and after one from large batches of what those took, if none runs.
 
@@ -192,7 +220,7 @@ class Graph:
             if self._running or not self._has_rested(self._large_at, now_s):
                 return False
             self._large_at = None
-            for each in {self._alone, self.beside_others, self._tokens}:
+            for each in (self._alone, self.beside_others, self._tokens):
                 if each is not None:
                     each.give_back()
         return True
@@ -239,21 +267,31 @@ class Compiled:
         self._model.release_memory()
 
 
+_TENDS_NOW = threading.Event()
+
+
 @functools.cache
-def _start_to_give_back() -> None:
-    """Begin to look, for as long as this process lives, whether graphs rest."""
-    threading.Thread(target=_give_back, name="give-back-memory", daemon=True).start()
+def _start_to_tend() -> None:
+    """Begin to look, for as long as this process lives, what graphs need and what they do not."""
+    threading.Thread(target=_tend, name="tend-graphs", daemon=True).start()
 
 
-def _give_back() -> None:
+def _tend() -> None:
     while True:
-        time.sleep(REST_S / 2)
-        try:
-            gave = [graph.give_back(time.monotonic()) for graph in list(_GRAPHS.values())]
-            if any(gave):
-                bounds.give_back_memory()
-        except Exception:  # this thread serves all graphs for as long as the process lives
-            logger.exception("a graph did not give back memory")
+        _TENDS_NOW.wait(REST_S / 2)
+        _TENDS_NOW.clear()
+        if sum(map(_tended, list(_GRAPHS.values()))):  # each of them
+            bounds.give_back_memory()
+
+
+def _tended(graph: Graph) -> bool:
+    """Whether memory is free now."""
+    try:
+        now_s = time.monotonic()
+        return graph.copy_for_lone_batches(now_s) | graph.give_back(now_s)
+    except Exception:  # the thread serves all graphs for as long as the process lives
+        logger.exception("%s cannot be copied, or does not give back memory", graph.file)
+        return False
 
 
 def _drop_mapped(file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 
 from embedpool.config.spec import DriverSpec, LocalStConfig, ModelSpec, Scaling
-from embedpool.drivers import local_st, make_driver, open_tokenizer, openvino_cache, torch_run
+from embedpool.drivers import local_st, make_driver, open_tokenizer, openvino_cache, openvino_graph, torch_run
 from embedpool.drivers.layout import Layout
 from embedpool.drivers.library import Library
 from embedpool.drivers.local_st import LocalStDriver
+from embedpool.drivers.packing import pack
 from embedpool.drivers.pipeline import Pipeline
 from embedpool.drivers.space import of_files
 from embedpool.drivers.tokenizer import FolderTokenizer
@@ -90,6 +92,17 @@ def test_as_many_threads_as_it_says_may_run_it(
 
     with ThreadPoolExecutor(max(openvino_driver.facts.slots, 2)) as threads:
         assert min(c.min() for c in threads.map(closeness, range(0, 30, 2))) >= 0.99999
+
+
+@pytest.mark.usefixtures("openvino_driver")  # its graph is in the cache
+def test_a_second_copy_for_lone_batches_gives_the_same_vectors(cache_dir: Path, tokenizer: FolderTokenizer) -> None:
+    """As the first, which runs them until there is one."""
+    (file,) = cache_dir.rglob("model.xml")
+    graph = openvino_graph.Graph(file, "float32", 2)
+    inputs = pack(ids_of(tokenizer, TEXTS), tokenizer.pad_id)
+    first, *_ = (graph(inputs) for _ in range(openvino_graph.LONE_BATCHES))
+    assert graph.copy_for_lone_batches(time.monotonic())
+    np.testing.assert_allclose(graph(inputs), first, atol=1e-6)
 
 
 def test_a_loaded_driver_tells_what_runs_where(torch_driver: LocalStDriver, openvino_driver: LocalStDriver) -> None:

@@ -64,14 +64,67 @@ def batch_of(tokens: int, **more: Any) -> dict[str, Any]:
     return {"input_ids": np.ones((1, tokens)), **more}
 
 
-def test_a_batch_that_runs_alone_has_all_cores(weights: Path) -> None:
+def cores_of_lone_batches(graph: Graph) -> list[int]:
+    """Of enough of them for a second copy."""
+    return [graph(batch_of(1)) for _ in range(openvino_graph.LONE_BATCHES)]
+
+
+def test_where_batches_often_run_alone_they_have_all_cores(weights: Path) -> None:
     """One beside it has its own. Of a large model, whose copy costs, each has its own."""
     graph = Graph(weights, "float32", 4)
+    assert set(cores_of_lone_batches(graph)) == {1}
+    assert graph.copy_for_lone_batches(time.monotonic())
     beside: list[int] = []
     assert graph(batch_of(1, meanwhile=lambda: beside.append(graph(batch_of(1))))) == 4
     assert (beside, graph(batch_of(1)), graph.cores_alone) == ([1], 4, "all")
     large = Graph(weights, "float32", 4, most_twice_bytes=4)
+    cores_of_lone_batches(large)
+    assert not large.copy_for_lone_batches(time.monotonic())
     assert (large(batch_of(1)), large.cores_alone) == (1, "one")
+
+
+def test_a_copy_waits_for_lone_batches_and_goes_when_there_are_none(weights: Path) -> None:
+    """Batches that run beside others are not worth one; and it does not go while one runs."""
+    graph = Graph(weights, "float32", 4)
+    graph(batch_of(1, meanwhile=lambda: cores_of_lone_batches(graph)))
+    assert not graph.copy_for_lone_batches(time.monotonic())
+    cores_of_lone_batches(graph)
+    assert graph.copy_for_lone_batches(time.monotonic())
+    assert not graph.copy_for_lone_batches(time.monotonic())
+    later_s = time.monotonic() + 2 * openvino_graph.LONE_REST_S
+    early: list[bool] = []
+    assert graph(batch_of(1, meanwhile=lambda: early.append(graph.copy_for_lone_batches(later_s)))) == 4
+    assert early == [False]
+    assert graph.copy_for_lone_batches(later_s)
+    assert graph(batch_of(1)) == 1
+    assert not graph.copy_for_lone_batches(later_s)
+
+
+def test_a_copy_is_made_at_once(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tends the graphs is told, and need not look first."""
+    told: list[Path] = []
+    monkeypatch.setattr(openvino_graph._TENDS_NOW, "set", lambda: told.append(weights))
+    cores_of_lone_batches(Graph(weights, "float32", 4, most_twice_bytes=4))
+    assert told == []
+    cores_of_lone_batches(Graph(weights, "float32", 4))
+    assert told == [weights]
+
+
+def test_a_copy_that_fails_is_tried_again(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After as many lone batches; meanwhile they run as before."""
+    graph = Graph(weights, "float32", 4)
+    cores_of_lone_batches(graph)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(openvino_graph, "Compiled", fails)
+    assert not openvino_graph._tended(graph)
+    monkeypatch.setattr(openvino_graph, "Compiled", FakeCompiled)
+    assert not openvino_graph._tended(graph)
+    assert set(cores_of_lone_batches(graph)) == {1}
+    assert openvino_graph._tended(graph)
+    assert graph(batch_of(1)) == 4
 
 
 def test_what_is_compiled_twice_is_bounded_in_all(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,20 +217,20 @@ def test_vectors_of_tokens_are_a_batch_like_others(weights: Path) -> None:
     assert graph.give_back(later_s)
 
 
-def test_a_fault_does_not_end_what_gives_back(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread serves all graphs for as long as the process lives."""
-    broken = graph_of(weights, "float32", 2)
-    looked: list[float] = []
+def test_a_fault_does_not_end_what_tends_graphs(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread serves all graphs for as long as the process lives; the others have their turn."""
+    broken, sound = Graph(weights, "float32", 2), Graph(weights, "float32", 2)
+    looked: list[Graph] = []
 
-    def fails(now_s: float) -> bool:
-        looked.append(now_s)
-        if len(looked) == 2:
+    def looks(graph: Graph, now_s: float) -> bool:
+        looked.append(graph)
+        if len(looked) == 4:
             raise SystemExit
         raise RuntimeError("busy")
 
     monkeypatch.setattr(openvino_graph, "REST_S", 0.0)
-    monkeypatch.setattr(openvino_graph, "_GRAPHS", {"only": broken})
-    monkeypatch.setattr(broken, "give_back", fails)
+    monkeypatch.setattr(openvino_graph, "_GRAPHS", {"first": broken, "second": sound})
+    monkeypatch.setattr(Graph, "give_back", looks)
     with pytest.raises(SystemExit):
-        openvino_graph._give_back()
-    assert len(looked) == 2
+        openvino_graph._tend()
+    assert looked == [broken, sound] * 2

@@ -18,6 +18,7 @@ import requests
 
 COMMAND = Path(sys.executable).with_name("embedpool")
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+AT_ONCE = 2  # processes of clients, which take seconds to begin
 WAIT_S = 120  # patience on a busy machine; nothing waits for it when all is well
 
 

@@ -22,7 +22,7 @@ import pytest
 from embedpool.config.spec import LocalStConfig
 from embedpool.drivers.model_folder import find_model_folder
 from tests.conftest import NOWHERE
-from tests.live.conftest import MINILM, Server, fake
+from tests.live.conftest import AT_ONCE, MINILM, Server, fake
 from tests.live.test_main_road import cosines
 
 HERE = Path(__file__).parent / "clients"
@@ -242,10 +242,12 @@ USED_MOST = (  # one of each library; to start a process for each of the others 
 def test_clients_that_live_apart(served: Server, family: str, used_most: bool) -> None:
     """Unmodified, with another base URL: the vectors of POST /embed, and their own exceptions."""
     python = APART / family / "bin" / "python"
+    clients = [name for name in LIVE_APART[family] if (name in USED_MOST) == used_most]
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        each = [*threads.map(lambda client: answers(python, HERE / "ask.py", client, served.url), clients)]
     wrong = {}
-    for client in [name for name in LIVE_APART[family] if (name in USED_MOST) == used_most]:
+    for client, found in zip(clients, each, strict=True):
         errors = LIVE_APART[family][client]
-        found = answers(python, HERE / "ask.py", client, served.url)
         if "one" in found:
             assert_same(served, TEXTS[:1], [found["one"]])
             assert_same(served, TEXTS, found["all"])

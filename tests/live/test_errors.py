@@ -157,11 +157,11 @@ def test_management_with_a_key(make_server: Callable[..., Server], kind: str) ->
     assert "k3y" not in server.log.read_text()
 
 
-def test_the_life_of_a_key(make_server: Callable[..., Server], kind: str) -> None:
+def test_the_life_of_a_key(make_server: Callable[..., Server]) -> None:
     """Made, used by the command line, listed without what is secret, revoked while the server runs."""
     server = make_server(EMBEDPOOL_CLIENT__API_KEY_ENV="MY_KEY")
     server.write_pool(fake("m"))
-    server.start(kind)
+    server.start()
     server.wait_ready()
     assert server.embed("m", ["x"]).status_code == 200
     made = json.loads(server.cli("key", "create", "--name", "team a", "--scopes", "embed,admin", "--json"))
@@ -271,7 +271,7 @@ def test_a_disk_that_refuses_writes_is_a_clear_error(server: Server, kind: str) 
 def test_stopping_says_so(server: Server, kind: str) -> None:
     """A request that cannot be finished within the grace period gets 503 shutting_down, and the log counts it."""
     server.environment["EMBEDPOOL_SERVER__GRACEFUL_TIMEOUT_S"] = "1"
-    server.write_pool(fake("slow", delay_ms=6000))
+    server.write_pool(fake("slow", delay_ms=3000))
     server.start(kind)
     server.wait_ready()
     with ThreadPoolExecutor(1) as client:

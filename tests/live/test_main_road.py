@@ -75,7 +75,9 @@ def test_a_users_day(make_server: Callable[..., Server], kind: str) -> None:
     assert "not running" in server.cli("pool", "status", code=3)
 
 
-@pytest.mark.parametrize(("backend", "count"), [("openvino", 1000), ("torch", 200)])
+@pytest.mark.parametrize(
+    ("backend", "count"), [("openvino", 300), ("torch", 100), pytest.param("openvino", 1000, marks=pytest.mark.long)]
+)
 def test_vectors_are_those_of_encode(server: Server, backend: str, count: int) -> None:
     """Texts of mixed length from 32 clients in random groups: each answer in order, each vector as encode's."""
     code = (

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import requests
 from sentence_transformers import CrossEncoder
 
 from benchmarks.reranker import TRAINED_ON, passages, query_of, reranker_folder
-from tests.live.conftest import Server, fake
+from tests.live.conftest import AT_ONCE, Server, fake
 
 RANK = Path(__file__).parent / "clients" / "rank.py"
 APART = Path(sys.prefix) / "clients"
@@ -71,8 +72,8 @@ def ranked(server: Server, documents: list[str]) -> list[tuple[int, float]]:
 @pytest.mark.parametrize("family", CLIENTS)
 def test_clients_that_live_apart(served: Server, family: str) -> None:
     """Unmodified: one document, a hundred with an empty one and one that is too long; and their own exceptions."""
-    wrong = {}
-    for client, errors in CLIENTS[family].items():
+
+    def answers(client: str) -> dict[str, Any]:
         done = subprocess.run(
             [APART / family / "bin" / "python", RANK, client, served.url],
             input=json.dumps({"query": QUERY, "documents": DOCUMENTS}),
@@ -82,7 +83,13 @@ def test_clients_that_live_apart(served: Server, family: str) -> None:
             check=False,
         )
         assert done.returncode == 0, f"{client}: {done.stderr[-2000:]}"
-        found = json.loads(done.stdout.splitlines()[-1])
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        each = [*threads.map(answers, CLIENTS[family])]
+    wrong = {}
+    for (client, errors), found in zip(CLIENTS[family].items(), each, strict=True):
         for name, documents in {"ranked": DOCUMENTS, "ranked_alone": DOCUMENTS[:1]}.items():
             by_index = dict(ranked(served, documents))
             order = [index for index, _ in found[name]]
