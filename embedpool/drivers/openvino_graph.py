@@ -171,7 +171,7 @@ class Graph:
             if self._alone:
                 return self._alone(inputs, read)
             self._lone_batches += 1  # by one thread at a time, since none runs beside it
-            if self._lone_batches == LONE_BATCHES:
+            if self._lone_batches == LONE_BATCHES and self.twice_bytes:
                 _TENDS_NOW.set()
             return self.beside_others(inputs, read)
 
