@@ -15,7 +15,9 @@ logger = logging.getLogger(__name__)
 
 SHORT_BATCH_S = 0.05  # how long a query waits for the running batch, where the operator says nothing
 LEAST_FIXED_COSTS = 10  # but no batch is cut shorter than so many fixed costs: they would take more of the machine
-BESIDE_QUERIES = 0.5  # of both, while queries wait beside other work; of that again, where one rides with bulk work
+BESIDE_QUERIES = 0.5  # of both, while queries wait beside other work
+BULK_BESIDE_QUERIES = 0.4  # likewise where some of that is work that nobody waits for
+QUERYS_TURN = 0.25  # likewise for a query's batch, since what rides along delays the query once more
 QUERIES_ABOUT_S = 2.0  # so long after one did the next is expected
 FIXED_COSTS_BETWEEN_OTHERS = 2  # likewise for a batch that is cut to end between the others
 REACH_BATCHES = 12  # see Planner._reach
@@ -52,6 +54,13 @@ def cuts(lengths: Sequence[int], fixed_tokens: float, max_tokens: int, max_items
 def _is_query(item: Item) -> bool:
     """Whether it is of a request with one input that somebody waits for, which is to pass others."""
     return len(item.request.task) == 1 and not item.request.call.is_bulk
+
+
+def _share(window: Sequence[Item]) -> float:
+    """Of the longest batch, while queries are about."""
+    if not any(item.request.call.is_bulk for item in window):
+        return BESIDE_QUERIES
+    return QUERYS_TURN if _is_query(window[0]) else BULK_BESIDE_QUERIES
 
 
 class Slots:
@@ -103,8 +112,7 @@ class Planner:
 
     A batch is never planned to run longer than `max_s`, because a running one cannot be interrupted: that bounds how
     long an arriving query waits for it. Without `max_s` the bound is 50 ms, or ten fixed costs where these are more,
-    half of that while `queries` are about, and a quarter for a batch that is a query's turn beside bulk work: what
-    rides along delays the query once more, and nobody waits for it.
+    and a `share` of that while queries are about.
 
     With several `slots`, which run a batch each at once, a batch is sized to end at most bound ÷ slots after the last
     running one, where possible: so a query that finds all slots busy waits no longer than that until one is free.
@@ -122,28 +130,23 @@ class Planner:
         """The fixed cost of a call, in padded tokens."""
         return self.cost.fixed_s / self.cost.token_s if self.cost else UNKNOWN_FIXED_TOKENS
 
-    def largest_tokens(
-        self, busy_s: float = 0.0, slots: int = 1, *, queries: bool = False, is_query: bool = False
-    ) -> int:
+    def largest_tokens(self, busy_s: float = 0.0, slots: int = 1, share: float = 1.0) -> int:
         """Padded tokens of the longest batch that begins now, while other slots are busy for `busy_s` more seconds."""
         if not self.cost:
             return self.max_tokens
         fixed_s = self.cost.fixed_s
-        longest_s = self._longest_s(self.cost, queries=queries, is_query=is_query)
+        longest_s = self._longest_s(self.cost, share)
         within_s = min(longest_s, busy_s + max(longest_s / slots, FIXED_COSTS_BETWEEN_OTHERS * fixed_s))
         return max(min(self.max_tokens, int((within_s - fixed_s) / self.cost.token_s)), 1)
 
-    def _longest_s(self, cost: Cost, *, queries: bool, is_query: bool = False) -> float:
-        bound_s = max(SHORT_BATCH_S, LEAST_FIXED_COSTS * cost.fixed_s)
-        return self.max_s or bound_s * (BESIDE_QUERIES ** (1 + is_query) if queries else 1.0)
+    def _longest_s(self, cost: Cost, share: float) -> float:
+        return self.max_s or share * max(SHORT_BATCH_S, LEAST_FIXED_COSTS * cost.fixed_s)
 
     def predicted_s(self, lengths: Sequence[int]) -> float:
         """Run time of a batch of items of these lengths, in seconds; 0 if the driver's cost is not known."""
         return self.cost.call_s(call_tokens(lengths, pads=self.pads)) if self.cost else 0.0
 
-    def choose(
-        self, window: Sequence[Item], busy_s: float = 0.0, slots: int = 1, *, queries: bool = False
-    ) -> list[int]:
+    def choose(self, window: Sequence[Item], busy_s: float = 0.0, slots: int = 1, share: float = 1.0) -> list[int]:
         """Which items of the window, which is in the order of service, make the next batch: places in it, ascending.
 
         Where nothing pads, it is filled in the order of service. Else it is the planned batch that holds the first
@@ -151,8 +154,7 @@ class Planner:
         groups never share a batch.
         """
         group = window[0].group
-        is_query = queries and _is_query(window[0]) and any(item.request.call.is_bulk for item in window)
-        most = self.largest_tokens(busy_s, slots, queries=queries, is_query=is_query)
+        most = self.largest_tokens(busy_s, slots, share)
         if not self.pads:
             places = [place for place, item in enumerate(window) if item.group == group]
             return self._filled(places, window, most if self.cost else math.inf)
@@ -203,7 +205,7 @@ class Planner:
         A bulk item that takes longer than a batch may waits while all other slots are busy for as long; then it is its
         turn again. Where nothing else is there to do, the shortest goes.
         """
-        if not self.cost or slots.others_busy_s() <= (longest_s := self._longest_s(self.cost, queries=True)):
+        if not self.cost or slots.others_busy_s() <= (longest_s := self._longest_s(self.cost, BULK_BESIDE_QUERIES)):
             return 0
         for place, item in enumerate(window):
             if not item.request.call.is_bulk or self.predicted_s([item.tokens]) <= longest_s:
@@ -218,7 +220,8 @@ class Planner:
         try:
             queries = slots.queries_are_about(window)
             start = self._start(window, slots) if queries else 0
-            found = self.choose(window[start:], slots.busy_s(), slots.count, queries=queries)
+            share = _share(window[start:]) if queries else 1.0
+            found = self.choose(window[start:], slots.busy_s(), slots.count, share)
             places = [start + place for place in found]
             slots.begin(self.predicted_s([window[place].tokens for place in places]))
             return places

@@ -146,15 +146,21 @@ def test_batches_are_shorter_while_queries_wait_beside_other_work() -> None:
     assert slots.queries_are_about(others)
     now[0] += 0.2
     assert not slots.queries_are_about(others)
-    half = dataclasses.replace(planner, max_s=0.025)
-    assert planner.largest_tokens(queries=True) == half.largest_tokens() < planner.largest_tokens() == 480
-    quarter = dataclasses.replace(planner, max_s=0.0125)
-    for is_bulk, shorter in ((True, quarter), (False, half)):  # what nobody waits for delays the query less
-        rides = Asked(*("x" * 10 for _ in range(60)), is_bulk=is_bulk).items
-        places = planner.choose(Asked("q" * 10).items + rides, queries=True)
+    query, others, bulk = (
+        Asked(*["x" * 10] * count, is_bulk=is_bulk).items for count, is_bulk in ((1, False), (60, False), (60, True))
+    )
+    assert planner.largest_tokens() == 480
+    for window, longest_s in (
+        ([*query, *others], 0.025),
+        ([*others, *query], 0.025),
+        ([*bulk, *query], 0.02),  # what nobody waits for delays a query less
+        ([*query, *bulk], 0.0125),
+    ):
+        shorter = dataclasses.replace(planner, max_s=longest_s)
+        places = planner.plan_under_lock(window, Slots(lambda: now[0]))
         assert 10 * len(places) <= shorter.largest_tokens() < 10 * len(places) + 10
-    bounded = dataclasses.replace(planner, max_s=0.05)
-    assert bounded.largest_tokens(queries=True) == bounded.largest_tokens() == 480
+        bounded = dataclasses.replace(planner, max_s=0.04)
+        assert len(bounded.plan_under_lock(window, Slots(lambda: now[0]))) == 38
 
 
 def test_bulk_work_that_takes_long_leaves_queries_a_slot() -> None:
