@@ -16,8 +16,7 @@ logger = logging.getLogger(__name__)
 SHORT_BATCH_S = 0.05  # how long a query waits for the running batch, where the operator says nothing
 LEAST_FIXED_COSTS = 10  # but no batch is cut shorter than so many fixed costs: they would take more of the machine
 BESIDE_QUERIES = 0.5  # of both, while queries wait beside other work
-BULK_BESIDE_QUERIES = 0.4  # likewise where some of that is work that nobody waits for
-QUERYS_TURN = 0.25  # likewise for a query's batch, since what rides along delays the query once more
+QUERYS_TURN = 0.25  # likewise for a query's batch where work rides along that nobody waits for: it delays the query
 QUERIES_ABOUT_S = 2.0  # so long after one did the next is expected
 FIXED_COSTS_BETWEEN_OTHERS = 2  # likewise for a batch that is cut to end between the others
 REACH_BATCHES = 12  # see Planner._reach
@@ -58,9 +57,8 @@ def _is_query(item: Item) -> bool:
 
 def _share(window: Sequence[Item]) -> float:
     """Of the longest batch, while queries are about."""
-    if not any(item.request.call.is_bulk for item in window):
-        return BESIDE_QUERIES
-    return QUERYS_TURN if _is_query(window[0]) else BULK_BESIDE_QUERIES
+    rides_with_bulk = _is_query(window[0]) and any(item.request.call.is_bulk for item in window)
+    return QUERYS_TURN if rides_with_bulk else BESIDE_QUERIES
 
 
 class Slots:
@@ -205,7 +203,7 @@ class Planner:
         A bulk item that takes longer than a batch may waits while all other slots are busy for as long; then it is its
         turn again. Where nothing else is there to do, the shortest goes.
         """
-        if not self.cost or slots.others_busy_s() <= (longest_s := self._longest_s(self.cost, BULK_BESIDE_QUERIES)):
+        if not self.cost or slots.others_busy_s() <= (longest_s := self._longest_s(self.cost, BESIDE_QUERIES)):
             return 0
         for place, item in enumerate(window):
             if not item.request.call.is_bulk or self.predicted_s([item.tokens]) <= longest_s:

@@ -16,7 +16,7 @@ from embedpool.jobs.store import Store
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
 from embedpool.reconcile import Reconciler
-from embedpool.web import cors, live, manage, native, observe, openapi, root, score, ui
+from embedpool.web import classify, cors, live, manage, native, observe, openapi, root, score, ui
 from embedpool.web.access import Access
 from embedpool.web.body import OWN_HOSTS
 from embedpool.web.compat import IGNORED_HEADER, named
@@ -32,7 +32,7 @@ ACCESS = "embedpool.access"
 MOST_TRUNCATED_NAMED = 500
 DIALECTS = (openai, contextual, tei, cohere, ollama, rerank, batches)
 BEFORE_A_NAME = re.compile(r"(/+(?:models|ready|v1/+models|tei))/+([^/].*)", re.DOTALL)
-SHAPES: dict[str, Shape] = {p: shape for one in (*DIALECTS, score) for p, shape in one.SHAPES.items()}
+SHAPES: dict[str, Shape] = {p: shape for one in (*DIALECTS, score, classify) for p, shape in one.SHAPES.items()}
 
 
 def shape_at(path: str) -> Shape:
@@ -105,6 +105,7 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
     app.extensions[OWN_HOSTS] = manage.own_hosts(settings)
     app.register_blueprint(native.blueprint(pool, settings))
     app.register_blueprint(score.blueprint(pool, settings))
+    app.register_blueprint(classify.blueprint(pool, settings))
     for dialect in DIALECTS:
         app.register_blueprint(dialect.blueprint(pool, settings))
     folder = settings.file(settings.paths.state_dir)
@@ -127,7 +128,7 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
             http.caller = access.caller(http) if owner is None else access.owner(owner)
         http.max_answer_bytes = settings.limits.max_answer_bytes
 
-    embedding = {"native", "score", *(dialect.__name__.rpartition(".")[2] for dialect in DIALECTS)}
+    embedding = {"native", "score", "classify", *(dialect.__name__.rpartition(".")[2] for dialect in DIALECTS)}
     cors.allow(app, settings.server.cors_origins, embedding, lambda: access.is_open)
 
     intake = app.extensions[INTAKE] = Intake(settings.limits.max_bodies_bytes)

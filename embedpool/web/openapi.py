@@ -16,7 +16,7 @@ from embedpool import __version__
 from embedpool.config.fields import json_schema_of
 from embedpool.config.spec import DRIVER_CONFIGS
 from embedpool.errors import NotFound
-from embedpool.web import openapi_schemas, score
+from embedpool.web import classify, openapi_schemas, score
 from embedpool.web.dialects import batches, cohere, contextual, ollama, openai, tei, tei_scores
 from embedpool.web.encoding import NPY, NPZ, json_response
 from embedpool.web.ndjson import NDJSON, StreamSchema
@@ -134,13 +134,13 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         "embedpool", "Scores of pairs", "Scored", score.ScoreSchema, error="ScoreError", **EMBEDS
     ),
     ("post", "/classify"): operation(
-        "embedpool", "Labels of texts", "Classified", score.ClassifySchema, error="ScoreError", **EMBEDS
+        "embedpool", "Labels of texts", "Classified", classify.ClassifySchema, error="ScoreError", **EMBEDS
     ),
     ("post", "/v1/score"): operation(
         "vLLM", "Scores of pairs", "Scored", score.ScoreSchema, error="ScoreError", **EMBEDS
     ),
     ("post", "/v1/classify"): operation(
-        "vLLM", "Labels of texts", "ClassifiedV1", score.ClassifySchema, error="ScoreError",
+        "vLLM", "Labels of texts", "ClassifiedV1", classify.ClassifySchema, error="ScoreError",
         description="With `labels` it is Jina's, of an embedder.", **EMBEDS,
     ),
     **{

@@ -1,6 +1,6 @@
-"""Scores at the root: POST /rerank, /score and /classify, which are ours and those of infinity and vLLM at once.
+"""Scores at the root: POST /rerank and /score, which are ours and those of infinity and vLLM at once.
 
-What other paths share of it: documents in all forms, the choice of a model, the order of results.
+What other paths share of it: options, documents in all forms, the choice of a model, the order of results.
 """
 
 from __future__ import annotations
@@ -18,19 +18,8 @@ from embedpool.errors import EmbedpoolError, InvalidRequest, as_document
 from embedpool.pool.pool import Pool
 from embedpool.pool.request import Result
 from embedpool.tasks.by_vectors import Cosine, MaxSim
-from embedpool.tasks.embed import EmbedOptions
 from embedpool.tasks.multivector import MultiVector
-from embedpool.tasks.score import (
-    SOFTMAX,
-    Classify,
-    Parts,
-    Rerank,
-    ScoreOptions,
-    activated,
-    best_first,
-    require_none_but,
-    scores_of,
-)
+from embedpool.tasks.score import Parts, Rerank, ScoreOptions, best_first, scores_of
 from embedpool.web import submit
 from embedpool.web.body import read_document
 from embedpool.web.compat import CompatSchema, YesOrNo, known, names_able
@@ -95,13 +84,6 @@ class ScoreSchema(CommonScoreOptions):
     data_2 = fields.Raw(metadata=TEXT_OR_TEXTS)
 
 
-class ClassifySchema(CommonScoreOptions):
-    """Body of /classify and /v1/classify; with `labels` an embedder chooses among them."""
-
-    input = fields.Raw(required=True, metadata=TEXT_OR_TEXTS)
-    labels = fields.List(fields.String(), validate=validate.Length(min=1))
-
-
 def blueprint(pool: Pool, settings: Settings) -> Blueprint:
     """The routes that score."""
     limits = settings.limits
@@ -130,31 +112,6 @@ def blueprint(pool: Pool, settings: Settings) -> Blueprint:
     @routes.post("/v1/score")
     def score() -> Response:
         return _scored(pool, limits)
-
-    @routes.post("/classify")
-    def classify() -> Response:
-        body, result, labels = _classified(pool, limits)
-        data = [row if row is None else _by_score(row, labels) for row in chosen(body, result)]
-        return json_response(
-            {"object": "classify", "data": data, **failures(body, result), **_beside(result, len(data))}
-        )
-
-    @routes.post("/v1/classify")
-    def classify_v1() -> Response:
-        document = read_document(here(), limits, whatever_type=True)
-        if document.get("labels"):
-            return _among_labels(pool, limits, load(ClassifySchema, document))
-        body, result, labels = _classified(pool, limits, document)
-        data = [
-            {
-                "index": i,
-                "label": row if row is None else labels[int(row.argmax())],
-                "probs": row,
-                "num_classes": len(labels),
-            }
-            for i, row in enumerate(chosen(body, result))
-        ]
-        return json_response({"object": "list", "data": data, **failures(body, result), **_beside(result, len(data))})
 
     return routes
 
@@ -269,7 +226,8 @@ def cohere_tokens(result: Result) -> dict[str, int]:
     return {"input_tokens": result.tokens, "output_tokens": 0}
 
 
-def _beside(result: Result, count: int, **meta: Any) -> dict[str, Any]:
+def beside(result: Result, count: int, **meta: Any) -> dict[str, Any]:
+    """What an answer says beside its scores."""
     return {
         "id": here().id,
         "model": result.model,
@@ -295,8 +253,8 @@ def _scored(pool: Pool, limits: Limits) -> Response:
     scoring = {"scoring": way.scoring} if way else {}
     scores = [row if row is None else row[0] for row in chosen(body, result)]
     data = [{"index": i, "object": "score", "score": score, "relevance_score": score} for i, score in enumerate(scores)]
-    beside = _beside(result, len(pairs), **scoring)
-    return json_response({"object": "list", "data": data, **failures(body, result), **beside})
+    answer = {"object": "list", "data": data, **failures(body, result), **beside(result, len(pairs), **scoring)}
+    return json_response(answer)
 
 
 SIDES = (("queries", "documents"), ("queries", "items"), ("text_1", "text_2"), ("data_1", "data_2"))
@@ -322,68 +280,9 @@ def _pairs(first: list[str], second: list[str]) -> list[Parts]:
     return list(zip(first, second, strict=True))
 
 
-# --- classifying
-
-
-def _classified(
-    pool: Pool, limits: Limits, document: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Any], Result, list[str]]:
-    """The body, its result, and the labels."""
-    body = load(ClassifySchema, document or read_document(here(), limits, whatever_type=True))
-    texts = _inputs(body["input"], limits)
-    name = the_model(pool, body.get("model"), Classify.name)
-    task = Classify([(text,) for text in texts], score_options(body, limits), "input")
-    result = submit.score(here(), pool, name, task)
-    return body, result, labels_of(pool, name)
-
-
-def _inputs(given: Any, limits: Limits) -> list[str]:
-    rows = given if isinstance(given, list) else [given]
-    return check_texts([text_of(one, f"input[{i}]") for i, one in enumerate(rows)], limits, "input")
-
-
-def labels_of(pool: Pool, name: str) -> list[str]:
-    """The labels of a model that scores."""
-    return list(pool.find(name).tokenizer().labels)
-
-
-def _by_score(row: Any, labels: Sequence[str]) -> list[dict[str, Any]]:
-    """All labels, the best first."""
-    return [{"label": labels[i], "score": row[i]} for i in best_first(row)]
-
-
-def _among_labels(pool: Pool, limits: Limits, body: Mapping[str, Any]) -> Response:
-    """Jina's classification without training: the softmax of an embedder's cosines to the labels."""
-    texts, labels = _inputs(body["input"], limits), check_texts(body["labels"], limits, "labels")
-    name = the_model(pool, body.get("model"), "embed")
-    result = submit.embed(here(), pool, name, [*texts, *labels], _of_vectors(score_options(body, limits)), forms=())
-    cosines = result.vectors[: len(texts)] @ result.vectors[len(texts) :].T
-    data = []
-    for i, row in enumerate(activated(cosines, SOFTMAX)):
-        best = int(row.argmax())
-        data.append(
-            {
-                "object": "classification",
-                "index": i,
-                "prediction": labels[best],
-                "score": row[best],
-                "predictions": [{"label": one, "score": score} for one, score in zip(labels, row, strict=True)],
-            }
-        )
-    return json_response({"data": data, **_beside(result, len(texts))})
-
-
-def _of_vectors(options: ScoreOptions) -> EmbedOptions:
-    """Of texts and labels. Raises UnsupportedOption for what pairs alone can have."""
-    require_none_but(("truncate", "max_seq_length"), options, "is not for a choice among labels")
-    return EmbedOptions(
-        normalize=True, dtype="float32", truncate=options.truncate, max_seq_length=options.max_seq_length
-    )
-
-
 def shape(error: EmbedpoolError, request_id: str) -> tuple[dict[str, Any], int]:
     """Ours, and beside it what clients of others read: `message` and `detail`."""
     return {**as_document(error, request_id), "message": error.message, "detail": error.message}, error.status
 
 
-SHAPES = dict.fromkeys(("/rerank", "/score", "/classify"), shape)
+SHAPES = dict.fromkeys(("/rerank", "/score"), shape)

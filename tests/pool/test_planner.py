@@ -153,8 +153,8 @@ def test_batches_are_shorter_while_queries_wait_beside_other_work() -> None:
     for window, longest_s in (
         ([*query, *others], 0.025),
         ([*others, *query], 0.025),
-        ([*bulk, *query], 0.02),  # what nobody waits for delays a query less
-        ([*query, *bulk], 0.0125),
+        ([*bulk, *query], 0.025),
+        ([*query, *bulk], 0.0125),  # what nobody waits for delays a query less
     ):
         shorter = dataclasses.replace(planner, max_s=longest_s)
         places = planner.plan_under_lock(window, Slots(lambda: now[0]))
