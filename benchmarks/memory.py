@@ -30,8 +30,10 @@ ASKED_MB = {
     "the first model, exported anew": 330,
     "a further model of other files": 200,
     "a further model of the same files": None,
+    "the first again, once it is asked for one text at a time": None,
     "when all are gone": 60,
 }
+LONE_TEXTS = 100
 
 
 EMPTY = serving({"driver": {"type": "fake"}})  # to answer that it is there
@@ -71,8 +73,8 @@ def _measured(dtype: str) -> Iterator[tuple[str, float]]:
             shutil.copytree(texts.model_folder(), folder)
             (folder / "README.md").write_text(str(number))
         before_mb = empty_mb = up.pss_mb()
-        models = []
-        for what, folder in zip(ASKED_MB, [*folders, folders[1]], strict=False):
+        models: list[str] = []
+        for what, folder in zip(list(ASKED_MB)[:3], [*folders, folders[1]], strict=True):
             models.append(f"m{len(models)}")
             config = {"path": str(folder), "compute_dtype": dtype}
             client.register({"model": models[-1], "driver_type": "local_st", "driver_config": config})
@@ -80,10 +82,15 @@ def _measured(dtype: str) -> Iterator[tuple[str, float]]:
             time.sleep(REST_S)
             yield what, up.pss_mb() - before_mb
             before_mb = up.pss_mb()
+        alone, gone = list(ASKED_MB)[3:]
+        for text in texts.short(LONE_TEXTS):
+            client.embed([text], model=models[0])
+        time.sleep(REST_S)
+        yield alone, up.pss_mb() - before_mb
         for model in models:
             client.unregister(model)
         time.sleep(REST_S)
-        yield "when all are gone", up.pss_mb() - empty_mb
+        yield gone, up.pss_mb() - empty_mb
 
 
 if __name__ == "__main__":
