@@ -277,7 +277,7 @@ LINES = {"gunicorn": 200_000, "waitress": 50_000}  # where they run the same loo
 
 
 def test_any_number_of_lines_streams_through(server: Server, kind: str) -> None:
-    """However many lines, sent whole before anything is read: all are answered, in order, and the server hardly grows."""
+    """However many lines, sent whole before anything is read: all are answered, in order; the server hardly grows."""
     server.write_pool(fake("m", dim=64))
     server.start(kind)
     server.wait_ready()
