@@ -99,7 +99,7 @@ def test_a_second_copy_for_lone_batches_gives_the_same_vectors(cache_dir: Path, 
     """As the first, which runs them until there is one."""
     (file,) = cache_dir.rglob("model.xml")
     graph = openvino_graph.Graph(file, "float32", 2)
-    inputs = pack(ids_of(tokenizer, TEXTS), tokenizer.pad_id)
+    inputs = pack(ids_of(tokenizer, TEXTS[2:6]), tokenizer.pad_id)
     first, *_ = (graph(inputs) for _ in range(openvino_graph.LONE_BATCHES))
     assert graph.copy_for_lone_batches(time.monotonic())
     np.testing.assert_allclose(graph(inputs), first, atol=1e-6)

@@ -317,7 +317,7 @@ def test_a_planner_that_fails_costs_nobody_an_answer(caplog) -> None:
     """A fault of our own is logged, texts travel alone, and the worker goes on."""
 
     class Faulty(Planner):
-        def choose(self, window, busy_s, slots, *, queries):
+        def choose(self, window, busy_s, slots, share):
             raise ZeroDivisionError
 
     bench = Bench(Scripted(), planner=Faulty(4, 8))
