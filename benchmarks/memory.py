@@ -26,13 +26,14 @@ from benchmarks.servers import running, serving
 from embedpool.client import Client
 
 TYPES = ("float32", "bfloat16")
-ASKED_MB = {
-    "the first model, exported anew": 330,
-    "a further model of other files": 200,
-    "a further model of the same files": None,
-    "the first again, once it is asked for one text at a time": None,
-    "when all are gone": 60,
-}
+FIRST, FURTHER, SAME, ALONE, GONE = (
+    "the first model, exported anew",
+    "a further model of other files",
+    "a further model of the same files",
+    "the first again, once it is asked for one text at a time",
+    "when all are gone",
+)
+ASKED_MB = {FIRST: 330, FURTHER: 200, GONE: 60}
 LONE_TEXTS = 100
 
 
@@ -51,14 +52,14 @@ def main() -> None:
                 found.setdefault((what, dtype), []).append(mb)
     rows = []
     for (what, dtype), values in found.items():
-        asked, middle = ASKED_MB[what], statistics.median(values)
+        asked, middle = ASKED_MB.get(what), statistics.median(values)
         met = "-" if asked is None else "yes" if middle <= asked else "**no**"
         measured = f"{middle:.0f} ({min(values):.0f}, {max(values):.0f})"
         rows.append([what, dtype, f"<= {asked}" if asked else "-", measured, met])
     told = table(["what is there", "type", "asked, MB", "measured, MB", "met"], rows)
     print(told)
     if arguments["--write"]:
-        between_markers("memory", f"Median, least and most of {rounds} rounds.\n\n{told}")
+        between_markers("memory", f"Median, least and most, `--rounds {rounds}`.\n\n{told}")
 
 
 def _measured(dtype: str) -> Iterator[tuple[str, float]]:
@@ -74,7 +75,7 @@ def _measured(dtype: str) -> Iterator[tuple[str, float]]:
             (folder / "README.md").write_text(str(number))
         before_mb = empty_mb = up.pss_mb()
         models: list[str] = []
-        for what, folder in zip(list(ASKED_MB)[:3], [*folders, folders[1]], strict=True):
+        for what, folder in ((FIRST, folders[0]), (FURTHER, folders[1]), (SAME, folders[1])):
             models.append(f"m{len(models)}")
             config = {"path": str(folder), "compute_dtype": dtype}
             client.register({"model": models[-1], "driver_type": "local_st", "driver_config": config})
@@ -82,15 +83,14 @@ def _measured(dtype: str) -> Iterator[tuple[str, float]]:
             time.sleep(REST_S)
             yield what, up.pss_mb() - before_mb
             before_mb = up.pss_mb()
-        alone, gone = list(ASKED_MB)[3:]
         for text in texts.short(LONE_TEXTS):
             client.embed([text], model=models[0])
         time.sleep(REST_S)
-        yield alone, up.pss_mb() - before_mb
+        yield ALONE, up.pss_mb() - before_mb
         for model in models:
             client.unregister(model)
         time.sleep(REST_S)
-        yield gone, up.pss_mb() - empty_mb
+        yield GONE, up.pss_mb() - empty_mb
 
 
 if __name__ == "__main__":
