@@ -76,7 +76,13 @@ def test_a_users_day(make_server: Callable[..., Server], kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "count"), [("openvino", 300), ("torch", 100), pytest.param("openvino", 1000, marks=pytest.mark.long)]
+    ("backend", "count"),
+    [
+        ("openvino", 300),
+        ("torch", 100),
+        pytest.param("openvino", 1000, marks=pytest.mark.long),
+        pytest.param("torch", 200, marks=pytest.mark.long),
+    ],
 )
 def test_vectors_are_those_of_encode(server: Server, backend: str, count: int) -> None:
     """Texts of mixed length from 32 clients in random groups: each answer in order, each vector as encode's."""
