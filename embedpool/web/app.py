@@ -30,9 +30,9 @@ from embedpool.web.request_log import Recent, log_request, span_attributes
 
 ACCESS = "embedpool.access"
 MOST_TRUNCATED_NAMED = 500
-DIALECTS = (openai, contextual, tei, cohere, ollama, rerank, batches)
+ROUTES = (score, classify, openai, contextual, tei, cohere, ollama, rerank, batches)  # that compute, beside native
 BEFORE_A_NAME = re.compile(r"(/+(?:models|ready|v1/+models|tei))/+([^/].*)", re.DOTALL)
-SHAPES: dict[str, Shape] = {p: shape for one in (*DIALECTS, score, classify) for p, shape in one.SHAPES.items()}
+SHAPES: dict[str, Shape] = {p: shape for one in ROUTES for p, shape in one.SHAPES.items()}
 
 
 def shape_at(path: str) -> Shape:
@@ -104,10 +104,8 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
     access = app.extensions[ACCESS] = Access(settings.security, keys_file(settings))
     app.extensions[OWN_HOSTS] = manage.own_hosts(settings)
     app.register_blueprint(native.blueprint(pool, settings))
-    app.register_blueprint(score.blueprint(pool, settings))
-    app.register_blueprint(classify.blueprint(pool, settings))
-    for dialect in DIALECTS:
-        app.register_blueprint(dialect.blueprint(pool, settings))
+    for one in ROUTES:
+        app.register_blueprint(one.blueprint(pool, settings))
     folder = settings.file(settings.paths.state_dir)
     app.extensions[batches.STORE] = Store(
         folder, settings.limits.max_files_bytes, most_requests=settings.limits.max_batch_requests
@@ -128,7 +126,7 @@ def create_app(pool: Pool, reconciler: Reconciler, settings: Settings, metrics: 
             http.caller = access.caller(http) if owner is None else access.owner(owner)
         http.max_answer_bytes = settings.limits.max_answer_bytes
 
-    embedding = {"native", "score", "classify", *(dialect.__name__.rpartition(".")[2] for dialect in DIALECTS)}
+    embedding = {"native", *(one.__name__.rpartition(".")[2] for one in ROUTES)}
     cors.allow(app, settings.server.cors_origins, embedding, lambda: access.is_open)
 
     intake = app.extensions[INTAKE] = Intake(settings.limits.max_bodies_bytes)
