@@ -70,17 +70,12 @@ def _classified(
     name = the_model(pool, body.get("model"), Classify.name)
     task = Classify([(text,) for text in texts], score_options(body, limits), "input")
     result = submit.score(here(), pool, name, task)
-    return body, result, _labels_of(pool, name)
+    return body, result, list(pool.find(name).tokenizer().labels)
 
 
 def _inputs(given: Any, limits: Limits) -> list[str]:
     rows = given if isinstance(given, list) else [given]
     return check_texts([text_of(one, f"input[{i}]") for i, one in enumerate(rows)], limits, "input")
-
-
-def _labels_of(pool: Pool, name: str) -> list[str]:
-    """The labels of a model that scores."""
-    return list(pool.find(name).tokenizer().labels)
 
 
 def _by_score(row: Any, labels: Sequence[str]) -> list[dict[str, Any]]:
