@@ -280,7 +280,8 @@ def _tend() -> None:
     while True:
         _TENDS_NOW.wait(REST_S / 2)
         _TENDS_NOW.clear()
-        if sum(map(_tended, list(_GRAPHS.values()))):  # each of them
+        freed = [_tended(graph) for graph in list(_GRAPHS.values())]
+        if any(freed):
             bounds.give_back_memory()
 
 

@@ -129,7 +129,10 @@ class Planner:
         return self.cost.fixed_s / self.cost.token_s if self.cost else UNKNOWN_FIXED_TOKENS
 
     def largest_tokens(self, busy_s: float = 0.0, slots: int = 1, share: float = 1.0) -> int:
-        """Padded tokens of the longest batch that begins now, while other slots are busy for `busy_s` more seconds."""
+        """Padded tokens of the longest batch that begins now, while other slots are busy for `busy_s` more seconds.
+
+        It may run for this `share` of what a batch may at most; all of `max_s`, where that is set.
+        """
         if not self.cost:
             return self.max_tokens
         fixed_s = self.cost.fixed_s
