@@ -22,7 +22,7 @@ from embedpool.errors import ModelFailed
 
 logger = logging.getLogger(__name__)
 
-FORM = 4  # of what is exported; graphs of another one are made anew
+FORM = 5  # of what is exported; graphs of another one are made anew
 LIBRARIES = ("openvino", "torch", "transformers", "sentence-transformers")
 HASHES = "hashes.json"
 UNUSED_S = 30 * 86400.0  # a graph that nobody has loaded for so long is deleted

@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 PACKED_INPUTS = ("input_ids", "position_ids", "text_ids", "token_places")
+OF_TEXTS = ("token_places", "pooled_mask")  # have a row for each text; in what is packed, others have rows of several
 # Models whose texts can share a row: they take any mask, and the place of a token is added to it, and nothing else.
 TEXTS_SHARE_ROWS = ("bert", "roberta", "xlm-roberta", "camembert")
 
@@ -216,7 +217,7 @@ class Packed(Steps):
             input_ids=input_ids,
             attention_mask=torch.where(same, 0.0, torch.finfo(torch.float32).min),
             position_ids=position_ids + self.first_position,
-            token_type_ids=torch.zeros_like(input_ids),
+            token_type_ids=torch.zeros((1, 1), dtype=torch.long),  # of all tokens, whose vector is then a constant
         )[0]
         tokens = found.reshape(-1, found.shape[-1])[token_places.clamp(min=0)]
         features = {"token_embeddings": tokens, "attention_mask": (token_places >= 0).long()}
@@ -267,11 +268,37 @@ def _named(names: Sequence[str], source: Source) -> list[str]:
 
 def _traced(steps: Steps, names: Sequence[str]) -> Any:
     example = dict.fromkeys(names, torch.ones((2, 8), dtype=torch.long))
+    rows, texts = _shape(), _shape()
+    shapes = [(name, texts if name in OF_TEXTS else rows) for name in names]
     with warnings.catch_warnings(action="ignore"), torch.no_grad():
-        graph = import_openvino().convert_model(steps.eval(), example_input=example)
+        graph = import_openvino().convert_model(steps.eval(), example_input=example, input=shapes)
+    _drop_reshapes_to_same(graph)
     for port, name in zip(graph.inputs, names, strict=True):
-        port.set_names({name})  # it forgets those of inputs that are reshaped before anything else
+        port.set_names({name})  # inputs that are reshaped before anything else have forgotten them, or have more
     return graph
+
+
+def _shape() -> Any:
+    """Two sizes that are not known, but the same in all inputs: what is computed from them can then be left out."""
+    openvino = import_openvino()
+    sizes = [openvino.Dimension(-1), openvino.Dimension(-1)]
+    for size in sizes:
+        size.set_symbol(openvino.Symbol())
+    return openvino.PartialShape(sizes)
+
+
+def _drop_reshapes_to_same(graph: Any) -> None:
+    """OpenVINO keeps a reshape of sizes that it does not know to the same ones, and fuses nothing over it."""
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() != "Reshape" or not node.get_attributes()["special_zero"]:
+            continue
+        given, wanted = node.input_values()
+        if wanted.get_node().get_type_name() != "Constant" or given.get_partial_shape().rank.is_dynamic:
+            continue
+        sizes = [-1 if size.is_dynamic else size.get_length() for size in given.get_partial_shape()]
+        pattern = wanted.get_node().get_data().tolist()
+        if len(pattern) == len(sizes) and all(to in (0, size) for to, size in zip(pattern, sizes, strict=True)):
+            node.output(0).replace(given)
 
 
 def _mask_by_numbers(inside: Sequence[Any]) -> None:

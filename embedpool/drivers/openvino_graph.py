@@ -259,7 +259,7 @@ class Compiled:
         request = getattr(self._of_thread, "request", None)
         if request is None:
             request = self._of_thread.request = self._model.create_infer_request()
-        request.infer({name: inputs[name] for name in self.inputs}, share_inputs=True)
+        request.infer({name: inputs[name] for name in self.inputs}, share_inputs=True, share_outputs=True)
         return read(request.get_output_tensor(0).data)
 
     def give_back(self) -> None:

@@ -20,7 +20,7 @@ from embedpool.drivers import fidelity, openvino_cache
 from embedpool.drivers.library import Library
 from embedpool.drivers.local_st import LocalStDriver
 from embedpool.drivers.openvino_cache import exported
-from embedpool.drivers.openvino_graph import Compiled
+from embedpool.drivers.openvino_graph import Compiled, import_openvino
 from embedpool.drivers.packing import pack
 from embedpool.errors import ModelFailed
 from embedpool.tasks.rows import Rows
@@ -139,6 +139,17 @@ def test_a_graph_is_kept_and_computes(small: Path, tmp_path: Path) -> None:
     before = vectors.copy()
     run(pack([[2, 9, 3]], 0))
     np.testing.assert_array_equal(vectors, before)
+
+
+def test_a_graph_computes_no_shapes(small: Path, tmp_path: Path) -> None:
+    """Its inputs are known to be of one size: no reshape waits to be told one, or keeps attention from fusing."""
+    graph = import_openvino().Core().read_model(str(export(small, tmp_path) / "model.xml"))
+    kinds = {node.get_type_name() for node in graph.get_ops()}
+    assert not kinds & {"ShapeOf", "Broadcast", "Concat"}
+    attention = [node for node in graph.get_ops() if node.get_type_name() == "ScaledDotProductAttention"]
+    readers = [port.get_node().get_type_name() for node in attention for port in node.output(0).get_target_inputs()]
+    assert readers
+    assert set(readers) == {"Transpose"}
 
 
 def test_a_graph_that_cannot_be_written_is_told_of_in_so_many_words(
