@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import random
 import threading
 import time
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -175,11 +177,21 @@ def children_of(server: Server) -> list[psutil.Process]:
     return found
 
 
-def held_by(server: Server, remote: Remote) -> dict[str, int]:
-    """What a server that rests holds: threads and files of its working process, children, shared memory."""
+def working_of(server: Server) -> psutil.Process:
+    """The process that serves."""
     family = [server.process, *server.process.children(recursive=True)]
     children = children_of(server)
-    working = max((p for p in family if p not in children), key=lambda p: p.num_threads())
+    return max((p for p in family if p not in children), key=lambda p: p.num_threads())
+
+
+def open_files(process: psutil.Process) -> list[str]:
+    """What they are, to tell one that was left behind."""
+    return sorted(os.readlink(file) for file in Path(f"/proc/{process.pid}/fd").iterdir())
+
+
+def held_by(server: Server, remote: Remote) -> dict[str, int]:
+    """What a server that rests holds: threads and files of its working process, children, shared memory."""
+    children, working = children_of(server), working_of(server)
     to_remote = sum(bool(c.raddr) and c.raddr.port == remote.server_port for c in working.net_connections())
     return {
         "threads": working.num_threads(),
@@ -244,7 +256,7 @@ def test_faults_cost_nobody_else_anything(
         assert server.status("other")["counters"]["errors"] == {}
         with contextlib.suppress(AssertionError):  # said better below
             wait_until(lambda: not more(held_by(server, remote), at_rest), 20)
-        assert more(held_by(server, remote), at_rest) == {}
+        assert more(held_by(server, remote), at_rest) == {}, open_files(working_of(server))
     figures("rounds", rounds)
     for name, count in sorted(answers.items()):
         figures(name, count)
