@@ -111,11 +111,13 @@ def test_a_changed_model_is_exported_anew(copied_folder: Path, cache_dir: Path, 
         graphs_of(copied_folder, cache_dir)
 
 
-def test_another_version_of_a_library_exports_anew(
-    openvino_driver: LocalStDriver, folder: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("openvino_driver")
+@pytest.mark.parametrize(("what", "other"), [("version", lambda name: "99"), ("FORM", openvino_cache.FORM - 1)])
+def test_another_version_exports_anew(
+    folder: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, what: str, other: object
 ) -> None:
-    """A graph made by other versions of the libraries is not used."""
-    monkeypatch.setattr(openvino_cache, "version", lambda name: "99")
+    """A graph made by other versions of the libraries, or in another form, is not used."""
+    monkeypatch.setattr(openvino_cache, what, other)
     with pytest.raises(Exporting):
         graphs_of(folder, cache_dir)
 
