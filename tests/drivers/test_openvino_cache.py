@@ -33,7 +33,6 @@ pytestmark = pytest.mark.skipif(
 
 
 REAL_EXPORT = openvino_cache.export
-RESHAPE, ATTENTION = "Reshape", "ScaledDotProductAttention"  # kinds of OpenVINO's
 
 
 class Exporting(Exception):
@@ -147,9 +146,10 @@ def test_a_graph_is_kept_and_computes(small: Path, tmp_path: Path) -> None:
 def test_no_reshape_of_a_graph_waits_to_be_told_a_shape(small: Path, tmp_path: Path) -> None:
     """Its inputs are known to be of one size; nor does a reshape to the same shape keep attention from fusing."""
     graph = import_openvino().Core().read_model(str(export(small, tmp_path) / "model.xml"))
-    nodes = {kind: [node for node in graph.get_ops() if node.get_type_name() == kind] for kind in (RESHAPE, ATTENTION)}
-    assert {node.input_value(1).get_node().get_type_name() for node in nodes[RESHAPE]} == {"Constant"}
-    readers = [port.get_node() for node in nodes[ATTENTION] for port in node.output(0).get_target_inputs()]
+    reshapes = [node for node in graph.get_ops() if node.get_type_name() == "Reshape"]
+    attention = [node for node in graph.get_ops() if node.get_type_name() == "ScaledDotProductAttention"]
+    assert {node.input_value(1).get_node().get_type_name() for node in reshapes} == {"Constant"}
+    readers = [port.get_node() for node in attention for port in node.output(0).get_target_inputs()]
     assert {node.get_type_name() for node in readers} == {"Transpose"}
 
 
