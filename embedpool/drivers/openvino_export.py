@@ -279,7 +279,7 @@ def _traced(steps: Steps, names: Sequence[str]) -> Any:
 
 
 def _shape() -> Any:
-    """Two sizes that are not known, but the same in all inputs: what is computed from them can then be left out."""
+    """Two unknown sizes, known to be the same in all inputs that are given them: no reshape has to compute them."""
     openvino = import_openvino()
     sizes = [openvino.Dimension(-1), openvino.Dimension(-1)]
     for size in sizes:
@@ -288,7 +288,7 @@ def _shape() -> Any:
 
 
 def _drop_reshapes_to_same(graph: Any) -> None:
-    """OpenVINO keeps a reshape of sizes that it does not know to the same ones, and fuses nothing over it."""
+    """Reshapes to the shape that there is: OpenVINO keeps them where it does not know all sizes, and fuses nothing."""
     for node in graph.get_ordered_ops():
         if node.get_type_name() != "Reshape" or not node.get_attributes()["special_zero"]:
             continue
